@@ -1,0 +1,132 @@
+"""Which keys a query sees: the one place that knows the window rule of generalized neighborhood attention.
+
+Every axis is independent; a key is visible when it is visible on all axes. On one axis of `length` L with dilation d,
+coordinate i is position p = i // d of dilation group g = i % d, and a group is a dense problem of its own with
+n = ceil((L - g) / d) positions. Rules: arXiv:2504.16922 (window, stride, causal) and arXiv:2209.15001 (dilation).
+
+`window_bounds` and `inverse_bounds` use `+ - * // <` only, so one definition serves Python integers, torch tensors
+and, through `triton.jit`, the kernels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Axis(NamedTuple):
+    """One spatial axis of a neighborhood.
+
+    Attributes:
+        length: number of tokens, >= 1.
+        window: keys per query, 1 <= window and window * dilation <= length.
+        stride: queries that share one window, 1 <= stride <= window.
+        dilation: distance between neighbouring keys, >= 1.
+        causal: whether a query sees no key after itself.
+    """
+
+    length: int
+    window: int
+    stride: int = 1
+    dilation: int = 1
+    causal: bool = False
+
+
+def window_bounds(p, n, window, stride, causal):
+    """Half-open range [lo, hi) of key positions that query position `p` of a group of `n` sees.
+
+    Not causal: the window is centred on the leader of p's stride group and shifted inward at borders, so it always has
+    `window` keys. Causal: it ends at p and begins `window` keys before the end of the stride group. Both bounds are
+    monotone in p, so the union over consecutive queries is [lo(first), hi(last)).
+    """
+    if causal:
+        leader = p // stride * stride + stride - 1
+        leader = leader + (n - 1 - leader) * (leader > n - 1)
+        lo = leader - window + 1
+        lo = lo * (lo > 0)
+        hi = p + 1
+    else:
+        leader = p // stride * stride + stride // 2
+        leader = leader + (n - 1 - leader) * (leader > n - 1)
+        lo = leader - window // 2
+        lo = lo * (lo > 0)
+        lo = lo + (n - window - lo) * (lo > n - window)
+        hi = lo + window
+    return lo, hi
+
+
+def inverse_bounds(k, n, window, stride, causal):
+    """Half-open range [lo, hi) of query positions that see key position `k`: the inverse of `window_bounds`.
+
+    Both bounds are monotone in k, never empty, and a query sees all keys of [a, b] exactly when it lies in
+    [lo(b), hi(a)).
+    """
+    if causal:
+        lo = k
+        hi = ((k + window) // stride + (k + window >= n)) * stride
+    else:
+        right = (window - 1) // 2  # keys right of the leader
+        ahead = stride - stride // 2 - 1  # members of a stride group after its leader
+        lo = (k - right + ahead) * (k >= window) // stride * stride
+        hi = (k + window // 2 + ahead + 1) // stride * stride
+        hi = hi + (n - hi) * (k >= n - window)
+    hi = hi + (n - hi) * (hi > n)
+    return lo, hi
+
+
+def group_length(length, dilation, group):
+    """Positions in dilation group `group`; groups below length % dilation are one longer than the others."""
+    return (length - group + dilation - 1) // dilation
+
+
+def axis_bounds(axis: Axis, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """First and last visible key coordinate of every query coordinate, both int64 `[length]` and inclusive."""
+    i = torch.arange(axis.length, device=device)
+    group, p = i % axis.dilation, i // axis.dilation
+    lo, hi = window_bounds(p, group_length(axis.length, axis.dilation, group), axis.window, axis.stride, axis.causal)
+    return lo * axis.dilation + group, (hi - 1) * axis.dilation + group
+
+
+def axis_mask(axis: Axis, device: torch.device | None = None) -> Tensor:
+    """Visibility on one axis: bool `[query, key]`, both of `axis.length`."""
+    first, last = axis_bounds(axis, device)
+    key = torch.arange(axis.length, device=device)
+    same_group = key % axis.dilation == (key % axis.dilation)[:, None]
+    return same_group & (key >= first[:, None]) & (key <= last[:, None])
+
+
+def mask(axes: tuple[Axis, ...], device: torch.device | None = None) -> Tensor:
+    """Visibility of every key for every query of the flattened grid: bool `[tokens, tokens]`, C order."""
+    full = torch.ones(1, 1, dtype=torch.bool, device=device)
+    for axis in axes:
+        full = torch.kron(full.to(torch.uint8), axis_mask(axis, device).to(torch.uint8)).bool()
+    return full
+
+
+def relative_index(axes: tuple[Axis, ...], device: torch.device | None = None) -> Tensor:
+    """Entry of the flattened bias table for every (query, key) pair: int64 `[tokens, tokens]`, C order.
+
+    Per axis the entry is (key - query) / dilation + window - 1; pairs that do not see each other hold 0.
+    """
+    index = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for axis in axes:
+        p = torch.arange(axis.length, device=device) // axis.dilation
+        offset = (p[None, :] - p[:, None] + axis.window - 1).clamp(0, 2 * axis.window - 2)
+        size, n = index.shape[0], axis.length
+        index = index[:, None, :, None] * (2 * axis.window - 1) + offset[None, :, None, :]
+        index = index.reshape(size * n, size * n)
+    return index.masked_fill(~mask(axes, device), 0)
+
+
+def key_counts(axis: Axis) -> Tensor:
+    """How many keys each query of one axis sees: int64 `[length]`."""
+    first, last = axis_bounds(axis)
+    return (last - first) // axis.dilation + 1
+
+
+def visible_pairs(axes: tuple[Axis, ...]) -> int:
+    """Number of (query, key) pairs of the whole grid."""
+    pairs = 1
+    for axis in axes:
+        pairs *= int(key_counts(axis).sum())
+    return pairs
