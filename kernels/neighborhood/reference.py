@@ -21,19 +21,19 @@ def attend(
     """Output `[B, *spatial, heads, head_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api.na2d`."""
     groups = query.shape[-2] // key.shape[-2]
     tokens = slice(1, 1 + len(axes))
+    accumulate = torch.promote_types(query.dtype, torch.float32)
 
     def flat(x: Tensor) -> Tensor:  # [B, heads, T, d], key heads repeated for their query heads
-        x = x.flatten(tokens.start, tokens.stop - 1).transpose(1, 2)
+        x = x.to(accumulate).flatten(tokens.start, tokens.stop - 1).transpose(1, 2)
         return x.repeat_interleave(query.shape[-2] // x.shape[1], dim=1)
 
-    accumulate = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (flat(x).to(accumulate) for x in (query, key, value))
+    q, k, v = flat(query), flat(key), flat(value)
     logits = q @ k.transpose(-1, -2) * scale  # [B, heads, T, T]
     if bias is not None:
         logits = logits + bias.to(accumulate).flatten(1)[:, geometry.relative_index(axes, query.device)]
     logits = logits.masked_fill(~geometry.mask(axes, query.device), float("-inf"))
     if extra_key is not None and extra_value is not None:
-        ek, ev = (x.transpose(1, 2).repeat_interleave(groups, dim=1).to(accumulate) for x in (extra_key, extra_value))
+        ek, ev = (x.to(accumulate).transpose(1, 2).repeat_interleave(groups, dim=1) for x in (extra_key, extra_value))
         logits = torch.cat([logits, q @ ek.transpose(-1, -2) * scale], dim=-1)
         v = torch.cat([v, ev], dim=2)
     out = (logits.softmax(-1) @ v).transpose(1, 2).unflatten(1, query.shape[tokens])
