@@ -31,7 +31,14 @@ def _per_axis(name: str, value, rank: int, kind: type) -> tuple:
     return values
 
 
-def make_axes(shape: Sequence[int], *, window, stride=1, dilation=1, causal=False) -> tuple[Axis, ...]:
+def make_axes(
+    shape: Sequence[int],
+    *,
+    window: PerAxis[int],
+    stride: PerAxis[int] = 1,
+    dilation: PerAxis[int] = 1,
+    causal: PerAxis[bool] = False,
+) -> tuple[Axis, ...]:
     """Validated axes of a grid.
 
     Args:
