@@ -1,0 +1,195 @@
+"""Neighborhood attention as a layer: projections, norms and position hooks around `foveal.kernels.ops.na1d/2d/3d`."""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.ops import na1d, na2d, na3d
+
+Rope = Callable[[Tensor, Tensor], Tensor]
+
+
+class _NeighborhoodAttention(nn.Module):
+    """The layer for every rank; `NeighborhoodAttention2d` documents it."""
+
+    rank: ClassVar[int]
+    attend: ClassVar[Callable[..., Tensor]]
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        window: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        causal: bool | Sequence[bool] = False,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        qkv_bias: bool = True,
+        rpb: bool = False,
+        qk_norm: Callable[..., nn.Module] | None = None,
+        rope: Rope | None = None,
+        pad: bool = False,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads} unless head_dim is given")
+        num_kv_heads = num_kv_heads or num_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
+        if pad and rope is not None:
+            raise ValueError("pad=True cannot be combined with rope: padded tokens have no position")
+        self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
+        self.head_dim = head_dim or dim // num_heads
+        self.window, self.stride = self._per_axis("window", window), self._per_axis("stride", stride)
+        self.dilation, self.causal = self._per_axis("dilation", dilation), self._per_axis("causal", causal)
+        if rpb and any(w % 2 == 0 for w in self.window):
+            raise ValueError(f"window={self.window} must be odd on every axis when rpb=True")
+        self.pad, self.impl = pad, impl
+
+        inner = num_heads * self.head_dim
+        table = (num_heads, *(2 * w - 1 for w in self.window))
+        self.rpb = nn.Parameter(torch.empty(table, **dd)) if rpb else None
+        self.qkv = nn.Linear(dim, inner + 2 * num_kv_heads * self.head_dim, bias=qkv_bias, **dd)
+        self.q_norm = qk_norm(self.head_dim, **dd) if qk_norm else nn.Identity()
+        self.k_norm = qk_norm(self.head_dim, **dd) if qk_norm else nn.Identity()
+        self.rope = rope
+        self.proj = nn.Linear(inner, dim, bias=proj_bias, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def _per_axis(self, name: str, value) -> tuple:
+        values = tuple(value) if isinstance(value, Sequence) else (value,) * self.rank
+        if len(values) != self.rank:
+            raise ValueError(f"{name}={value!r} must be one value, or one for each of {self.rank} axes")
+        return values
+
+    def reset_parameters(self) -> None:
+        """Draw the relative position bias anew; submodules have their own `reset_parameters`."""
+        if self.rpb is not None:
+            nn.init.trunc_normal_(self.rpb, std=0.02)
+
+    def forward(self, x: Tensor, *, positions: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+        """Attend within the neighborhood.
+
+        Args:
+            x: `[B, *spatial, dim]`.
+            positions: coordinates handed to `rope`, `[..., *spatial, rank]`; those of the grid, 0 to length - 1 on
+                each axis, when None.
+            extra: tokens `[B, tokens, dim]` (registers, text) that every query sees besides its window; they pass
+                through the same key and value projection and get neither `rope` nor `rpb`.
+
+        Returns:
+            `[B, *spatial, dim]`.
+
+        Raises:
+            ValueError: a shape that does not fit, or a window that does not fit into the grid while `pad` is off.
+        """
+        if x.dim() != self.rank + 2 or x.shape[-1] != self.dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, {self.rank} spatial axes, {self.dim}]")
+        spatial = x.shape[1:-1]
+        query, key, value = self._project(self._pad(x) if self.pad else x)  # [B, *spatial, heads, d]
+        if self.rope is not None:
+            positions = self._grid(x) if positions is None else positions
+            query, key = self.rope(query, positions), self.rope(key, positions)
+        extra_key, extra_value = (None, None) if extra is None else self._project_extra(extra)
+        out = type(self).attend(
+            query,
+            key,
+            value,
+            window=self.window,
+            stride=self.stride,
+            dilation=self.dilation,
+            causal=self.causal,
+            bias=self.rpb,
+            extra_key=extra_key,
+            extra_value=extra_value,
+            impl=self.impl,
+        )
+        if self.pad:
+            out = out[(slice(None), *(slice(n) for n in spatial))]
+        return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        query, key, value = self.qkv(x).unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=-2)
+        return self.q_norm(query), self.k_norm(key), value
+
+    def _project_extra(self, extra: Tensor) -> tuple[Tensor, Tensor]:
+        inner = self.num_heads * self.head_dim
+        bias = None if self.qkv.bias is None else self.qkv.bias[inner:]
+        key, value = F.linear(extra, self.qkv.weight[inner:], bias).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=-2)
+        return self.k_norm(key), value
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """Zeros after the last token of each axis that is shorter than window * dilation."""
+        missing = [max(w * d - n, 0) for n, w, d in zip(x.shape[1:-1], self.window, self.dilation, strict=True)]
+        return F.pad(x, (0, 0, *(side for m in reversed(missing) for side in (0, m)))) if any(missing) else x
+
+    def _grid(self, x: Tensor) -> Tensor:
+        axes = [torch.arange(n, device=x.device) for n in x.shape[1:-1]]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)  # [*spatial, rank]
+
+    def extra_repr(self) -> str:
+        return f"window={self.window}, stride={self.stride}, dilation={self.dilation}, causal={self.causal}"
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        name = type(self).__name__
+        raise NotImplementedError(
+            f"TorchScript cannot compile {name}; use torch.export, torch.compile or torch.jit.trace"
+        )
+
+
+class NeighborhoodAttention1d(_NeighborhoodAttention):
+    """Neighborhood attention on sequences `[B, L, dim]`; arguments as in `NeighborhoodAttention2d`."""
+
+    rank = 1
+    attend = staticmethod(na1d)
+
+
+class NeighborhoodAttention2d(_NeighborhoodAttention):
+    """Neighborhood attention on maps `[B, H, W, dim]` (arXiv:2204.07143, arXiv:2209.15001, arXiv:2504.16922).
+
+    Parameters carry the names of the official checkpoints: `qkv` (rows: query, key, value; each head by head), `proj`
+    and, with `rpb`, the table `rpb`.
+
+    Args:
+        dim: channels of the input and the output.
+        num_heads: query heads.
+        window, stride, dilation, causal: neighborhood, one value or one per axis; see `foveal.kernels.ops.na2d`.
+        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); num_heads when None.
+        head_dim: channels per head; dim / num_heads when None.
+        qkv_bias, proj_bias: whether the projections have a bias.
+        rpb: learn a relative position bias `[num_heads, 2 * window - 1 per axis]`; odd windows only.
+        qk_norm: norm layer (such as `torch.nn.RMSNorm`) over head_dim, applied to queries and keys; none when None.
+        rope: rotary embedding, called as `rope(x, positions)` on queries and on keys `[B, *spatial, heads, head_dim]`
+            with the positions of `forward`. A module given here becomes a submodule.
+        pad: append zeros to axes shorter than window * dilation before the projection and crop them after the
+            attention. The padded tokens are ordinary keys, without a mask: what NATTEN up to 0.15 did and NAT and DiNAT
+            checkpoints expect. Otherwise such a map is an error.
+        proj_drop: dropout after the output projection.
+        impl: "auto", "triton", "tiled" or "reference"; see `foveal.kernels.ops.na2d`.
+
+    Raises:
+        ValueError: arguments that contradict each other.
+    """
+
+    rank = 2
+    attend = staticmethod(na2d)
+
+
+class NeighborhoodAttention3d(_NeighborhoodAttention):
+    """Neighborhood attention on videos or volumes `[B, T, H, W, dim]`; arguments as in `NeighborhoodAttention2d`."""
+
+    rank = 3
+    attend = staticmethod(na3d)

@@ -1,0 +1,195 @@
+"""What the channel-last image backbones share: timm's model interface over a stem, stages, a norm and a linear head."""
+
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from timm.layers import create_classifier, get_device_dtype
+from timm.models import checkpoint_seq, named_apply
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import init_weights_vit_timm
+from torch import Tensor, nn
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, then the way down to the next; `[B, H, W, C]` in and out."""
+
+    def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None = None):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.downsample = downsample or nn.Identity()
+        self.grad_checkpointing = False
+
+    def forward_blocks(self, x: Tensor) -> Tensor:
+        """The map before down-sampling."""
+        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(self.forward_blocks(x))
+
+
+class Backbone(nn.Module):
+    """Hierarchical classifier with timm's interface, on `[B, H, W, C]` maps.
+
+    A subclass builds `patch_embed` and a `torch.nn.Sequential` of `Stage` under the name in `stages_name`, then calls
+    `_build_head` and `init_weights(needs_reset=False)`.
+    """
+
+    output_fmt: Literal["NHWC"] = "NHWC"
+    stages_name: ClassVar[str] = "levels"
+    patch_embed: nn.Module
+
+    def _build_head(
+        self,
+        *,
+        channels: list[int],
+        reduction: int,
+        num_classes: int,
+        in_chans: int,
+        global_pool: str,
+        drop_rate: float,
+        norm_layer: type[nn.Module],
+        stage_norms: bool,
+        dd: dict,
+    ) -> None:
+        self.in_chans, self.num_classes, self.stage_norms = in_chans, num_classes, stage_norms
+        self.num_features = channels[-1]
+        self.feature_info = [
+            {"num_chs": c, "reduction": reduction * 2**i, "module": f"{self.stages_name}.{i}.blocks"}
+            for i, c in enumerate(channels)
+        ]
+        if stage_norms:
+            for i, c in enumerate(channels):
+                self.add_module(f"norm{i}", norm_layer(c, **dd))
+        self.norm = nn.Identity() if stage_norms else norm_layer(self.num_features, **dd)
+        self.global_pool, self.head = create_classifier(
+            self.num_features, num_classes, global_pool, input_fmt=self.output_fmt, **dd
+        )
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+    @property
+    def stages(self) -> nn.Sequential:
+        return getattr(self, self.stages_name)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Truncated normal (std 0.02) for linear layers and bias tables, zero biases, torch's own elsewhere.
+
+        Args:
+            needs_reset: also reset layers that initialised themselves when built; for models built on "meta".
+        """
+        named_apply(partial(init_weights_vit_timm, needs_reset=needs_reset), self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Relative position bias tables, as in the official recipes."""
+        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Regular expressions that order parameters by depth (layer decay, freezing)."""
+        name = self.stages_name
+        fine = [(rf"^{name}\.(\d+)\.blocks\.(\d+)", None), (rf"^{name}\.(\d+)\.downsample", (99999,))]
+        return {
+            "stem": r"^patch_embed",
+            "blocks": rf"^{name}\.(\d+)" if coarse else [*fine, (r"^norm", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The linear head, or an identity without classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New head with `num_classes` outputs (0: none) and, unless None, another pooling ("": none)."""
+        self.num_classes = num_classes
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.head = create_classifier(
+            self.num_features, num_classes, pool, input_fmt=self.output_fmt, **get_device_dtype(self)
+        )
+        self.global_pool.train(self.training)
+        self.head.train(self.training)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+    def _stage_norm(self, index: int, *, final: bool) -> nn.Module:
+        """Norm of the map that stage `index` hands out; the classifier's own only after the last one."""
+        if self.stage_norms:
+            return self.get_submodule(f"norm{index}")
+        return self.norm if final and index == len(self.feature_info) - 1 else nn.Identity()
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps of the stages before down-sampling.
+
+        Args:
+            x: images `[B, in_chans, H, W]`.
+            indices: the last n stages when an int, these stages when a list, all when None.
+            norm: apply the classifier's norm to the last stage's map.
+            stop_early: leave out stages after the last wanted one.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: return the list alone.
+
+        Returns:
+            the maps, or the output of `forward_features` and the maps.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NHWC'")
+        take, last = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        stages = self.stages[: last + 1] if stop_early else self.stages
+        x = self.patch_embed(x)
+        for i, stage in enumerate(stages):
+            x = stage.forward_blocks(x if i == 0 else stages[i - 1].downsample(x))
+            if i in take:
+                tap = self._stage_norm(i, final=norm)(x)
+                intermediates.append(tap.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else tap)
+        if intermediates_only:
+            return intermediates
+        return self._stage_norm(len(stages) - 1, final=True)(x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what `forward_intermediates` with these indices does not need; returns the indices."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        shorter = last < len(self.stages) - 1
+        if shorter:
+            setattr(self, self.stages_name, self.stages[: last + 1])
+            self.stages[-1].downsample = nn.Identity()
+            self.num_features = self.feature_info[last]["num_chs"]
+        if self.stage_norms:
+            for i in set(range(len(self.feature_info))) - set(take):
+                self.add_module(f"norm{i}", nn.Identity())
+        if prune_norm or shorter:
+            self.norm = nn.Identity()
+        if prune_head or shorter:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to the last, normalised map `[B, H', W', num_features]`."""
+        x = self.stages(self.patch_embed(x))
+        return self._stage_norm(len(self.stages) - 1, final=True)(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map to logits `[B, num_classes]`, or to pooled features `[B, head_hidden_size]` with `pre_logits`."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to logits `[B, num_classes]`."""
+        return self.forward_head(self.forward_features(x))
