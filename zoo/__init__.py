@@ -1,5 +1,8 @@
-"""Importing this package registers the models with timm: `timm.create_model("natten_dinat_s")`."""
+"""Importing this package registers the models with timm: `timm.create_model("natten_dinat_s")`.
 
-from . import dinat
+It needs torch and timm only; tasks, data and video models are imported on their own.
+"""
 
-__all__ = ["dinat"]
+from . import dinat, dinat_s, nat_isotropic
+
+__all__ = ["dinat", "dinat_s", "nat_isotropic"]

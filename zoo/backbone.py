@@ -42,8 +42,7 @@ class Backbone(nn.Module):
     def _build_head(
         self,
         *,
-        channels: list[int],
-        reduction: int,
+        feature_info: list[dict],
         num_classes: int,
         in_chans: int,
         global_pool: str,
@@ -53,14 +52,11 @@ class Backbone(nn.Module):
         dd: dict,
     ) -> None:
         self.in_chans, self.num_classes, self.stage_norms = in_chans, num_classes, stage_norms
-        self.num_features = channels[-1]
-        self.feature_info = [
-            {"num_chs": c, "reduction": reduction * 2**i, "module": f"{self.stages_name}.{i}.blocks"}
-            for i, c in enumerate(channels)
-        ]
+        self.feature_info = feature_info
+        self.num_features = feature_info[-1]["num_chs"]
         if stage_norms:
-            for i, c in enumerate(channels):
-                self.add_module(f"norm{i}", norm_layer(c, **dd))
+            for i, info in enumerate(feature_info):
+                self.add_module(f"norm{i}", norm_layer(info["num_chs"], **dd))
         self.norm = nn.Identity() if stage_norms else norm_layer(self.num_features, **dd)
         self.global_pool, self.head = create_classifier(
             self.num_features, num_classes, global_pool, input_fmt=self.output_fmt, **dd
@@ -118,6 +114,14 @@ class Backbone(nn.Module):
         self.head.train(self.training)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
+    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """The map that a stage hands out."""
+        return stage.forward_blocks(x)
+
+    def _down(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """From the map that a stage hands out to what the next one takes."""
+        return stage.downsample(x)
+
     def _stage_norm(self, index: int, *, final: bool) -> nn.Module:
         """Norm of the map that stage `index` hands out; the classifier's own only after the last one."""
         if self.stage_norms:
@@ -153,7 +157,7 @@ class Backbone(nn.Module):
         stages = self.stages[: last + 1] if stop_early else self.stages
         x = self.patch_embed(x)
         for i, stage in enumerate(stages):
-            x = stage.forward_blocks(x if i == 0 else stages[i - 1].downsample(x))
+            x = self._run(stage, x if i == 0 else self._down(stages[i - 1], x))
             if i in take:
                 tap = self._stage_norm(i, final=norm)(x)
                 intermediates.append(tap.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else tap)
@@ -169,7 +173,8 @@ class Backbone(nn.Module):
         shorter = last < len(self.stages) - 1
         if shorter:
             setattr(self, self.stages_name, self.stages[: last + 1])
-            self.stages[-1].downsample = nn.Identity()
+            if isinstance(self.stages[-1], Stage):
+                self.stages[-1].downsample = nn.Identity()
             self.num_features = self.feature_info[last]["num_chs"]
         if self.stage_norms:
             for i in set(range(len(self.feature_info))) - set(take):

@@ -9,7 +9,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -17,6 +17,8 @@ from ..layers.neighborhood import NeighborhoodAttention2d
 from .backbone import Backbone, Stage
 from .builder import build_backbone, imagenet_cfg
 from .dinat_checkpoint import checkpoint_filter_fn
+
+register_notrace_module(NeighborhoodAttention2d)  # torch.fx cannot trace its checks of shapes
 
 
 class Block(nn.Module):
@@ -186,8 +188,10 @@ class DiNAT(Backbone):
         self.patch_embed = self.stem_layer(in_chans, embed_dim, norm_layer=norm_layer, **dd)
         self.add_module(self.stages_name, nn.Sequential(*stages))
         self._build_head(
-            channels=channels,
-            reduction=4,
+            feature_info=[
+                {"num_chs": dim, "reduction": 4 * 2**i, "module": f"{self.stages_name}.{i}.blocks"}
+                for i, dim in enumerate(channels)
+            ],
             num_classes=num_classes,
             in_chans=in_chans,
             global_pool=global_pool,
@@ -276,7 +280,7 @@ def natten_nat_t(pretrained: bool = False, **kwargs) -> DiNAT:
 @register_model
 def natten_nat_s(pretrained: bool = False, **kwargs) -> DiNAT:
     """NAT-Small, trained with drop path 0.3."""
-    model_args = dict(SMALL, layer_scale=1e-5)
+    model_args = {**SMALL, "layer_scale": 1e-5}
     return _create_dinat("natten_nat_s", pretrained, **(model_args | kwargs))
 
 
@@ -290,49 +294,49 @@ def natten_nat_b(pretrained: bool = False, **kwargs) -> DiNAT:
 @register_model
 def natten_dinat_m(pretrained: bool = False, **kwargs) -> DiNAT:
     """DiNAT-Mini, trained with drop path 0.2."""
-    model_args = dict(MINI, dilations=(8, 4, 2, 1))
+    model_args = {**MINI, "dilations": (8, 4, 2, 1)}
     return _create_dinat("natten_dinat_m", pretrained, **(model_args | kwargs))
 
 
 @register_model
 def natten_dinat_t(pretrained: bool = False, **kwargs) -> DiNAT:
     """DiNAT-Tiny, trained with drop path 0.2."""
-    model_args = dict(TINY, dilations=(8, 4, 2, 1))
+    model_args = {**TINY, "dilations": (8, 4, 2, 1)}
     return _create_dinat("natten_dinat_t", pretrained, **(model_args | kwargs))
 
 
 @register_model
 def natten_dinat_s(pretrained: bool = False, **kwargs) -> DiNAT:
     """DiNAT-Small, trained with drop path 0.3."""
-    model_args = dict(SMALL, dilations=(8, 4, 2, 1))
+    model_args = {**SMALL, "dilations": (8, 4, 2, 1)}
     return _create_dinat("natten_dinat_s", pretrained, **(model_args | kwargs))
 
 
 @register_model
 def natten_dinat_b(pretrained: bool = False, **kwargs) -> DiNAT:
     """DiNAT-Base, trained with drop path 0.5."""
-    model_args = dict(BASE, dilations=(8, 4, 2, 1))
+    model_args = {**BASE, "dilations": (8, 4, 2, 1)}
     return _create_dinat("natten_dinat_b", pretrained, **(model_args | kwargs))
 
 
 @register_model
 def natten_dinat_l(pretrained: bool = False, **kwargs) -> DiNAT:
     """DiNAT-Large, fine-tuned with drop path 0.35, pre-trained with 0.2."""
-    model_args = dict(LARGE, dilations=(8, 4, 2, 1))
+    model_args = {**LARGE, "dilations": (8, 4, 2, 1)}
     return _create_dinat("natten_dinat_l", pretrained, **(model_args | kwargs))
 
 
 @register_model
 def natten_dinat_l_384(pretrained: bool = False, **kwargs) -> DiNAT:
     """DiNAT-Large with the dilations of 384x384 images."""
-    model_args = dict(LARGE, dilations=(13, 6, 3, 1))
+    model_args = {**LARGE, "dilations": (13, 6, 3, 1)}
     return _create_dinat("natten_dinat_l_384", pretrained, **(model_args | kwargs))
 
 
 @register_model
 def natten_dinat_l_11x11_384(pretrained: bool = False, **kwargs) -> DiNAT:
     """DiNAT-Large with 11x11 windows, for 384x384 images."""
-    model_args = dict(LARGE, window=11, dilations=(8, 4, 2, 1))
+    model_args = {**LARGE, "window": 11, "dilations": (8, 4, 2, 1)}
     return _create_dinat("natten_dinat_l_11x11_384", pretrained, **(model_args | kwargs))
 
 
