@@ -1,0 +1,49 @@
+"""Getting one file from the Hugging Face hub, through its own client (tokens, mirrors and its cache work as usual)."""
+
+import re
+import shutil
+from pathlib import Path
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+from .errors import Unavailable, WeightsError
+from .manifest import Mirror
+from .transfer import NO_SPACE, Transfer, check_url
+
+
+def download_from_hub(mirror: Mirror, scratch: Path, *, transfer: Transfer) -> tuple[Path, str | None]:
+    """Downloads below `scratch` and returns the file and the SHA-256 that the hub states for it, if any.
+
+    The client resumes and checks the length but does not hash what it downloaded; the caller does. A mirror that names
+    no commit is resolved to one first, so that hash and file belong together.
+
+    Raises:
+        Unavailable: the hub does not deliver. WeightsError: its address is not https, or the disk is full.
+    """
+    repo, _, commit = str(mirror.hub).partition("@")
+    endpoint = transfer.hub_endpoint or constants.ENDPOINT
+    check_url(endpoint, transfer)
+    try:
+        address = hf_hub_url(repo, mirror.file, revision=commit or None, endpoint=endpoint)
+        metadata = get_hf_file_metadata(address, timeout=transfer.timeout, endpoint=endpoint)
+        revision = commit or metadata.commit_hash
+        path = hf_hub_download(repo, mirror.file, revision=revision, local_dir=scratch, endpoint=endpoint)
+    except Exception as error:  # the client's own, and those of whichever HTTP library its version uses
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise WeightsError(
+                f"could not fetch {mirror.location}: no space left in {scratch}; free some, or set FOVEAL_HOME or pass "
+                "cache_dir= to a larger disk"
+            ) from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Unavailable(f"could not fetch {mirror.location}: {reason}") from error
+    # Large files are stored under their SHA-256, which the hub sends as their ETag; small ones under a git hash.
+    etag = metadata.etag or ""
+    return Path(path), etag if re.fullmatch("[0-9a-f]{64}", etag) else None
+
+
+def find_in_hub_cache(mirror: Mirror) -> Path | None:
+    """The file in the hub client's own cache (another program may have fetched it), or None."""
+    repo, _, commit = str(mirror.hub).partition("@")
+    found = try_to_load_from_cache(repo, mirror.file, revision=commit or None)
+    return Path(found) if isinstance(found, str) else None
