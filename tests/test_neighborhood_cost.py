@@ -7,7 +7,7 @@ from math import prod
 
 import pytest
 import torch
-from foveal.kernels.neighborhood import cost, geometry, make_axes
+from foveal.kernels.neighborhood import cost, geometry, make_axes, simulator
 
 CASES = [
     # shape, window, query tile, key tile, aligned, FLOP bound, tile bound, efficiency %, interior %
@@ -40,7 +40,7 @@ def as_shown(value: float, shown: float) -> bool:
 @pytest.mark.parametrize("shape, window, rows, columns, aligned, flop_bound, bound, efficiency, interior", CASES)
 def test_tile_counts_of_known_cases(shape, window, rows, columns, aligned, flop_bound, bound, efficiency, interior):
     axes = make_axes(shape, window=window)
-    tiling = cost.simulate(axes, rows, columns, aligned=aligned)
+    tiling = simulator.simulate(axes, rows, columns, aligned=aligned)
     assert as_shown(prod(shape) ** 2 / cost.visible_pairs(axes), flop_bound)
     assert as_shown(tiling.speedup_bound, bound)
     assert as_shown(100 * tiling.efficiency, efficiency)
@@ -49,7 +49,7 @@ def test_tile_counts_of_known_cases(shape, window, rows, columns, aligned, flop_
 
 @pytest.mark.parametrize("tile, aligned, bound, efficiency", DILATED)
 def test_tile_counts_of_dilation_groups(tile, aligned, bound, efficiency):
-    tiling = cost.simulate(make_axes((56, 56), window=7, dilation=8), tile, tile, aligned=aligned)
+    tiling = simulator.simulate(make_axes((56, 56), window=7, dilation=8), tile, tile, aligned=aligned)
     assert as_shown(tiling.speedup_bound, bound) and as_shown(100 * tiling.efficiency, efficiency)
 
 
@@ -97,7 +97,7 @@ def test_tile_counts_equal_those_of_the_mask(rank, longest, repeats, aligned, in
     for _ in range(repeats):
         axes = random_axes(rng, rank, longest)
         rows, columns = (tuple(rng.choice((1, 2, 3, 4, 8)) for _ in axes) for _ in range(2))
-        tiling = cost.simulate(axes, rows, columns, aligned=aligned, inverse=inverse)
+        tiling = simulator.simulate(axes, rows, columns, aligned=aligned, inverse=inverse)
         expected = counted_by_mask(axes, rows, columns, aligned, inverse)
         assert (tiling.row_tiles, tiling.visited, tiling.interior) == expected, (axes, rows, columns)
         assert tiling.pairs == int(geometry.mask(axes).sum()) <= tiling.computed
@@ -124,8 +124,8 @@ def test_flops_equal_those_of_dense_attention_when_the_window_is_the_grid():
 
 def test_extra_keys_add_a_dense_strip_of_tiles():
     axes = make_axes((56, 56), window=7)
-    without = cost.simulate(axes, (8, 8), (8, 8))
-    with_text = cost.simulate(axes, (8, 8), (8, 8), extra=77)
+    without = simulator.simulate(axes, (8, 8), (8, 8))
+    with_text = simulator.simulate(axes, (8, 8), (8, 8), extra=77)
     assert with_text.visited - without.visited == 2 * without.row_tiles
     assert with_text.interior - without.interior == 1 * without.row_tiles
     assert with_text.pairs - without.pairs == 56 * 56 * 77
@@ -148,7 +148,7 @@ def test_bytes_count_every_operand_once():
 
 def test_ranked_tiles_are_the_best_of_all():
     axes = make_axes((30, 48, 80), window=(18, 24, 24), stride=(16, 8, 8))
-    ranked = cost.rank_tiles(axes, row_tokens=32, column_tokens=16)
+    ranked = simulator.rank_tiles(axes, row_tokens=32, column_tokens=16)
     assert len(ranked) == 21 * 15  # ways to write 2^5 and 2^4 as three powers of two
     assert [t.visited for t in ranked] == sorted(t.visited for t in ranked)
     assert all(prod(t.rows) == 32 and prod(t.columns) == 16 for t in ranked)
@@ -157,10 +157,10 @@ def test_ranked_tiles_are_the_best_of_all():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda axes: cost.simulate(axes, (8,), (8, 8)), "rows=(8,)"),
-        (lambda axes: cost.simulate(axes, (8, 8), (8, 0)), "columns=(8, 0)"),
-        (lambda axes: cost.simulate(axes, (8, 8), (8, 8), inverse=True, extra=4), "extra=4"),
-        (lambda axes: cost.rank_tiles(axes, row_tokens=48), "row_tokens=48"),
+        (lambda axes: simulator.simulate(axes, (8,), (8, 8)), "rows=(8,)"),
+        (lambda axes: simulator.simulate(axes, (8, 8), (8, 0)), "columns=(8, 0)"),
+        (lambda axes: simulator.simulate(axes, (8, 8), (8, 8), inverse=True, extra=4), "extra=4"),
+        (lambda axes: simulator.rank_tiles(axes, row_tokens=48), "row_tokens=48"),
     ],
 )
 def test_wrong_tiles_are_refused(call, words):
@@ -169,12 +169,12 @@ def test_wrong_tiles_are_refused(call, words):
 
 
 def test_command_prints_the_table(capsys):
-    cost.main(["--shape", "256", "256", "--window", "80", "--query-tile", "16", "8", "--heads", "24"])
+    simulator.main(["--shape", "256", "256", "--window", "80", "--query-tile", "16", "8", "--heads", "24"])
     printed = capsys.readouterr().out
     assert "10.24×" in printed and "16×8" in printed and "64%" in printed and "8.3×" in printed
 
 
 def test_command_refuses_a_window_longer_than_the_axis(capsys):
     with pytest.raises(SystemExit):
-        cost.main(["--shape", "8", "--window", "9"])
+        simulator.main(["--shape", "8", "--window", "9"])
     assert "window=9 on axis 0" in capsys.readouterr().err
