@@ -1,0 +1,60 @@
+"""The synthetic weights and images with which the outputs in `goldens/` were recorded: functions of names and shapes.
+
+Scheme "v1" draws everything small, so attention is nearly uniform and a wrong bias hardly shows; "v2" scales by fan-in,
+with attention far from uniform, and is the real test.
+"""
+
+import zlib
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def value(key: str, shape: tuple[int, ...], scheme: str) -> np.ndarray:
+    """The recorded weights of one parameter or running statistic: float32, drawn from a seed that hashes its name."""
+    leaf = key.rsplit(".", 1)[-1]
+    if leaf == "num_batches_tracked":
+        return np.zeros(shape, np.int64)
+    x = np.random.RandomState(zlib.crc32(key.encode()) & 0x7FFFFFFF).standard_normal(shape)
+    hot = scheme == "v2"
+    if leaf == "running_var":
+        y = np.abs(x) * 0.2 + 0.5 if hot else np.abs(x) * 0.1 + 1
+    elif leaf == "running_mean":
+        y = (0.1 if hot else 0.02) * x
+    elif leaf == "weight" and len(shape) == 1:
+        y = 1 + (0.1 if hot else 0.02) * x
+    elif leaf.startswith("gamma"):
+        y = (0.5 if hot else 0.1) * (1 + 0.1 * x)
+    elif not hot:
+        y = 0.02 * x
+    elif leaf == "weight":
+        depthwise = len(shape) == 4 and shape[1] == 1
+        y = x / np.sqrt(np.prod(shape[1:])) * (0.3 if depthwise else 1.0)
+    else:
+        y = (0.1 if leaf == "bias" else 0.5) * x
+    return y.astype(np.float32)
+
+
+def load_synthetic(model: nn.Module, scheme: str) -> nn.Module:
+    """Give `model`, built with official names, the recorded weights."""
+    state = {k: torch.from_numpy(value(k, tuple(v.shape), scheme)).to(v.dtype) for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def image_a(shape: tuple[int, ...]) -> torch.Tensor:
+    """Unit noise, float32."""
+    return torch.from_numpy(np.random.RandomState(0).standard_normal(shape).astype(np.float32))
+
+
+def image_b(shape: tuple[int, ...]) -> torch.Tensor:
+    """Unit noise on a strong low-frequency pattern that differs per channel and sample, float32."""
+    batch, channels, height, width = shape
+    x = np.random.RandomState(1).standard_normal(shape)
+    y_grid, x_grid = np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
+    for n in range(batch):
+        for c in range(channels):
+            wave = np.sin(2 * np.pi * ((c + 1) * y_grid + (n + 2) * x_grid + 0.1 * c))
+            x[n, c] += 1.5 * wave + (x_grid - y_grid)
+    return torch.from_numpy(x.astype(np.float32))
