@@ -51,6 +51,11 @@ def _describe(axes: tuple[Axis, ...]) -> str:
     return ", ".join(parts)
 
 
+def _check_rank(shape: Sequence[int]) -> None:
+    if not 1 <= len(shape) <= 3:
+        raise ValueError(f"shape={tuple(shape)} must have 1 to 3 axes")
+
+
 def _check_query(query: Sequence[int] | int, axes: tuple[Axis, ...]) -> tuple[int, ...]:
     query = (query,) if isinstance(query, int) else tuple(query)
     if len(query) != len(axes) or not all(0 <= q < axis.length for q, axis in zip(query, axes, strict=True)):
@@ -232,8 +237,7 @@ def plot_receptive_field(
     from matplotlib import rc_context
 
     axes = make_axes(shape, window=window, stride=stride, dilation=dilation, causal=causal)
-    if not 1 <= len(axes) <= 3:
-        raise ValueError(f"shape={tuple(shape)} must have 1 to 3 axes")
+    _check_rank(shape)
     centre = tuple(axis.length // 2 for axis in axes)
     chosen = centre if query is None else _check_query(query, axes)
     with rc_context(FONT):
@@ -320,6 +324,7 @@ def plot_composed_receptive_field(
 
     if not layers:
         raise ValueError("layers must hold at least one layer")
+    _check_rank(shape)
     stack = [make_axes(shape, **layer) for layer in layers]
     chosen = _check_query(tuple(n // 2 for n in shape) if query is None else query, stack[0])
     shares = composed_weights(stack, chosen)
@@ -343,7 +348,7 @@ def plot_composed_receptive_field(
             ax.set_title(f"{name}: {100 * reached:.3g} % of tokens")
             if len(shape) == 1:
                 ax.set_yticks([])
-        figure.colorbar(heats[-1], ax=panels, shrink=0.8, pad=0.02, label="share in the output")
+        figure.colorbar(heats[-1], ax=panels, shrink=0.8, pad=0.02, label="share in the output, largest = 1")
         figure.suptitle(_describe_stack(stack, chosen), fontsize=10, fontweight="bold")
         return _save(figure, path)
 
