@@ -8,6 +8,7 @@ n = ceil((L - g) / d) positions. Rules: arXiv:2504.16922 (window, stride, causal
 and, through `triton.jit`, the kernels.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -130,3 +131,36 @@ def visible_pairs(axes: tuple[Axis, ...]) -> int:
     for axis in axes:
         pairs *= int(key_counts(axis).sum())
     return pairs
+
+
+class TileWalk(NamedTuple):
+    """What a kernel visits on one axis, summed over its dilation groups.
+
+    Attributes:
+        rows: row tiles.
+        visited: (row tile, column tile) pairs that a walk from the first visible column on visits.
+        inner: those among them in which every row sees every column.
+    """
+
+    rows: int
+    visited: int
+    inner: int
+
+
+@lru_cache(maxsize=4096)
+def tile_walk(axis: Axis, rows: int, columns: int, *, inverse: bool = False) -> TileWalk:
+    """Tiles of `rows` queries and the tiles of `columns` keys that they touch; with `inverse`, of keys and queries."""
+    bounds = inverse_bounds if inverse else window_bounds
+    total, visited, inner = 0, 0, 0
+    for group, groups in (
+        (0, axis.length % axis.dilation),
+        (axis.dilation - 1, axis.dilation - axis.length % axis.dilation),
+    ):
+        n = group_length(axis.length, axis.dilation, group)
+        for first in range(0, n, rows) if groups else ():
+            lo_first, hi_first = bounds(first, n, axis.window, axis.stride, axis.causal)
+            lo_last, hi_last = bounds(min(first + rows, n) - 1, n, axis.window, axis.stride, axis.causal)
+            total += groups
+            visited += groups * -(-(hi_last - lo_first) // columns)
+            inner += groups * max((hi_first - lo_first) // columns - -(-(lo_last - lo_first) // columns), 0)
+    return TileWalk(total, visited, inner)

@@ -1,0 +1,327 @@
+"""Backward kernels of neighborhood attention. No atomics: every gradient is summed by one program in a fixed order.
+
+With P = exp(S - lse) and delta = rowsum(dO * O) - dlse, dS = P * (dO V^T - delta) (arXiv:2205.14135, appendix B.4).
+`query_kernel` walks the windows for dQ and leaves delta behind, `key_kernel` walks the inverse windows for dK and dV and
+computes transposed tiles directly, since the transpose of an MMA result is miscompiled on Hopper by some Triton releases.
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import LOG2E, logits_tile
+from .tile import (
+    bounds,
+    describe,
+    group_view,
+    inside,
+    load_extra,
+    load_tile,
+    local,
+    offset,
+    program,
+    row_bounds,
+    shift,
+    spans,
+    tile_count,
+    tile_origin,
+)
+
+
+@triton.jit
+def query_step(dq, q, do, lse2, delta, s, k, v, factor, PRECISION: tl.constexpr):
+    """Add the contribution of a tile of keys to dQ / scale; `lse2` is the base-2 log-sum-exp."""
+    p = tl.exp2(s * factor - lse2[:, None])
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def query_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, do_ptr, do_strides,
+    lse_ptr, lse_strides, dlse_ptr, dlse_strides, delta_ptr, dq_ptr,
+    bias_ptr, extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
+    lengths, heads, extra, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, EXTRA_KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
+    BIAS: tl.constexpr, EXTRA: tl.constexpr, INNER: tl.constexpr, BORDER: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):
+    """dQ, and delta for the other kernels. `delta` has the strides of lse, dQ those of out; see `forward_kernel`."""
+    batch, head, group, n, first = program(tl.program_id(0), lengths, heads, QUERIES, DILATION)
+    if (first[0] >= n[0]) | (first[1] >= n[1]) | (first[2] >= n[2]):
+        return
+    q_ptr, q_sp = group_view(q_ptr, q_strides, batch, head, group, DILATION, WIDE)
+    k_ptr, k_sp = group_view(k_ptr, k_strides, batch, head // GROUP, group, DILATION, WIDE)
+    v_ptr, v_sp = group_view(v_ptr, v_strides, batch, head // GROUP, group, DILATION, WIDE)
+    out_ptr, out_sp = group_view(out_ptr, out_strides, batch, head, group, DILATION, WIDE)
+    dq_ptr, _ = group_view(dq_ptr, out_strides, batch, head, group, DILATION, WIDE)
+    do_ptr, do_sp = group_view(do_ptr, do_strides, batch, head, group, DILATION, WIDE)
+    lse_ptr, lse_sp = group_view(lse_ptr, lse_strides, batch, head, group, DILATION, WIDE)
+    dlse_ptr, dlse_sp = group_view(dlse_ptr, dlse_strides, batch, head, group, DILATION, WIDE)
+    delta_ptr, _ = group_view(delta_ptr, lse_strides, batch, head, group, DILATION, WIDE)
+    k_desc, v_desc = k_ptr, v_ptr
+    if DESCRIPTOR:
+        k_desc = describe(k_ptr, k_sp, n, D, KEYS, BLOCK_D)
+        v_desc = describe(v_ptr, v_sp, n, D, KEYS, BLOCK_D)
+
+    q_steps, k_steps = local(QUERIES), local(KEYS)
+    row = shift(first, q_steps)
+    keep = inside(row, n)
+    q = load_tile(q_ptr, q_ptr, first, q_steps, q_sp, q_strides[5], n, D, QUERIES, BLOCK_D, False, True)
+    do = load_tile(do_ptr, do_ptr, first, q_steps, do_sp, do_strides[5], n, D, QUERIES, BLOCK_D, False, True)
+    out = load_tile(out_ptr, out_ptr, first, q_steps, out_sp, 1, n, D, QUERIES, BLOCK_D, False, True)
+    lse2 = tl.load(lse_ptr + offset(row, lse_sp), mask=keep, other=float("inf")) * LOG2E
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    delta -= tl.load(dlse_ptr + offset(row, dlse_sp), mask=keep, other=0.0)
+    tl.store(delta_ptr + offset(row, lse_sp), delta, mask=keep)
+
+    lo, hi = row_bounds(row, n, WINDOW, STRIDE, CAUSAL, False)
+    BIAS_STRIDES: tl.constexpr = ((2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1), 2 * WINDOW[2] - 1, 1)
+    bias_row = row[0]
+    factor = scale * LOG2E
+    if BIAS:
+        bias_ptr += head * (2 * WINDOW[0] - 1) * BIAS_STRIDES[0]
+        bias_row = offset((WINDOW[0] - 1 - row[0], WINDOW[1] - 1 - row[1], WINDOW[2] - 1 - row[2]), BIAS_STRIDES)
+        factor = LOG2E
+
+    starts, counts, inner, inner_counts = spans(first, n, QUERIES, KEYS, WINDOW, STRIDE, CAUSAL, False)
+
+    dq = tl.zeros([QUERIES[0] * QUERIES[1] * QUERIES[2], BLOCK_D], tl.float32)
+    for MASKED in tl.static_range(1 - INNER, 1 + BORDER):
+        for t in tl.range(0, tile_count(counts, inner_counts, MASKED), num_stages=STAGES):
+            origin = tile_origin(t, starts, counts, inner, inner_counts, KEYS, MASKED, INNER)
+            column = shift(origin, k_steps)
+            k = load_tile(k_ptr, k_desc, origin, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
+            v = load_tile(v_ptr, v_desc, origin, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
+            s = logits_tile(
+                q, k, column, lo, hi, bias_ptr, bias_row, scale,
+                QUERIES, KEYS, BIAS, BIAS_STRIDES, MASKED, PRECISION,
+            )
+            dq = query_step(dq, q, do, lse2, delta, s, k, v, factor, PRECISION)
+    if EXTRA:
+        extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + (head // GROUP).to(tl.int64) * extra_k_strides[2]
+        extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + (head // GROUP).to(tl.int64) * extra_v_strides[2]
+        for e in tl.range(0, extra, EXTRA_KEYS):
+            k = load_extra(extra_k_ptr, extra_k_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
+            v = load_extra(extra_v_ptr, extra_v_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = tl.where((e + tl.arange(0, EXTRA_KEYS) < extra)[None, :], s * (scale * LOG2E), float("-inf"))
+            dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
+
+    d = tl.arange(0, BLOCK_D)
+    dq = (dq * scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptr + offset(row, out_sp)[:, None] + d[None, :], dq, mask=keep[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def key_step(dk, dv, q, do, lse2, delta, st, v, factor, PRECISION: tl.constexpr):
+    """Add the contribution of a tile of queries to dK / scale and dV from transposed logits `[keys, queries]`."""
+    pt = tl.exp2(st * factor - lse2[None, :])
+    dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)
+    dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    dst = pt * (dpt - delta[None, :])
+    dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def key_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides,
+    lse_ptr, lse_strides, delta_ptr, dk_ptr, dv_ptr, dk_strides, bias_ptr,
+    lengths, key_heads, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
+    BIAS: tl.constexpr, INNER: tl.constexpr, BORDER: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):
+    """dK and dV of a tile of keys, over the queries that see it, of every query head that shares the key head."""
+    batch, key_head, group, n, first = program(tl.program_id(0), lengths, key_heads, KEYS, DILATION)
+    if (first[0] >= n[0]) | (first[1] >= n[1]) | (first[2] >= n[2]):
+        return
+    k_ptr, k_sp = group_view(k_ptr, k_strides, batch, key_head, group, DILATION, WIDE)
+    v_ptr, v_sp = group_view(v_ptr, v_strides, batch, key_head, group, DILATION, WIDE)
+    k_steps, q_steps = local(KEYS), local(QUERIES)
+    row = shift(first, k_steps)
+    k = load_tile(k_ptr, k_ptr, first, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, False, True)
+    v = load_tile(v_ptr, v_ptr, first, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, False, True)
+
+    lo, hi = row_bounds(row, n, WINDOW, STRIDE, CAUSAL, True)
+    TABLE_STRIDES: tl.constexpr = ((2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1), 2 * WINDOW[2] - 1, 1)
+    BIAS_STRIDES: tl.constexpr = (-(2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1), -(2 * WINDOW[2] - 1), -1)
+    bias_row = row[0]
+    factor = scale * LOG2E
+    if BIAS:
+        bias_row = offset((WINDOW[0] - 1 + row[0], WINDOW[1] - 1 + row[1], WINDOW[2] - 1 + row[2]), TABLE_STRIDES)
+        factor = LOG2E
+
+    starts, counts, inner, inner_counts = spans(first, n, KEYS, QUERIES, WINDOW, STRIDE, CAUSAL, True)
+
+    dk = tl.zeros([KEYS[0] * KEYS[1] * KEYS[2], BLOCK_D], tl.float32)
+    dv = tl.zeros([KEYS[0] * KEYS[1] * KEYS[2], BLOCK_D], tl.float32)
+    for g in range(GROUP):
+        head = key_head * GROUP + g
+        head_q, q_sp = group_view(q_ptr, q_strides, batch, head, group, DILATION, WIDE)
+        head_do, do_sp = group_view(do_ptr, do_strides, batch, head, group, DILATION, WIDE)
+        head_lse, lse_sp = group_view(lse_ptr, lse_strides, batch, head, group, DILATION, WIDE)
+        head_delta, _ = group_view(delta_ptr, lse_strides, batch, head, group, DILATION, WIDE)
+        head_bias = bias_ptr
+        if BIAS:
+            head_bias = bias_ptr + head * (2 * WINDOW[0] - 1) * TABLE_STRIDES[0]
+        q_desc, do_desc = head_q, head_do
+        if DESCRIPTOR:
+            q_desc = describe(head_q, q_sp, n, D, QUERIES, BLOCK_D)
+            do_desc = describe(head_do, do_sp, n, D, QUERIES, BLOCK_D)
+        for MASKED in tl.static_range(1 - INNER, 1 + BORDER):
+            for t in tl.range(0, tile_count(counts, inner_counts, MASKED), num_stages=STAGES):
+                origin = tile_origin(t, starts, counts, inner, inner_counts, QUERIES, MASKED, INNER)
+                column = shift(origin, q_steps)
+                q = load_tile(
+                    head_q, q_desc, origin, q_steps, q_sp, q_strides[5], n, D, QUERIES, BLOCK_D, DESCRIPTOR, MASKED
+                )
+                do = load_tile(
+                    head_do, do_desc, origin, q_steps, do_sp, do_strides[5], n, D, QUERIES, BLOCK_D, DESCRIPTOR, MASKED
+                )
+                keep = inside(column, n)
+                lse2 = tl.load(head_lse + offset(column, lse_sp), mask=keep, other=float("inf")) * LOG2E
+                delta = tl.load(head_delta + offset(column, lse_sp), mask=keep, other=0.0)
+                st = logits_tile(
+                    k, q, column, lo, hi, head_bias, bias_row, scale,
+                    KEYS, QUERIES, BIAS, BIAS_STRIDES, MASKED, PRECISION,
+                )
+                dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, factor, PRECISION)
+
+    keep = inside(row, n)
+    d = tl.arange(0, BLOCK_D)
+    dk_ptr, dk_sp = group_view(dk_ptr, dk_strides, batch, key_head, group, DILATION, WIDE)
+    dv_ptr, _ = group_view(dv_ptr, dk_strides, batch, key_head, group, DILATION, WIDE)
+    where = offset(row, dk_sp)[:, None] + d[None, :]
+    store = keep[:, None] & (d < D)[None, :]
+    tl.store(dk_ptr + where, (dk * scale).to(dk_ptr.dtype.element_ty), mask=store)
+    tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=store)
+
+
+@triton.jit
+def token(t, lengths):
+    """Grid coordinates of flat tokens."""
+    return t // lengths[2] // lengths[1], t // lengths[2] % lengths[1], t % lengths[2]
+
+
+@triton.jit
+def extra_kernel(
+    q_ptr, q_strides, do_ptr, do_strides, lse_ptr, delta_ptr, lse_strides,
+    extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, dk_ptr, dv_ptr,
+    lengths, batches, key_heads, extra, chunk, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, EXTRA_KEYS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):
+    """Partial gradients `[chunks, B, extra, key heads, D]` (float32) of the extra keys and values.
+
+    Every query sees every extra key, so a program takes a block of extra keys and one chunk of all tokens.
+    """
+    blocks = tl.cdiv(extra, EXTRA_KEYS)
+    pid = tl.program_id(0)
+    first = pid % blocks * EXTRA_KEYS
+    key_head = pid // blocks % key_heads
+    batch = pid // blocks // key_heads % batches
+    part = pid // blocks // key_heads // batches
+    tokens = lengths[0] * lengths[1] * lengths[2]
+
+    extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + key_head.to(tl.int64) * extra_k_strides[2]
+    extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + key_head.to(tl.int64) * extra_v_strides[2]
+    k = load_extra(extra_k_ptr, extra_k_strides, first, extra, D, EXTRA_KEYS, BLOCK_D)
+    v = load_extra(extra_v_ptr, extra_v_strides, first, extra, D, EXTRA_KEYS, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)
+    dk = tl.zeros([EXTRA_KEYS, BLOCK_D], tl.float32)
+    dv = tl.zeros([EXTRA_KEYS, BLOCK_D], tl.float32)
+    for g in range(GROUP):
+        head = key_head * GROUP + g
+        end = tl.minimum(part * chunk + chunk, tokens)
+        for begin in tl.range(part * chunk, end, QUERIES, num_stages=STAGES):
+            t = begin + tl.arange(0, QUERIES)
+            keep = t < end
+            query = token(t, lengths)
+            load = keep[:, None] & (d < D)[None, :]
+            q = row_vectors(q_ptr, q_strides, batch, query, head, d, load).to(tl.float32)
+            do = row_vectors(do_ptr, do_strides, batch, query, head, d, load).to(tl.float32)
+            place = row_offset(lse_strides, batch, query, head)
+            lse2 = tl.load(lse_ptr + place, mask=keep, other=float("inf")) * LOG2E
+            delta = tl.load(delta_ptr + place, mask=keep, other=0.0)
+            st = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, scale * LOG2E, PRECISION)
+
+    e = first + tl.arange(0, EXTRA_KEYS)
+    base = (part.to(tl.int64) * batches + batch) * extra
+    where = ((base + e) * key_heads + key_head)[:, None] * D + d[None, :]
+    store = (e < extra)[:, None] & (d < D)[None, :]
+    tl.store(dk_ptr + where, dk * scale, mask=store)
+    tl.store(dv_ptr + where, dv, mask=store)
+
+
+@triton.jit
+def bias_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides, lse_ptr, delta_ptr, lse_strides,
+    bias_ptr, partial_ptr, lengths, batches, heads, chunk, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
+):
+    """Partial table gradients `[chunks, heads, table]` (float32): a program takes one table entry, that is one offset
+    from query to key, and one chunk of all queries of all batches."""
+    NY: tl.constexpr = 2 * WINDOW[1] - 1
+    NZ: tl.constexpr = 2 * WINDOW[2] - 1
+    TABLE: tl.constexpr = (2 * WINDOW[0] - 1) * NY * NZ
+    pid = tl.program_id(0)
+    entry = pid % TABLE
+    head = pid // TABLE % heads
+    part = pid // TABLE // heads
+    ox, oy, oz = entry // (NY * NZ) - WINDOW[0] + 1, entry // NZ % NY - WINDOW[1] + 1, entry % NZ - WINDOW[2] + 1
+    bias = tl.load(bias_ptr + head * TABLE + entry).to(tl.float32)
+    tokens = lengths[0] * lengths[1] * lengths[2]
+    total = tl.cast(batches, tl.int64) * tokens
+    d = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([QUERIES], tl.float32)
+    for begin in range(0, chunk, QUERIES):
+        t = part.to(tl.int64) * chunk + begin + tl.arange(0, QUERIES)
+        batch = t // tokens
+        query = token((t % tokens).to(tl.int32), lengths)
+        see = (begin + tl.arange(0, QUERIES) < chunk) & (t < total)
+        see &= sees(query[0], ox, lengths[0], 0, WINDOW, STRIDE, DILATION, CAUSAL)
+        see &= sees(query[1], oy, lengths[1], 1, WINDOW, STRIDE, DILATION, CAUSAL)
+        see &= sees(query[2], oz, lengths[2], 2, WINDOW, STRIDE, DILATION, CAUSAL)
+        key = shift(query, (ox * DILATION[0], oy * DILATION[1], oz * DILATION[2]))
+        load = see[:, None] & (d < D)[None, :]
+        q = row_vectors(q_ptr, q_strides, batch, query, head, d, load).to(tl.float32)
+        k = row_vectors(k_ptr, k_strides, batch, key, head // GROUP, d, load).to(tl.float32)
+        v = row_vectors(v_ptr, v_strides, batch, key, head // GROUP, d, load).to(tl.float32)
+        do = row_vectors(do_ptr, do_strides, batch, query, head, d, load).to(tl.float32)
+        place = row_offset(lse_strides, batch, query, head)
+        lse = tl.load(lse_ptr + place, mask=see, other=float("inf"))
+        delta = tl.load(delta_ptr + place, mask=see, other=0.0)
+        p = tl.exp2((tl.sum(q * k, 1) * scale + bias - lse) * LOG2E)
+        acc += tl.where(see, p * (tl.sum(do * v, 1) - delta), 0.0)
+    tl.store(partial_ptr + (part.to(tl.int64) * heads + head) * TABLE + entry, tl.sum(acc, 0))
+
+
+@triton.jit
+def sees(query, step, length, A: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr):
+    """Whether queries at grid coordinates of axis `A` see the key `step` positions further in their group."""
+    group = query % DILATION[A]
+    position = query // DILATION[A]
+    lo, hi = bounds(position, (length - group + DILATION[A] - 1) // DILATION[A], A, WINDOW, STRIDE, CAUSAL, False)
+    return (position + step >= lo) & (position + step < hi)
+
+
+@triton.jit
+def row_offset(strides, batch, position, head):
+    """Element offsets of tokens, 64 bits; `strides` of `[B, X, Y, Z, heads, …]`."""
+    where = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4]
+    return where + position[0].to(tl.int64) * strides[1] + position[1].to(tl.int64) * strides[2] + position[2].to(tl.int64) * strides[3]
+
+
+@triton.jit
+def row_vectors(ptr, strides, batch, position, head, d, mask):
+    """Vectors `[tokens, BLOCK_D]` of tokens, zero where masked; `strides` of `[B, X, Y, Z, heads, head_dim]`."""
+    pointers = ptr + row_offset(strides, batch, position, head)[:, None] + (d * strides[5])[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)

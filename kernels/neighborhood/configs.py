@@ -1,0 +1,155 @@
+"""Tile sizes and launch parameters of the neighborhood kernels.
+
+How many tokens a tile holds comes from a pinned table by kernel, head dim and element size; its shape is the split of
+that number over the axes that visits the fewest (query, key) pairs. Nothing here depends on timing, so a call always
+takes the same kernel.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from math import prod
+from typing import Literal, NamedTuple
+
+from .geometry import Axis, tile_walk
+
+Kernel = Literal["forward", "query", "key"]
+MIN_TILE = 16  # tokens; the smallest side of a matrix instruction
+
+
+class Size(NamedTuple):
+    """Tokens of a query and a key tile, warps per program and depth of the load pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Config(NamedTuple):
+    """How one kernel is launched.
+
+    Attributes:
+        queries, keys: tile of queries and of keys along the three axes, powers of two.
+        warps: warps per program.
+        stages: depth of the load pipeline.
+        descriptor: whether tensor descriptors (TMA) address the tiles that are walked.
+        inner: whether any walked tile is wholly visible; such tiles skip the mask.
+        border: whether any walked tile is not.
+        wide: whether offsets inside a batch and head take 64 bits.
+    """
+
+    queries: tuple[int, int, int]
+    keys: tuple[int, int, int]
+    warps: int
+    stages: int
+    descriptor: bool
+    inner: bool
+    border: bool
+    wide: bool
+
+
+# (kernel, element bytes) -> {head dim up to: sizes}. Several sizes stand for small and large windows.
+SIZES: dict[tuple[Kernel, int], dict[int, tuple[Size, ...]]] = {
+    ("forward", 2): {
+        64: (Size(128, 64, 4, 3), Size(64, 64, 4, 3), Size(64, 32, 4, 3)),
+        128: (Size(128, 64, 8, 3), Size(64, 64, 4, 3)),
+        256: (Size(64, 32, 8, 2),),
+    },
+    ("query", 2): {
+        64: (Size(128, 64, 8, 2), Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
+        128: (Size(64, 64, 8, 2),),
+        256: (Size(64, 32, 8, 1),),
+    },
+    ("key", 2): {
+        64: (Size(64, 128, 8, 2), Size(64, 64, 4, 2), Size(32, 64, 4, 2)),
+        128: (Size(32, 64, 8, 2),),
+        256: (Size(32, 64, 8, 1),),
+    },
+    ("forward", 4): {
+        64: (Size(64, 32, 4, 2), Size(32, 32, 4, 2)),
+        128: (Size(32, 32, 4, 2),),
+        256: (Size(16, 16, 4, 1),),
+    },
+    ("query", 4): {64: (Size(32, 32, 4, 2),), 128: (Size(32, 32, 8, 1),), 256: (Size(16, 16, 8, 1),)},
+    ("key", 4): {64: (Size(32, 32, 4, 2),), 128: (Size(32, 32, 8, 1),), 256: (Size(16, 16, 8, 1),)},
+}
+TILE_OVERHEAD = 4096  # (query, key) pairs that the fixed work of one visited tile is worth
+
+_overrides: dict[str, object] = {}
+
+
+@contextmanager
+def override(**fields) -> Iterator[None]:
+    """Force fields of every `Config`, or `size=Size(…)`, inside the block: for tuning and for tests of rare paths.
+
+    Raises:
+        TypeError: a name that is neither.
+    """
+    unknown = set(fields) - {*Config._fields, "size"}
+    if unknown:
+        raise TypeError(f"override() got {sorted(unknown)}; accepted: {[*Config._fields, 'size']}")
+    before = dict(_overrides)
+    _overrides.update(fields)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+def block_d(head_dim: int) -> int:
+    """Head dim as the kernels hold it: the next power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def splits(tokens: int, rank: int) -> list[tuple[int, ...]]:
+    """All ways to split a power of two over `rank` axes."""
+    if rank == 1:
+        return [(tokens,)]
+    return [(1 << i, *rest) for i in range(tokens.bit_length()) for rest in splits(tokens >> i, rank - 1)]
+
+
+@lru_cache(maxsize=4096)
+def shapes(kernel: Kernel, axes: tuple[Axis, ...], size: Size) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """The cheapest tile shapes of `size`: estimated cost in pairs, query tile, key tile."""
+    inverse = kernel == "key"
+    best = None
+    for queries in splits(size.queries, len(axes)):
+        for keys in splits(size.keys, len(axes)):
+            rows, columns = (keys, queries) if inverse else (queries, keys)
+            walks = [tile_walk(a, r, c, inverse=inverse) for a, r, c in zip(axes, rows, columns, strict=True)]
+            visited, tiles = prod(w.visited for w in walks), prod(w.rows for w in walks)
+            cost = visited * (size.queries * size.keys + TILE_OVERHEAD) + tiles * TILE_OVERHEAD
+            even = sum(x * x for x in (*queries, *keys))  # of equal cost, the most cubic: fewest border tiles
+            if best is None or (cost, even) < best[:2]:
+                best = cost, even, queries, keys
+    assert best is not None
+    return best[0], best[2], best[3]
+
+
+def choose(
+    kernel: Kernel, axes: tuple[Axis, ...], *, head_dim: int, itemsize: int, descriptor: bool, wide: bool
+) -> Config:
+    """Launch parameters of one kernel for a grid of up to three axes."""
+    table = SIZES[kernel, itemsize]
+    sizes = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
+    if isinstance(forced := _overrides.get("size"), Size):
+        sizes = (forced,)
+    size = min(sizes, key=lambda size: shapes(kernel, axes, size)[0])
+    _, queries, keys = shapes(kernel, axes, size)
+    inverse = kernel == "key"
+    rows, columns = (keys, queries) if inverse else (queries, keys)
+    walks = [tile_walk(a, r, c, inverse=inverse) for a, r, c in zip(axes, rows, columns, strict=True)]
+    pad = (1,) * (3 - len(axes))
+    config = Config(
+        queries=pad + queries,
+        keys=pad + keys,
+        warps=size.warps,
+        stages=size.stages,
+        descriptor=descriptor,
+        inner=all(w.inner for w in walks),
+        border=any(w.inner < w.visited for w in walks),
+        wide=wide,
+    )
+    return config._replace(**{name: value for name, value in _overrides.items() if name != "size"})

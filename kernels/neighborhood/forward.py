@@ -1,0 +1,137 @@
+"""Forward kernel of neighborhood attention: one program computes a tile of queries of one dilation group and head."""
+
+import triton
+import triton.language as tl
+
+from .tile import (
+    describe,
+    group_view,
+    inside,
+    load_extra,
+    load_tile,
+    local,
+    offset,
+    program,
+    row_bounds,
+    shift,
+    spans,
+    tile_count,
+    tile_origin,
+    visible,
+)
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def logits_tile(
+    rows, columns, column, lo, hi, bias_ptr, bias_row, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, BIAS_STRIDES: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Logits `[rows, columns]` of a tile, -inf where a row does not see a column, and the factor that makes them base 2.
+
+    `bias_row` holds, for every row, the table entry of column zero; `BIAS_STRIDES` steps the table along the columns.
+    """
+    s = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
+    if BIAS:
+        entry = offset(column, BIAS_STRIDES)[None, :] + bias_row[:, None]
+    if MASKED:
+        see = visible(column[0], lo[0], hi[0], 0, ROWS, COLUMNS)
+        see &= visible(column[1], lo[1], hi[1], 1, ROWS, COLUMNS)
+        see &= visible(column[2], lo[2], hi[2], 2, ROWS, COLUMNS)
+        if BIAS:
+            s = s * scale + tl.load(bias_ptr + entry, mask=see, other=0.0).to(tl.float32)
+        s = tl.where(see, s, float("-inf"))
+    elif BIAS:
+        s = s * scale + tl.load(bias_ptr + entry).to(tl.float32)
+    return s
+
+
+@triton.jit
+def softmax_step(acc, m, l, s, v, factor, PRECISION: tl.constexpr):
+    """One step of the online softmax over logits `s` that `factor` > 0 makes base 2.
+
+    A row that has seen nothing yet has m = -inf and keeps acc = l = 0.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1) * factor)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s * factor - m_safe[:, None])
+    decay = tl.exp2(m - m_safe)
+    l = l * decay + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, m_new, l
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr, lse_strides,
+    bias_ptr, extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
+    lengths, heads, extra, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, EXTRA_KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
+    BIAS: tl.constexpr, EXTRA: tl.constexpr, INNER: tl.constexpr, BORDER: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):
+    """Strides are of `[B, X, Y, Z, heads, head_dim]` (extra: `[B, tokens, heads, head_dim]`), `GROUP` query heads
+    share a key head, and `INNER`/`BORDER` say whether any key tile is wholly seen / not wholly seen."""
+    batch, head, group, n, first = program(tl.program_id(0), lengths, heads, QUERIES, DILATION)
+    if (first[0] >= n[0]) | (first[1] >= n[1]) | (first[2] >= n[2]):
+        return
+    q_ptr, q_sp = group_view(q_ptr, q_strides, batch, head, group, DILATION, WIDE)
+    k_ptr, k_sp = group_view(k_ptr, k_strides, batch, head // GROUP, group, DILATION, WIDE)
+    v_ptr, v_sp = group_view(v_ptr, v_strides, batch, head // GROUP, group, DILATION, WIDE)
+    k_desc, v_desc = k_ptr, v_ptr
+    if DESCRIPTOR:
+        k_desc = describe(k_ptr, k_sp, n, D, KEYS, BLOCK_D)
+        v_desc = describe(v_ptr, v_sp, n, D, KEYS, BLOCK_D)
+
+    q_steps, k_steps = local(QUERIES), local(KEYS)
+    row = shift(first, q_steps)
+    q = load_tile(q_ptr, q_ptr, first, q_steps, q_sp, q_strides[5], n, D, QUERIES, BLOCK_D, False, True)
+    lo, hi = row_bounds(row, n, WINDOW, STRIDE, CAUSAL, False)
+    BIAS_STRIDES: tl.constexpr = ((2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1), 2 * WINDOW[2] - 1, 1)
+    bias_row = row[0]
+    factor = scale * LOG2E
+    if BIAS:
+        bias_ptr += head * (2 * WINDOW[0] - 1) * BIAS_STRIDES[0]
+        bias_row = offset((WINDOW[0] - 1 - row[0], WINDOW[1] - 1 - row[1], WINDOW[2] - 1 - row[2]), BIAS_STRIDES)
+        factor = LOG2E
+
+    starts, counts, inner, inner_counts = spans(first, n, QUERIES, KEYS, WINDOW, STRIDE, CAUSAL, False)
+
+    acc = tl.zeros([QUERIES[0] * QUERIES[1] * QUERIES[2], BLOCK_D], tl.float32)
+    m = tl.full([QUERIES[0] * QUERIES[1] * QUERIES[2]], float("-inf"), tl.float32)
+    l = tl.zeros([QUERIES[0] * QUERIES[1] * QUERIES[2]], tl.float32)
+
+    for MASKED in tl.static_range(1 - INNER, 1 + BORDER):
+        for t in tl.range(0, tile_count(counts, inner_counts, MASKED), num_stages=STAGES):
+            origin = tile_origin(t, starts, counts, inner, inner_counts, KEYS, MASKED, INNER)
+            column = shift(origin, k_steps)
+            k = load_tile(k_ptr, k_desc, origin, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
+            s = logits_tile(
+                q, k, column, lo, hi, bias_ptr, bias_row, scale,
+                QUERIES, KEYS, BIAS, BIAS_STRIDES, MASKED, PRECISION,
+            )
+            v = load_tile(v_ptr, v_desc, origin, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
+            acc, m, l = softmax_step(acc, m, l, s, v, factor, PRECISION)
+    if EXTRA:
+        extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + (head // GROUP).to(tl.int64) * extra_k_strides[2]
+        extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + (head // GROUP).to(tl.int64) * extra_v_strides[2]
+        for e in tl.range(0, extra, EXTRA_KEYS):
+            k = load_extra(extra_k_ptr, extra_k_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
+            v = load_extra(extra_v_ptr, extra_v_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = tl.where((e + tl.arange(0, EXTRA_KEYS) < extra)[None, :], s * (scale * LOG2E), float("-inf"))
+            acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
+
+    keep = inside(row, n)
+    out_ptr, out_sp = group_view(out_ptr, out_strides, batch, head, group, DILATION, WIDE)
+    lse_ptr, lse_sp = group_view(lse_ptr, lse_strides, batch, head, group, DILATION, WIDE)
+    d = tl.arange(0, BLOCK_D)
+    out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offset(row, out_sp)[:, None] + d[None, :], out, mask=keep[:, None] & (d < D)[None, :])
+    tl.store(lse_ptr + offset(row, lse_sp), (m + tl.log2(l)) * LN2, mask=keep)

@@ -1,0 +1,299 @@
+"""Launches of the neighborhood kernels. The only module that imports triton, and only when a kernel first runs."""
+
+from math import prod
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+from . import configs
+from .backward import bias_kernel, extra_kernel, key_kernel, query_kernel
+from .forward import forward_kernel
+from .geometry import Axis
+
+EXTRA_KEYS = 16
+TOKEN_BLOCK = 64  # queries per step of the kernels that walk all tokens
+PARTS = 512  # programs to aim for in those kernels
+
+
+def grid_strides(x: Tensor, rank: int) -> tuple[int, ...]:
+    """Strides of `[B, *spatial, …]` with leading spatial axes of length 1 added up to three."""
+    outer = x.shape[1] * x.stride(1)
+    return x.stride(0), *(outer,) * (3 - rank), *x.stride()[1:]
+
+
+def descriptors_fit(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can address these tensors: Hopper or newer, 16-byte aligned rows, unit last stride."""
+    if (
+        tensors[0].device.type != "cuda"
+        or torch.version.hip
+        or torch.cuda.get_device_capability(tensors[0].device) < (9, 0)
+    ):
+        return False
+    return all(
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def needs_wide(*tensors: Tensor) -> bool:
+    """Whether an offset inside one batch and head passes 32 bits."""
+    return any(sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31 for x in tensors)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 matrix products are done: exactly, unless `torch.set_float32_matmul_precision` allows less."""
+    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def device_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for the descriptors that programs build."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def padded(values, fill) -> tuple:
+    return (fill,) * (3 - len(values)) + tuple(values)
+
+
+def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, dtype: torch.dtype) -> dict:
+    """Compile-time arguments that all window kernels take."""
+    return dict(
+        D=head_dim,
+        BLOCK_D=configs.block_d(head_dim),
+        QUERIES=config.queries,
+        KEYS=config.keys,
+        WINDOW=padded([a.window for a in axes], 1),
+        STRIDE=padded([a.stride for a in axes], 1),
+        DILATION=padded([a.dilation for a in axes], 1),
+        CAUSAL=padded([a.causal for a in axes], False),
+        INNER=config.inner,
+        BORDER=config.border,
+        DESCRIPTOR=config.descriptor,
+        WIDE=config.wide,
+        PRECISION=precision(dtype),
+        STAGES=config.stages,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def programs(axes: tuple[Axis, ...], tile: tuple[int, ...], batch_heads: int) -> int:
+    """Programs of a kernel whose rows are tiled by `tile`: tiles of the longest dilation group, for every group."""
+    tiles = prod(
+        a.dilation * triton.cdiv(triton.cdiv(a.length, a.dilation), t)
+        for a, t in zip(axes, tile[3 - len(axes) :], strict=True)
+    )
+    return tiles * batch_heads
+
+
+def configure(kernel: configs.Kernel, axes: tuple[Axis, ...], walked: tuple[Tensor, ...], tensors: tuple[Tensor, ...]):
+    return configs.choose(
+        kernel,
+        axes,
+        head_dim=walked[0].shape[-1],
+        itemsize=walked[0].element_size(),
+        descriptor=descriptors_fit(*walked),
+        wide=needs_wide(*tensors),
+    )
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, *, bias, extra_key, extra_value, axes: tuple[Axis, ...], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, *spatial, heads, head_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
+    rank, (batch, heads, head_dim) = len(axes), (query.shape[0], *query.shape[-2:])
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+    if batch == 0:
+        return out, lse
+    config = configure("forward", axes, (key, value), (query, key, value, out))
+    extra_k, extra_v = (query, query) if extra_key is None else (extra_key, extra_value)
+    triton.set_allocator(device_scratch)
+    with torch.cuda.device_of(query):
+        forward_kernel[(programs(axes, config.queries, batch * heads),)](
+            query,
+            grid_strides(query, rank),
+            key,
+            grid_strides(key, rank),
+            value,
+            grid_strides(value, rank),
+            out,
+            grid_strides(out, rank),
+            lse,
+            grid_strides(lse, rank),
+            bias if bias is None else bias.contiguous(),
+            extra_k,
+            extra_k.stride()[:4],
+            extra_v,
+            extra_v.stride()[:4],
+            padded([a.length for a in axes], 1),
+            heads,
+            0 if extra_key is None else extra_key.shape[1],
+            scale,
+            GROUP=heads // key.shape[-2],
+            EXTRA_KEYS=EXTRA_KEYS,
+            BIAS=bias is not None,
+            EXTRA=extra_key is not None,
+            **constants(axes, config, head_dim, query.dtype),
+        )
+    return out, lse
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    *,
+    bias,
+    extra_key,
+    extra_value,
+    axes: tuple[Axis, ...],
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, bias, extra_key and extra_value, contiguous; empty for those not given."""
+    rank, (batch, heads, head_dim), key_heads = len(axes), (query.shape[0], *query.shape[-2:]), key.shape[-2]
+    device, none = query.device, query.new_empty(0)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, key, value))
+    if batch == 0:
+        rest = (none if x is None else x.new_zeros(x.shape) for x in (bias, extra_key, extra_value))
+        return dq, dk, dv, *rest
+    delta = torch.empty_like(lse)
+    extra = 0 if extra_key is None else extra_key.shape[1]
+    extra_k, extra_v = (query, query) if extra_key is None else (extra_key, extra_value)
+    table = bias if bias is None else bias.contiguous()
+    lengths, group = padded([a.length for a in axes], 1), heads // key_heads
+    q, k, v, do = ((x, grid_strides(x, rank)) for x in (query, key, value, grad_out))
+    triton.set_allocator(device_scratch)
+    with torch.cuda.device_of(query):
+        config = configure("query", axes, (key, value), (query, key, value, grad_out, grad_lse))
+        query_kernel[(programs(axes, config.queries, batch * heads),)](
+            *q,
+            *k,
+            *v,
+            out,
+            grid_strides(out, rank),
+            *do,
+            lse,
+            grid_strides(lse, rank),
+            grad_lse,
+            grid_strides(grad_lse, rank),
+            delta,
+            dq,
+            table,
+            extra_k,
+            extra_k.stride()[:4],
+            extra_v,
+            extra_v.stride()[:4],
+            lengths,
+            heads,
+            extra,
+            scale,
+            GROUP=group,
+            EXTRA_KEYS=EXTRA_KEYS,
+            BIAS=bias is not None,
+            EXTRA=extra_key is not None,
+            **constants(axes, config, head_dim, query.dtype),
+        )
+        config = configure("key", axes, (query, grad_out), (query, key, value, grad_out))
+        key_kernel[(programs(axes, config.keys, batch * key_heads),)](
+            *q,
+            *k,
+            *v,
+            *do,
+            lse,
+            grid_strides(lse, rank),
+            delta,
+            dk,
+            dv,
+            grid_strides(dk, rank),
+            table,
+            lengths,
+            key_heads,
+            scale,
+            GROUP=group,
+            BIAS=bias is not None,
+            **constants(axes, config, head_dim, query.dtype),
+        )
+        dbias = none if bias is None else bias_gradient(q, k, v, do, lse, delta, table, bias, axes, scale)
+        dek, dev = (none, none) if not extra else extra_gradient(q, do, lse, delta, extra_k, extra_v, axes, scale)
+    if extra_key is not None and not extra:
+        dek, dev = torch.empty_like(extra_key), torch.empty_like(extra_value)
+    return dq, dk, dv, dbias, dek, dev
+
+
+def bias_gradient(q, k, v, do, lse, delta, table, bias: Tensor, axes: tuple[Axis, ...], scale: float) -> Tensor:
+    """Gradient of the relative position table: partial sums of chunks of queries, added by torch in a fixed order."""
+    query, heads, entries = q[0], bias.shape[0], prod(bias.shape[1:])
+    total = query.shape[0] * prod(a.length for a in axes)
+    chunk = triton.cdiv(triton.cdiv(total, max(1, PARTS // heads)), TOKEN_BLOCK) * TOKEN_BLOCK
+    chunks = triton.cdiv(total, chunk)
+    partial = torch.empty(chunks, heads, entries, dtype=torch.float32, device=query.device)
+    config = configs.Config((1, 1, 1), (1, 1, 1), 4, 1, False, False, True, True)
+    fixed = constants(axes, config, query.shape[-1], query.dtype)
+    bias_kernel[(chunks * heads * entries,)](
+        *q,
+        *k,
+        *v,
+        *do,
+        lse,
+        delta,
+        grid_strides(lse, len(axes)),
+        table,
+        partial,
+        padded([a.length for a in axes], 1),
+        query.shape[0],
+        heads,
+        chunk,
+        scale,
+        GROUP=heads // k[0].shape[-2],
+        **{
+            **{name: fixed[name] for name in ("D", "BLOCK_D", "WINDOW", "STRIDE", "DILATION", "CAUSAL")},
+            "QUERIES": TOKEN_BLOCK,
+        },
+    )
+    return partial.sum(0).view(bias.shape).to(bias.dtype)
+
+
+def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, axes: tuple[Axis, ...], scale: float):
+    """Gradients of the extra keys and values: partial sums of chunks of queries, added by torch in a fixed order."""
+    query, (batch, extra, key_heads, head_dim) = q[0], extra_key.shape
+    tokens = prod(a.length for a in axes)
+    blocks = triton.cdiv(extra, EXTRA_KEYS) * key_heads * batch
+    chunk = triton.cdiv(triton.cdiv(tokens, triton.cdiv(PARTS, blocks)), TOKEN_BLOCK) * TOKEN_BLOCK
+    chunks = triton.cdiv(tokens, chunk)
+    dk = torch.empty(chunks, *extra_key.shape, dtype=torch.float32, device=query.device)
+    dv = torch.empty_like(dk)
+    extra_kernel[(chunks * blocks,)](
+        *q,
+        *do,
+        lse,
+        delta,
+        grid_strides(lse, len(axes)),
+        extra_key,
+        extra_key.stride()[:4],
+        extra_value,
+        extra_value.stride()[:4],
+        dk,
+        dv,
+        padded([a.length for a in axes], 1),
+        batch,
+        key_heads,
+        extra,
+        chunk,
+        scale,
+        GROUP=query.shape[-2] // key_heads,
+        D=head_dim,
+        BLOCK_D=configs.block_d(head_dim),
+        QUERIES=TOKEN_BLOCK,
+        EXTRA_KEYS=EXTRA_KEYS,
+        PRECISION=precision(query.dtype),
+        STAGES=2,
+    )
+    return dk.sum(0).to(extra_key.dtype), dv.sum(0).to(extra_value.dtype)

@@ -1,0 +1,254 @@
+"""Triton helpers shared by the neighborhood kernels: one program owns a tile of rows and walks tiles of columns.
+
+Rows are queries and columns keys in the forward and dQ kernels; in the dK/dV kernel rows are keys and columns queries,
+and the inverse windows take the place of the windows. Every grid is treated as three-dimensional; a 1-D or 2-D grid has
+leading axes of length 1. `TILE`, `WINDOW`, `STRIDE`, `DILATION` and `CAUSAL` are 3-tuples of constants.
+"""
+
+from types import FunctionType
+
+import triton
+import triton.language as tl
+
+from . import geometry
+
+
+def _device(rule):
+    """A rule of `geometry` as a device function; Triton's interpreter wants `tl` among the function's globals."""
+    return triton.jit(FunctionType(rule.__code__, globals(), rule.__name__))
+
+
+_window_bounds = _device(geometry.window_bounds)
+_inverse_bounds = _device(geometry.inverse_bounds)
+_group_length = _device(geometry.group_length)
+
+
+@triton.jit
+def bounds(
+    position, n, A: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr
+):
+    """Columns [lo, hi) that rows at `position` of axis `A` see; positions past the end count as the last one."""
+    position = tl.minimum(position, n - 1)
+    if INVERSE:
+        lo, hi = _inverse_bounds(position, n, WINDOW[A], STRIDE[A], CAUSAL[A])
+    else:
+        lo, hi = _window_bounds(position, n, WINDOW[A], STRIDE[A], CAUSAL[A])
+    return lo, hi
+
+
+@triton.jit
+def row_bounds(row, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr):
+    """Columns that rows see, per axis: 3-tuples of the first and of one past the last."""
+    lo_x, hi_x = bounds(row[0], n[0], 0, WINDOW, STRIDE, CAUSAL, INVERSE)
+    lo_y, hi_y = bounds(row[1], n[1], 1, WINDOW, STRIDE, CAUSAL, INVERSE)
+    lo_z, hi_z = bounds(row[2], n[2], 2, WINDOW, STRIDE, CAUSAL, INVERSE)
+    return (lo_x, lo_y, lo_z), (hi_x, hi_y, hi_z)
+
+
+@triton.jit
+def span(
+    row, n, A: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr,
+):
+    """Column tiles that a tile of rows touches on one axis.
+
+    Returns the first column, the number of column tiles from there on, and the range (index, number) of those among
+    them in which every row sees every column.
+    """
+    lo_first, hi_first = bounds(row, n, A, WINDOW, STRIDE, CAUSAL, INVERSE)
+    lo_last, hi_last = bounds(row + ROWS[A] - 1, n, A, WINDOW, STRIDE, CAUSAL, INVERSE)
+    count = tl.cdiv(hi_last - lo_first, COLUMNS[A])
+    inner = tl.cdiv(lo_last - lo_first, COLUMNS[A])
+    inner_count = tl.maximum((hi_first - lo_first) // COLUMNS[A] - inner, 0)
+    return lo_first, count, inner, inner_count
+
+
+@triton.jit
+def spans(
+    first, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr,
+):
+    """`span` of all axes: 3-tuples of first columns, tile counts, first inner tiles and inner tile counts."""
+    start_x, count_x, inner_x, inner_nx = span(first[0], n[0], 0, ROWS, COLUMNS, WINDOW, STRIDE, CAUSAL, INVERSE)
+    start_y, count_y, inner_y, inner_ny = span(first[1], n[1], 1, ROWS, COLUMNS, WINDOW, STRIDE, CAUSAL, INVERSE)
+    start_z, count_z, inner_z, inner_nz = span(first[2], n[2], 2, ROWS, COLUMNS, WINDOW, STRIDE, CAUSAL, INVERSE)
+    starts, counts = (start_x, start_y, start_z), (count_x, count_y, count_z)
+    return starts, counts, (inner_x, inner_y, inner_z), (inner_nx, inner_ny, inner_nz)
+
+
+@triton.jit
+def program(pid, lengths, heads, TILE: tl.constexpr, DILATION: tl.constexpr):
+    """What program `pid` owns: batch, head, the origin and lengths of its dilation group, and its first row.
+
+    Tiles vary fastest, so that neighbouring programs share columns in L2. A tile past the end of a short group is
+    empty: its first row is not below the group's length.
+    """
+    tx = tl.cdiv(tl.cdiv(lengths[0], DILATION[0]), TILE[0])
+    ty = tl.cdiv(tl.cdiv(lengths[1], DILATION[1]), TILE[1])
+    tz = tl.cdiv(tl.cdiv(lengths[2], DILATION[2]), TILE[2])
+    z = pid % tz * TILE[2]
+    pid = pid // tz
+    y = pid % ty * TILE[1]
+    pid = pid // ty
+    x = pid % tx * TILE[0]
+    pid = pid // tx
+    gz = pid % DILATION[2]
+    pid = pid // DILATION[2]
+    gy = pid % DILATION[1]
+    pid = pid // DILATION[1]
+    gx = pid % DILATION[0]
+    pid = pid // DILATION[0]
+    nx = _group_length(lengths[0], DILATION[0], gx)
+    ny = _group_length(lengths[1], DILATION[1], gy)
+    nz = _group_length(lengths[2], DILATION[2], gz)
+    return pid // heads, pid % heads, (gx, gy, gz), (nx, ny, nz), (x, y, z)
+
+
+@triton.jit
+def local(TILE: tl.constexpr):
+    """Coordinates of the tokens of a tile relative to its first: three `[tokens]` vectors, C order."""
+    i = tl.arange(0, TILE[0] * TILE[1] * TILE[2])
+    return i // (TILE[1] * TILE[2]), i // TILE[2] % TILE[1], i % TILE[2]
+
+
+@triton.jit
+def tile_count(counts, inner_counts, MASKED: tl.constexpr):
+    """How many column tiles a row tile visits: those wholly seen, or with `MASKED` the rest."""
+    inner = inner_counts[0] * inner_counts[1] * inner_counts[2]
+    return counts[0] * counts[1] * counts[2] - inner if MASKED else inner
+
+
+@triton.jit
+def tile_origin(t, starts, counts, inner, inner_counts, COLUMNS: tl.constexpr, MASKED: tl.constexpr, INNER: tl.constexpr):
+    """First column of tile number `t` of those that `tile_count` counts; without `INNER` no tile is wholly seen."""
+    if not MASKED:
+        x, y, z = _box_tile(t, inner, inner_counts)
+    elif INNER:
+        x, y, z = _border_tile(t, counts, inner, inner_counts)
+    else:
+        x, y, z = _box_tile(t, (0, 0, 0), counts)
+    return starts[0] + x * COLUMNS[0], starts[1] + y * COLUMNS[1], starts[2] + z * COLUMNS[2]
+
+
+@triton.jit
+def _box_tile(t, first, counts):
+    """Coordinates, in tiles, of tile number `t` of the box of `counts` tiles that begins at `first`."""
+    z = t % counts[2]
+    y = t // counts[2] % counts[1]
+    x = t // counts[2] // counts[1]
+    return first[0] + x, first[1] + y, first[2] + z
+
+
+@triton.jit
+def _skip(j, inner, count):
+    return j + tl.where(j >= inner, count, 0)
+
+
+@triton.jit
+def _border_tile(t, counts, inner, inner_counts):
+    """Coordinates, in tiles, of tile number `t` among those outside the inner box: first the tiles outside it on x,
+    then those inside on x and outside on y, then those inside on x and y and outside on z."""
+    plane = counts[1] * counts[2]
+    slab_x = (counts[0] - inner_counts[0]) * plane
+    side_y = (counts[1] - inner_counts[1]) * counts[2]
+    slab_y = inner_counts[0] * side_y
+    outer_z = counts[2] - inner_counts[2]
+    side_z = inner_counts[1] * outer_z
+
+    u = t - slab_x
+    v = u - slab_y
+    per_y = tl.maximum(side_y, 1)
+    per_z = tl.maximum(side_z, 1)
+    row_z = tl.maximum(outer_z, 1)
+    ax, ay, az = _skip(t // plane, inner[0], inner_counts[0]), t % plane // counts[2], t % counts[2]
+    bx, by, bz = inner[0] + u // per_y, _skip(u % per_y // counts[2], inner[1], inner_counts[1]), u % per_y % counts[2]
+    cx, cy, cz = inner[0] + v // per_z, inner[1] + v % per_z // row_z, _skip(v % per_z % row_z, inner[2], inner_counts[2])
+    on_x, on_y = t < slab_x, u < slab_y
+    x = tl.where(on_x, ax, tl.where(on_y, bx, cx))
+    y = tl.where(on_x, ay, tl.where(on_y, by, cy))
+    z = tl.where(on_x, az, tl.where(on_y, bz, cz))
+    return x, y, z
+
+
+@triton.jit
+def visible(column, lo, hi, A: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Whether rows see columns on one axis, `[rows, columns]`; True where the walk already makes it so."""
+    if ROWS[A] == 1 and COLUMNS[A] == 1:
+        return True
+    elif ROWS[A] == 1:
+        return column[None, :] < hi[:, None]
+    else:
+        return (column[None, :] >= lo[:, None]) & (column[None, :] < hi[:, None])
+
+
+@triton.jit
+def offset(position, strides):
+    """Element offset of positions given as a 3-tuple of scalars or vectors."""
+    return position[0] * strides[0] + position[1] * strides[1] + position[2] * strides[2]
+
+
+@triton.jit
+def shift(origin, step):
+    """Sum of two positions."""
+    return origin[0] + step[0], origin[1] + step[1], origin[2] + step[2]
+
+
+@triton.jit
+def inside(position, lengths):
+    """Whether positions lie in the group."""
+    return (position[0] < lengths[0]) & (position[1] < lengths[1]) & (position[2] < lengths[2])
+
+
+@triton.jit
+def group_view(ptr, strides, batch, head, group, DILATION: tl.constexpr, WIDE: tl.constexpr):
+    """Pointer to a dilation group of one batch and head, and the group's spatial strides.
+
+    `strides` are those of `[B, X, Y, Z, heads, head_dim]`. `WIDE` makes offsets inside the group 64 bits.
+    """
+    sx, sy, sz = strides[1], strides[2], strides[3]
+    ptr += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4]
+    ptr += group[0].to(tl.int64) * sx + group[1].to(tl.int64) * sy + group[2].to(tl.int64) * sz
+    if WIDE:
+        sx, sy, sz = tl.cast(sx, tl.int64), tl.cast(sy, tl.int64), tl.cast(sz, tl.int64)
+    return ptr, (sx * DILATION[0], sy * DILATION[1], sz * DILATION[2])
+
+
+@triton.jit
+def describe(ptr, strides, lengths, D: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tensor descriptor of a dilation group whose boxes are tiles; reads outside the group give zero."""
+    return tl.make_tensor_descriptor(
+        ptr,
+        shape=[lengths[0], lengths[1], lengths[2], D],
+        strides=[strides[0], strides[1], strides[2], 1],
+        block_shape=[TILE[0], TILE[1], TILE[2], BLOCK_D],
+    )
+
+
+@triton.jit
+def load_tile(ptr, descriptor, origin, steps, strides, stride_d, lengths, D: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTOR: tl.constexpr, CHECK: tl.constexpr):
+    """Tokens of the tile at `origin` as `[tokens, BLOCK_D]`, zero outside the group and past `D`.
+
+    With `DESCRIPTOR` the hardware addresses the box; otherwise pointers do, checked against the group's end only if
+    `CHECK`.
+    """
+    if DESCRIPTOR:
+        box = descriptor.load([origin[0], origin[1], origin[2], 0])
+        return box.reshape(TILE[0] * TILE[1] * TILE[2], BLOCK_D)
+    d = tl.arange(0, BLOCK_D)
+    rows = offset(origin, strides) + offset(steps, strides)
+    pointers = ptr + rows[:, None] + (d * stride_d)[None, :]
+    if CHECK:
+        keep = inside(shift(origin, steps), lengths)[:, None] & (d < D)[None, :]
+        return tl.load(pointers, mask=keep, other=0.0)
+    elif BLOCK_D != D:
+        return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def load_extra(ptr, strides, first, extra, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Extra tokens `[BLOCK, BLOCK_D]` from `first` on, zero past the last; `strides` of `[B, tokens, heads, head_dim]`."""
+    e, d = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    pointers = ptr + e.to(tl.int64)[:, None] * strides[1] + (d * strides[3])[None, :]
+    return tl.load(pointers, mask=(e < extra)[:, None] & (d < D)[None, :], other=0.0)
