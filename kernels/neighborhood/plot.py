@@ -279,11 +279,10 @@ def composed_weights(layers: Sequence[tuple[Axis, ...]], query: Sequence[int]) -
 def _draw_heat(ax: Axes, share: Tensor):
     """One panel of shares relative to the largest; tokens out of reach are grey."""
     from matplotlib import colormaps
-    from numpy.ma import masked_equal
 
     cells = share[None] if share.dim() == 1 else share  # [rows, columns]
     heat = ax.imshow(
-        masked_equal((cells / cells.max()).numpy(), 0),
+        (cells / cells.max()).masked_fill(cells == 0, float("nan")).numpy(),
         cmap=colormaps["viridis"].with_extremes(bad=UNSEEN),
         vmin=0,
         vmax=1,
