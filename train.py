@@ -1,1 +1,88 @@
-def main(): ...
+"""`foveal-train`, which is also `python train.py`: train what a Hydra configuration describes, with Lightning.
+
+Arguments are Hydra's: `experiment=NAME`, `group=choice`, `key=value`, `-m` for sweeps; see docs/training.md.
+"""
+
+import logging
+import warnings
+
+import hydra
+import lightning.pytorch as pl
+from foveal.zoo.tasks.explain import one_sentence, raise_to_us
+from foveal.zoo.tasks.launch import check_targets, make_strategy, print_summary, resolve_run, write_record
+from foveal.zoo.tasks.sweep import record_job
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+
+def build(config: DictConfig) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
+    """The trainer, the task and the data that a configuration with a `run_dir` describes."""
+    check_targets(config)
+    options = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(options, dict)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    data = instantiate(options["data"], _convert_="all")
+    task = instantiate(options["task"], num_classes=data.num_classes, in_chans=len(data.mean), _convert_="all")
+    strategy = make_strategy(options["trainer"].pop("strategy"))
+    trainer = instantiate(
+        options["trainer"],
+        strategy=strategy,
+        callbacks=[instantiate(callback) for callback in options["callbacks"].values() if callback],
+        logger=[instantiate(logger) for logger in (options["logger"] or {}).values() if logger],
+        _convert_="all",
+    )
+    return trainer, task, data
+
+
+def train(config: DictConfig) -> float:
+    """Trains, tests and reports; returns the value of `config.metric`, which sweeps compare.
+
+    Args:
+        config: composed from `foveal.configs`, see `configs/train.yaml`.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: a mistake in the configuration; the message names the key.
+    """
+    run_dir, checkpoint = resolve_run(config)
+    config.run_dir = str(run_dir)
+    trainer, task, data = build(config)
+    write_record(config, run_dir, checkpoint)
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if config.metric not in metrics:  # a finished run was resumed: nothing was trained
+        trainer.validate(task, datamodule=data, verbose=False)
+        metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if config.test:
+        trainer.test(task, datamodule=data, verbose=False)
+        metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    print_summary(metrics, run_dir)
+    return metrics[config.metric]
+
+
+def _job(config: DictConfig) -> float:
+    """One job of the command line: a single run, or one of a sweep."""
+    job = HydraConfig.get()
+    with one_sentence():
+        if job.mode == RunMode.RUN:
+            return train(config)
+        config.run_dir = job.runtime.output_dir
+        value = train(config)
+        record_job(job, metric=config.metric, value=value)
+        return value
+
+
+def main() -> None:
+    """Console entry point: a mistake in the arguments ends with one sentence and exit status 2."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    raise_to_us()
+    with one_sentence():
+        hydra.main(version_base="1.3", config_path="pkg://foveal.configs", config_name="train")(_job)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Image classification with timm's models, optimizers, schedulers and mixup.
+
+Every random number of a training step (dropout, drop path, mixup) follows from (seed, rank, epoch, batch), so a run
+that was killed and resumed makes the steps it would have made.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from ..data.loader import PADDING, mix_seed
+from ..data.names import unknown_name
+from .sharding import repeated_blocks, shard
+
+Batch = tuple[Tensor, Tensor]
+SCHEDULERS = ("constant", "cosine", "multistep", "poly", "rsqrt", "step", "tanh", "wsd")
+
+
+def _check_names(model: str, optimizer: str, scheduler: str) -> None:
+    if not model.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(model.split(".")[0]):
+        raise unknown_name("model.name", model, timm.list_models())
+    if optimizer not in list_optimizers():
+        raise unknown_name("task.optimizer.opt", optimizer, [str(name) for name in list_optimizers()])
+    if scheduler not in SCHEDULERS:
+        raise unknown_name("task.scheduler.sched", scheduler, SCHEDULERS)
+
+
+class ClassificationTask(LightningModule):
+    """Trains a timm model on `(images [B, C, H, W], targets [B] int64)`.
+
+    Args:
+        model: `name` of a timm model, optional `pretrained` and `args` (further arguments of `timm.create_model`).
+        num_classes, in_chans: of the data.
+        optimizer: arguments of `timm.optim.create_optimizer_v2`: `opt`, `lr`, `weight_decay`, `layer_decay`, ….
+            The model's `no_weight_decay()` is obeyed.
+        scheduler: arguments of `timm.scheduler.create_scheduler_v2`, in epochs, stepped at every update;
+            `trainer.max_epochs` minus `cooldown_epochs` is its length.
+        lr_batch: batch size that `optimizer.lr` and the scheduler's `warmup_lr` and `min_lr` are for; they grow in
+            proportion to the batch of all devices. None: they are taken as they are.
+        label_smoothing: 0 to 1.
+        mixup: arguments of `timm.data.Mixup` (`mixup_alpha`, `cutmix_alpha`, `prob`, `switch_prob`, `mode`); None: off.
+        compile: `enabled`, `mode` and `fullgraph` for `torch.compile` of each repeated block.
+        seed: of the run.
+
+    Raises:
+        ValueError: an unknown model, optimizer or scheduler; the nearest names are in the message.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Mapping[str, Any],
+        num_classes: int,
+        in_chans: int = 3,
+        optimizer: Mapping[str, Any],
+        scheduler: Mapping[str, Any] | None = None,
+        lr_batch: int | None = None,
+        label_smoothing: float = 0.0,
+        mixup: Mapping[str, Any] | None = None,
+        compile: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        _check_names(model["name"], optimizer["opt"], (scheduler or {}).get("sched", "cosine"))
+        self.save_hyperparameters()
+        self.model_cfg, self.num_classes, self.in_chans = dict(model), num_classes, in_chans
+        self.optimizer_cfg, self.scheduler_cfg, self.lr_batch = dict(optimizer), dict(scheduler or {}), lr_batch
+        self.label_smoothing, self.compile_cfg, self.seed = label_smoothing, dict(compile or {}), seed
+        self.mixup = None
+        if mixup:
+            self.mixup = Mixup(**mixup, label_smoothing=label_smoothing, num_classes=num_classes)  # pyright: ignore
+        self.model: nn.Module | None = None
+        self.train_loss = MeanMetric()
+        self.metrics = nn.ModuleDict()
+        for split in ("val", "test"):
+            self.metrics[f"{split}_loss"] = MeanMetric()
+            for k in (1, 5) if num_classes > 5 else (1,):
+                self.metrics[f"{split}_acc{k}"] = MulticlassAccuracy(num_classes, top_k=k, average="micro")
+
+    def configure_model(self) -> None:
+        """Builds the model once; under a sharded strategy its blocks are split over the devices here."""
+        if self.model is not None:
+            return
+        cfg = self.model_cfg
+        self.model = timm.create_model(
+            cfg["name"],
+            pretrained=cfg.get("pretrained", False),
+            num_classes=self.num_classes,
+            in_chans=self.in_chans,
+            **cfg.get("args") or {},
+        )
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh)
+        if self.compile_cfg.get("enabled"):
+            options = {key: self.compile_cfg[key] for key in ("mode", "fullgraph") if key in self.compile_cfg}
+            for block in repeated_blocks(self.model) or [self.model]:
+                block.compile(**options)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[B, C, H, W]` → logits `[B, num_classes]`."""
+        assert self.model is not None
+        return self.model(images)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        seed = mix_seed(self.seed, self.global_rank, self.current_epoch, batch_idx)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, targets = batch
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)  # targets: [B, num_classes], smoothed
+            loss = F.cross_entropy(self(images), targets)
+        else:
+            loss = F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing, ignore_index=PADDING)
+        self.train_loss.update(loss.detach())
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
+        self.log("train/loss_step", loss.detach(), on_step=True, on_epoch=False, prog_bar=True)
+        return loss
+
+    def _evaluate(self, split: str, batch: Batch) -> Tensor:
+        images, targets = batch
+        logits = self(images)
+        real = targets != PADDING
+        if real.any():
+            loss = F.cross_entropy(logits[real], targets[real])
+            self.metrics[f"{split}_loss"].update(loss, weight=real.sum())  # pyright: ignore
+        for name, metric in self.metrics.items():
+            if name.startswith(f"{split}_"):
+                if "_acc" in name and real.any():
+                    metric.update(logits[real], targets[real])  # pyright: ignore
+                shown = name == "val_acc1"
+                self.log(name.replace("_", "/"), metric, on_step=False, on_epoch=True, prog_bar=shown)  # pyright: ignore
+        return logits
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Returns the logits `[B, num_classes]`, which the report draws."""
+        return self._evaluate("test", batch)
+
+    def configure_optimizers(self):
+        assert self.model is not None
+        self.trainer.estimated_stepping_batches  # noqa: B018 - makes the loaders, so that the epoch has a length
+        accumulate = self.trainer.accumulate_grad_batches
+        if math.isinf(self.trainer.num_training_batches):
+            raise ValueError("this dataset does not know its length: set trainer.limit_train_batches to a number")
+        updates = math.ceil(self.trainer.num_training_batches / accumulate)  # per epoch
+        data = getattr(self.trainer, "datamodule")  # noqa: B009 - set by Trainer.fit
+        scale = data.batch_size * self.trainer.world_size * accumulate / self.lr_batch if self.lr_batch else 1.0
+        options = dict(self.optimizer_cfg)
+        options["lr"] *= scale
+        optimizer = create_optimizer_v2(self.model, **options)
+        if not self.scheduler_cfg:
+            return optimizer
+        schedule = dict(self.scheduler_cfg)
+        for key in ("warmup_lr", "min_lr"):
+            if key in schedule:
+                schedule[key] *= scale
+        epochs = self.trainer.max_epochs or -1
+        if epochs < 1:
+            epochs = math.ceil(self.trainer.max_steps / updates)
+        length = epochs - schedule.get("cooldown_epochs", 0)
+        if length < 1:
+            raise ValueError(
+                f"trainer.max_epochs={epochs} must be larger than "
+                f"task.scheduler.cooldown_epochs={schedule['cooldown_epochs']}"
+            )
+        scheduler, _ = create_scheduler_v2(
+            optimizer, num_epochs=length, step_on_epochs=False, updates_per_epoch=updates, **schedule
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler, metric) -> None:
+        scheduler.step_update(self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The mean loss of a half-done epoch goes on where it was; no other metric is alive between steps."""
+        metric = self.train_loss
+        checkpoint["train_loss"] = {"mean_value": metric.mean_value, "weight": metric.weight}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name, value in checkpoint.get("train_loss", {}).items():
+            setattr(self.train_loss, name, value.clone())

@@ -1,0 +1,65 @@
+"""Moving average of the weights, on Lightning's callback with its traps closed."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+class EMA(EMAWeightAveraging):
+    """Exponential moving average of parameters and buffers; validation, test and `state_dict` use the average.
+
+    What it does beyond `EMAWeightAveraging`: before the first update of a delayed start the current weights are
+    validated and saved, not an average that was never updated; a checkpoint loaded to test gives the average, not the
+    raw weights; a checkpoint of the very end still holds both; sharded strategies are refused, not ignored.
+
+    Args:
+        decay: weight of the old average in each update, 0 to 1.
+        update_starting_at_step: first optimizer step that is averaged; earlier ones are only copied.
+    """
+
+    def __init__(self, decay: float = 0.9999, update_starting_at_step: int | None = None):
+        if not 0 <= decay < 1:
+            raise ValueError(f"callbacks.ema.decay={decay} must be at least 0 and below 1")
+        super().__init__(decay=decay, update_starting_at_step=update_starting_at_step)
+
+    @property
+    def _started(self) -> bool:
+        return self._average_model is not None and int(self._average_model.n_averaged) > 0  # pyright: ignore
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError("callbacks.ema does not work with sharded weights: pass callbacks.ema=null")
+        with warnings.catch_warnings():  # it warns of sharding whenever configure_model is there
+            warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model")
+            super().setup(trainer, pl_module, stage)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._started:
+            super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._started:
+            super().on_validation_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing yet: a checkpoint may still be written at the end of training, and it needs the raw weights."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The model keeps the average, also when a finished run was resumed and there was nothing left to train."""
+        if self._started:
+            self._copy_average_to_current(pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is not None and not self._started:
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)

@@ -1,0 +1,164 @@
+"""The pictures of a training run. matplotlib is imported when one is drawn, and the caller's backend is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.neighborhood.plot import plot_composed_receptive_field
+from ...layers.neighborhood import NeighborhoodAttention2d
+
+FONT = {"font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "font.family": "DejaVu Sans"}
+# Okabe and Ito's palette, which colour-blind readers can tell apart
+TRAIN, VAL, WRONG, MUTED = "#0072b2", "#d55e00", "#c1440e", "#868e96"
+
+
+def _save(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", facecolor="white")
+    return path
+
+
+def plot_curves(rows: Sequence[dict[str, float]], *, path: Path) -> Path:
+    """Draws loss, validation accuracy and learning rate over the epochs.
+
+    Args:
+        rows: one dict an epoch with `epoch`, `train/loss`, `val/loss`, `val/acc1`, `lr`; missing values are skipped.
+        path: where the PNG goes.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    def draw(ax, name: str, **style) -> None:
+        points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
+        if points:
+            ax.plot(*zip(*points, strict=True), linewidth=1.5, marker="o" if len(points) == 1 else "", **style)
+
+    with rc_context(FONT):
+        figure = Figure(figsize=(10, 3.1), dpi=160, layout="constrained")
+        loss, accuracy, rate = figure.subplots(1, 3)
+        draw(loss, "train/loss", color=TRAIN, label="training (augmented)")
+        draw(loss, "val/loss", color=VAL, label="validation")
+        loss.set(title="Cross-entropy", ylabel="nats", yscale="log")
+        loss.legend(frameon=False)
+        draw(accuracy, "val/acc1", color=VAL)
+        accuracy.set(title="Validation accuracy", ylabel="top-1")
+        accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
+        _mark_best(accuracy, rows)
+        draw(rate, "lr", color=MUTED)
+        rate.set(title="Learning rate at the end of the epoch", ylim=(0, None))
+        for ax in (loss, accuracy, rate):
+            ax.set_xlabel("epoch")
+            ax.grid(alpha=0.25, linewidth=0.6)
+            ax.spines[["top", "right"]].set_visible(False)
+        return _save(figure, path)
+
+
+def _mark_best(ax, rows: Sequence[dict[str, float]]) -> None:
+    validated = [row for row in rows if "val/acc1" in row]
+    if validated:
+        best = max(validated, key=lambda row: row["val/acc1"])
+        ax.plot(best["epoch"] + 1, best["val/acc1"], "o", color=VAL, markersize=5)
+        text = f"best {100 * best['val/acc1']:.2f} %, epoch {int(best['epoch']) + 1}"
+        ax.text(0.97, 0.05, text, transform=ax.transAxes, ha="right", color=VAL)
+
+
+def plot_predictions(
+    images: Tensor,
+    *,
+    targets: Sequence[int],
+    predictions: Sequence[int],
+    class_names: Sequence[str],
+    accuracy: float,
+    path: Path,
+) -> Path:
+    """Draws images with the predicted class; mistakes are framed and say what was right.
+
+    Args:
+        images: `[N, C, H, W]` in 0..1 with 1 or 3 channels.
+        targets, predictions: N class numbers.
+        class_names: by class number.
+        accuracy: of the whole test set, 0 to 1, for the title.
+        path: where the PNG goes.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    columns = min(10, len(images))
+    rows = -(-len(images) // columns)
+    wrong = sum(target != guess for target, guess in zip(targets, predictions, strict=True))
+    with rc_context(FONT):
+        figure = Figure(figsize=(max(columns * 0.95, 4.5), rows * 1.18 + 0.5), dpi=160, layout="constrained")
+        for ax in (axes := figure.subplots(rows, columns, squeeze=False).flat):
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        for ax, image, target, guess in zip(axes, images, targets, predictions, strict=False):
+            ax.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1)
+            right = target == guess
+            text = class_names[guess] if right else f"{class_names[guess]}, is {class_names[target]}"
+            ax.set_title(text, color="black" if right else WRONG, fontweight="normal" if right else "bold", pad=3)
+            ax.spines[:].set(visible=True, color="#dee2e6" if right else WRONG, linewidth=0.6 if right else 2.0)
+        shown = "no mistakes among them" if not wrong else f"{wrong} mistakes first"
+        figure.suptitle(f"Test accuracy {100 * accuracy:.2f} %; {len(images)} test images, {shown}", fontweight="bold")
+        return _save(figure, path)
+
+
+@torch.no_grad()
+def plot_receptive_fields(model: nn.Module, image: Tensor, *, path: Path) -> Path | None:
+    """Draws how far the neighborhood attention of a model's first stage looks; None if the model has none.
+
+    Args:
+        model: any module; its `NeighborhoodAttention2d` layers are looked at in the order in which they run.
+        image: `[1, C, H, W]`, an input of the size to draw for.
+        path: where the PNG goes.
+    """
+    seen: list[tuple[tuple[int, int], NeighborhoodAttention2d]] = []
+    layers = [module for module in model.modules() if isinstance(module, NeighborhoodAttention2d)]
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args: seen.append((tuple(args[0].shape[1:3]), layer)))
+        for layer in layers
+    ]
+    try:
+        if layers:
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not seen:
+        return None
+    first, padded = seen[0]
+    stage = [layer for shape, layer in seen if shape == first]
+    grid = [max(n, w * d) for n, w, d in zip(first, padded.window, padded.dilation, strict=True)]
+    spec = [{"window": la.window, "stride": la.stride, "dilation": la.dilation, "causal": la.causal} for la in stage]
+    return plot_composed_receptive_field(grid, spec, path=path)
+
+
+def plot_comparison(names: Sequence[str], values: Sequence[float], *, metric: str, path: Path) -> Path:
+    """Draws one dot per job of a sweep, best first, on an axis that shows their differences.
+
+    Args:
+        names, values: of the jobs.
+        metric: what the values are.
+        path: where the PNG goes.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(FONT):
+        figure = Figure(figsize=(8, 0.32 * len(names) + 1.1), dpi=160, layout="constrained")
+        ax = figure.subplots()
+        ax.plot(values, range(len(values)), "o", color=TRAIN, markersize=7)
+        for row, value in enumerate(values):
+            ax.annotate(
+                f"{value:.4g}", (value, row), xytext=(7, 0), textcoords="offset points", va="center", color=MUTED
+            )
+        ax.set(xlabel=metric, ylim=(len(values) - 0.5, -0.5))
+        ax.set_yticks(range(len(names)), names)
+        ax.margins(x=0.15)
+        ax.grid(axis="x", alpha=0.25, linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+        return _save(figure, path)

@@ -1,0 +1,120 @@
+"""The report a run leaves in its folder: `metrics.csv`, learning curves, predictions, receptive field."""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from ..data.loader import PADDING
+from .plots import plot_curves, plot_predictions, plot_receptive_fields
+
+MOST_MISTAKES, MOST_IMAGES = 24, 60
+
+
+class _Sample:
+    """At most `most` of the items offered, each with the same chance; the same ones in every run."""
+
+    def __init__(self, most: int):
+        self.most, self.offered = most, 0
+        self.items: list[tuple[Tensor, int, int]] = []
+        self._random = random.Random(0)
+
+    def offer(self, item: tuple[Tensor, int, int]) -> None:
+        self.offered += 1
+        if len(self.items) < self.most:
+            self.items.append(item)
+        elif (place := self._random.randrange(self.offered)) < self.most:
+            self.items[place] = item
+
+
+class Report(Callback):
+    """Writes `metrics.csv` (a row an epoch), `curves.png`, `predictions.png` and `receptive_field.png`.
+
+    The rows are part of the checkpoint: a resumed run goes on with the table of the run it continues.
+
+    Args:
+        dirpath: the run's folder.
+    """
+
+    def __init__(self, dirpath: str):
+        self.dirpath = Path(dirpath)
+        self.rows: list[dict[str, float]] = []
+        self._mistakes, self._right = _Sample(MOST_MISTAKES), _Sample(MOST_IMAGES)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        row = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        row |= {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(("train/", "val/")) and not name.endswith("_step")
+        }
+        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        self.rows = [old for old in self.rows if old["epoch"] < row["epoch"]] + [row]
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            _write_csv(self.dirpath / "metrics.csv", self.rows)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self.rows:
+            plot_curves(self.rows, path=self.dirpath / "curves.png")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mistakes, self._right = _Sample(MOST_MISTAKES), _Sample(MOST_IMAGES)
+        if trainer.is_global_zero:
+            data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            first = torch.zeros(1, pl_module.in_chans, data.img_size, data.img_size, device=pl_module.device)  # pyright: ignore
+            plot_receptive_fields(pl_module.model, first, path=self.dirpath / "receptive_field.png")  # pyright: ignore
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        images, targets = batch
+        predicted = outputs.argmax(dim=1)
+        for image, target, guess in zip(images, targets.tolist(), predicted.tolist(), strict=True):
+            if target != PADDING:
+                (self._right if target == guess else self._mistakes).offer((image.cpu(), target, guess))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        shown = (self._mistakes.items + self._right.items)[:MOST_IMAGES]
+        if not trainer.is_global_zero or not shown:
+            return
+        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        plot_predictions(
+            data.denormalize(torch.stack([image for image, _, _ in shown])),
+            targets=[target for _, target, _ in shown],
+            predictions=[guess for _, _, guess in shown],
+            class_names=data.class_names,
+            accuracy=float(trainer.callback_metrics["test/acc1"]),
+            path=self.dirpath / "predictions.png",
+        )
+
+
+def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "epoch": int(row["epoch"]), "step": int(row["step"])} for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text.getvalue())
+    partial.replace(path)
