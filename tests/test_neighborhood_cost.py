@@ -8,6 +8,9 @@ from math import prod
 import pytest
 import torch
 from foveal.kernels.neighborhood import cost, geometry, make_axes, simulator
+from foveal.kernels.ops import na3d
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 CASES = [
     # shape, window, query tile, key tile, aligned, FLOP bound, tile bound, efficiency %, interior %
@@ -178,3 +181,14 @@ def test_command_refuses_a_window_longer_than_the_axis(capsys):
     with pytest.raises(SystemExit):
         simulator.main(["--shape", "8", "--window", "9"])
     assert "window=9 on axis 0" in capsys.readouterr().err
+
+
+def test_flop_counter_sees_the_kernels_without_a_device():
+    pytest.importorskip("triton")
+    axes = make_axes((30, 48, 80), window=(18, 24, 24), stride=(16, 8, 8))
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        query = torch.empty(2, 30, 48, 80, 4, 64, device="cuda", dtype=torch.bfloat16)
+        key = torch.empty(2, 30, 48, 80, 2, 64, device="cuda", dtype=torch.bfloat16)
+        text = torch.empty(2, 77, 2, 64, device="cuda", dtype=torch.bfloat16)
+        na3d(query, key, key, window=(18, 24, 24), stride=(16, 8, 8), extra_key=text, extra_value=text)
+    assert counter.get_total_flops() == cost.forward_flops(axes, batch=2, heads=4, head_dim=64, extra=77)

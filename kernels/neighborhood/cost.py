@@ -6,36 +6,18 @@ The axes are independent: the pairs of the grid are the product of the pairs of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
 
 from torch import Tensor
 
+from . import geometry
 from .api import PerAxis, make_axes
-from .geometry import Axis, group_length, window_bounds
-
-
-def group_lengths(axis: Axis) -> dict[int, int]:
-    """Positions in a dilation group: how many groups have that many. At most two lengths occur."""
-    longer = axis.length % axis.dilation
-    shortest = group_length(axis.length, axis.dilation, axis.dilation - 1)
-    counts = {group_length(axis.length, axis.dilation, 0): longer} if longer else {}
-    return counts | {shortest: axis.dilation - longer}
-
-
-@lru_cache(maxsize=1024)
-def _axis_pairs(axis: Axis) -> int:
-    pairs = 0
-    for n, groups in group_lengths(axis).items():
-        for p in range(n):
-            lo, hi = window_bounds(p, n, axis.window, axis.stride, axis.causal)
-            pairs += groups * (hi - lo)
-    return pairs
+from .geometry import Axis
 
 
 def visible_pairs(axes: Sequence[Axis], *, extra: int = 0) -> int:
     """(query, key) pairs of one head of one batch entry: those of the window and `extra` keys a query."""
-    return prod(_axis_pairs(axis) for axis in axes) + prod(axis.length for axis in axes) * extra
+    return geometry.visible_pairs(tuple(axes)) + prod(axis.length for axis in axes) * extra
 
 
 def forward_flops(axes: Sequence[Axis], *, batch: int, heads: int, head_dim: int, extra: int = 0) -> int:

@@ -9,6 +9,7 @@ and, through `triton.jit`, the kernels.
 """
 
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -125,12 +126,30 @@ def key_counts(axis: Axis) -> Tensor:
     return (last - first) // axis.dilation + 1
 
 
+def group_sizes(axis: Axis) -> tuple[tuple[int, int], ...]:
+    """The lengths of the dilation groups of an axis, at most two of them, and how many groups have each."""
+    longer = axis.length % axis.dilation
+    sizes = (
+        (group_length(axis.length, axis.dilation, 0), longer),
+        (group_length(axis.length, axis.dilation, axis.dilation - 1), axis.dilation - longer),
+    )
+    return tuple(size for size in sizes if size[1])
+
+
+@lru_cache(maxsize=4096)
+def axis_pairs(axis: Axis) -> int:
+    """Number of (query, key) pairs of one axis, on Python integers: it works under fake tensors, too."""
+    pairs = 0
+    for n, groups in group_sizes(axis):
+        for p in range(n):
+            lo, hi = window_bounds(p, n, axis.window, axis.stride, axis.causal)
+            pairs += groups * (hi - lo)
+    return pairs
+
+
 def visible_pairs(axes: tuple[Axis, ...]) -> int:
     """Number of (query, key) pairs of the whole grid."""
-    pairs = 1
-    for axis in axes:
-        pairs *= int(key_counts(axis).sum())
-    return pairs
+    return prod(axis_pairs(axis) for axis in axes)
 
 
 class TileWalk(NamedTuple):
@@ -138,7 +157,7 @@ class TileWalk(NamedTuple):
 
     Attributes:
         rows: row tiles.
-        visited: (row tile, column tile) pairs that a walk from the first visible column on visits.
+        visited: (row tile, column tile) pairs that the walk visits.
         inner: those among them in which every row sees every column.
     """
 
@@ -148,19 +167,19 @@ class TileWalk(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def tile_walk(axis: Axis, rows: int, columns: int, *, inverse: bool = False) -> TileWalk:
-    """Tiles of `rows` queries and the tiles of `columns` keys that they touch; with `inverse`, of keys and queries."""
+def tile_walk(axis: Axis, rows: int, columns: int, *, inverse: bool = False, aligned: bool = False) -> TileWalk:
+    """Tiles of `rows` queries and the tiles of `columns` keys that they touch; with `inverse`, of keys and queries.
+
+    A walk begins at the first visible column or, `aligned`, at the multiple of `columns` before it.
+    """
     bounds = inverse_bounds if inverse else window_bounds
     total, visited, inner = 0, 0, 0
-    for group, groups in (
-        (0, axis.length % axis.dilation),
-        (axis.dilation - 1, axis.dilation - axis.length % axis.dilation),
-    ):
-        n = group_length(axis.length, axis.dilation, group)
-        for first in range(0, n, rows) if groups else ():
+    for n, groups in group_sizes(axis):
+        for first in range(0, n, rows):
             lo_first, hi_first = bounds(first, n, axis.window, axis.stride, axis.causal)
             lo_last, hi_last = bounds(min(first + rows, n) - 1, n, axis.window, axis.stride, axis.causal)
+            start = lo_first // columns * columns if aligned else lo_first
             total += groups
-            visited += groups * -(-(hi_last - lo_first) // columns)
-            inner += groups * max((hi_first - lo_first) // columns - -(-(lo_last - lo_first) // columns), 0)
+            visited += groups * -(-(hi_last - start) // columns)
+            inner += groups * max((hi_first - start) // columns - -(-(lo_last - start) // columns), 0)
     return TileWalk(total, visited, inner)

@@ -10,15 +10,15 @@ tiles of the grid are the product of the tiles of each axis.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from math import prod
 
 from .api import make_axes
-from .cost import backward_bytes, backward_flops, forward_bytes, forward_flops, group_lengths, visible_pairs
-from .geometry import Axis, inverse_bounds, window_bounds
+from .configs import splits
+from .cost import backward_bytes, backward_flops, forward_bytes, forward_flops, visible_pairs
+from .geometry import Axis, tile_walk
 
 
 @dataclass(frozen=True)
@@ -70,24 +70,6 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@lru_cache(maxsize=4096)
-def _axis_tiles(axis: Axis, rows: int, columns: int, aligned: bool, inverse: bool) -> tuple[int, int, int]:
-    """Row tiles, visited and interior tile pairs of one axis, over all its dilation groups."""
-    bounds = inverse_bounds if inverse else window_bounds
-    row_tiles = visited = interior = 0
-    for n, groups in group_lengths(axis).items():
-        for first in range(0, n, rows):
-            last = min(first + rows, n) - 1
-            lo_first, hi_first = bounds(first, n, axis.window, axis.stride, axis.causal)
-            lo_last, hi_last = bounds(last, n, axis.window, axis.stride, axis.causal)
-            # both bounds are monotone: the tile sees [lo_first, hi_last), and all its rows see [lo_last, hi_first)
-            start = lo_first // columns * columns if aligned else lo_first
-            row_tiles += groups
-            visited += groups * _ceil_div(hi_last - start, columns)
-            interior += groups * max((hi_first - start) // columns - _ceil_div(lo_last - start, columns), 0)
-    return row_tiles, visited, interior
-
-
 def simulate(
     axes: Sequence[Axis],
     rows: Sequence[int],
@@ -117,8 +99,11 @@ def simulate(
             raise ValueError(f"{name}={tile} must hold one positive size for each of {len(axes)} axes")
     if inverse and extra:
         raise ValueError(f"extra={extra} must be 0 with inverse=True: extra keys lie outside the grid")
-    counts = [_axis_tiles(*each, aligned, inverse) for each in zip(axes, rows, columns, strict=True)]
-    row_tiles, visited, interior = (prod(count[i] for count in counts) for i in range(3))
+    walks = [
+        tile_walk(axis, row, column, inverse=inverse, aligned=aligned)
+        for axis, row, column in zip(axes, rows, columns, strict=True)
+    ]
+    row_tiles, visited, interior = (prod(counts) for counts in zip(*walks, strict=True))
     tokens, row_tokens, column_tokens = prod(axis.length for axis in axes), prod(rows), prod(columns)
     return Tiling(
         rows=rows,
@@ -129,12 +114,6 @@ def simulate(
         dense=_ceil_div(tokens, row_tokens) * _ceil_div(tokens + extra, column_tokens),
         pairs=visible_pairs(axes, extra=extra),
     )
-
-
-def _tile_shapes(tokens: int, rank: int) -> Iterator[tuple[int, ...]]:
-    """Shapes of `tokens` tokens, every side a power of two."""
-    sides = [1 << i for i in range(tokens.bit_length())]
-    return (shape for shape in product(sides, repeat=rank) if prod(shape) == tokens)
 
 
 def rank_tiles(
@@ -154,7 +133,7 @@ def rank_tiles(
         if tokens < 1 or tokens & (tokens - 1):
             raise ValueError(f"{name}={tokens} must be a power of two")
     rank = len(axes)
-    shapes = product(_tile_shapes(row_tokens, rank), _tile_shapes(column_tokens, rank))
+    shapes = product(splits(row_tokens, rank), splits(column_tokens, rank))
     tilings = [simulate(axes, rows, columns, inverse=inverse, extra=extra) for rows, columns in shapes]
     return sorted(tilings, key=lambda tiling: (tiling.visited, -tiling.interior))
 
