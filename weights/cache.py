@@ -103,7 +103,12 @@ def pinned(location: str) -> str | None:
     return _read_pins().get(location, {}).get("sha256")
 
 
-def pin(location: str, digest: str, size: int) -> None:
+def pinned_commit(location: str) -> str | None:
+    """The commit of the hub that a recorded hash belongs to, or None."""
+    return _read_pins().get(location, {}).get("commit")
+
+
+def pin(location: str, digest: str, size: int, commit: str | None = None) -> None:
     """Records the hash of a location that has none yet; never changes a recorded one."""
     path = pins_path()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +116,8 @@ def pin(location: str, digest: str, size: int) -> None:
         pins = _read_pins()
         if location not in pins:
             today = datetime.now(UTC).date().isoformat()
-            pins[location] = {"sha256": digest, "bytes": size, "recorded": today}
+            known = {"sha256": digest, "bytes": size, "commit": commit, "recorded": today}
+            pins[location] = {key: value for key, value in known.items() if value is not None}
             write_atomic(path, json.dumps(pins, indent=2, sort_keys=True) + "\n")
 
 
@@ -121,7 +127,7 @@ def _read_pins() -> dict[str, Any]:
     try:
         pins = json.loads(path.read_text(encoding="utf-8"))
         if not (isinstance(pins, dict) and all(isinstance(pin, dict) for pin in pins.values())):
-            raise ValueError("expected an object of location → {sha256, bytes, recorded}")
+            raise ValueError("expected an object of location → {sha256, …}")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -98,14 +98,12 @@ def verify_weights(
         entries = [lookup(name, known) for name in names] if names else list(known.entries.values())
         bad = 0
         for entry in entries:
-            found = [
-                (mirror, check(_path(entry, mirror, known, root), mirror, rehash=True)) for mirror in entry.mirrors
-            ]
-            there = [(mirror, result) for mirror, result in found if result.state != "missing"]
-            for mirror, result in there:
-                typer.echo(f"{result.state:9} {entry.name} {mirror.file}{f': {result.detail}' * bool(result.detail)}")
-            bad += sum(result.state == "corrupt" for _, result in there)
-            if names and not there:
+            results = [check(_path(entry, mirror, known, root), mirror, rehash=True) for mirror in entry.mirrors]
+            for mirror, result in zip(entry.mirrors, results, strict=True):
+                if result.state != "missing":
+                    typer.echo(f"{result.state:9} {entry.name} {mirror.file} {result.detail}".rstrip())
+            bad += sum(result.state == "corrupt" for result in results)
+            if names and all(result.state == "missing" for result in results):
                 typer.echo(f"missing   {entry.name}")
                 bad += 1
     if bad:

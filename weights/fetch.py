@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from .cache import cached_path, check, default_cache_dir, pin, pinned, pins_path, stamp_file
+from .cache import cached_path, check, default_cache_dir, pin, pinned, pinned_commit, pins_path, stamp_file
 from .digest import sha256_of
 from .errors import Unavailable, WeightsError
 from .hub import download_from_hub, find_in_hub_cache
@@ -57,7 +57,7 @@ def fetch(
         raise WeightsError(f"{name} has no file of format {format!r}; expected one of {there}")
     if mirrors[0].package is not None:
         return _packaged(mirrors[0], manifest.folder)
-    root = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    root = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser().absolute()
     hit, corrupt = _find(root, name, mirrors)
     if hit is not None:
         return hit
@@ -129,15 +129,15 @@ def _fetch_from_url(mirror: Mirror, path: Path, *, transfer: Transfer, report: P
 
 def _fetch_from_hub(mirror: Mirror, path: Path, *, transfer: Transfer, report: Progress) -> None:
     scratch = path.parent / ".hub"
-    downloaded, stated = download_from_hub(mirror, scratch, transfer=transfer)
+    found = download_from_hub(mirror, scratch, commit=pinned_commit(mirror.location), transfer=transfer)
     try:
-        _admit(downloaded, path, mirror, _expected(mirror) or stated)
+        _admit(found.path, path, mirror, _expected(mirror) or found.sha256, commit=found.commit)
         report(path.stat().st_size, path.stat().st_size)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _admit(candidate: Path, path: Path, mirror: Mirror, expected: str | None) -> None:
+def _admit(candidate: Path, path: Path, mirror: Mirror, expected: str | None, *, commit: str | None = None) -> None:
     """Gives a finished download its name, once size, hash and content are as they should be."""
     size = candidate.stat().st_size
     if mirror.bytes is not None and size != mirror.bytes:
@@ -147,10 +147,13 @@ def _admit(candidate: Path, path: Path, mirror: Mirror, expected: str | None) ->
         raise WeightsError(
             f"{mirror.location} has SHA-256 {digest}, expected {expected}{_whose(mirror)}; nothing was kept"
         )
-    load(candidate, container=mirror.container, suffix=path.suffix)
+    try:
+        load(candidate, container=mirror.container, suffix=path.suffix)
+    except WeightsError as error:
+        raise WeightsError(f"{mirror.location} does not give weights; nothing was kept: {error}") from error
     try:
         if mirror.sha256 is None:
-            pin(mirror.location, digest, size)
+            pin(mirror.location, digest, size, commit)
         os.replace(candidate, path)
     except OSError as error:
         raise cannot_write(error, candidate, mirror.location) from error
@@ -171,7 +174,8 @@ def _whose(mirror: Mirror) -> str:
 def _from_hub_cache(root: Path, name: str, mirrors: list[Mirror], corrupt: dict[Path, str]) -> Path:
     """Offline, and not in our cache: the hub client's own cache may still have it."""
     for mirror in mirrors:
-        found = find_in_hub_cache(mirror) if mirror.hub is not None else None
+        commit = pinned_commit(mirror.location)
+        found = find_in_hub_cache(mirror, commit=commit) if mirror.hub is not None else None
         if found is not None:
             with _locked(root, name):
                 path = cached_path(root, name, mirror.file)

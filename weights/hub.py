@@ -2,7 +2,9 @@
 
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urljoin
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
@@ -11,23 +13,35 @@ from .manifest import Mirror
 from .transfer import NO_SPACE, Transfer, check_url
 
 
-def download_from_hub(mirror: Mirror, scratch: Path, *, transfer: Transfer) -> tuple[Path, str | None]:
-    """Downloads below `scratch` and returns the file and the SHA-256 that the hub states for it, if any.
+@dataclass(frozen=True)
+class HubFile:
+    """A downloaded file, its commit, and the SHA-256 that the hub states for it, if any."""
 
-    The client resumes and checks the length but does not hash what it downloaded; the caller does. A mirror that names
-    no commit is resolved to one first, so that hash and file belong together.
+    path: Path
+    commit: str | None
+    sha256: str | None
+
+
+def download_from_hub(mirror: Mirror, scratch: Path, *, commit: str | None, transfer: Transfer) -> HubFile:
+    """Downloads below `scratch`, at the mirror's commit, else at `commit`, else at what "main" is now.
+
+    The client resumes and checks the length but does not hash what it downloaded; the caller does.
 
     Raises:
-        Unavailable: the hub does not deliver. WeightsError: its address is not https, or the disk is full.
+        Unavailable: the hub does not deliver.
+        WeightsError: its address, or where it sends us, is not https, or the disk is full.
     """
-    repo, _, commit = str(mirror.hub).partition("@")
+    repo, _, named = str(mirror.hub).partition("@")
     endpoint = transfer.hub_endpoint or constants.ENDPOINT
     check_url(endpoint, transfer)
     try:
-        address = hf_hub_url(repo, mirror.file, revision=commit or None, endpoint=endpoint)
+        address = hf_hub_url(repo, mirror.file, revision=named or commit, endpoint=endpoint)
         metadata = get_hf_file_metadata(address, timeout=transfer.timeout, endpoint=endpoint)
-        revision = commit or metadata.commit_hash
+        check_url(urljoin(address, metadata.location), transfer)
+        revision = named or commit or metadata.commit_hash  # so that hash and file belong together
         path = hf_hub_download(repo, mirror.file, revision=revision, local_dir=scratch, endpoint=endpoint)
+    except WeightsError:
+        raise
     except Exception as error:  # the client's own, and those of whichever HTTP library its version uses
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -39,11 +53,11 @@ def download_from_hub(mirror: Mirror, scratch: Path, *, transfer: Transfer) -> t
         raise Unavailable(f"could not fetch {mirror.location}: {reason}") from error
     # Large files are stored under their SHA-256, which the hub sends as their ETag; small ones under a git hash.
     etag = metadata.etag or ""
-    return Path(path), etag if re.fullmatch("[0-9a-f]{64}", etag) else None
+    return HubFile(Path(path), revision, etag if re.fullmatch("[0-9a-f]{64}", etag) else None)
 
 
-def find_in_hub_cache(mirror: Mirror) -> Path | None:
+def find_in_hub_cache(mirror: Mirror, *, commit: str | None) -> Path | None:
     """The file in the hub client's own cache (another program may have fetched it), or None."""
-    repo, _, commit = str(mirror.hub).partition("@")
-    found = try_to_load_from_cache(repo, mirror.file, revision=commit or None)
+    repo, _, named = str(mirror.hub).partition("@")
+    found = try_to_load_from_cache(repo, mirror.file, revision=named or commit)
     return Path(found) if isinstance(found, str) else None

@@ -94,7 +94,7 @@ def download(
             if failures >= transfer.attempts:
                 raise Unavailable(
                     f"could not fetch {url}: {error} ({failures} failed attempts in a row); check the connection and "
-                    "try again, the download continues where it stopped"
+                    "try again"
                 ) from error
             time.sleep(_wait(failures, error.retry_after, transfer))
 
