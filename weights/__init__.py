@@ -3,10 +3,20 @@
 from .errors import WeightsError
 from .fetch import fetch
 from .load import check_state_dict, load, save
-from .manifest import Entry, Manifest, Mirror, bundled_manifest, load_manifest, lookup, write_packaged_entry
+from .manifest import (
+    MANIFEST_PATH,
+    Entry,
+    Manifest,
+    Mirror,
+    bundled_manifest,
+    load_manifest,
+    lookup,
+    write_packaged_entry,
+)
 from .transfer import Transfer
 
 __all__ = [
+    "MANIFEST_PATH",
     "Entry",
     "Manifest",
     "Mirror",
