@@ -4,6 +4,7 @@ A released checkpoint is named `architecture.tag`. Its `pretrained_cfg["url"]` i
 manifest knows where the file is and what its hash must be, so no other downloader can take it unverified.
 """
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -41,6 +42,7 @@ def build_backbone(
     feature_cfg: dict,
     pretrained_cfg=None,
     pretrained_cfg_overlay: dict | None = None,
+    cache_dir: str | os.PathLike | None = None,
     **kwargs,
 ) -> ModelT:
     """`timm.models.build_model_with_cfg`, with "foveal:" sources fetched and verified by `foveal.weights`."""
@@ -49,9 +51,9 @@ def build_backbone(
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
         elsewhere = cfg.file or cfg.state_dict or cfg.hf_hub_id or cfg.source
         if not elsewhere and cfg.url and cfg.url.startswith(SCHEME):
-            from ..weights import fetch
+            from ..weights import fetch  # a third of a second, for pretrained models only
 
-            overlay["file"] = str(fetch(cfg.url.removeprefix(SCHEME)))
+            overlay["file"] = str(fetch(cfg.url.removeprefix(SCHEME), cache_dir=cache_dir))
     return build_model_with_cfg(
         model_cls,
         variant,
@@ -60,5 +62,6 @@ def build_backbone(
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=filter_fn,
         feature_cfg=feature_cfg,
+        cache_dir=cache_dir,
         **kwargs,
     )
