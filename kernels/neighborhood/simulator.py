@@ -117,13 +117,19 @@ def simulate(
 
 
 def rank_tiles(
-    axes: Sequence[Axis], *, row_tokens: int = 64, column_tokens: int = 64, inverse: bool = False, extra: int = 0
+    axes: Sequence[Axis],
+    *,
+    row_tokens: int = 64,
+    column_tokens: int = 64,
+    aligned: bool = False,
+    inverse: bool = False,
+    extra: int = 0,
 ) -> list[Tiling]:
     """All tile shapes of the given numbers of tokens, sides powers of two: fewest visited tiles first, then most
     interior ones.
 
     Args:
-        axes, inverse, extra: as in `simulate`.
+        axes, aligned, inverse, extra: as in `simulate`.
         row_tokens, column_tokens: tokens of a query and of a key tile, powers of two.
 
     Raises:
@@ -134,7 +140,7 @@ def rank_tiles(
             raise ValueError(f"{name}={tokens} must be a power of two")
     rank = len(axes)
     shapes = product(splits(row_tokens, rank), splits(column_tokens, rank))
-    tilings = [simulate(axes, rows, columns, inverse=inverse, extra=extra) for rows, columns in shapes]
+    tilings = [simulate(axes, rows, columns, aligned=aligned, inverse=inverse, extra=extra) for rows, columns in shapes]
     return sorted(tilings, key=lambda tiling: (tiling.visited, -tiling.interior))
 
 
@@ -192,7 +198,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             key_tile = spread(args.key_tile) if args.key_tile else tile
             tilings = [simulate(axes, tile, key_tile, aligned=args.aligned, extra=args.extra)]
         else:
-            tilings = rank_tiles(axes, row_tokens=args.tokens[0], column_tokens=args.tokens[1], extra=args.extra)[:8]
+            row_tokens, column_tokens = args.tokens
+            tilings = rank_tiles(
+                axes, row_tokens=row_tokens, column_tokens=column_tokens, aligned=args.aligned, extra=args.extra
+            )[:8]
     except ValueError as error:
         parser.error(str(error))
 

@@ -1,0 +1,158 @@
+"""Draws the pictures of the documentation: `python docs/pictures.py` writes `docs/images/*.png`."""
+
+from pathlib import Path
+
+import torch
+from foveal.kernels.neighborhood import make_axes
+from foveal.kernels.neighborhood.geometry import axis_bounds, visible_pairs
+from foveal.kernels.neighborhood.plot import (
+    KEY,
+    QUERY,
+    UNSEEN,
+    composed_weights,
+    plot_composed_receptive_field,
+    plot_receptive_field,
+)
+from foveal.kernels.neighborhood.simulator import rank_tiles
+from matplotlib import colormaps, rc_context
+from matplotlib.colors import LightSource, ListedColormap
+from matplotlib.figure import Figure
+
+IMAGES = Path(__file__).parent / "images"
+SECOND, THIRD = "#009e73", "#a45ea5"  # two more of Okabe and Ito's colours
+INK = "#343a40"
+
+
+def seen(shape, query, **options) -> torch.Tensor:
+    """Which tokens a query sees: bool `[*shape]`."""
+    tokens = torch.ones((), dtype=torch.bool)
+    for axis, q in zip(make_axes(shape, **options), query, strict=True):
+        first, last = (int(bound[q]) for bound in axis_bounds(axis))
+        line = torch.zeros(axis.length, dtype=torch.bool)
+        line[first : last + 1 : axis.dilation] = True
+        tokens = tokens[..., None] & line
+    return tokens
+
+
+def grid(ax, classes: torch.Tensor, colors: list[str], title: str, caption: str) -> None:
+    ax.imshow(classes.numpy(), cmap=ListedColormap(colors), vmin=0, vmax=len(colors) - 1, interpolation="none")
+    ax.set(xticks=[], yticks=[])
+    edges = torch.arange(classes.shape[0] + 1).numpy() - 0.5
+    ax.set_xticks(edges, minor=True)
+    ax.set_yticks(edges, minor=True)
+    ax.grid(which="minor", color="white", linewidth=0.7)
+    bare(ax, title, caption)
+
+
+def bare(ax, title: str, caption: str) -> None:
+    ax.tick_params(which="both", length=0, labelleft=False, labelbottom=False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    ax.set_title(title, fontsize=11, fontweight="bold", color=INK, pad=8)
+    ax.set_xlabel(caption, fontsize=8.5, color=INK, labelpad=6)
+
+
+def clip(ax, title: str, caption: str) -> None:
+    """A clip as a box of tokens, and in it the keys of one query, causal in time."""
+    shape, query = (8, 12, 12), (5, 6, 6)
+    window = seen(shape, query, window=(4, 5, 5), causal=(True, False, False))
+    # time runs to the right, rows downwards: [T, H, W] is drawn as x, -z, y
+    cells = window.permute(0, 2, 1).flip(2).numpy()
+    colors = torch.empty(cells.shape, dtype=torch.int8).numpy().astype(object)
+    colors[:] = KEY
+    colors[query[0], query[2], shape[1] - 1 - query[1]] = QUERY
+    light = LightSource(azdeg=120, altdeg=35)
+    ax.voxels(cells, facecolors=colors, edgecolor="white", linewidth=0.4, lightsource=light)
+    t, h, w = shape
+    for frame in range(t + 1):  # outlines of the frames
+        ax.plot([frame] * 5, [0, w, w, 0, 0], [0, 0, h, h, 0], color="#adb5bd", linewidth=0.6)
+    for y, z in ((0, 0), (w, 0), (0, h), (w, h)):
+        ax.plot([0, t], [y, y], [z, z], color="#adb5bd", linewidth=0.6)
+    ax.set_box_aspect((t * 1.5, w, h), zoom=1.22)
+    ax.view_init(elev=18, azim=-58)
+    ax.set_axis_off()
+    ax.set_title(title, fontsize=11, fontweight="bold", color=INK, pad=8)
+    ax.text2D(0.5, -0.045, caption, transform=ax.transAxes, fontsize=8.5, color=INK, ha="center", va="top")
+
+
+def hero(path: Path) -> None:
+    """The picture of the README: four neighborhoods above, what they compose to below."""
+    figure = Figure(figsize=(11.4, 6.9), dpi=200)
+    shape = (21, 21)
+    queries = {(10, 10): KEY, (0, 17): SECOND, (20, 2): THIRD}
+
+    def panel(row: int, column: int, **options):
+        return figure.add_axes((0.018 + 0.248 * column, 0.57 - 0.525 * row, 0.22, 0.363), **options)
+
+    classes = torch.zeros(shape, dtype=torch.int64)
+    for number, query in enumerate(queries):
+        classes[seen(shape, query, window=7)] = number + 1
+        classes[query] = 4
+    colors = [UNSEEN, *queries.values(), QUERY]
+    grid(panel(0, 0), classes, colors, "neighborhood", "window=7: shifts at borders, never shrinks")
+
+    classes = seen(shape, (10, 10), window=7, dilation=3).long()
+    classes[10, 10] = 2
+    grid(panel(0, 1), classes, [UNSEEN, KEY, QUERY], "dilated", "window=7, dilation=3: 49 keys, spread wide")
+
+    classes = seen(shape, (10, 10), window=9, stride=3).long()
+    classes[9:12, 9:12] = 2
+    grid(panel(0, 2), classes, [UNSEEN, KEY, QUERY], "strided", "window=9, stride=3: queries share windows")
+
+    clip(panel(0, 3, projection="3d"), "video", "window=(4, 5, 5), causal in time")
+
+    stack = [make_axes((56, 56), window=7, dilation=d) for d in (8, 1, 8, 1)]
+    captions = ["the last layer sees", "two layers see", "three layers see", "four layers see"]
+    for i, (share, caption) in enumerate(zip(composed_weights(stack, (28, 28)), captions, strict=True)):
+        ax = panel(1, i)
+        cells = (share / share.max()).masked_fill(share == 0, float("nan"))
+        ax.imshow(cells.numpy(), cmap=colormaps["viridis"].with_extremes(bad=UNSEEN), vmin=0, vmax=1)
+        bare(ax, "", f"{caption} {round(100 * float((share > 0).double().mean()))} % of 56×56 tokens")
+    text = "what one token is made of when DiNAT stacks window 7, dilations 8, 1, 8, 1"
+    figure.text(0.5, 0.435, text, ha="center", fontsize=11, fontweight="bold", color=INK)
+    figure.savefig(path, facecolor="white")
+
+
+def tile_bounds(path: Path) -> None:
+    """How much of the possible speed-up tiles keep: speed-up bound against FLOP bound, by window."""
+    figure = Figure(figsize=(7.2, 3.4), dpi=200, layout="constrained")
+    for ax, (shape, windows) in zip(
+        figure.subplots(1, 2),
+        [((256, 256), range(8, 129, 8)), ((30, 48, 80), range(6, 31, 2))],
+        strict=True,
+    ):
+        stacks = [make_axes(shape, window=tuple(min(w, n) for n in shape)) for w in windows]
+        tokens = torch.tensor(shape).prod().item()
+        share = [visible_pairs(axes) / tokens**2 for axes in stacks]
+        ax.plot(share, [1 / s for s in share], color=INK, linestyle="--", linewidth=1.2, label="FLOPs alone")
+        for aligned, color, marker, label in (
+            (False, "#0072b2", "o", "best tiles, start at the first visible key"),
+            (True, QUERY, "s", "best tiles, start at a multiple of the tile"),
+        ):
+            best = [rank_tiles(axes, row_tokens=128, column_tokens=64, aligned=aligned)[0] for axes in stacks]
+            ax.plot(share, [t.speedup_bound for t in best], color=color, marker=marker, markersize=3, label=label)
+        ax.set(xscale="log", yscale="log", xlabel="share of pairs that count", ylabel="speed-up over dense")
+        ax.set_title("×".join(map(str, shape)) + " tokens", fontsize=9, fontweight="bold")
+        ax.grid(which="both", color="#e9ecef", linewidth=0.5)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False, fontsize=7.5, loc="lower left")
+    figure.savefig(path, facecolor="white")
+
+
+def main() -> None:
+    IMAGES.mkdir(exist_ok=True)
+    with rc_context({"font.size": 8, "font.family": "DejaVu Sans", "axes.edgecolor": "#868e96"}):
+        hero(IMAGES / "hero.png")
+        tile_bounds(IMAGES / "tile_bounds.png")
+    plot_receptive_field((21, 21), window=7, path=IMAGES / "window.png")
+    plot_receptive_field((21, 21), window=7, dilation=3, path=IMAGES / "dilation.png")
+    plot_receptive_field((21, 21), window=9, stride=3, path=IMAGES / "stride.png")
+    plot_receptive_field((21, 21), window=7, causal=(True, False), path=IMAGES / "causal.png")
+    plot_receptive_field((32,), window=9, stride=4, causal=True, path=IMAGES / "sequence.png")
+    plot_receptive_field((8, 14, 14), window=(3, 7, 7), path=IMAGES / "clip.png")
+    layers = [{"window": 7, "dilation": d} for d in (1, 8, 1, 8)]
+    plot_composed_receptive_field((56, 56), layers, path=IMAGES / "composed.png")
+
+
+if __name__ == "__main__":
+    main()
