@@ -8,6 +8,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import time
 import urllib.request
 
 import pytest
@@ -250,6 +251,26 @@ def test_lasting_failures_end(origin, get):
     with pytest.raises(WeightsError, match=r"answers 500 .*3 failed attempts"):
         get()
     assert origin.gets == 3
+
+
+def test_the_server_says_when_to_come_back(origin, get):
+    origin.add("/w", CONTENT, statuses=[503], headers={"Retry-After": "1"})
+    begin = time.monotonic()
+    get()
+    assert time.monotonic() - begin >= 1
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_large_files_may_need_more_attempts_but_only_while_they_grow(origin, get, ranges):
+    """Attempts that bring a megabyte are no failures; without ranges they bring nothing new, and there is an end."""
+    content = save({"w": torch.zeros(2_000_000)})
+    origin.add("/w", content, ranges=ranges, cuts=[1_500_000] * 5)
+    if ranges:
+        assert get({"url": f"{origin.url}/w"}).read_bytes() == content and origin.gets == 6
+    else:
+        with pytest.raises(WeightsError, match="3 failed attempts in a row"):
+            get({"url": f"{origin.url}/w"})
+        assert origin.gets == 3
 
 
 def test_timeout(origin, get, home):

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import huggingface_hub.constants
+import huggingface_hub.utils
 import pytest
 import torch
 from foveal.weights import Transfer, WeightsError, fetch
@@ -38,10 +39,10 @@ def hub():
 
 @pytest.fixture
 def get(tmp_path, hub):
-    def get(*mirrors, offline=False, loopback_http=True):
+    def get(*mirrors, offline=False, loopback_http=True, progress=False):
         manifest = write_manifest(tmp_path / "manifest.json", *(mirrors or ({"hub": "owner/net"},)))
         transfer = Transfer(timeout=5, attempts=2, backoff=0.01, loopback_http=loopback_http, hub_endpoint=hub.url)
-        return fetch(NAME, manifest=manifest, transfer=transfer, offline=offline, progress=False)
+        return fetch(NAME, manifest=manifest, transfer=transfer, offline=offline, progress=progress)
 
     return get
 
@@ -61,6 +62,14 @@ def test_fresh_then_cached(hub, get, home):
     asked = len(hub.requests)
     assert get() == path and get(offline=True) == path and len(hub.requests) == asked
     assert sorted(file.name for file in path.parent.iterdir()) == [".lock", FILE, f"{FILE}.stamp"]
+
+
+def test_progress(hub, get, capfd):
+    publish(hub, CONTENT, OLD)
+    seen = []
+    get(progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (len(CONTENT), len(CONTENT)) and FILE not in capfd.readouterr().err
+    assert not huggingface_hub.utils.are_progress_bars_disabled()
 
 
 def test_a_named_commit_is_what_is_asked_for(hub, get):

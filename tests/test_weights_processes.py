@@ -2,45 +2,47 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import stat
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from foveal.weights import Transfer, fetch, load_manifest
+from foveal.weights import Transfer, WeightsError, fetch, load_manifest
 from safetensors.torch import save
 from weights_server import serve, write_manifest
 
+resource = pytest.importorskip("resource", reason="needs file size limits and permission bits")
 NAME = "natten_test_m.tag"
 CONTENT = save({"weight": torch.arange(500_000, dtype=torch.float32)})
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 QUICK = Transfer(timeout=60, attempts=2, backoff=0.01, loopback_http=True)
 
-SCRIPT = """
-import os, resource, sys
-from foveal.weights import Transfer, WeightsError, fetch, load_manifest
-manifest, limit, unprivileged = load_manifest(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "unprivileged"
-names = sys.argv[4:] or ["natten_test_m.tag"]
-transfer = Transfer(timeout=60, attempts=2, backoff=0.01, loopback_http=True)
-if limit:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-if unprivileged and os.getuid() == 0:
-    os.setgid(65534)
-    os.setuid(65534)
-print("ready", flush=True)
-for name in names:
-    try:
-        print("path", fetch(name, manifest=manifest, transfer=transfer))
-    except WeightsError as error:
-        print("error", error)
-"""
+# Processes are forked from one that has imported torch already, which takes longer than all that they do.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["foveal.weights"])
+
+
+def child(answers, environment, manifest, names, limit, unprivileged):
+    """What a process does: fetches, and sends the path or the error message of each name."""
+    os.environ.update(environment)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if unprivileged and os.getuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    entries = load_manifest(manifest)
+    answers.send("ready")
+    for name in names:
+        try:
+            answers.send(f"path {fetch(name, manifest=entries, transfer=QUICK)}")
+        except WeightsError as error:
+            answers.send(f"error {error}")
 
 
 @pytest.fixture
@@ -73,23 +75,25 @@ def start(origin, folder):
     (folder / "manifest.json").chmod(0o644)
 
     def start(*names, limit=0, unprivileged=False):
-        who = "unprivileged" if unprivileged else "same"
-        command = [sys.executable, "-c", SCRIPT, str(folder / "manifest.json"), str(limit), who, *names]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+        answers, end = CONTEXT.Pipe()
+        environment = {key: os.environ[key] for key in ("FOVEAL_HOME", "NO_PROXY")}
+        arguments = (end, environment, folder / "manifest.json", names or [NAME], limit, unprivileged)
+        process = CONTEXT.Process(target=child, args=arguments)
+        process.start()
+        end.close()
         processes.append(process)
-        return process
+        assert answer(answers) == "ready"
+        return process, answers
 
     yield start
     for process in processes:
         process.kill()
-        process.communicate()
+        process.join()
 
 
-def answer(process):
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert output.startswith("ready\n"), errors
-    return output.removeprefix("ready\n").strip()
+def answer(answers):
+    assert answers.poll(60), "waited for a minute"
+    return answers.recv()
 
 
 def wait_until(condition):
@@ -101,45 +105,42 @@ def wait_until(condition):
 
 def test_killed_in_the_middle_and_resumed(origin, start, folder):
     half = len(CONTENT) // 2
-    resource = origin.add("/w", CONTENT, stall_after=half)
+    served = origin.add("/w", CONTENT, stall_after=half)
     partial = folder / "home" / "weights" / NAME / "model.safetensors.partial"
-    process = start()
+    process, _ = start()
     wait_until(lambda: partial.exists() and partial.stat().st_size >= half - (1 << 16))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     kept = partial.stat().st_size
     assert 0 < kept <= half and not partial.with_suffix("").exists()
-    resource.stall_after = None
-    resource.go_on.set()
+    served.stall_after = None
+    served.go_on.set()
     path = fetch(NAME, manifest=load_manifest(folder / "manifest.json"), transfer=QUICK)
     assert path.read_bytes() == CONTENT and not partial.exists()
     assert origin.requests[-1][2] == f"bytes={kept}-" and origin.gets == 2
 
 
 def test_two_processes_download_once(origin, start, folder):
-    resource = origin.add("/w", CONTENT, stall_after=1000)
+    served = origin.add("/w", CONTENT, stall_after=1000)
     processes = [start(), start()]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
     wait_until(lambda: origin.gets > 0)
     time.sleep(0.3)  # the other one is past its look into the cache by now, and waits for the first
-    resource.go_on.set()
+    assert not any(answers.poll() for _, answers in processes)
+    served.go_on.set()
     path = folder / "home" / "weights" / NAME / "model.safetensors"
-    for process in processes:
-        output, errors = process.communicate(timeout=120)
-        assert output == f"path {path}\n", errors
+    assert [answer(answers) for _, answers in processes] == [f"path {path}"] * 2
     assert origin.gets == 1 and origin.body_bytes == len(CONTENT) and path.read_bytes() == CONTENT
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs file size limits")
 def test_a_full_disk_leaves_no_broken_file(origin, start, folder):
     origin.add("/w", CONTENT)
-    message = answer(start(limit=300_000))  # writes beyond it fail as they do on a full disk
+    _, answers = start(limit=300_000)
+    message = answer(answers)  # writes beyond it fail as they do on a full disk
     assert message.startswith("error could not fetch") and "no space left" in message and "FOVEAL_HOME" in message
     assert [path.name for path in (folder / "home" / "weights" / NAME).iterdir()] == [".lock"]
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs permission bits")
 def test_a_read_only_cache_serves_hits_and_refuses_misses(origin, start, folder):
     """Root ignores permission bits, so the process becomes nobody when the tests run as root."""
     origin.add("/w", CONTENT)
@@ -150,7 +151,8 @@ def test_a_read_only_cache_serves_hits_and_refuses_misses(origin, start, folder)
         inner.chmod(inner.stat().st_mode & ~0o222)
     entries = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(entries | {"natten_test_m.other": entries[NAME]}))
-    hit, miss = answer(start(NAME, "natten_test_m.other", unprivileged=True)).splitlines()
+    _, answers = start(NAME, "natten_test_m.other", unprivileged=True)
+    hit, miss = answer(answers), answer(answers)
     assert hit == f"path {path}"
     expected = f"error natten_test_m.other has to be fetched, but {cache / 'natten_test_m.other'} cannot be written"
     assert miss.startswith(expected) and "FOVEAL_HOME" in miss

@@ -98,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
         if resource is None:
             return self._status(404)
         if body and resource.statuses:
-            return self._status(resource.statuses.pop(0))
+            return self._status(resource.statuses.pop(0), **resource.headers)
         if resource.redirect is not None:
             return self._status(302, Location=resource.redirect)
         start = self._start(resource)

@@ -95,10 +95,10 @@ def _from_mirrors(
     for mirror in mirrors:
         path = cached_path(root, name, mirror.file)
         try:
-            with reporter(progress, name) as report:
-                if mirror.hub is not None:
-                    _fetch_from_hub(mirror, path, transfer=transfer, report=report)
-                else:
+            if mirror.hub is not None:
+                _fetch_from_hub(mirror, path, transfer=transfer, progress=progress)
+            else:
+                with reporter(progress, name) as report:
                     _fetch_from_url(mirror, path, transfer=transfer, report=report)
             return path
         except Unavailable as error:
@@ -127,12 +127,13 @@ def _fetch_from_url(mirror: Mirror, path: Path, *, transfer: Transfer, report: P
     discard(partial)
 
 
-def _fetch_from_hub(mirror: Mirror, path: Path, *, transfer: Transfer, report: Progress) -> None:
-    scratch = path.parent / ".hub"
-    found = download_from_hub(mirror, scratch, commit=pinned_commit(mirror.location), transfer=transfer)
+def _fetch_from_hub(mirror: Mirror, path: Path, *, transfer: Transfer, progress: bool | Progress) -> None:
+    scratch, commit = path.parent / ".hub", pinned_commit(mirror.location)
+    found = download_from_hub(mirror, scratch, commit=commit, transfer=transfer, bar=progress is True)
     try:
         _admit(found.path, path, mirror, _expected(mirror) or found.sha256, commit=found.commit)
-        report(path.stat().st_size, path.stat().st_size)
+        if callable(progress):  # the client has only its own bar; tell at least the end
+            progress(path.stat().st_size, path.stat().st_size)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -1,12 +1,15 @@
 """Getting one file from the Hugging Face hub, through its own client (tokens, mirrors and its cache work as usual)."""
 
+import contextlib
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urljoin
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from .errors import Unavailable, WeightsError
 from .manifest import Mirror
@@ -22,10 +25,11 @@ class HubFile:
     sha256: str | None
 
 
-def download_from_hub(mirror: Mirror, scratch: Path, *, commit: str | None, transfer: Transfer) -> HubFile:
+def download_from_hub(mirror: Mirror, scratch: Path, *, commit: str | None, transfer: Transfer, bar: bool) -> HubFile:
     """Downloads below `scratch`, at the mirror's commit, else at `commit`, else at what "main" is now.
 
-    The client resumes and checks the length but does not hash what it downloaded; the caller does.
+    The client resumes and checks the length but does not hash what it downloaded; the caller does. `bar` lets it show
+    its progress bar.
 
     Raises:
         Unavailable: the hub does not deliver.
@@ -39,7 +43,8 @@ def download_from_hub(mirror: Mirror, scratch: Path, *, commit: str | None, tran
         metadata = get_hf_file_metadata(address, timeout=transfer.timeout, endpoint=endpoint)
         check_url(urljoin(address, metadata.location), transfer)
         revision = named or commit or metadata.commit_hash  # so that hash and file belong together
-        path = hf_hub_download(repo, mirror.file, revision=revision, local_dir=scratch, endpoint=endpoint)
+        with contextlib.nullcontext() if bar else _without_bars():
+            path = hf_hub_download(repo, mirror.file, revision=revision, local_dir=scratch, endpoint=endpoint)
     except WeightsError:
         raise
     except Exception as error:  # the client's own, and those of whichever HTTP library its version uses
@@ -54,6 +59,19 @@ def download_from_hub(mirror: Mirror, scratch: Path, *, commit: str | None, tran
     # Large files are stored under their SHA-256, which the hub sends as their ETag; small ones under a git hash.
     etag = metadata.etag or ""
     return HubFile(Path(path), revision, etag if re.fullmatch("[0-9a-f]{64}", etag) else None)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """The client's bars can only be switched for the whole process."""
+    shown = not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def find_in_hub_cache(mirror: Mirror, *, commit: str | None) -> Path | None:

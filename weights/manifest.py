@@ -2,7 +2,7 @@
 
 An entry is one set of weights, named as timm names them (`architecture.tag`). It has one or more mirrors: places that
 hold these weights as a file, each with its own format, size and hash. Hashes and sizes that upstream does not publish
-are null and never guessed; see `pins.py` for what stands in for them.
+are null and never guessed; see `cache.py` for what stands in for them.
 """
 
 import difflib

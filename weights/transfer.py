@@ -80,7 +80,7 @@ def download(
     check_url(url, transfer)
     opener = urllib.request.build_opener(_HttpsRedirects(transfer))
     resumed = _resume_offset(partial, url, hash_known) > 0
-    failures = 0
+    failures = reached = 0
     while True:
         start = _resume_offset(partial, url, hash_known)
         if start and start == _read_note(partial).get("total"):
@@ -89,8 +89,9 @@ def download(
             _receive(opener, url, partial, start=start, size=size, transfer=transfer, progress=progress)
             return resumed
         except _TransientError as error:
-            grown = _length(partial) - start
-            failures = 1 if grown >= 1 << 20 else failures + 1
+            # Only bytes never had before count, else a server that cuts and cannot resume would be asked for ever.
+            before, reached = max(reached, start), max(reached, _length(partial))
+            failures = 1 if reached - before >= 1 << 20 else failures + 1
             if failures >= transfer.attempts:
                 raise Unavailable(
                     f"could not fetch {url}: {error} ({failures} failed attempts in a row); check the connection and "
@@ -140,7 +141,16 @@ class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _receive(opener, url: str, partial: Path, *, start: int, size: int | None, transfer: Transfer, progress: Progress):
+def _receive(
+    opener: urllib.request.OpenerDirector,
+    url: str,
+    partial: Path,
+    *,
+    start: int,
+    size: int | None,
+    transfer: Transfer,
+    progress: Progress,
+) -> None:
     """One attempt: asks for the rest from `start`, appends what comes, and checks that it is all."""
     with _open(opener, url, partial, start, transfer) as response:
         if response.status == 206:
@@ -163,7 +173,9 @@ def _receive(opener, url: str, partial: Path, *, start: int, size: int | None, t
         raise WeightsError(f"could not fetch {url}: it has {done} bytes, expected {size}; nothing was kept")
 
 
-def _open(opener, url: str, partial: Path, start: int, transfer: Transfer) -> http.client.HTTPResponse:
+def _open(
+    opener: urllib.request.OpenerDirector, url: str, partial: Path, start: int, transfer: Transfer
+) -> http.client.HTTPResponse:
     headers = {"User-Agent": "foveal", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
