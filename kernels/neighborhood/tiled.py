@@ -6,7 +6,6 @@ for the backward, which gathers again, and chunks bound what is gathered at a ti
 """
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,12 +15,11 @@ from torch.nn.functional import pad
 
 from . import tiled_plan
 from .geometry import Axis
-from .tiled_plan import Plan
+from .tiled_plan import Chunk, Plan, Sizes
 
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
 CACHE_BYTES = 6 << 20  # what a chunk works on should stay in cache
-MEMORY_RATIO = 1.25  # and be no more than this many times inputs and output
-INTEGERS = {4: torch.int32, 8: torch.int64}
+FORWARD_RATIO, BACKWARD_RATIO = 1.75, 1.0  # and be no more than this many times inputs and output
 
 
 def attend(
@@ -48,21 +46,7 @@ class _Rows(NamedTuple):
     query: Tensor  # [B * tokens * heads, d]
     key: Tensor  # [(B * tokens + B * extra) * key heads, d]
     value: Tensor
-    batch: int
-    tokens: int
-    key_heads: int
-    group: int  # query heads that share a key head
-
-
-class _Chunk(NamedTuple):
-    """Some tiles and key heads; n tiles, h key heads, g query heads a key head, q queries and k keys a tile."""
-
-    rows: list[Tensor]  # per axis, which row of the plan's tables, [n]
-    tile: Tensor  # tile of the grid, [n]
-    heads: slice  # query heads
-    query: Tensor  # [n * h * g * q] rows of the query
-    key: Tensor  # [n * h * k] rows of key and value
-    shape: tuple[int, int, int, int, int]  # n, h, g, q, k
+    sizes: Sizes
 
 
 def _prepare(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None, extra_value: Tensor | None) -> _Rows:
@@ -74,8 +58,7 @@ def _prepare(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None
     # those that were not become NaN, which masks keep out.
     total = v.sum(-1, keepdim=True, dtype=torch.promote_types(v.dtype, torch.float32))
     k, v = k + (total - total).to(k.dtype), v.nan_to_num()
-    tokens = math.prod(query.shape[1:-2])
-    return _Rows(query.reshape(-1, d), k, v, query.shape[0], tokens, key.shape[-2], query.shape[-2] // key.shape[-2])
+    return _Rows(query.reshape(-1, d), k, v, Sizes(query.shape[0], key.shape[-2], query.shape[-2] // key.shape[-2]))
 
 
 def _make_plan(query: Tensor, key: Tensor, extra_key: Tensor | None, axes: tuple[Axis, ...]) -> Plan:
@@ -87,49 +70,30 @@ def _make_plan(query: Tensor, key: Tensor, extra_key: Tensor | None, axes: tuple
         )
         return tiled_plan.make_plan(axes, tiled_plan.choose_tile(known, group, d, extra), extra, query.device)
     known = tuple((a.window, a.stride, a.causal, tiled_plan.positions(a)) for a in axes)
-    return tiled_plan.cached_plan(axes, tiled_plan.choose_tile(known, group, d, extra), extra, query.device)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return tiled_plan.cached_plan(axes, tiled_plan.choose_tile(known, group, d, extra), extra, dtype, query.device)
 
 
-def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int) -> tuple[int, int]:
-    """Into how many chunks tiles and key heads are split, by the copies held of gathered rows and of logits."""
+def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int, ratio: float) -> tuple[int, int]:
+    """Into how many chunks tiles and key heads are split, by the copies held of gathered rows and of logits.
+
+    `ratio` bounds what a chunk takes by the memory of inputs and output.
+    """
+    batch, key_heads, group = rows.sizes
     d, size = rows.query.shape[-1], torch.promote_types(rows.query.dtype, torch.float32).itemsize
-    queries = plan.queries * rows.group
-    numbers = plan.keys * (row_copies * d + 2) + queries * (row_copies * d + 2) + queries * plan.keys * logit_copies
-    unit = numbers * size  # one tile of one key head
-    in_out = 2 * (rows.group + 1) * rows.key_heads * d * rows.query.dtype.itemsize  # one token
+    gathered = (plan.keys + plan.queries * group) * (row_copies * d + 2)
+    unit = size * (gathered + plan.queries * group * plan.keys * logit_copies)  # bytes for one tile of one key head
+    in_out = 2 * (group + 1) * key_heads * d * rows.query.dtype.itemsize  # bytes per token
     if torch.compiler.is_compiling():  # the number of chunks must not depend on the number of tokens
-        return math.ceil(unit * rows.key_heads / (MEMORY_RATIO * in_out * plan.queries)), 1
-    units = max(1, int(min(CACHE_BYTES, MEMORY_RATIO * in_out * rows.tokens * rows.batch) // unit))
-    if units < rows.key_heads:
-        return max(1, rows.batch * plan.tiles), math.ceil(rows.key_heads / units)
-    return max(1, math.ceil(rows.batch * plan.tiles / (units // rows.key_heads))), 1
+        return math.ceil(unit * key_heads / (ratio * in_out * plan.queries)), 1
+    tokens = batch * math.prod(axis.length for axis in plan.axes)
+    units = max(1, int(min(CACHE_BYTES, ratio * in_out * tokens) // unit))
+    if units < key_heads:
+        return max(1, batch * plan.tiles), math.ceil(key_heads / units)
+    return max(1, math.ceil(batch * plan.tiles / (units // key_heads))), 1
 
 
-def _chunks(plan: Plan, rows: _Rows, splits: tuple[int, int]) -> Iterator[list[_Chunk]]:
-    """Chunks of all tiles of the batch in order, each as a list over key heads."""
-    device, total = rows.query.device, rows.batch * plan.tiles
-    for i in range(splits[0]):
-        tiles = torch.arange(total * i // splits[0], total * (i + 1) // splits[0], device=device)
-        batch, tile = tiles // plan.tiles, tiles % plan.tiles
-        table_rows = tiled_plan.tile_rows(plan, tile)
-        query, key = (tiled_plan.tokens(plan, table_rows, x) + batch[:, None] * rows.tokens for x in ("query", "key"))
-        if plan.extra:
-            extra = rows.batch * rows.tokens + batch[:, None] * plan.extra + torch.arange(plan.extra, device=device)
-            key = torch.cat([key, extra], 1)
-        parts = []
-        for j in range(splits[1]):
-            first, last = (rows.key_heads * x // splits[1] for x in (j, j + 1))
-            head = torch.arange(first, last, device=device)
-            member = head[:, None] * rows.group + torch.arange(rows.group, device=device)  # [h, g]
-            key_rows = key[:, None, :] * rows.key_heads + head[:, None]  # [n, h, k]
-            query_rows = query[:, None, None, :] * (rows.key_heads * rows.group) + member[..., None]  # [n, h, g, q]
-            heads = slice(first * rows.group, last * rows.group)
-            shape = (tile.shape[0], last - first, rows.group, plan.queries, plan.keys)
-            parts.append(_Chunk(table_rows, tile, heads, query_rows.flatten(), key_rows.flatten(), shape))
-        yield parts
-
-
-def _take(x: Tensor, rows: Tensor, chunk: _Chunk, per_tile: int) -> Tensor:
+def _take(x: Tensor, rows: Tensor, chunk: Chunk, per_tile: int) -> Tensor:
     """Gathered rows `[n * h, per_tile, d]` in the dtype of accumulation."""
     n, h = chunk.shape[:2]
     return x.index_select(0, rows).to(torch.promote_types(x.dtype, torch.float32)).view(n * h, per_tile, x.shape[-1])
@@ -145,29 +109,34 @@ def _bias_by_class(plan: Plan, bias: Tensor | None, dtype: torch.dtype) -> Tenso
     return pad(flat[:, plan.classes.entries].transpose(0, 1), (0, plan.extra)).contiguous()
 
 
-def _add_bias(logits: Tensor, plan: Plan, chunk: _Chunk, bias: Tensor) -> None:
+def _add_bias(logits: Tensor, plan: Plan, chunk: Chunk, bias: Tensor) -> None:
     n, h, g, q, k = chunk.shape
     if plan.classes is not None:
-        logits.view(n, h * g, q, k).add_(bias.index_select(0, plan.classes.of_tile[chunk.tile])[:, chunk.heads])
+        logits.view(n, h * g, q, k).add_(bias.index_select(0, chunk.kind)[:, chunk.heads])
         return
     entries = tiled_plan.bias_entries(plan, chunk.rows)  # [n, q, k - extra]
     values = bias[chunk.heads].index_select(1, entries.flatten()).view(h * g, n, q, k - plan.extra).transpose(0, 1)
     logits.view(n, h * g, q, k)[..., : k - plan.extra].add_(values)
 
 
-def _hide(logits: Tensor, plan: Plan, chunk: _Chunk) -> Tensor:
+def _hide(logits: Tensor, plan: Plan, chunk: Chunk) -> Tensor:
     """Set the logits of keys outside the window to minus infinity, also where they are NaN."""
     n, h, g, q, k = chunk.shape
     if plan.dense:
         return logits
-    if plan.classes is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         visible = tiled_plan.visibility(plan, chunk.rows)[:, None]
+        return torch.where(visible, logits.view(n, h * g, q, k), -math.inf).view(n * h, g * q, k)
+    if plan.classes is None or chunk.kind is None:
+        keep, fill = tiled_plan.mask_bits(tiled_plan.visibility(plan, chunk.rows), logits.dtype)
     else:
-        visible = plan.classes.visible.index_select(0, plan.classes.of_tile[chunk.tile])[:, None]
-    return torch.where(visible, logits.view(n, h * g, q, k), -math.inf).view_as(logits)
+        keep, fill = (x.index_select(0, chunk.kind) for x in (plan.classes.keep, plan.classes.fill))
+    bits = logits.view(n, h * g, q * k).view(keep.dtype)
+    bits.bitwise_and_(keep.view(n, 1, q * k)).bitwise_or_(fill.view(n, 1, q * k))
+    return logits
 
 
-def _logits(q: Tensor, k: Tensor, plan: Plan, chunk: _Chunk, bias: Tensor | None) -> Tensor:
+def _logits(q: Tensor, k: Tensor, plan: Plan, chunk: Chunk, bias: Tensor | None) -> Tensor:
     """Base-2 logits `[n * h, g * q, k]` of scaled queries."""
     logits = torch.bmm(q, k.mT)
     if bias is not None:
@@ -175,15 +144,7 @@ def _logits(q: Tensor, k: Tensor, plan: Plan, chunk: _Chunk, bias: Tensor | None
     return _hide(logits, plan, chunk)
 
 
-def _gather_back(plan: Plan, rows: _Rows, device: torch.device) -> Tensor:
-    """For every row `[B, *spatial, heads]`, where it is among the queries of all tiles `[B * tiles, heads, q]`."""
-    tile, slot = (x.flatten()[:, None] for x in tiled_plan.token_slots(plan, device))
-    heads = rows.key_heads * rows.group
-    tile = tile + torch.arange(rows.batch, device=device)[:, None, None] * plan.tiles  # [B, tokens, 1]
-    return ((tile * heads + torch.arange(heads, device=device)) * plan.queries + slot).flatten()
-
-
-def _forward_chunk(rows: _Rows, plan: Plan, chunk: _Chunk, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _forward_chunk(rows: _Rows, plan: Plan, chunk: Chunk, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     n, h, g, q, k = chunk.shape
     logits = _logits(
         _take(rows.query, chunk.query, chunk, g * q).mul_(scale * LOG2_E),
@@ -223,9 +184,9 @@ def _backward_chunk(rows, plan, chunk, scale, bias, grad_out, lse, grad_lse, gra
     return torch.bmm(slope, key).mul_(scale).to(rows.query.dtype).view(n, h * g, q, key.shape[-1])
 
 
-def _add_grad_bias(grad_bias: Tensor, slope: Tensor, plan: Plan, chunk: _Chunk) -> None:
+def _add_grad_bias(grad_bias: Tensor, slope: Tensor, plan: Plan, chunk: Chunk) -> None:
     if plan.classes is not None:
-        grad_bias[:, chunk.heads] = grad_bias[:, chunk.heads].index_add(0, plan.classes.of_tile[chunk.tile], slope)
+        grad_bias[:, chunk.heads] = grad_bias[:, chunk.heads].index_add(0, chunk.kind, slope)
         return
     slope = slope[..., : slope.shape[-1] - plan.extra].transpose(0, 1).flatten(1)  # [heads, n * q * k]
     entries = tiled_plan.bias_entries(plan, chunk.rows).flatten().expand_as(slope)
@@ -246,13 +207,16 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, query, key, value, bias, extra_key, extra_value, axes, scale):
         plan = _make_plan(query, key, extra_key, axes)
         rows = _prepare(query, key, value, extra_key, extra_value)
-        table = _bias_by_class(plan, bias, torch.promote_types(query.dtype, torch.float32))
+        accumulate = torch.promote_types(query.dtype, torch.float32)
+        table = _bias_by_class(plan, bias, accumulate)
         outs, lses = [], []
-        for parts in _chunks(plan, rows, _splits(plan, rows, 2, 2)):
+        for parts in tiled_plan.chunks(
+            plan, rows.sizes, _splits(plan, rows, 2, 2, FORWARD_RATIO), accumulate, query.device
+        ):
             out, lse = zip(*(_forward_chunk(rows, plan, chunk, scale, table) for chunk in parts), strict=True)
             outs.append(torch.cat(out, 1))
             lses.append(torch.cat(lse, 1))
-        where = _gather_back(plan, rows, query.device)
+        where = tiled_plan.places(plan, rows.sizes, query.device)
         out = torch.cat(outs).view(-1, query.shape[-1]).index_select(0, where).view(query.shape)
         lse = torch.cat(lses).flatten().index_select(0, where).view(query.shape[:-1])
         ctx.save_for_backward(query, key, value, bias, extra_key, extra_value, lse)
@@ -271,7 +235,9 @@ class _Attention(torch.autograd.Function):
         grad_key, grad_value = (torch.zeros_like(x, dtype=accumulate) for x in (rows.key, rows.value))
         grad_bias = None if table is None else torch.zeros_like(table)
         grads = []
-        for parts in _chunks(plan, rows, _splits(plan, rows, 4, 3)):
+        for parts in tiled_plan.chunks(
+            plan, rows.sizes, _splits(plan, rows, 4, 3, BACKWARD_RATIO), accumulate, query.device
+        ):
             part = [
                 _backward_chunk(
                     rows, plan, chunk, ctx.scale, table, grad_out, lse, grad_lse, grad_key, grad_value, grad_bias
@@ -279,14 +245,14 @@ class _Attention(torch.autograd.Function):
                 for chunk in parts
             ]
             grads.append(torch.cat(part, 1))
-        where = _gather_back(plan, rows, query.device)
+        where = tiled_plan.places(plan, rows.sizes, query.device)
         grad_query = torch.cat(grads).view(-1, query.shape[-1]).index_select(0, where).view(query.shape)
         grad_key = grad_key.mul_(1 / LOG2_E).to(key.dtype)
         grad_value = grad_value.to(value.dtype)
         grad_extra_key = grad_extra_value = None
         if extra_key is not None:
             grad_extra_key, grad_extra_value = (
-                x[-extra_key.shape[0] * plan.extra * rows.key_heads :].view(extra_key.shape)
+                x[-extra_key.shape[0] * plan.extra * rows.sizes.key_heads :].view(extra_key.shape)
                 for x in (grad_key, grad_value)
             )
             grad_key, grad_value = grad_key[: key.numel() // key.shape[-1]], grad_value[: key.numel() // key.shape[-1]]

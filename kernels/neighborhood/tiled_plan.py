@@ -1,11 +1,11 @@
 """How the tiled path cuts a grid: which queries form a tile, which box of keys a tile reads, who sees whom inside.
 
-An axis with dilation is cut into its dilation groups first, so a tile is a run of neighbouring positions of one group on
-every axis, and its box is the run of positions that holds the windows of them all. Everything is a small table per
+An axis with dilation is cut into its dilation groups first, so a tile is a run of neighbouring positions of one group
+on every axis, and its box is the run of positions that holds the windows of them all. Everything is a small table per
 axis; the tables of a whole tile are combined when a chunk of tiles is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, reduce
 from itertools import product
 from math import prod
@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_map_only
 from .geometry import Axis, group_length, window_bounds
 
 TILES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128)
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+MINUS_INFINITY = {torch.float32: -0x00800000, torch.float64: -0x0010000000000000}  # bits, as a signed integer
+CACHED_ROWS = 1 << 17  # rows of all chunks together that are kept between calls
 CLASS_ELEMENTS = 1 << 18  # a mask table shared by all tiles of a class may hold this many
 
 
@@ -37,7 +40,8 @@ class Classes(NamedTuple):
     """Tiles that look alike share one mask: most tiles of a grid lie inside it, the others at a border."""
 
     of_tile: Tensor  # [tiles] class of each tile
-    visible: Tensor  # [classes, q, k] bool
+    keep: Tensor  # [classes, q, k], see `mask_bits`
+    fill: Tensor
     entries: Tensor  # [classes, q, k less extra] int64 bias entries
 
 
@@ -66,6 +70,25 @@ class Plan(NamedTuple):
         return prod(self.box) + self.extra
 
 
+class Chunk(NamedTuple):
+    """Some tiles and key heads; n tiles, h key heads, g query heads a key head, q queries and k keys a tile."""
+
+    rows: list[Tensor]  # per axis, which row of the plan's tables, [n]
+    kind: Tensor | None  # class of each tile, [n]
+    heads: slice  # query heads
+    query: Tensor  # [n * h * g * q] rows of the query
+    key: Tensor  # [n * h * k] rows of key and value
+    shape: tuple[int, int, int, int, int]  # n, h, g, q, k
+
+
+class Sizes(NamedTuple):
+    """What a plan does not know of a call: batch, key heads, and query heads that share a key head."""
+
+    batch: int
+    key_heads: int
+    group: int
+
+
 @lru_cache(maxsize=4096)
 def box_length(window: int, stride: int, causal: bool, tile: int) -> int:
     """Keys that the windows of `tile` queries hold together, at most, on an axis of any length."""
@@ -78,9 +101,9 @@ def box_length(window: int, stride: int, causal: bool, tile: int) -> int:
     return longest
 
 
-def _cost(queries: int, keys: int, head_dim: int) -> float:
-    """Time of one tile in units of a logit: logits, rows gathered and scattered, and the calls of BLAS themselves."""
-    return queries * keys * (1 + head_dim / 16) + 0.35 * keys * head_dim + 0.3 * queries * head_dim + 400
+def _cost(rows: int, keys: int, head_dim: int) -> float:
+    """Nanoseconds for one tile, fitted on one core: products (poor with few rows), softmax, gathers, calls."""
+    return (rows + 4) * keys * 0.05 * head_dim + 0.9 * rows * keys + (0.35 * keys + 0.6 * rows) * head_dim + 100
 
 
 @lru_cache(maxsize=512)
@@ -182,6 +205,15 @@ def visibility(plan: Plan, rows: list[Tensor]) -> Tensor:
     return pad(_outer(torch.logical_and, parts), (0, plan.extra), value=True)
 
 
+def mask_bits(visible: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(keep, fill) with `bits & keep | fill` the bits of a logit where visible, else those of minus infinity.
+
+    Unlike an addition it overrides NaN, and on CPU it is many times faster than `torch.where`.
+    """
+    keep = visible.to(BITS[dtype]).neg_()
+    return keep, ~keep & MINUS_INFINITY[dtype]
+
+
 def bias_entries(plan: Plan, rows: list[Tensor]) -> Tensor:
     """Entry of the flattened bias table for each query and key, extra keys aside: int64 `[n, q, k]`."""
     parts, stride = [], 1
@@ -190,17 +222,6 @@ def bias_entries(plan: Plan, rows: list[Tensor]) -> Tensor:
         parts.append(entry.clamp(0, 2 * axis.window - 2) * stride)
         stride *= 2 * axis.window - 1
     return _outer(torch.add, parts[::-1])
-
-
-def token_slots(plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Flat tile and slot inside it of every token: int64 `[*spatial]` each."""
-    tile, slot = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-    for axis, t, n in zip(plan.axes, plan.tile, plan.grid, strict=True):
-        i = torch.arange(axis.length, device=device)
-        p = i // axis.dilation
-        tile = tile[..., None] * n + (i % axis.dilation) * (n // axis.dilation) + p // t
-        slot = slot[..., None] * t + p % t
-    return tile, slot
 
 
 def make_plan(axes: tuple[Axis, ...], tile: tuple[int, ...], extra: int, device: torch.device) -> Plan:
@@ -213,8 +234,10 @@ def make_plan(axes: tuple[Axis, ...], tile: tuple[int, ...], extra: int, device:
 
 
 @lru_cache(maxsize=64)
-def cached_plan(axes: tuple[Axis, ...], tile: tuple[int, ...], extra: int, device: torch.device) -> Plan:
-    """`make_plan`, with classes where their masks are small."""
+def cached_plan(
+    axes: tuple[Axis, ...], tile: tuple[int, ...], extra: int, dtype: torch.dtype, device: torch.device
+) -> Plan:
+    """`make_plan`, with classes where their masks are small, for logits of `dtype`."""
     plan = make_plan(axes, tile, extra, torch.device("cpu"))
     rows = tile_rows(plan, torch.arange(plan.tiles))
     pattern, patterns = torch.zeros(plan.tiles, dtype=torch.int64), 1
@@ -223,7 +246,71 @@ def cached_plan(axes: tuple[Axis, ...], tile: tuple[int, ...], extra: int, devic
         pattern, patterns = pattern * len(unique) + kind[row], patterns * len(unique)
     kinds, of_tile = torch.unique(pattern, return_inverse=True)
     if len(kinds) * plan.queries * plan.keys <= CLASS_ELEMENTS:
-        example = torch.empty_like(kinds).scatter_(0, of_tile, torch.arange(plan.tiles))
-        rows = tile_rows(plan, example)
-        plan = plan._replace(classes=Classes(of_tile, visibility(plan, rows), bias_entries(plan, rows)))
+        rows = tile_rows(plan, torch.empty_like(kinds).scatter_(0, of_tile, torch.arange(plan.tiles)))
+        masks = mask_bits(visibility(plan, rows), dtype)
+        plan = plan._replace(classes=Classes(of_tile, *masks, bias_entries(plan, rows)))
     return tree_map_only(Tensor, lambda x: x.to(device), plan)
+
+
+def _chunk(plan: Plan, sizes: Sizes, splits: tuple[int, int], i: int, device: torch.device) -> list[Chunk]:
+    """The i-th part of the tiles of all the batch, as one chunk for each part of the key heads."""
+    grid, total = prod(axis.length for axis in plan.axes), sizes.batch * plan.tiles
+    tiles = torch.arange(total * i // splits[0], total * (i + 1) // splits[0], device=device)
+    batch, tile = tiles // plan.tiles, tiles % plan.tiles
+    rows = tile_rows(plan, tile)
+    query, key = (tokens(plan, rows, name) + batch[:, None] * grid for name in ("query", "key"))
+    if plan.extra:
+        extra = sizes.batch * grid + batch[:, None] * plan.extra + torch.arange(plan.extra, device=device)
+        key = torch.cat([key, extra], 1)
+    kind = None if plan.classes is None else plan.classes.of_tile.index_select(0, tile)
+    chunks = []
+    for j in range(splits[1]):
+        first, last = (sizes.key_heads * x // splits[1] for x in (j, j + 1))
+        head = torch.arange(first, last, device=device)
+        member = head[:, None] * sizes.group + torch.arange(sizes.group, device=device)  # [h, g]
+        key_rows = key[:, None, :] * sizes.key_heads + head[:, None]  # [n, h, k]
+        query_rows = query[:, None, None, :] * (sizes.key_heads * sizes.group) + member[..., None]  # [n, h, g, q]
+        heads = slice(first * sizes.group, last * sizes.group)
+        shape = (tile.shape[0], last - first, sizes.group, plan.queries, plan.keys)
+        chunks.append(Chunk(rows, kind, heads, query_rows.flatten(), key_rows.flatten(), shape))
+    return chunks
+
+
+@lru_cache(maxsize=64)
+def _cached_chunks(plan_of: tuple, sizes: Sizes, splits: tuple[int, int], device: torch.device) -> list[list[Chunk]]:
+    plan = cached_plan(*plan_of, device)
+    return [_chunk(plan, sizes, splits, i, device) for i in range(splits[0])]
+
+
+def chunks(
+    plan: Plan, sizes: Sizes, splits: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Iterable[list[Chunk]]:
+    """All tiles of the batch in order, in chunks; each a list over key heads."""
+    few = sizes.batch * plan.tiles * sizes.key_heads * (plan.keys + plan.queries * sizes.group) <= CACHED_ROWS
+    if few and not torch.compiler.is_compiling():
+        return _cached_chunks((plan.axes, plan.tile, plan.extra, dtype), sizes, splits, device)
+    return (_chunk(plan, sizes, splits, i, device) for i in range(splits[0]))
+
+
+def places(plan: Plan, sizes: Sizes, device: torch.device) -> Tensor:
+    """For every row `[B, *spatial, heads]`, where it is among the queries of all tiles `[B, tiles, heads, q]`."""
+    few = sizes.batch * plan.tiles * plan.queries * sizes.key_heads * sizes.group <= CACHED_ROWS
+    if few and not torch.compiler.is_compiling():
+        return _cached_places(plan.axes, plan.grid, plan.tile, sizes, device)
+    return _places(plan.axes, plan.grid, plan.tile, sizes, device)
+
+
+def _places(
+    axes: tuple[Axis, ...], grid: tuple[int, ...], tiles: tuple[int, ...], sizes: Sizes, device: torch.device
+) -> Tensor:
+    heads = torch.arange(sizes.key_heads * sizes.group, device=device)
+    tile, slot = torch.arange(sizes.batch, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    for axis, t, n in zip(axes, tiles, grid, strict=True):
+        i = torch.arange(axis.length, device=device)
+        p = i // axis.dilation
+        tile = tile[..., None] * n + (i % axis.dilation) * (n // axis.dilation) + p // t
+        slot = slot[..., None] * t + p % t
+    return ((tile[..., None] * len(heads) + heads) * prod(tiles) + slot[..., None]).flatten()
+
+
+_cached_places = lru_cache(maxsize=64)(_places)
