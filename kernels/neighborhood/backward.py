@@ -244,8 +244,8 @@ def extra_kernel(
             keep = t < end
             query = token(t, lengths)
             load = keep[:, None] & (d < D)[None, :]
-            q = row_vectors(q_ptr, q_strides, batch, query, head, d, load).to(tl.float32)
-            do = row_vectors(do_ptr, do_strides, batch, query, head, d, load).to(tl.float32)
+            q = row_vectors(q_ptr, q_strides, batch, query, head, d, load)
+            do = row_vectors(do_ptr, do_strides, batch, query, head, d, load)
             place = row_offset(lse_strides, batch, query, head)
             lse2 = tl.load(lse_ptr + place, mask=keep, other=float("inf")) * LOG2E
             delta = tl.load(delta_ptr + place, mask=keep, other=0.0)

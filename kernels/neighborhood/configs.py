@@ -1,6 +1,6 @@
 """Tile sizes and launch parameters of the neighborhood kernels.
 
-How many tokens a tile holds comes from a pinned table by kernel, head dim and element size; its shape is the split of
+How many tokens a tile holds comes from a pinned table by kernel, head dim, element size and shared memory; its shape is the split of
 that number over the axes that visits the fewest (query, key) pairs. Nothing here depends on timing, so a call always
 takes the same kernel.
 """
@@ -49,30 +49,39 @@ class Config(NamedTuple):
     wide: bool
 
 
-# (kernel, element bytes) -> {head dim up to: sizes}. Several sizes stand for small and large windows.
-SIZES: dict[tuple[Kernel, int], dict[int, tuple[Size, ...]]] = {
-    ("forward", 2): {
+Memory = Literal["large", "small"]  # shared memory a program may have: 160 KiB or more; from 64 KiB on
+LARGE_MEMORY = 160 * 1024
+
+# (shared memory, kernel, element bytes) -> {head dim up to: sizes}. Several sizes stand for small and large windows.
+SIZES: dict[tuple[Memory, Kernel, int], dict[int, tuple[Size, ...]]] = {
+    ("large", "forward", 2): {
         64: (Size(128, 64, 4, 3), Size(64, 64, 4, 3), Size(64, 32, 4, 3)),
-        128: (Size(128, 64, 8, 3), Size(64, 64, 4, 3)),
+        128: (Size(128, 64, 8, 2), Size(64, 64, 4, 2)),
         256: (Size(64, 32, 8, 2),),
     },
-    ("query", 2): {
+    ("large", "query", 2): {
         64: (Size(128, 64, 8, 2), Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
         128: (Size(64, 64, 8, 2),),
-        256: (Size(64, 32, 8, 1),),
+        256: (Size(32, 32, 8, 1),),
     },
-    ("key", 2): {
+    ("large", "key", 2): {
         64: (Size(64, 128, 8, 2), Size(64, 64, 4, 2), Size(32, 64, 4, 2)),
         128: (Size(32, 64, 8, 2),),
-        256: (Size(32, 64, 8, 1),),
+        256: (Size(32, 32, 8, 1),),
     },
-    ("forward", 4): {
+    ("large", "forward", 4): {
         64: (Size(64, 32, 4, 2), Size(32, 32, 4, 2)),
         128: (Size(32, 32, 4, 2),),
         256: (Size(16, 16, 4, 1),),
     },
-    ("query", 4): {64: (Size(32, 32, 4, 2),), 128: (Size(32, 32, 8, 1),), 256: (Size(16, 16, 8, 1),)},
-    ("key", 4): {64: (Size(32, 32, 4, 2),), 128: (Size(32, 32, 8, 1),), 256: (Size(16, 16, 8, 1),)},
+    ("large", "query", 4): {64: (Size(32, 32, 4, 2),), 128: (Size(32, 32, 8, 1),), 256: (Size(16, 16, 8, 1),)},
+    ("large", "key", 4): {64: (Size(32, 32, 4, 2),), 128: (Size(32, 32, 8, 1),), 256: (Size(16, 16, 8, 1),)},
+    ("small", "forward", 2): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 1),), 256: (Size(32, 16, 4, 1),)},
+    ("small", "query", 2): {64: (Size(64, 32, 4, 1),), 128: (Size(32, 32, 4, 1),), 256: (Size(16, 16, 4, 1),)},
+    ("small", "key", 2): {64: (Size(32, 64, 4, 1),), 128: (Size(32, 32, 4, 1),), 256: (Size(16, 16, 4, 1),)},
+    ("small", "forward", 4): {64: (Size(32, 32, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
+    ("small", "query", 4): {64: (Size(16, 16, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
+    ("small", "key", 4): {64: (Size(16, 16, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
 }
 TILE_OVERHEAD = 4096  # (query, key) pairs that the fixed work of one visited tile is worth
 
@@ -103,6 +112,11 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def token_block(head_dim: int) -> int:
+    """Tokens per step of the kernels that walk all tokens: 4096 elements of a head."""
+    return max(MIN_TILE, min(64, 4096 // block_d(head_dim)))
+
+
 def splits(tokens: int, rank: int) -> list[tuple[int, ...]]:
     """All ways to split a power of two over `rank` axes."""
     if rank == 1:
@@ -129,10 +143,17 @@ def shapes(kernel: Kernel, axes: tuple[Axis, ...], size: Size) -> tuple[int, tup
 
 
 def choose(
-    kernel: Kernel, axes: tuple[Axis, ...], *, head_dim: int, itemsize: int, descriptor: bool, wide: bool
+    kernel: Kernel,
+    axes: tuple[Axis, ...],
+    *,
+    head_dim: int,
+    itemsize: int,
+    memory: Memory,
+    descriptor: bool,
+    wide: bool,
 ) -> Config:
     """Launch parameters of one kernel for a grid of up to three axes."""
-    table = SIZES[kernel, itemsize]
+    table = SIZES[memory, kernel, itemsize]
     sizes = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
     if isinstance(forced := _overrides.get("size"), Size):
         sizes = (forced,)

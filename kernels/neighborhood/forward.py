@@ -20,7 +20,6 @@ from .tile import (
     visible,
 )
 
-
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -1,11 +1,11 @@
 """Launches of the neighborhood kernels. The only module that imports triton, and only when a kernel first runs."""
 
+from functools import lru_cache
 from math import prod
 
 import torch
 import triton
 from torch import Tensor
-from triton.runtime import driver
 
 from . import configs
 from .backward import bias_kernel, extra_kernel, key_kernel, query_kernel
@@ -13,8 +13,10 @@ from .forward import forward_kernel
 from .geometry import Axis
 
 EXTRA_KEYS = 16
-TOKEN_BLOCK = 64  # queries per step of the kernels that walk all tokens
-PARTS = 512  # programs to aim for in those kernels
+# The kernels that walk all tokens: programs to aim for, enough to fill any device several times over, and the fewest
+# queries that one takes.
+PROGRAMS = 4096
+MIN_CHUNK = 256
 
 
 def grid_strides(x: Tensor, rank: int) -> tuple[int, ...]:
@@ -23,20 +25,28 @@ def grid_strides(x: Tensor, rank: int) -> tuple[int, ...]:
     return x.stride(0), *(outer,) * (3 - rank), *x.stride()[1:]
 
 
-def descriptors_fit(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can address these tensors: Hopper or newer, 16-byte aligned rows, unit last stride."""
-    if (
-        tensors[0].device.type != "cuda"
-        or torch.version.hip
-        or torch.cuda.get_device_capability(tensors[0].device) < (9, 0)
-    ):
-        return False
+def has_descriptors(device: torch.device) -> bool:
+    """Whether the device addresses tiles by tensor descriptors: Hopper and newer."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can address these tensors: unit last stride, everything else at multiples of 16 bytes."""
     return all(
         x.stride(-1) == 1
         and x.data_ptr() % 16 == 0
-        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
         for x in tensors
     )
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> configs.Memory:
+    """Which table of sizes the device's shared memory holds."""
+    if device.type != "cuda":
+        return "large"
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return "large" if properties["max_shared_mem"] >= configs.LARGE_MEMORY else "small"
 
 
 def needs_wide(*tensors: Tensor) -> bool:
@@ -58,17 +68,24 @@ def padded(values, fill) -> tuple:
     return (fill,) * (3 - len(values)) + tuple(values)
 
 
-def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, dtype: torch.dtype) -> dict:
-    """Compile-time arguments that all window kernels take."""
+def window_constants(axes: tuple[Axis, ...], head_dim: int) -> dict:
+    """Compile-time arguments that describe the windows and the head dim."""
     return dict(
         D=head_dim,
         BLOCK_D=configs.block_d(head_dim),
-        QUERIES=config.queries,
-        KEYS=config.keys,
         WINDOW=padded([a.window for a in axes], 1),
         STRIDE=padded([a.stride for a in axes], 1),
         DILATION=padded([a.dilation for a in axes], 1),
         CAUSAL=padded([a.causal for a in axes], False),
+    )
+
+
+def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, dtype: torch.dtype) -> dict:
+    """Compile-time arguments of the kernels that walk windows."""
+    return dict(
+        **window_constants(axes, head_dim),
+        QUERIES=config.queries,
+        KEYS=config.keys,
         INNER=config.inner,
         BORDER=config.border,
         DESCRIPTOR=config.descriptor,
@@ -77,6 +94,23 @@ def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, dty
         STAGES=config.stages,
         num_warps=config.warps,
         num_stages=config.stages,
+    )
+
+
+def token_constants(axes: tuple[Axis, ...], head_dim: int) -> dict:
+    """Compile-time arguments of the kernel of the table gradient."""
+    return dict(window_constants(axes, head_dim), QUERIES=configs.token_block(head_dim))
+
+
+def extra_constants(head_dim: int, dtype: torch.dtype) -> dict:
+    """Compile-time arguments of the kernel of the gradients of extra keys."""
+    return dict(
+        D=head_dim,
+        BLOCK_D=configs.block_d(head_dim),
+        QUERIES=configs.token_block(head_dim),
+        EXTRA_KEYS=EXTRA_KEYS,
+        PRECISION=precision(dtype),
+        STAGES=2,
     )
 
 
@@ -89,15 +123,20 @@ def programs(axes: tuple[Axis, ...], tile: tuple[int, ...], batch_heads: int) ->
     return tiles * batch_heads
 
 
-def configure(kernel: configs.Kernel, axes: tuple[Axis, ...], walked: tuple[Tensor, ...], tensors: tuple[Tensor, ...]):
-    return configs.choose(
+def configure(
+    kernel: configs.Kernel, axes: tuple[Axis, ...], walked: tuple[Tensor, ...], tensors: tuple[Tensor, ...]
+) -> configs.Config:
+    """Launch parameters of a kernel that walks tiles of `walked`; `tensors` are all that it addresses."""
+    config = configs.choose(
         kernel,
         axes,
         head_dim=walked[0].shape[-1],
         itemsize=walked[0].element_size(),
-        descriptor=descriptors_fit(*walked),
+        memory=shared_memory(walked[0].device),
+        descriptor=has_descriptors(walked[0].device),
         wide=needs_wide(*tensors),
     )
+    return config._replace(descriptor=config.descriptor and aligned(*walked))
 
 
 def forward(
@@ -232,11 +271,9 @@ def bias_gradient(q, k, v, do, lse, delta, table, bias: Tensor, axes: tuple[Axis
     """Gradient of the relative position table: partial sums of chunks of queries, added by torch in a fixed order."""
     query, heads, entries = q[0], bias.shape[0], prod(bias.shape[1:])
     total = query.shape[0] * prod(a.length for a in axes)
-    chunk = triton.cdiv(triton.cdiv(total, max(1, PARTS // heads)), TOKEN_BLOCK) * TOKEN_BLOCK
+    chunk = max(MIN_CHUNK, triton.cdiv(total, triton.cdiv(PROGRAMS, heads * entries)))
     chunks = triton.cdiv(total, chunk)
     partial = torch.empty(chunks, heads, entries, dtype=torch.float32, device=query.device)
-    config = configs.Config((1, 1, 1), (1, 1, 1), 4, 1, False, False, True, True)
-    fixed = constants(axes, config, query.shape[-1], query.dtype)
     bias_kernel[(chunks * heads * entries,)](
         *q,
         *k,
@@ -253,10 +290,7 @@ def bias_gradient(q, k, v, do, lse, delta, table, bias: Tensor, axes: tuple[Axis
         chunk,
         scale,
         GROUP=heads // k[0].shape[-2],
-        **{
-            **{name: fixed[name] for name in ("D", "BLOCK_D", "WINDOW", "STRIDE", "DILATION", "CAUSAL")},
-            "QUERIES": TOKEN_BLOCK,
-        },
+        **token_constants(axes, query.shape[-1]),
     )
     return partial.sum(0).view(bias.shape).to(bias.dtype)
 
@@ -266,7 +300,7 @@ def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, ax
     query, (batch, extra, key_heads, head_dim) = q[0], extra_key.shape
     tokens = prod(a.length for a in axes)
     blocks = triton.cdiv(extra, EXTRA_KEYS) * key_heads * batch
-    chunk = triton.cdiv(triton.cdiv(tokens, triton.cdiv(PARTS, blocks)), TOKEN_BLOCK) * TOKEN_BLOCK
+    chunk = max(MIN_CHUNK, triton.cdiv(tokens, triton.cdiv(PROGRAMS, blocks)))
     chunks = triton.cdiv(tokens, chunk)
     dk = torch.empty(chunks, *extra_key.shape, dtype=torch.float32, device=query.device)
     dv = torch.empty_like(dk)
@@ -289,11 +323,6 @@ def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, ax
         chunk,
         scale,
         GROUP=query.shape[-2] // key_heads,
-        D=head_dim,
-        BLOCK_D=configs.block_d(head_dim),
-        QUERIES=TOKEN_BLOCK,
-        EXTRA_KEYS=EXTRA_KEYS,
-        PRECISION=precision(query.dtype),
-        STAGES=2,
+        **extra_constants(head_dim, query.dtype),
     )
     return dk.sum(0).to(extra_key.dtype), dv.sum(0).to(extra_value.dtype)

@@ -1,0 +1,113 @@
+"""Ahead-of-time compilation of the neighborhood kernels: every kernel, dtype and pinned size, without a device."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from triton.compiler import ASTSource
+
+from . import configs
+from .backward import bias_kernel, extra_kernel, key_kernel, query_kernel
+from .forward import forward_kernel
+from .geometry import Axis
+from .launch import EXTRA_KEYS, constants, extra_constants, token_constants
+
+GRIDS = {
+    "7x7": (Axis(56, 7), Axis(56, 7)),  # small windows: every tile is masked
+    "18x24x24": (Axis(30, 18), Axis(48, 24), Axis(80, 24)),  # large windows: wholly visible tiles, then masked ones
+}
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
+
+
+class Variant(NamedTuple):
+    """A kernel with all that fixes its machine code; `source` and `options` are what `triton.compile` takes."""
+
+    kernel: str
+    grid: str
+    dtype: str
+    head_dim: int
+    flags: str
+    config: configs.Config | None
+    source: ASTSource
+    options: dict
+
+
+def _source(kernel, dtype: str, head_dim: int, fixed: dict) -> ASTSource:
+    """Arguments as a contiguous call would specialise them: aligned pointers, strides divisible by 16."""
+    signature, values, attributes = {}, {}, {}
+    float32 = {"lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "bias_ptr"}
+    if kernel is extra_kernel:
+        float32 |= {"dk_ptr", "dv_ptr"}
+    for i, name in enumerate(kernel.arg_names):
+        if name in fixed:
+            signature[name] = "constexpr"
+            values[name] = fixed[name]
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name in float32 else f"*{dtype}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name.endswith("_strides"):
+            count = {"lse_strides": 5, "dlse_strides": 5}.get(name, 4 if name.startswith("extra") else 6)
+            last = count - 1 if count != 5 else None
+            signature[name] = tuple("constexpr" if j == last else "i32" for j in range(count))
+            if last is not None:
+                values[(i, last)] = 1
+            if count != 5 and head_dim % 8 == 0:
+                attributes.update({(i, j): [["tt.divisibility", 16]] for j in range(count - 1)})
+        elif name == "lengths":
+            signature[name] = ("i32", "i32", "i32")
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    return ASTSource(kernel, signature, values, attributes)
+
+
+def variants(*, memory: configs.Memory, descriptor: bool) -> Iterator[Variant]:
+    """Every kernel with every size of the pinned table on every grid, and with bias and extra keys on the 2-D one.
+
+    Args:
+        memory: which table of sizes.
+        descriptor: whether tiles are addressed by tensor descriptors, as on Hopper and newer.
+    """
+    for dtype in TYPES:
+        for (table_memory, kernel, itemsize), table in configs.SIZES.items():
+            if (table_memory, itemsize) == (memory, dtype.itemsize):
+                for head_dim, sizes in table.items():
+                    for size in sizes:
+                        for grid in GRIDS:
+                            yield from _window_variants(kernel, grid, dtype, head_dim, size, memory, descriptor)
+        for head_dim in (64, 128, 256):
+            yield from _token_variants(dtype, head_dim)
+
+
+def _window_variants(kernel, grid: str, dtype, head_dim: int, size, memory, descriptor: bool) -> Iterator[Variant]:
+    axes = GRIDS[grid]
+    with configs.override(size=size):
+        config = configs.choose(
+            kernel,
+            axes,
+            head_dim=head_dim,
+            itemsize=dtype.itemsize,
+            memory=memory,
+            descriptor=descriptor,
+            wide=False,
+        )
+    for full in (False, True) if grid == "7x7" else (False,):
+        fixed = dict(constants(axes, config, head_dim, dtype), GROUP=1, BIAS=full)
+        options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
+        if kernel != "key":
+            fixed |= dict(EXTRA=full, EXTRA_KEYS=EXTRA_KEYS)
+        if not full:
+            fixed["bias_ptr"] = None
+        source = _source(KERNELS[kernel], TYPES[dtype], head_dim, fixed)
+        yield Variant(kernel, grid, TYPES[dtype], head_dim, "bias, extra" if full else "", config, source, options)
+
+
+def _token_variants(dtype, head_dim: int) -> Iterator[Variant]:
+    """The kernels that walk all tokens."""
+    axes = GRIDS["7x7"]
+    fixed = dict(token_constants(axes, head_dim), GROUP=1)
+    source = _source(bias_kernel, TYPES[dtype], head_dim, fixed)
+    yield Variant("bias", "7x7", TYPES[dtype], head_dim, "", None, source, {})
+    fixed = dict(extra_constants(head_dim, dtype), GROUP=1)
+    source = _source(extra_kernel, TYPES[dtype], head_dim, fixed)
+    yield Variant("extra", "7x7", TYPES[dtype], head_dim, "", None, source, {})

@@ -1,0 +1,164 @@
+"""What the compiler makes of every kernel, without a device: `python -m foveal.kernels.report --arch sm_90`.
+
+One row a kernel variant: registers, spills, shared memory, and whether Hopper's matrix (wgmma) and copy (TMA)
+instructions are there. Exits with 1 if a variant does not compile, spills, or wants more
+shared memory than the device has.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+OPERATORS = ("neighborhood",)
+ARCHITECTURES = {  # shared memory a program may have, in bytes, and whether the device has tensor descriptors
+    "sm_80": (163 * 1024, False),
+    "sm_89": (99 * 1024, False),
+    "sm_90": (227 * 1024, True),
+    "sm_100": (227 * 1024, True),
+    "gfx942": (64 * 1024, False),
+}
+
+
+class Row(NamedTuple):
+    """Compiler output of one variant; registers a thread, spills and shared memory in bytes."""
+
+    operator: str
+    kernel: str
+    grid: str
+    dtype: str
+    head_dim: int
+    flags: str
+    queries: str
+    keys: str
+    warps: int
+    stages: int
+    arch: str
+    registers: int
+    spills: int
+    shared: int
+    wgmma: bool
+    tma: bool
+    error: str = ""
+
+
+def _target(arch: str):
+    from triton.backends.compiler import GPUTarget
+
+    return (
+        GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    )
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack a thread: the kernels keep no arrays on the stack, so all of it is spills."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", text)[-1]
+    return int(registers), int(stack)
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """Vector registers and bytes of scratch a thread."""
+    registers = re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[-1]
+    scratch = re.findall(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[-1]
+    return int(registers), int(scratch)
+
+
+def _variants(operator: str, arch: str) -> list:
+    module = import_module(f".{operator}.aot", __package__)
+    shared, descriptor = ARCHITECTURES[arch]
+    return list(module.variants(memory="large" if shared >= 160 * 1024 else "small", descriptor=descriptor))
+
+
+def describe(operator: str, arch: str, index: int) -> Row:
+    """Compile variant number `index` of an operator for an architecture."""
+    import triton
+
+    variant = _variants(operator, arch)[index]
+    config = variant.config
+    tiles = ("×".join(map(str, config.queries)), "×".join(map(str, config.keys))) if config else ("", "")
+    head = (operator, variant.kernel, variant.grid, variant.dtype, variant.head_dim, variant.flags, *tiles)
+    head += (variant.options.get("num_warps", 4), variant.options.get("num_stages", 0), arch)
+    try:
+        kernel = triton.compile(variant.source, target=_target(arch), options=variant.options)
+        code = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
+        registers, spills = _amd_usage(code) if arch.startswith("gfx") else _cubin_usage(kernel.asm["cubin"])
+    except Exception as error:  # every failure of the compiler is a row of the report, not the end of it
+        return Row(*head, 0, 0, 0, False, False, f"{type(error).__name__}: {error}".strip().splitlines()[-1])
+    shared, limit = kernel.metadata.shared, ARCHITECTURES[arch][0]
+    error = f"shared memory exceeds {limit}" if shared > limit else ""
+    return Row(*head, registers, spills, shared, "wgmma" in code, "cp.async.bulk.tensor" in code, error)
+
+
+def report(
+    *,
+    architectures: Sequence[str] = tuple(ARCHITECTURES),
+    operators: Sequence[str] = OPERATORS,
+    select: dict[str, set] | None = None,
+    workers: int | None = None,
+) -> Iterator[Row]:
+    """Rows of all variants, in order, as they are compiled.
+
+    Args:
+        architectures: of `ARCHITECTURES`.
+        operators: of `OPERATORS`.
+        select: accepted values by field of `Row` that is known before compiling: kernel, grid, dtype, head_dim, flags.
+        workers: processes; one a core when None.
+    """
+    jobs = []
+    for operator in operators:
+        for arch in architectures:
+            for index, variant in enumerate(_variants(operator, arch)):
+                if all(getattr(variant, field) in values for field, values in (select or {}).items()):
+                    jobs.append((operator, arch, index))
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        yield from pool.map(describe, *zip(*jobs, strict=True)) if jobs else ()
+
+
+COLUMNS = ("kernel", "grid", "dtype", "head_dim", "flags", "queries", "keys", "warps", "stages", "arch")
+COLUMNS += ("registers", "spills", "shared", "wgmma", "tma", "error")
+WIDTHS = (8, 9, 5, 8, 11, 9, 9, 5, 6, 6, 9, 6, 7, 5, 3, 0)
+
+
+def _line(values: Sequence[object]) -> str:
+    text = ("yes" if value is True else "" if value is False else str(value) for value in values)
+    return "  ".join(value.ljust(width) for value, width in zip(text, WIDTHS, strict=True)).rstrip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m foveal.kernels.report", description=__doc__)
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--operator", nargs="+", choices=OPERATORS, default=OPERATORS)
+    parser.add_argument("--kernel", nargs="+")
+    parser.add_argument("--grid", nargs="+")
+    parser.add_argument("--dtype", nargs="+", choices=("fp16", "bf16", "fp32"))
+    parser.add_argument("--head-dim", nargs="+", type=int)
+    parser.add_argument("--workers", type=int)
+    options = parser.parse_args(arguments)
+    chosen = {field: getattr(options, field) for field in ("kernel", "grid", "dtype", "head_dim")}
+    select = {field: set(values) for field, values in chosen.items() if values}
+    print(_line(COLUMNS))
+    failures = variants = 0
+    rows = report(architectures=options.arch, operators=options.operator, select=select, workers=options.workers)
+    for row in rows:
+        print(_line([getattr(row, column) for column in COLUMNS]), flush=True)
+        variants += 1
+        failures += bool(row.error or row.spills)
+    print(f"{variants} variants, {failures} that do not compile, spill or do not fit")
+    return int(failures > 0 or variants == 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
