@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor
 
 from . import geometry
@@ -118,10 +119,16 @@ def summarize(
         "backward_bytes": backward_bytes(axes, **sizes, **operands),
     }
     if impl == "triton":
-        from . import configs, simulator
+        from . import configs, launch, simulator
 
         config = configs.choose(
-            "forward", axes, head_dim=head_dim, itemsize=query.itemsize, descriptor=False, wide=False
+            "forward",
+            axes,
+            head_dim=head_dim,
+            itemsize=query.itemsize,
+            memory=launch.shared_memory(query.device) if torch.cuda.is_available() else "large",
+            descriptor=False,  # neither this nor the width of offsets changes the tile
+            wide=False,
         )
         rows, columns = config.queries[-len(axes) :], config.keys[-len(axes) :]  # kernels see three axes
         tiling = simulator.simulate(axes, rows, columns, extra=extra)
