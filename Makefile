@@ -6,9 +6,11 @@ STAMP := .venv/.installed
 
 setup: $(STAMP)
 
+# .venv/src holds the repository under the name it is imported by, for tools that read files instead of importing
 $(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('foveal needs Python 3.11 or newer, and this is ' + sys.version.split()[0] + ': try make PYTHON=python3.11')"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[dev,docs]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
 	@mkdir -p .venv/src && ln -sfn ../.. .venv/src/foveal
 	@touch $(STAMP)
 
@@ -28,7 +30,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 docs: $(STAMP)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache

@@ -49,7 +49,7 @@ def bare(ax, title: str, caption: str) -> None:
     for spine in ax.spines.values():
         spine.set_visible(False)
     ax.set_title(title, fontsize=11, fontweight="bold", color=INK, pad=8)
-    ax.set_xlabel(caption, fontsize=8.5, color=INK, labelpad=6)
+    ax.set_xlabel(caption, fontsize=9.5, color=INK, labelpad=6)
 
 
 def clip(ax, title: str, caption: str) -> None:
@@ -72,44 +72,44 @@ def clip(ax, title: str, caption: str) -> None:
     ax.view_init(elev=18, azim=-58)
     ax.set_axis_off()
     ax.set_title(title, fontsize=11, fontweight="bold", color=INK, pad=8)
-    ax.text2D(0.5, -0.045, caption, transform=ax.transAxes, fontsize=8.5, color=INK, ha="center", va="top")
+    ax.text2D(0.5, -0.045, caption, transform=ax.transAxes, fontsize=9.5, color=INK, ha="center", va="top")
 
 
 def hero(path: Path) -> None:
     """The picture of the README: four neighborhoods above, what they compose to below."""
-    figure = Figure(figsize=(11.4, 6.9), dpi=200)
+    figure = Figure(figsize=(10, 6.5), dpi=200)
     shape = (21, 21)
     queries = {(10, 10): KEY, (0, 17): SECOND, (20, 2): THIRD}
 
     def panel(row: int, column: int, **options):
-        return figure.add_axes((0.018 + 0.248 * column, 0.57 - 0.525 * row, 0.22, 0.363), **options)
+        return figure.add_axes((0.018 + 0.248 * column, 0.575 - 0.51 * row, 0.22, 0.34), **options)
 
     classes = torch.zeros(shape, dtype=torch.int64)
     for number, query in enumerate(queries):
         classes[seen(shape, query, window=7)] = number + 1
         classes[query] = 4
     colors = [UNSEEN, *queries.values(), QUERY]
-    grid(panel(0, 0), classes, colors, "neighborhood", "window=7: shifts at borders, never shrinks")
+    grid(panel(0, 0), classes, colors, "neighborhood", "window=7\nshifts at borders, never shrinks")
 
     classes = seen(shape, (10, 10), window=7, dilation=3).long()
     classes[10, 10] = 2
-    grid(panel(0, 1), classes, [UNSEEN, KEY, QUERY], "dilated", "window=7, dilation=3: 49 keys, spread wide")
+    grid(panel(0, 1), classes, [UNSEEN, KEY, QUERY], "dilated", "window=7, dilation=3\nas many keys, spread wide")
 
     classes = seen(shape, (10, 10), window=9, stride=3).long()
     classes[9:12, 9:12] = 2
-    grid(panel(0, 2), classes, [UNSEEN, KEY, QUERY], "strided", "window=9, stride=3: queries share windows")
+    grid(panel(0, 2), classes, [UNSEEN, KEY, QUERY], "strided", "window=9, stride=3\nneighbours share a window")
 
-    clip(panel(0, 3, projection="3d"), "video", "window=(4, 5, 5), causal in time")
+    clip(panel(0, 3, projection="3d"), "video", "window=(4, 5, 5)\ncausal in time")
 
     stack = [make_axes((56, 56), window=7, dilation=d) for d in (8, 1, 8, 1)]
-    captions = ["the last layer sees", "two layers see", "three layers see", "four layers see"]
+    captions = ["the last layer", "two layers", "three layers", "four layers"]
     for i, (share, caption) in enumerate(zip(composed_weights(stack, (28, 28)), captions, strict=True)):
         ax = panel(1, i)
         cells = (share / share.max()).masked_fill(share == 0, float("nan"))
         ax.imshow(cells.numpy(), cmap=colormaps["viridis"].with_extremes(bad=UNSEEN), vmin=0, vmax=1)
-        bare(ax, "", f"{caption} {round(100 * float((share > 0).double().mean()))} % of 56×56 tokens")
-    text = "what one token is made of when DiNAT stacks window 7, dilations 8, 1, 8, 1"
-    figure.text(0.5, 0.435, text, ha="center", fontsize=11, fontweight="bold", color=INK)
+        bare(ax, "", f"{caption}: {100 * float((share > 0).double().mean()):.3g} %")
+    text = "how much of 56×56 tokens one output sees: window 7, dilations 8, 1, 8, 1"
+    figure.text(0.5, 0.43, text, ha="center", fontsize=11, fontweight="bold", color=INK)
     figure.savefig(path, facecolor="white")
 
 
@@ -145,12 +145,12 @@ def main() -> None:
         hero(IMAGES / "hero.png")
         tile_bounds(IMAGES / "tile_bounds.png")
     plot_receptive_field((21, 21), window=7, path=IMAGES / "window.png")
-    plot_receptive_field((21, 21), window=7, dilation=3, path=IMAGES / "dilation.png")
+    plot_receptive_field((27, 27), window=7, dilation=3, path=IMAGES / "dilation.png")
     plot_receptive_field((21, 21), window=9, stride=3, path=IMAGES / "stride.png")
     plot_receptive_field((21, 21), window=7, causal=(True, False), path=IMAGES / "causal.png")
     plot_receptive_field((32,), window=9, stride=4, causal=True, path=IMAGES / "sequence.png")
     plot_receptive_field((8, 14, 14), window=(3, 7, 7), path=IMAGES / "clip.png")
-    layers = [{"window": 7, "dilation": d} for d in (1, 8, 1, 8)]
+    layers = [{"window": 7, "dilation": d} for d in (8, 1, 8, 1)]
     plot_composed_receptive_field((56, 56), layers, path=IMAGES / "composed.png")
 
 
