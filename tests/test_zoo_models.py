@@ -1,0 +1,312 @@
+"""What timm asks of its own models, asked of every model of the zoo. The list comes from the registry.
+
+Structure is checked on the meta device at full size, values on narrow and shallow versions of the same entry points.
+"""
+
+import copy
+import math
+import operator
+import subprocess
+import sys
+
+import foveal.zoo  # noqa: F401
+import pytest
+import timm
+import torch
+from foveal.zoo.table import our_models
+from timm.layers import get_channel_dim, get_spatial_dim
+from timm.models import get_arch_pretrained_cfgs, get_notrace_functions, get_notrace_modules, model_entrypoint
+from timm.models._manipulate import group_parameters
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+MODELS = our_models()
+CHECKPOINTS = [name for model in MODELS for name in get_arch_pretrained_cfgs(model)]
+FOUR_STAGES = {"window": 3, "embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4)}
+ISOTROPIC = {"window": 3, "embed_dim": 32, "depth": 3, "num_heads": 2}
+NARROW = {"dinat": FOUR_STAGES, "dinat_s": FOUR_STAGES, "nat_isotropic": ISOTROPIC}  # arguments by module of the zoo
+ONE_OF_EACH = ["natten_dinat_s", "natten_nat_b", "natten_dinats_t", "natten_dinat_iso_s", "natten_vitrpb_s"]
+
+
+def create(name: str, **kwargs) -> torch.nn.Module:
+    """The narrow version of a model; its weights follow a fixed seed."""
+    narrow = {} if name == "natten_dinat_pico" else NARROW[model_entrypoint(name).__module__.split(".")[-1]]
+    torch.manual_seed(0)
+    return timm.create_model(name, **(narrow | kwargs))
+
+
+def image(model: torch.nn.Module, side: int = 64, batch: int = 1) -> torch.Tensor:
+    cfg = model.pretrained_cfg
+    size = cfg["input_size"][1:] if cfg["fixed_input_size"] else (side, side)
+    return torch.randn(batch, model.in_chans, *size, generator=torch.Generator().manual_seed(1))
+
+
+def flexible(names: list[str]) -> list[str]:
+    return [name for name in names if not timm.get_pretrained_cfg_value(name, "fixed_input_size")]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_and_gradient_checkpointing(name):
+    model = create(name).eval()
+    x = image(model)
+    out = model(x)
+    assert out.shape == (1, model.num_classes) and out.isfinite().all()
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_gets_a_gradient(name):
+    model = create(name, num_classes=42, drop_path_rate=0.1, proj_drop_rate=0.1, drop_rate=0.1).train()
+    out = model(image(model, batch=2))
+    assert out.shape == (2, 42)
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_checkpointed_gradients_are_the_same(name):
+    gradients = []
+    for enable in (False, True):
+        model = create(name, num_classes=5).train()
+        model.set_grad_checkpointing(enable)
+        model(image(model, batch=2)).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_configuration_describes_the_model(name):
+    model = timm.create_model(name, device="meta").eval()
+    cfg, keys = model.pretrained_cfg, model.state_dict().keys()
+    assert f"{cfg['classifier']}.weight" in keys and f"{cfg['first_conv']}.weight" in keys
+    assert (model.in_chans, model.num_classes) == (cfg["input_size"][0], cfg["num_classes"])
+    assert {p.device.type for p in [*model.parameters(), *model.buffers()]} == {"meta"}
+    assert not list(model.buffers())
+    side = cfg["input_size"][1]
+    assert cfg["pool_size"] == (math.ceil(side / model.feature_info[-1]["reduction"]),) * 2
+    assert len(cfg["mean"]) == len(cfg["std"]) == cfg["input_size"][0]
+    assert all(model.get_submodule(info["module"]) for info in model.feature_info)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_heads_and_pooling(name):
+    model = create(name).eval()
+    x = image(model)
+    features = model.forward_features(x)
+    rows, columns = get_spatial_dim(model.output_fmt)
+    reduction = model.feature_info[-1]["reduction"]
+    assert features.shape[get_channel_dim(model.output_fmt)] == model.num_features
+    assert features.shape[rows] == features.shape[columns] == math.ceil(x.shape[-1] / reduction)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (1, model.head_hidden_size)
+    model.reset_classifier(0)
+    assert model.num_classes == 0 and torch.equal(model(x), pooled)
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), features)
+    model.reset_classifier(7, "catavgmax")
+    assert model(x).shape == (1, 7) and model.head_hidden_size == 2 * model.num_features
+    assert model.get_classifier().out_features == 7
+    assert create(name, num_classes=0).eval()(x).shape == pooled.shape
+    assert create(name, num_classes=0, global_pool="").eval()(x).shape == features.shape
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_new_head_keeps_pooling_device_dtype_mode_and_frozen_trunk(name):
+    model = create(name, global_pool="max").to(device="meta", dtype=torch.float64).eval()
+    model.requires_grad_(False)
+    model.reset_classifier(0)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.reset_classifier(3)
+    assert model.global_pool.pool_type == "max"
+    assert {(p.device.type, p.dtype) for p in model.head.parameters()} == {("meta", torch.float64)}
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_intermediates(name):
+    model = create(name).eval()
+    x = image(model, side=96)
+    features, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(features, model.forward_features(x), rtol=1e-5, atol=1e-8)
+    assert len(maps) == len(model.feature_info)
+    for info, nchw in zip(model.feature_info, maps, strict=True):
+        assert list(nchw.shape) == [1, info["num_chs"], *(math.ceil(n / info["reduction"]) for n in x.shape[2:])]
+    nhwc = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
+    assert all(torch.equal(a.permute(0, 2, 3, 1), b) for a, b in zip(maps, nhwc, strict=True))
+    *_, last = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+    torch.testing.assert_close(last.permute(0, 2, 3, 1), features)
+    with pytest.raises(ValueError, match="NLC"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, "natten_dinat_pico"])
+def test_pruning_keeps_the_maps_and_leaves_nothing_unused(name):
+    model = create(name).eval()
+    x = image(model)
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    for i in range(len(maps)):
+        (early,) = model.forward_intermediates(x, indices=[i], stop_early=True, intermediates_only=True)
+        torch.testing.assert_close(early, maps[i])
+        pruned = copy.deepcopy(model)
+        assert pruned.prune_intermediate_layers([i], prune_norm=True) == [i]
+        (kept,) = pruned.forward_intermediates(x, indices=[i], intermediates_only=True)
+        torch.testing.assert_close(kept, maps[i])
+        assert pruned.num_features == maps[i].shape[1]
+        kept.square().sum().backward()
+        assert all(p.grad is not None for p in pruned.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_only(name):
+    model = create(name, features_only=True).eval()
+    x = image(model, side=96)
+    maps = model(x)
+    assert [m.shape[1] for m in maps] == model.feature_info.channels()
+    assert [m.shape[2] for m in maps] == [math.ceil(x.shape[2] / r) for r in model.feature_info.reduction()]
+    assert len(create(name, features_only=True, out_indices=(0, 1))(x)) == 2
+
+
+@pytest.mark.parametrize("name", flexible(ONE_OF_EACH))
+def test_hooks_and_fx_extract_the_same_features(name):
+    getter, hooks, graph = (create(name, features_only=True, out_indices=(0, 1), feature_cls=cls).eval()
+                            for cls in ("getter", "hook", "fx"))  # fmt: skip
+    x = image(getter)
+    for a, b, c in zip(getter(x), hooks(x), graph(x), strict=True):
+        assert torch.equal(a.permute(0, 2, 3, 1), b) and torch.equal(b, c)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fx_trace_computes_exactly_the_same(name):
+    model = create(name).eval()
+    kwargs = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
+    train_nodes, eval_nodes = get_graph_node_names(model, tracer_kwargs=kwargs)
+    assert eval_nodes == train_nodes
+    traced = create_feature_extractor(model, return_nodes=[eval_nodes[-1]], tracer_kwargs=kwargs)
+    (out,) = traced(x := image(model)).values()
+    assert torch.equal(out, model(x))
+    out.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [(33, 64), (61, 29), (97, 150), (15, 15)])
+@pytest.mark.parametrize("name", [*flexible(ONE_OF_EACH), "natten_dinat_pico"])
+def test_any_size(name, size):
+    model = create(name).eval()
+    x = torch.randn(2, model.in_chans, *size)
+    features = model.forward_features(x)
+    reduction = model.feature_info[-1]["reduction"]
+    assert list(features.shape[1:3]) == [math.ceil(n / reduction) for n in size]
+    assert model(x).isfinite().all()
+    torch.testing.assert_close(model(x[1:]), model(x)[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_fixed_input_size_can_be_chosen_and_changed():
+    model = create("natten_vitrpb_s", img_size=(96, 64)).eval()
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 96, 64)
+    out = model(torch.zeros(1, 3, 96, 64))
+    with pytest.raises((ValueError, AssertionError)):
+        model(torch.zeros(1, 3, 64, 64))
+    model.set_input_size((128, 128))
+    assert model.layers[0].attn.rpb.shape == (2, 15, 15)
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 128, 128)
+    assert model(torch.zeros(1, 3, 128, 128)).shape == out.shape
+    with pytest.raises(ValueError, match=r"img_size=\(100, 128\)"):
+        model.set_input_size((100, 128))
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, "natten_dinat_pico"])
+def test_parameter_groups(name):
+    model = create(name)
+    names = {n for n, _ in model.named_parameters()}
+    tables = model.no_weight_decay()
+    assert tables and tables == {n for n in names if n.endswith(".rpb")}
+    for coarse in (False, True):
+        groups = group_parameters(model, model.group_matcher(coarse), reverse=True)
+        assert groups.keys() == names
+        assert groups["patch_embed.norm.weight"] == 0
+        assert groups["head.weight"] == max(groups.values()) > groups["norm.weight"] - (not coarse)
+    optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    assert all(decay[id(parameters[n])] == 0 for n in tables)
+    assert decay[id(parameters["head.weight"])] == 0.05
+    assert scale[id(parameters["head.weight"])] == 1 > scale[id(parameters["patch_embed.norm.weight"])]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_compiles_without_graph_break(name):
+    model = create(name).eval()
+    x = image(model)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_exports(name):
+    model = create(name).eval()
+    x = image(model)
+    exported = torch.export.export(model, (x,))
+    calls = {node.target for node in exported.graph.nodes if node.op == "call_function"} - {operator.getitem}
+    assert {call.namespace for call in calls} == {"aten"}
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_traces_but_refuses_scripting_in_one_sentence(name):
+    model = create(name).eval()
+    x = image(model)
+    torch.testing.assert_close(torch.jit.trace(model, x, check_trace=False)(x), model(x))
+    with pytest.raises(NotImplementedError, match=r"^TorchScript cannot compile \w+; use torch\.export"):
+        torch.jit.script(model)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_materialises_from_the_meta_device(name):
+    model = create(name, device="meta")
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.fill_(float("nan"))
+    model.init_weights()
+    assert model.eval()(image(model)).isfinite().all()
+    expected = create(name).state_dict()
+    for key, value in model.state_dict().items():
+        spread, wanted = value.std(correction=0), expected[key].std(correction=0)
+        assert torch.isclose(spread, wanted, rtol=0.5, atol=0.02), key
+
+
+def test_bfloat16_stays_bfloat16():
+    model = create("natten_dinat_s", dtype=torch.bfloat16).eval()
+    assert model(image(model).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["natten_dinat_s", "natten_dinats_t", "natten_nat_iso_s"])
+def test_unknown_and_contradictory_arguments_are_refused(name):
+    with pytest.raises(TypeError, match="not_an_argument"):
+        timm.create_model(name, device="meta", not_an_argument=1)
+    with pytest.raises(ValueError, match="dilations="):
+        create(name, device="meta", dilations=((1, 2), (1,), (1,)) if "iso" not in name else (1, 2))
+
+
+def test_dilations_can_be_given_block_by_block():
+    model = create("natten_dinat_s", dilations=((1, 3), 2, (2, 1), 1))
+    assert [[b.attn.dilation[0] for b in stage.blocks] for stage in model.levels] == [[1, 3], [1], [2, 1], [1]]
+
+
+def test_drop_path_grows_to_its_rate():
+    model = create("natten_dinat_s", drop_path_rate=0.5)
+    rates = [getattr(b.drop_path1, "drop_prob", 0.0) for stage in model.levels for b in stage.blocks]
+    torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.5, 6))
+
+
+def test_registration_is_quiet_light_and_takes_no_name_of_timm():
+    code = (
+        "import sys, timm; names, modules = set(timm.list_models()), set(timm.list_modules()); import foveal.zoo;"
+        "ours = set(timm.list_models()) - names; assert len(ours) >= 23, ours;"
+        "assert set(timm.list_modules()) - modules >= {'dinat', 'dinat_s', 'nat_isotropic'};"
+        "from timm.models import model_entrypoint as e;"
+        "assert all(e(n).__module__.startswith('foveal.zoo.') for n in ours);"
+        "assert not any(e(n).__module__.startswith('foveal') for n in names);"
+        "heavy = {'lightning', 'hydra', 'diffusers', 'sklearn', 'rich'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)

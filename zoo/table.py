@@ -1,0 +1,123 @@
+"""The model table of the documentation: `python -m foveal.zoo.table docs/models.md` writes it anew."""
+
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import timm
+import torch
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, model_entrypoint
+from torch import nn
+
+from ..kernels.neighborhood import make_axes
+from ..kernels.neighborhood.cost import forward_flops
+from ..layers.neighborhood import NeighborhoodAttention2d
+from ..layers.relative import RelativeAttention2d
+from ..weights import lookup
+
+INTRO = """# Image models
+
+Importing `foveal.zoo` adds these models to timm. Everything timm does with its own models works with them:
+
+```python
+import timm, torch
+import foveal.zoo
+
+model = timm.create_model("natten_dinat_s", pretrained=True).eval()  # official weights, fetched and verified
+config = timm.data.resolve_model_data_config(model)
+transform = timm.data.create_transform(**config, is_training=False)
+
+backbone = timm.create_model("natten_dinat_s", features_only=True)  # four maps, 1/4 to 1/32
+maps = backbone(torch.randn(1, 3, 250, 333))  # any size; no padding to a multiple
+
+small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten digits; its weights ship inside the wheel
+```
+
+- A file with official parameter names needs no conversion:
+  `timm.create_model("natten_dinat_s", pretrained=True, pretrained_cfg_overlay=dict(file="dinat_small_in1k_224.pth"))`.
+  So do the `shi-labs/*` files of the Hugging Face hub and the backbones of detection and segmentation checkpoints
+  (build the model with `stage_norms=True`).
+- Maps smaller than window times dilation are zero-padded inside the attention, as the official checkpoints expect.
+  That happens below the size a model was designed for.
+- Models with dense attention (`natten_vitrpb_*`) take one input size: `img_size=`, later `model.set_input_size(...)`.
+- `impl=` chooses the attention kernels (see [Operations](operations.md)); other knobs are in the docstrings of
+  `foveal.zoo.dinat.DiNAT` and `foveal.zoo.nat_isotropic.NATIsotropic`.
+- `torch.compile(fullgraph=True)`, `torch.export` and `torch.jit.trace` work; `torch.jit.script` is refused.
+
+A row is a released checkpoint, created as `model.tag`; the first of a model is its default. Multiply-accumulates
+(GMACs) are those of convolutions, linear layers and attention at the given size. ImageNet-1k accuracy is what the
+authors report, not a measurement of ours; the digits model's is measured by the command that trains it.
+"""
+COLUMNS = ["model", "tag", "params (M)", "GMACs", "size", "top-1 (%)", "licence", "source"]
+ALIGNMENT = ["---", "---", "--:", "--:", "--:", "--:", "---", "---"]
+
+
+def our_models() -> list[str]:
+    """Names of the registered models that are defined in `foveal.zoo`."""
+    return [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith(f"{__package__}.")]
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of convolutions, linear layers and attention for one image of `input_size` (C, H, W)."""
+    total = 0
+
+    def count(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+        nonlocal total
+        if isinstance(module, nn.Linear):
+            total += out.numel() * module.in_features
+        elif isinstance(module, nn.Conv2d):
+            total += out.numel() * module.weight[0].numel()
+        elif isinstance(module, RelativeAttention2d):
+            total += 2 * (out.shape[1] * out.shape[2]) ** 2 * out.shape[3]
+        elif isinstance(module, NeighborhoodAttention2d):
+            spans = [w * d for w, d in zip(module.window, module.dilation, strict=True)]
+            grid = [max(n, span) for n, span in zip(out.shape[1:3], spans, strict=True)]
+            axes = make_axes(
+                grid, window=module.window, stride=module.stride, dilation=module.dilation, causal=module.causal
+            )
+            total += forward_flops(axes, batch=1, heads=module.num_heads, head_dim=module.head_dim) // 2
+
+    hooks = [module.register_forward_hook(count) for module in model.modules()]
+    with torch.no_grad():
+        model.eval()(torch.empty(1, *input_size, device=next(model.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def row(name: str) -> list[str]:
+    """Table cells of the checkpoint `name` ("architecture.tag")."""
+    cfg = get_pretrained_cfg(name, allow_unregistered=False).to_dict()
+    model = timm.create_model(name, device="meta")
+    params = sum(parameter.numel() for parameter in model.parameters())
+    macs = count_macs(model, cfg["input_size"])
+    entry = lookup(name)
+    top1 = f"{entry.metrics['top1']:.1f}" if "top1" in entry.metrics else ""
+    size = "x".join(str(n) for n in cfg["input_size"][1:])
+    source = f"[{urlsplit(entry.source).hostname}]({entry.source})"
+    architecture, tag = (f"`{part}`" for part in name.split("."))
+    return [architecture, tag, f"{params / 1e6:.2f}", f"{macs / 1e9:.2f}", size, top1, entry.licence, source]
+
+
+def family(module: str, models: list[str]) -> str:
+    """Heading and table of the models that one module of the zoo defines, small to large."""
+    rows = sorted(
+        (row(name) for model in models for name in get_arch_pretrained_cfgs(model)), key=lambda r: float(r[3])
+    )
+    title = (sys.modules[module].__doc__ or module).splitlines()[0].rstrip(".")
+    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ALIGNMENT, *rows)]
+    return "\n".join([f"## {title}", "", *lines, ""])
+
+
+def markdown() -> str:
+    """The whole page."""
+    families: dict[str, list[str]] = {}
+    for name in our_models():
+        families.setdefault(model_entrypoint(name).__module__, []).append(name)
+    return "\n".join([INTRO, *(family(module, families[module]) for module in sorted(families))])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m foveal.zoo.table docs/models.md")
+    Path(sys.argv[1]).write_text(markdown(), encoding="utf-8")
