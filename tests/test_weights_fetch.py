@@ -151,8 +151,10 @@ def test_a_server_without_ranges_starts_over(origin, get):
 def test_a_file_replaced_meanwhile_is_not_mixed(origin, get, home):
     origin.add("/w", CONTENT)
     interrupt(origin, get)
+    asked = origin.gets
     origin.add("/w", OTHER, etag='"two"')  # If-Range fails, so the server sends all of the new file
     assert get({"url": f"{origin.url}/w"}).read_bytes() == OTHER
+    assert origin.requests[-1][2] == "bytes=100000-" and origin.gets == asked + 1
 
 
 def test_a_server_that_ignores_if_range_is_not_mixed(origin, get, home):
@@ -365,14 +367,18 @@ def test_the_first_download_records_a_hash_that_later_ones_must_match(origin, ge
     mirror = {"url": f"{origin.url}/w"}
     origin.add("/w", CONTENT)
     get(mirror)
-    recorded = json.loads((home / "pins.json").read_text())[f"{origin.url}/w"]
+    pins = json.loads((home / "pins.json").read_text())
+    recorded = pins[f"{origin.url}/w"]
     assert recorded["sha256"] == DIGEST and recorded["bytes"] == len(CONTENT)
+    recorded["recorded"] = "2001-01-01"
+    (home / "pins.json").write_text(json.dumps(pins))
     shutil.rmtree(home / "weights")
     origin.add("/w", OTHER, etag='"two"')
     with pytest.raises(WeightsError, match=rf"expected {DIGEST} as recorded at the first download.*pins.json"):
         get(mirror)
     origin.add("/w", CONTENT)
     assert get(mirror).read_bytes() == CONTENT
+    assert json.loads((home / "pins.json").read_text()) == pins  # recorded once, at the first download
 
 
 def test_a_damaged_record_of_hashes_is_an_error(origin, get, home):

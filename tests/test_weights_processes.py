@@ -13,36 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from foveal.weights import Transfer, WeightsError, fetch, load_manifest
+from foveal.weights import fetch, load_manifest
 from safetensors.torch import save
-from weights_server import serve, write_manifest
+from weights_server import QUICK, fetch_in_a_process, serve, write_manifest
 
-resource = pytest.importorskip("resource", reason="needs file size limits and permission bits")
+pytest.importorskip("resource", reason="needs file size limits and permission bits")
 NAME = "natten_test_m.tag"
 CONTENT = save({"weight": torch.arange(500_000, dtype=torch.float32)})
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
-QUICK = Transfer(timeout=60, attempts=2, backoff=0.01, loopback_http=True)
 
 # Processes are forked from one that has imported torch already, which takes longer than all that they do.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["foveal.weights"])
-
-
-def child(answers, environment, manifest, names, limit, unprivileged):
-    """What a process does: fetches, and sends the path or the error message of each name."""
-    os.environ.update(environment)
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    if unprivileged and os.getuid() == 0:
-        os.setgid(65534)
-        os.setuid(65534)
-    entries = load_manifest(manifest)
-    answers.send("ready")
-    for name in names:
-        try:
-            answers.send(f"path {fetch(name, manifest=entries, transfer=QUICK)}")
-        except WeightsError as error:
-            answers.send(f"error {error}")
 
 
 @pytest.fixture
@@ -78,7 +60,7 @@ def start(origin, folder):
         answers, end = CONTEXT.Pipe()
         environment = {key: os.environ[key] for key in ("FOVEAL_HOME", "NO_PROXY")}
         arguments = (end, environment, folder / "manifest.json", names or [NAME], limit, unprivileged)
-        process = CONTEXT.Process(target=child, args=arguments)
+        process = CONTEXT.Process(target=fetch_in_a_process, args=arguments)
         process.start()
         end.close()
         processes.append(process)

@@ -1,14 +1,17 @@
-"""A server on loopback that misbehaves as told, for the tests of `foveal.weights`."""
+"""A server on loopback that misbehaves as told, and a process that asks it, for the tests of `foveal.weights`."""
 
 import contextlib
 import json
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from foveal.weights import Manifest, load_manifest
+from foveal.weights import Manifest, Transfer, WeightsError, fetch, load_manifest
+
+QUICK = Transfer(timeout=60, attempts=2, backoff=0.01, loopback_http=True)
 
 
 @dataclass
@@ -73,6 +76,28 @@ def write_manifest(path: Path, *mirrors: dict, name: str = "natten_test_m.tag", 
     entry["mirrors"] = [defaults | mirror for mirror in mirrors]
     path.write_text(json.dumps({name: entry}))
     return load_manifest(path)
+
+
+def fetch_in_a_process(answers, environment, manifest, names, limit, unprivileged):
+    """What a process of the tests does: fetches, and sends the path or the error message of each name.
+
+    `limit` is the size in bytes beyond which it cannot write a file, or 0; `unprivileged` turns root into nobody.
+    """
+    os.environ.update(environment)
+    if limit:
+        import resource  # not on Windows
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if unprivileged and os.getuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    entries = load_manifest(manifest)
+    answers.send("ready")
+    for name in names:
+        try:
+            answers.send(f"path {fetch(name, manifest=entries, transfer=QUICK)}")
+        except WeightsError as error:
+            answers.send(f"error {error}")
 
 
 class _Handler(BaseHTTPRequestHandler):
