@@ -72,7 +72,8 @@ def make_axes(
             raise ValueError(f"dilation={axis.dilation} on axis {i} must be at least 1")
         if axis.window * axis.dilation > axis.length:
             raise ValueError(
-                f"dilation={axis.dilation} times window={axis.window} on axis {i} must not exceed its length {axis.length}"
+                f"dilation={axis.dilation} times window={axis.window} on axis {i} must not exceed its "
+                f"length {axis.length}"
             )
     return axes
 
@@ -291,7 +292,8 @@ def na1d_lse(
     """`na1d` and the natural log-sum-exp of its logits, both differentiable.
 
     Returns:
-        output `[B, L, heads, head_dim]` and log-sum-exp `[B, L, heads]` (float32; float64 for float64 inputs).
+        output `[B, L, heads, head_dim]` and log-sum-exp `[B, L, heads]`, the latter
+        float32, or float64 for float64 inputs.
     """
     return _attend(1, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)
 
@@ -314,7 +316,8 @@ def na2d_lse(
     """`na2d` and the natural log-sum-exp of its logits, both differentiable.
 
     Returns:
-        output `[B, H, W, heads, head_dim]` and log-sum-exp `[B, H, W, heads]` (float32; float64 for float64 inputs).
+        output `[B, H, W, heads, head_dim]` and log-sum-exp `[B, H, W, heads]`, the latter
+        float32, or float64 for float64 inputs.
     """
     return _attend(2, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)
 
@@ -337,7 +340,8 @@ def na3d_lse(
     """`na3d` and the natural log-sum-exp of its logits, both differentiable.
 
     Returns:
-        output `[B, T, H, W, heads, head_dim]` and log-sum-exp `[B, T, H, W, heads]` (float32; float64 for float64 inputs).
+        output `[B, T, H, W, heads, head_dim]` and log-sum-exp `[B, T, H, W, heads]`, the latter
+        float32, or float64 for float64 inputs.
     """
     return _attend(3, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)
 

@@ -1,8 +1,8 @@
 """Backward kernels of neighborhood attention. No atomics: every gradient is summed by one program in a fixed order.
 
 With P = exp(S - lse) and delta = rowsum(dO * O) - dlse, dS = P * (dO V^T - delta) (arXiv:2205.14135, appendix B.4).
-`query_kernel` walks the windows for dQ and leaves delta behind, `key_kernel` walks the inverse windows for dK and dV and
-computes transposed tiles directly, since the transpose of an MMA result is miscompiled on Hopper by some Triton releases.
+`query_kernel` walks the windows for dQ and leaves delta behind, `key_kernel` walks the inverse windows for dK and dV.
+The latter computes transposed tiles directly: some Triton releases miscompile the transpose of an MMA result on Hopper.
 """
 
 import triton
@@ -305,7 +305,10 @@ def bias_kernel(
 
 
 @triton.jit
-def sees(query, step, length, A: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr):
+def sees(
+    query, step, length, A: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
+):
     """Whether queries at grid coordinates of axis `A` see the key `step` positions further in their group."""
     group = query % DILATION[A]
     position = query // DILATION[A]
@@ -317,7 +320,8 @@ def sees(query, step, length, A: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.
 def row_offset(strides, batch, position, head):
     """Element offsets of tokens, 64 bits; `strides` of `[B, X, Y, Z, heads, …]`."""
     where = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4]
-    return where + position[0].to(tl.int64) * strides[1] + position[1].to(tl.int64) * strides[2] + position[2].to(tl.int64) * strides[3]
+    where += position[0].to(tl.int64) * strides[1]
+    return where + position[1].to(tl.int64) * strides[2] + position[2].to(tl.int64) * strides[3]
 
 
 @triton.jit

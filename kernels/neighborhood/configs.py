@@ -1,8 +1,8 @@
 """Tile sizes and launch parameters of the neighborhood kernels.
 
-How many tokens a tile holds comes from a pinned table by kernel, head dim, element size and shared memory; its shape is the split of
-that number over the axes that visits the fewest (query, key) pairs. Nothing here depends on timing, so a call always
-takes the same kernel.
+How many tokens a tile holds comes from a pinned table by kernel, head dim, element size and shared memory; its shape
+is the split of that number over the axes that visits the fewest (query, key) pairs. Nothing here depends on timing, so
+a call always takes the same kernel.
 """
 
 from collections.abc import Iterator

@@ -30,7 +30,7 @@ def logits_tile(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, BIAS_STRIDES: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Logits `[rows, columns]` of a tile, -inf where a row does not see a column, and the factor that makes them base 2.
+    """Logits `[rows, columns]` of a tile, -inf where a row does not see a column; scaled only if there is a bias.
 
     `bias_row` holds, for every row, the table entry of column zero; `BIAS_STRIDES` steps the table along the columns.
     """

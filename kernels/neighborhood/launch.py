@@ -31,7 +31,7 @@ def has_descriptors(device: torch.device) -> bool:
 
 
 def aligned(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can address these tensors: unit last stride, everything else at multiples of 16 bytes."""
+    """Whether tensor descriptors can address these tensors: unit last stride, all else at multiples of 16 bytes."""
     return all(
         x.stride(-1) == 1
         and x.data_ptr() % 16 == 0

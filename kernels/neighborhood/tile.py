@@ -25,7 +25,8 @@ _group_length = _device(geometry.group_length)
 
 @triton.jit
 def bounds(
-    position, n, A: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr
+    position, n, A: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr,
 ):
     """Columns [lo, hi) that rows at `position` of axis `A` see; positions past the end count as the last one."""
     position = tl.minimum(position, n - 1)
@@ -119,7 +120,9 @@ def tile_count(counts, inner_counts, MASKED: tl.constexpr):
 
 
 @triton.jit
-def tile_origin(t, starts, counts, inner, inner_counts, COLUMNS: tl.constexpr, MASKED: tl.constexpr, INNER: tl.constexpr):
+def tile_origin(
+    t, starts, counts, inner, inner_counts, COLUMNS: tl.constexpr, MASKED: tl.constexpr, INNER: tl.constexpr
+):
     """First column of tile number `t` of those that `tile_count` counts; without `INNER` no tile is wholly seen."""
     if not MASKED:
         x, y, z = _box_tile(t, inner, inner_counts)
@@ -162,7 +165,8 @@ def _border_tile(t, counts, inner, inner_counts):
     row_z = tl.maximum(outer_z, 1)
     ax, ay, az = _skip(t // plane, inner[0], inner_counts[0]), t % plane // counts[2], t % counts[2]
     bx, by, bz = inner[0] + u // per_y, _skip(u % per_y // counts[2], inner[1], inner_counts[1]), u % per_y % counts[2]
-    cx, cy, cz = inner[0] + v // per_z, inner[1] + v % per_z // row_z, _skip(v % per_z % row_z, inner[2], inner_counts[2])
+    cx, cy = inner[0] + v // per_z, inner[1] + v % per_z // row_z
+    cz = _skip(v % per_z % row_z, inner[2], inner_counts[2])
     on_x, on_y = t < slab_x, u < slab_y
     x = tl.where(on_x, ax, tl.where(on_y, bx, cx))
     y = tl.where(on_x, ay, tl.where(on_y, by, cy))
@@ -225,7 +229,10 @@ def describe(ptr, strides, lengths, D: tl.constexpr, TILE: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def load_tile(ptr, descriptor, origin, steps, strides, stride_d, lengths, D: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTOR: tl.constexpr, CHECK: tl.constexpr):
+def load_tile(
+    ptr, descriptor, origin, steps, strides, stride_d, lengths,
+    D: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTOR: tl.constexpr, CHECK: tl.constexpr,
+):
     """Tokens of the tile at `origin` as `[tokens, BLOCK_D]`, zero outside the group and past `D`.
 
     With `DESCRIPTOR` the hardware addresses the box; otherwise pointers do, checked against the group's end only if
@@ -248,7 +255,10 @@ def load_tile(ptr, descriptor, origin, steps, strides, stride_d, lengths, D: tl.
 
 @triton.jit
 def load_extra(ptr, strides, first, extra, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Extra tokens `[BLOCK, BLOCK_D]` from `first` on, zero past the last; `strides` of `[B, tokens, heads, head_dim]`."""
+    """Extra tokens `[BLOCK, BLOCK_D]` from `first` on, zero past the last.
+
+    `strides` are those of `[B, tokens, heads, head_dim]`.
+    """
     e, d = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     pointers = ptr + e.to(tl.int64)[:, None] * strides[1] + (d * strides[3])[None, :]
     return tl.load(pointers, mask=(e < extra)[:, None] & (d < D)[None, :], other=0.0)

@@ -1,5 +1,6 @@
 """The Triton kernels of neighborhood attention, run by Triton's interpreter on the CPU."""
 
+from dataclasses import replace
 from itertools import islice
 from math import prod
 from random import Random
@@ -8,11 +9,13 @@ import pytest
 import torch
 from foveal.kernels.neighborhood import configs
 from foveal.kernels.neighborhood.configs import Size
-from neighborhood_matrix import Case, cases, check
+from foveal.kernels.ops import na2d, na2d_lse
+from neighborhood_matrix import TENSORS, Case, cases, check, make_inputs, run
+from torch.utils.flop_counter import FlopCounterMode
 
 CASES = 300
 CHUNK = 50
-SIZES = (Size(16, 16, 4, 1), Size(32, 16, 4, 2), Size(16, 32, 4, 2), Size(32, 32, 4, 2), Size(64, 32, 4, 2), Size(64, 64, 4, 2))
+SIZES = [Size(queries, keys, 4, 1) for queries, keys in ((16, 16), (32, 16), (16, 32), (32, 32), (64, 32), (64, 64))]
 
 
 def affordable(case: Case) -> bool:
@@ -39,3 +42,152 @@ def test_random_cases_match_the_reference(rank, first):
     for case in affordable_cases(rank, seed=1)[first : first + CHUNK]:
         with configs.override(**forced(case)):
             check(case, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_half_precision_keeps_the_error_rule(rank):
+    for case in affordable_cases(rank, seed=2)[:8]:
+        check(case, torch.float16, "triton")
+
+
+FULL = Case(
+    shape=(9, 11),
+    window=(5, 3),
+    stride=(2, 1),
+    dilation=(1, 2),
+    causal=(False, True),
+    heads=2,
+    key_heads=1,
+    bias=True,
+    extra=3,
+)
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 3.0])
+def test_any_scale(scale):
+    check(replace(FULL, scale=scale), torch.float32, "triton")
+
+
+def test_pinned_tiles_are_right():
+    """The launches that users get: no override."""
+    for case in (
+        FULL,
+        Case(shape=(3, 9, 17), window=(2, 5, 8), stride=(1, 5, 1), dilation=(1, 1, 2), causal=(False,) * 3),
+    ):
+        check(case, torch.float32, "triton")
+
+
+def test_gradients_are_the_same_bits_every_time():
+    inputs = make_inputs(FULL, torch.float32)
+    first, second = run(FULL, inputs, "triton"), run(FULL, inputs, "triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_each_batch_entry_is_computed_alone():
+    case = replace(FULL, batch=3)
+    inputs = make_inputs(case, torch.float32)
+    whole = run(case, inputs, "triton")["out"]
+    for b in range(3):
+        one = {n: x if n == "bias" else x[b : b + 1].detach().requires_grad_() for n, x in inputs.items()}
+        assert torch.equal(run(replace(case, batch=1), one, "triton")["out"], whole[b : b + 1])
+
+
+@pytest.mark.parametrize("descriptor", [False, True])
+def test_nan_in_a_key_stays_in_its_neighborhood(descriptor):
+    query, key, value = torch.randn(3, 1, 12, 12, 1, 8)
+    key[0, 5, 7] = float("nan")
+    with configs.override(size=Size(16, 16, 4, 1), descriptor=descriptor):
+        out = na2d(query, key, value, window=3, impl="triton")
+    sees = out.isnan().all(-1)[0, :, :, 0]
+    expected = torch.zeros(12, 12, dtype=torch.bool)
+    expected[4:7, 6:9] = True
+    assert torch.equal(sees, expected)
+    assert torch.equal(out.isnan().any(-1)[0, :, :, 0], expected)
+
+
+def test_memory_around_the_tensors_is_not_read():
+    """Slices of a buffer full of NaN give what copies of them give, to the bit."""
+    buffer = torch.full((3, 2, 11, 13, 4, 12), float("nan"))
+    inside = buffer[:, :1, 1:10, 1:12, 1:3, :8]
+    inside.copy_(torch.randn(inside.shape, generator=torch.Generator().manual_seed(0)))
+    for descriptor in (False, True):
+        with configs.override(size=Size(32, 32, 4, 1), descriptor=descriptor):
+            out = na2d(*inside, window=(5, 7), stride=(2, 3), impl="triton")
+            assert torch.equal(out, na2d(*inside.contiguous(), window=(5, 7), stride=(2, 3), impl="triton"))
+            assert out.isfinite().all()
+
+
+def library_arguments(case: Case, dtype=torch.float32, requires_grad: bool = True) -> tuple:
+    inputs = make_inputs(case, dtype)
+    tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
+    return *tensors, list(case.window), list(case.stride), list(case.dilation), list(case.causal), 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        FULL,
+        Case(shape=(13,), window=(5,), stride=(1,), dilation=(2,), causal=(True,)),
+        Case(
+            shape=(2, 5, 6), window=(2, 3, 3), stride=(1,) * 3, dilation=(1,) * 3, causal=(False,) * 3, layout="fused"
+        ),
+    ],
+)
+def test_opcheck(case, dtype, requires_grad):
+    arguments = library_arguments(case, dtype, requires_grad)
+    torch.library.opcheck(torch.ops.foveal.neighborhood_forward, arguments, atol=1e-2, rtol=1e-2)
+
+
+def test_opcheck_of_the_backward():
+    *tensors, window, stride, dilation, causal, scale = library_arguments(FULL, requires_grad=False)
+    out, lse = torch.ops.foveal.neighborhood_forward(*tensors, window, stride, dilation, causal, scale)
+    arguments = (*tensors[:3], out, lse, torch.randn_like(out), torch.randn_like(lse), *tensors[3:])
+    torch.library.opcheck(
+        torch.ops.foveal.neighborhood_backward,
+        (*arguments, window, stride, dilation, causal, scale),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_compiled_whole_for_any_size():
+    torch._dynamo.reset()
+    compiled = torch.compile(na2d_lse, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for shape in ((9, 11), (12, 10), (15, 13)):
+            check(replace(FULL, shape=shape), torch.float32, "triton", operator=compiled)
+
+
+def test_exported_as_one_operator():
+    class Model(torch.nn.Module):
+        def forward(self, query, key, value):
+            return na2d(query, key, value, window=3, impl="triton")
+
+    inputs = tuple(torch.randn(3, 1, 6, 7, 2, 8))
+    program = torch.export.export(Model(), inputs)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "foveal.neighborhood_forward.default" in targets
+    torch.testing.assert_close(program.module()(*inputs), Model()(*inputs))
+
+
+def test_flops_are_counted():
+    query, key, value = (x.requires_grad_() for x in torch.randn(3, 2, 8, 10, 3, 16))
+    extra = torch.randn(2, 4, 3, 16)
+    with FlopCounterMode(display=False) as counter:
+        na2d(query, key, value, window=(3, 5), extra_key=extra, extra_value=extra, impl="triton").sum().backward()
+    products = 2 * 2 * 3 * 16 * 80 * (15 + 4)  # two FLOPs, batch, heads, head_dim, queries, keys a query sees
+    assert counter.get_total_flops() == (2 + 5) * products
+
+
+def test_second_derivatives_are_refused():
+    query, key, value = (x.requires_grad_() for x in torch.randn(3, 1, 4, 4, 1, 8))
+    out = na2d(query, key, value, window=3, impl="triton")
+    with pytest.raises(RuntimeError, match=r"double backward|differentiate"):
+        (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+        torch.autograd.grad(gradient.sum(), query)
+
+
+def test_unknown_overrides_are_refused():
+    with pytest.raises(TypeError, match="threads"), configs.override(threads=3):
+        pass
