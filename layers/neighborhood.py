@@ -94,9 +94,14 @@ class _NeighborhoodAttention(nn.Module):
 
         Raises:
             ValueError: a shape that does not fit, or a window that does not fit into the grid while `pad` is off.
+            NotImplementedError: under torch.jit.trace, unless `impl` is "reference".
         """
         if x.dim() != self.rank + 2 or x.shape[-1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, {self.rank} spatial axes, {self.dim}]")
+        if torch.jit.is_tracing() and self.impl != "reference":
+            raise NotImplementedError(
+                f"torch.jit.trace takes {type(self).__name__} with impl='reference' only; use torch.export instead"
+            )
         spatial = x.shape[1:-1]
         query, key, value = self._project(self._pad(x) if self.pad else x)  # [B, *spatial, heads, d]
         if self.rope is not None:

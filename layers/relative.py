@@ -80,6 +80,4 @@ class RelativeAttention2d(nn.Module):
         return self.proj_drop(self.proj(out))
 
     def __prepare_scriptable__(self) -> NoReturn:
-        raise NotImplementedError(
-            "TorchScript cannot compile RelativeAttention2d; use torch.export, torch.compile or torch.jit.trace"
-        )
+        raise NotImplementedError("TorchScript cannot compile RelativeAttention2d; use torch.export instead")

@@ -42,7 +42,7 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
 - Models with dense attention (`natten_vitrpb_*`) take one input size: `img_size=`, later `model.set_input_size(...)`.
 - `impl=` chooses the attention kernels (see [Operations](operations.md)); other knobs are in the docstrings of
   `foveal.zoo.dinat.DiNAT` and `foveal.zoo.nat_isotropic.NATIsotropic`.
-- `torch.compile(fullgraph=True)`, `torch.export` and `torch.jit.trace` work; `torch.jit.script` is refused.
+- `torch.compile(fullgraph=True)` and `torch.export` work; TorchScript refuses (tracing takes `impl="reference"`).
 
 A row is a released checkpoint, created as `model.tag`; the first of a model is its default. Multiply-accumulates
 (GMACs) are those of convolutions, linear layers and attention at the given size. ImageNet-1k accuracy is what the
