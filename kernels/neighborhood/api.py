@@ -370,5 +370,5 @@ def merge_attentions(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Te
     stacked = torch.stack(list(lses))  # [parts, ..., heads]
     total = stacked.logsumexp(0)
     weights = (stacked - total.masked_fill(total == float("-inf"), 0)).exp()
-    merged = sum(weight[..., None] * out for weight, out in zip(weights, outs, strict=True))
+    merged = (weights[..., None] * torch.stack(list(outs))).sum(0)
     return merged.to(outs[0].dtype), total
