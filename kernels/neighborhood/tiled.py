@@ -6,6 +6,7 @@ for the backward, which gathers again, and chunks bound what is gathered at a ti
 """
 
 import math
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from .tiled_plan import Chunk, Plan, Sizes
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
 CACHE_BYTES = 6 << 20  # what a chunk works on should stay in cache
 FORWARD_RATIO, BACKWARD_RATIO = 1.75, 1.0  # and be no more than this many times inputs and output
+COMPILED_RATIO = 12.0  # chunks are unrolled in a compiled graph: small windows must do with one
 
 
 def attend(
@@ -63,15 +65,15 @@ def _prepare(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None
 
 def _make_plan(query: Tensor, key: Tensor, extra_key: Tensor | None, axes: tuple[Axis, ...]) -> Plan:
     extra = 0 if extra_key is None else extra_key.shape[1]
-    group, d = query.shape[-2] // key.shape[-2], query.shape[-1]
-    if torch.compiler.is_compiling():  # lengths may be symbolic: they choose nothing, and the tables join the graph
-        known = tuple(
-            (a.window, a.stride, a.causal, a.window if a.window == tiled_plan.positions(a) else 0) for a in axes
-        )
-        return tiled_plan.make_plan(axes, tiled_plan.choose_tile(known, group, d, extra), extra, query.device)
-    known = tuple((a.window, a.stride, a.causal, tiled_plan.positions(a)) for a in axes)
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return tiled_plan.cached_plan(axes, tiled_plan.choose_tile(known, group, d, extra), extra, dtype, query.device)
+    group, d = index(query.shape[-2] // key.shape[-2]), index(query.shape[-1])
+    if not torch.compiler.is_compiling():
+        known = tuple((a.window, a.stride, a.causal, tiled_plan.positions(a)) for a in axes)
+        cut = tiled_plan.choose_cut(known, group, d, extra)
+        return tiled_plan.cached_plan(axes, cut, extra, torch.promote_types(query.dtype, torch.float32), query.device)
+    # Lengths may be symbolic: they do not choose the cut, and the tables join the graph.
+    axes = tuple(Axis(a.length, index(a.window), index(a.stride), index(a.dilation), a.causal) for a in axes)
+    known = tuple((a.window, a.stride, a.causal, a.window if a.window == tiled_plan.positions(a) else 0) for a in axes)
+    return tiled_plan.make_plan(axes, tiled_plan.choose_cut(known, group, d, index(extra)), extra, query.device)
 
 
 def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int, ratio: float) -> tuple[int, int]:
@@ -85,8 +87,8 @@ def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int, ratio: 
     unit = size * (gathered + plan.queries * group * plan.keys * logit_copies)  # bytes for one tile of one key head
     in_out = 2 * (group + 1) * key_heads * d * rows.query.dtype.itemsize  # bytes per token
     if torch.compiler.is_compiling():  # the number of chunks must not depend on the number of tokens
-        return math.ceil(unit * key_heads / (ratio * in_out * plan.queries)), 1
-    tokens = batch * math.prod(axis.length for axis in plan.axes)
+        return math.ceil(unit * key_heads / (COMPILED_RATIO * in_out * plan.queries)), 1
+    tokens = batch * math.prod([axis.length for axis in plan.axes])
     units = max(1, int(min(CACHE_BYTES, ratio * in_out * tokens) // unit))
     if units < key_heads:
         return max(1, batch * plan.tiles), math.ceil(key_heads / units)

@@ -5,6 +5,7 @@ on every axis, and its box is the run of positions that holds the windows of the
 axis; the tables of a whole tile are combined when a chunk of tiles is computed.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache, reduce
 from itertools import product
@@ -21,6 +22,7 @@ from .geometry import Axis, group_length, window_bounds
 TILES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128)
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 MINUS_INFINITY = {torch.float32: -0x00800000, torch.float64: -0x0010000000000000}  # bits, as a signed integer
+MAX_QUERIES = 1024  # of a tile
 CACHED_ROWS = 1 << 17  # rows of all chunks together that are kept between calls
 CLASS_ELEMENTS = 1 << 18  # a mask table shared by all tiles of a class may hold this many
 
@@ -92,7 +94,7 @@ class Sizes(NamedTuple):
 @lru_cache(maxsize=4096)
 def box_length(window: int, stride: int, causal: bool, tile: int) -> int:
     """Keys that the windows of `tile` queries hold together, at most, on an axis of any length."""
-    n = window + (stride + 1) * tile
+    n = 2 * window + (stride + 1) * tile  # every phase of tile and stride comes, away from the end
     longest = window
     for first in range(0, n - tile + 1, tile):
         lo, _ = window_bounds(first, n, window, stride, causal)
@@ -106,29 +108,39 @@ def _cost(rows: int, keys: int, head_dim: int) -> float:
     return (rows + 4) * keys * 0.05 * head_dim + 0.9 * rows * keys + (0.35 * keys + 0.6 * rows) * head_dim + 100
 
 
-@lru_cache(maxsize=512)
-def choose_tile(axes: tuple[tuple[int, int, bool, int], ...], group: int, head_dim: int, extra: int) -> tuple[int, ...]:
-    """Queries of a tile per axis with the least cost per query.
+class Cut(NamedTuple):
+    """Queries of a tile and keys of its box, per axis."""
+
+    tile: tuple[int, ...]
+    box: tuple[int, ...]
+
+
+@torch.compiler.assume_constant_result  # a search to run, not to trace
+def choose_cut(axes: tuple[tuple[int, int, bool, int], ...], group: int, head_dim: int, extra: int) -> Cut:
+    """The cut with the least cost per query.
 
     Args:
         axes: (window, stride, causal, positions) per axis, positions 0 where the length is not known.
-        group: query heads that share a key head, so also the rows of a tile.
+        group: query heads that share a key head: they stack up to rows of a product.
     """
-    options = []
+    return _choose_cut(axes, group, head_dim, extra)
+
+
+@lru_cache(maxsize=512)
+def _choose_cut(axes: tuple[tuple[int, int, bool, int], ...], group: int, head_dim: int, extra: int) -> Cut:
+    options = []  # per axis: queries, keys, and how much of the tiles is queries
     for window, stride, causal, n in axes:
         sizes = sorted({t for t in (*TILES, stride, window, n) if 1 <= t <= 128 and (t <= n or not n)})
-        boxes = [box_length(window, stride, causal, t) for t in sizes]
-        options.append(
-            [(t, min(k, n), -(-n // t) * t / n) if n else (t, k, 1.0) for t, k in zip(sizes, boxes, strict=True)]
-        )
+        keys = [min(box_length(window, stride, causal, t), n or sys.maxsize) for t in sizes]
+        options.append([(t, k, n / (-(-n // t) * t) if n else 1.0) for t, k in zip(sizes, keys, strict=True)])
 
-    def cost(choice) -> float:
-        tile, box, waste = zip(*choice, strict=True)
-        queries = prod(tile)
-        return _cost(queries * group, prod(box) + extra, head_dim) * prod(waste) / queries
+    def cost(choice: tuple[tuple[int, int, float], ...]) -> float:
+        tile, box, used = (prod(x) for x in zip(*choice, strict=True))
+        return _cost(int(tile * group), int(box) + extra, head_dim) / (tile * used)
 
-    candidates = (choice for choice in product(*options) if prod(t for t, _, _ in choice) <= 1024)
-    return tuple(t for t, _, _ in min(candidates, key=cost))
+    choices = (choice for choice in product(*options) if prod(t for t, _, _ in choice) <= MAX_QUERIES)
+    tile, box, _ = zip(*min(choices, key=cost), strict=True)
+    return Cut(tile, box)
 
 
 def positions(axis: Axis) -> int:
@@ -138,27 +150,16 @@ def positions(axis: Axis) -> int:
 
 def _axis_tiles(axis: Axis, tile: int, box: int, device: torch.device) -> AxisTiles:
     length, window, stride, dilation, causal = axis
-    group = torch.arange(dilation, device=device)[:, None, None]
-    n = group_length(length, dilation, group)  # [groups, 1, 1]
-    count = -(-positions(axis) // tile)
-    p = torch.arange(count * tile, device=device).view(1, count, tile)
-    valid = p < n  # [groups, count, tile]
-    p = torch.minimum(p, n - 1)
+    count = -(-positions(axis) // tile)  # tiles of each dilation group
+    row = torch.arange(count * dilation, device=device)[:, None]
+    group, n = row // count, group_length(length, dilation, row // count)  # [tiles, 1]
+    p = row % count * tile + torch.arange(tile, device=device)
+    valid, p = p < n, torch.minimum(p, n - 1)
     lo, hi = window_bounds(p, n, window, stride, causal)
-    start = torch.minimum(lo[..., :1], n - box).clamp(min=0)
+    start = torch.minimum(lo[:, :1], n - box).clamp(min=0)
     key = start + torch.arange(box, device=device)
-    key = (key * dilation + group).clamp(max=length - 1)  # the box of a shorter group may end past it: never visible
-    tables = (p * dilation + group, key, lo - start, hi - start, start - p + window - 1, valid)
-    return AxisTiles(*(x.flatten(0, 1) for x in tables))
-
-
-def tile_coordinates(plan: Plan, tiles: Tensor) -> list[Tensor]:
-    """Row of each axis' tables for flat tile numbers `tiles`, C order."""
-    rows = []
-    for n in reversed(plan.grid):
-        rows.append(tiles % n)
-        tiles = tiles // n
-    return rows[::-1]
+    key = (key * dilation + group).clamp(max=length - 1)  # a box longer than its group ends in keys that nobody sees
+    return AxisTiles(p * dilation + group, key, lo - start, hi - start, start - p + window - 1, valid)
 
 
 def _outer(combine: Callable[[Tensor, Tensor], Tensor], parts: list[Tensor]) -> Tensor:
@@ -224,9 +225,9 @@ def bias_entries(plan: Plan, rows: list[Tensor]) -> Tensor:
     return _outer(torch.add, parts[::-1])
 
 
-def make_plan(axes: tuple[Axis, ...], tile: tuple[int, ...], extra: int, device: torch.device) -> Plan:
-    """Cut the grid into tiles of `tile` queries; any size may be symbolic."""
-    box = tuple(min(box_length(a.window, a.stride, a.causal, t), positions(a)) for a, t in zip(axes, tile, strict=True))
+def make_plan(axes: tuple[Axis, ...], cut: Cut, extra: int, device: torch.device) -> Plan:
+    """Cut the grid into tiles; lengths may be symbolic, a box may be longer than its axis."""
+    tile, box = cut
     tables = tuple(_axis_tiles(a, t, k, device) for a, t, k in zip(axes, tile, box, strict=True))
     grid = tuple(-(-positions(a) // t) * a.dilation for a, t in zip(axes, tile, strict=True))
     dense = all(a.window * a.dilation == a.length and not a.causal for a in axes)
@@ -234,11 +235,9 @@ def make_plan(axes: tuple[Axis, ...], tile: tuple[int, ...], extra: int, device:
 
 
 @lru_cache(maxsize=64)
-def cached_plan(
-    axes: tuple[Axis, ...], tile: tuple[int, ...], extra: int, dtype: torch.dtype, device: torch.device
-) -> Plan:
+def cached_plan(axes: tuple[Axis, ...], cut: Cut, extra: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """`make_plan`, with classes where their masks are small, for logits of `dtype`."""
-    plan = make_plan(axes, tile, extra, torch.device("cpu"))
+    plan = make_plan(axes, cut, extra, torch.device("cpu"))
     rows = tile_rows(plan, torch.arange(plan.tiles))
     pattern, patterns = torch.zeros(plan.tiles, dtype=torch.int64), 1
     for table, row in zip(plan.tables, rows, strict=True):
@@ -254,7 +253,7 @@ def cached_plan(
 
 def _chunk(plan: Plan, sizes: Sizes, splits: tuple[int, int], i: int, device: torch.device) -> list[Chunk]:
     """The i-th part of the tiles of all the batch, as one chunk for each part of the key heads."""
-    grid, total = prod(axis.length for axis in plan.axes), sizes.batch * plan.tiles
+    grid, total = prod([axis.length for axis in plan.axes]), sizes.batch * plan.tiles
     tiles = torch.arange(total * i // splits[0], total * (i + 1) // splits[0], device=device)
     batch, tile = tiles // plan.tiles, tiles % plan.tiles
     rows = tile_rows(plan, tile)
@@ -288,7 +287,7 @@ def chunks(
     """All tiles of the batch in order, in chunks; each a list over key heads."""
     few = sizes.batch * plan.tiles * sizes.key_heads * (plan.keys + plan.queries * sizes.group) <= CACHED_ROWS
     if few and not torch.compiler.is_compiling():
-        return _cached_chunks((plan.axes, plan.tile, plan.extra, dtype), sizes, splits, device)
+        return _cached_chunks((plan.axes, Cut(plan.tile, plan.box), plan.extra, dtype), sizes, splits, device)
     return (_chunk(plan, sizes, splits, i, device) for i in range(splits[0]))
 
 
