@@ -9,7 +9,14 @@ import warnings
 import hydra
 import lightning.pytorch as pl
 from foveal.zoo.tasks.explain import one_sentence, raise_to_us
-from foveal.zoo.tasks.launch import check_targets, make_strategy, print_summary, resolve_run, write_record
+from foveal.zoo.tasks.launch import (
+    check_targets,
+    instantiate_all,
+    make_strategy,
+    print_summary,
+    resolve_run,
+    write_record,
+)
 from foveal.zoo.tasks.sweep import record_job
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -29,8 +36,8 @@ def build(config: DictConfig) -> tuple[pl.Trainer, pl.LightningModule, pl.Lightn
     trainer = instantiate(
         options["trainer"],
         strategy=strategy,
-        callbacks=[instantiate(callback) for callback in options["callbacks"].values() if callback],
-        logger=[instantiate(logger) for logger in (options["logger"] or {}).values() if logger],
+        callbacks=instantiate_all(options["callbacks"]),
+        logger=instantiate_all(options["logger"]),
         _convert_="all",
     )
     return trainer, task, data

@@ -1,4 +1,4 @@
-"""A run that is killed with SIGKILL and resumed ends with the bits of one that was not: weights, average, optimizer, data."""
+"""A run killed with SIGKILL and resumed ends with the bits of one that was not: weights, average, optimizer, data."""
 
 import os
 import random
@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_helpers import TINY_VIT, differences
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
-    "model=timm",
-    "model.name=vit_tiny_patch16_224",
-    "model.args={img_size:32,patch_size:8,embed_dim:32,depth:2,num_heads:2,drop_path_rate:0.2,proj_drop_rate:0.1}",
+    *TINY_VIT,
     "task.mixup={mixup_alpha:0.8,cutmix_alpha:1.0}",
     "trainer.accelerator=cpu",
     "trainer.max_epochs=3",
@@ -63,20 +62,6 @@ def finish(process: subprocess.Popen) -> None:
 def final_state(runs: Path) -> dict:
     (path,) = runs.glob("*/*/checkpoints/last.ckpt")
     return torch.load(path, weights_only=True)
-
-
-def differences(a, b, where: str = "") -> list[str]:
-    """Paths of everything that is not bitwise equal in two nested states."""
-    if type(a) is not type(b):
-        return [where]
-    if isinstance(a, torch.Tensor):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
-    if isinstance(a, dict):
-        return [d for key in a.keys() | b.keys() for d in differences(a.get(key), b.get(key), f"{where}/{key}")]
-    if isinstance(a, list | tuple):
-        pairs = list(zip(a, b, strict=False))
-        return [where] * (len(a) != len(b)) + [d for i, (x, y) in enumerate(pairs) for d in differences(x, y, f"{where}/{i}")]
-    return [] if a == b else [where]
 
 
 def assert_same_end(runs: Path, reference: Path) -> None:

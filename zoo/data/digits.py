@@ -37,9 +37,11 @@ def split_digits() -> dict[str, tuple[list[int], list[int]]]:
     from sklearn.model_selection import train_test_split
 
     targets = load_digits().target
-    rest, test = train_test_split(range(len(targets)), test_size=360, stratify=targets, random_state=SPLIT_SEED)
+    numbers = list(range(len(targets)))
+    rest, test = train_test_split(numbers, test_size=360, stratify=targets, random_state=SPLIT_SEED)
     train, val = train_test_split(rest, test_size=180, stratify=targets[rest], random_state=SPLIT_SEED)
-    return {name: (part, targets[part].tolist()) for name, part in (("train", train), ("val", val), ("test", test))}
+    parts: dict[str, list[int]] = {"train": train, "val": val, "test": test}
+    return {name: (part, targets[part].tolist()) for name, part in parts.items()}
 
 
 class Digits(ImageData):

@@ -54,6 +54,7 @@ class TimmDataset(ImageData):
             `auto_augment="rand-m9-mstd0.5-inc1"`, `re_prob=0.25`, `crop_pct=0.875`.
         download: let the reader download what is missing.
         options: further arguments of `timm.data.create_dataset`, such as `input_key`.
+        augment: off, training images are only resized and cropped as in evaluation.
 
     Raises:
         ValueError: the name has an unknown prefix or names an unknown torchvision dataset.
@@ -78,6 +79,7 @@ class TimmDataset(ImageData):
         eval_transform: Mapping[str, Any] | None = None,
         download: bool = False,
         options: Mapping[str, Any] | None = None,
+        augment: bool = True,
         seed: int = 0,
         shuffle: bool = True,
         num_workers: int = 8,
@@ -91,27 +93,27 @@ class TimmDataset(ImageData):
             shuffle=shuffle,
             num_workers=num_workers,
         )
-        self.name, self.root, self.img_size = name, root, img_size
+        self.dataset_name, self.root, self.img_size = name, root, img_size
         self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
         self.transforms = {"train": dict(train_transform or {}), "eval": dict(eval_transform or {})}
-        self.download, self.options = download, dict(options or {})
+        self.download, self.options, self.augment = download, dict(options or {}), augment
         self._check_name()
         for is_training in (True, False):
             self._transform(is_training)
 
     def _check_name(self) -> None:
-        prefix, _, rest = self.name.partition("/")
-        if self.name and prefix not in READERS:
-            raise unknown_name("data.name", self.name, [f"{kind}/{rest or 'NAME'}" for kind in READERS])
+        name = self.dataset_name
+        prefix, _, rest = name.partition("/")
+        if name and prefix not in READERS:
+            raise unknown_name("data.name", name, [f"{kind}/{rest or 'NAME'}" for kind in READERS])
         if prefix == "torch" and rest not in TORCH_NAMES:
-            raise unknown_name("data.name", self.name, [f"torch/{known}" for known in TORCH_NAMES])
-        if self.name and find_spec(READERS[prefix]) is None:
-            raise ImportError(
-                f"data.name={self.name!r} is read by the package {READERS[prefix]}: pip install {READERS[prefix]}"
-            )
-        if not self.name or (prefix in ("torch", "wds") and not self.download):
+            raise unknown_name("data.name", name, [f"torch/{known}" for known in TORCH_NAMES])
+        if name and find_spec(READERS[prefix]) is None:
+            package = READERS[prefix]
+            raise ImportError(f"data.name={name!r} is read by the package {package}: pip install {package}")
+        if not name or (prefix in ("torch", "wds") and not self.download):
             if self.root is None:
-                raise ValueError(f"data.root is not set: pass the folder that holds {self.name or 'the images'}")
+                raise ValueError(f"data.root is not set: pass the folder that holds {name or 'the images'}")
             if "://" not in self.root and not Path(self.root).exists():
                 raise FileNotFoundError(f"data.root={self.root!r} does not exist")
 
@@ -126,7 +128,7 @@ class TimmDataset(ImageData):
 
     def _create(self, split: str, *, is_training: bool):
         return create_dataset(
-            self.name,
+            self.dataset_name,
             root=self.root,
             split=self.splits[split],
             is_training=is_training,
@@ -146,7 +148,7 @@ class TimmDataset(ImageData):
             return
         for split in self.splits:
             dataset = self._create(split, is_training=split == "train")
-            dataset.transform = self._transform(split == "train")
+            dataset.transform = self._transform(split == "train" and self.augment)
             self.datasets[split] = dataset
 
 
@@ -156,7 +158,8 @@ class ImageFolder(TimmDataset):
     Args:
         root: the folder; `validation`, `valid`, `eval` are accepted for `val`.
         num_classes: by default the number of folders under `train`.
-        batch_size, img_size, mean, std, train_transform, eval_transform, seed, shuffle, num_workers: see `TimmDataset`.
+        batch_size, img_size, mean, std, train_transform, eval_transform, augment, seed, shuffle, num_workers: see
+            `TimmDataset`.
 
     Raises:
         ValueError: no root, or the training folder holds no class folders.
@@ -174,6 +177,7 @@ class ImageFolder(TimmDataset):
         std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
         train_transform: Mapping[str, Any] | None = None,
         eval_transform: Mapping[str, Any] | None = None,
+        augment: bool = True,
         seed: int = 0,
         shuffle: bool = True,
         num_workers: int = 8,
@@ -202,6 +206,7 @@ class ImageFolder(TimmDataset):
             test_split=_split_folder(Path(root), "test").name if has_test else None,
             train_transform=train_transform,
             eval_transform=eval_transform,
+            augment=augment,
             seed=seed,
             shuffle=shuffle,
             num_workers=num_workers,

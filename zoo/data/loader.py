@@ -134,8 +134,15 @@ class ResumableLoader(DataLoader):
         self._resume: dict[str, int] | None = None
 
     def __iter__(self):
-        epoch = self.epoch_sampler.epoch
-        start = self._resume["batches"] if self._resume and self._resume["epoch"] == epoch else 0
+        epoch, start = self.epoch_sampler.epoch, 0
+        if self._resume is not None and self._resume["epoch"] == epoch:
+            start = self._resume["batches"]
+            wanted, ours = self._resume["global_batch"], self._handed_out["global_batch"]
+            if wanted != ours:
+                raise ValueError(
+                    f"the checkpoint lies inside an epoch of {wanted} images a step (all devices together) and this "
+                    f"run takes {ours}: resume with the same data.batch_size x devices, or from the end of an epoch"
+                )
         self._resume = None
         self.epoch_sampler.skip_batches = start
         for count, batch in enumerate(super().__iter__(), start + 1):
@@ -147,16 +154,6 @@ class ResumableLoader(DataLoader):
         return dict(self._handed_out)
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """The next iteration of that epoch goes on after those batches; any other epoch starts at its beginning.
-
-        Raises:
-            ValueError: the middle of an epoch cannot be found again because batches have another size now.
-        """
-        wanted, ours = state_dict["global_batch"], self._handed_out["global_batch"]
-        if wanted != ours and 0 < state_dict["batches"] < len(self):
-            raise ValueError(
-                f"the checkpoint lies in the middle of an epoch of {wanted} images a step (all devices together), and "
-                f"this run takes {ours}; resume with the same data.batch_size x devices, or from the end of an epoch"
-            )
+        """The next iteration of that epoch goes on after those batches; any other epoch starts at its beginning."""
         self._resume = dict(state_dict)
         self._handed_out.update(epoch=state_dict["epoch"], batches=state_dict["batches"])

@@ -16,6 +16,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -96,14 +98,13 @@ class ClassificationTask(LightningModule):
         """Builds the model once; under a sharded strategy its blocks are split over the devices here."""
         if self.model is not None:
             return
-        cfg = self.model_cfg
-        self.model = timm.create_model(
-            cfg["name"],
-            pretrained=cfg.get("pretrained", False),
-            num_classes=self.num_classes,
-            in_chans=self.in_chans,
-            **cfg.get("args") or {},
-        )
+        name, args = self.model_cfg["name"], dict(self.model_cfg.get("args") or {})
+        pretrained = self.model_cfg.get("pretrained", False)
+        args |= {"num_classes": self.num_classes, "in_chans": self.in_chans}
+        try:
+            self.model = timm.create_model(name, pretrained=pretrained, **args)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"model.name={name!r} cannot be built with model.args={args}: {error}") from error
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh)
         if self.compile_cfg.get("enabled"):
@@ -115,6 +116,9 @@ class ClassificationTask(LightningModule):
         """`[B, C, H, W]` → logits `[B, num_classes]`."""
         assert self.model is not None
         return self.model(images)
+
+    def on_train_epoch_start(self) -> None:
+        self.train_loss.reset()  # not called when a run is resumed inside an epoch
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         seed = mix_seed(self.seed, self.global_rank, self.current_epoch, batch_idx)
@@ -197,5 +201,8 @@ class ClassificationTask(LightningModule):
         checkpoint["train_loss"] = {"mean_value": metric.mean_value, "weight": metric.weight}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        averaging = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # pyright: ignore
+        if self.trainer.state.fn == TrainerFn.FITTING and "current_model_state" in checkpoint and not averaging:
+            checkpoint["state_dict"] = checkpoint["current_model_state"]  # its optimizer state belongs to these weights
         for name, value in checkpoint.get("train_loss", {}).items():
             setattr(self.train_loss, name, value.clone())

@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 
-class EMA(EMAWeightAveraging):
+@torch.no_grad()
+def ema_update(averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor | int, *, decay: float) -> None:
+    """One step of the average, in place, on tensors of one device and dtype; integer buffers (counts) are copied."""
+    if averages[0].is_floating_point():
+        torch._foreach_lerp_(averages, currents, 1 - decay)
+    else:
+        torch._foreach_copy_(averages, currents)
+
+
+class EMA(WeightAveraging):
     """Exponential moving average of parameters and buffers; validation, test and `state_dict` use the average.
 
-    What it does beyond `EMAWeightAveraging`: before the first update of a delayed start the current weights are
-    validated and saved, not an average that was never updated; a checkpoint loaded to test gives the average, not the
-    raw weights; a checkpoint of the very end still holds both; sharded strategies are refused, not ignored.
+    What it does beyond Lightning's `EMAWeightAveraging`: before the first update of a delayed start the current weights
+    are validated and saved, not an average that was never updated; a checkpoint loaded to test gives the average, not
+    the raw weights; a checkpoint of the very end still holds both; sharded strategies are refused, not ignored.
 
     Args:
         decay: weight of the old average in each update, 0 to 1.
-        update_starting_at_step: first optimizer step that is averaged; earlier ones are only copied.
+        update_starting_at_step: first optimizer step, from 0, that the average follows; it begins with those weights.
     """
 
     def __init__(self, decay: float = 0.9999, update_starting_at_step: int | None = None):
         if not 0 <= decay < 1:
             raise ValueError(f"callbacks.ema.decay={decay} must be at least 0 and below 1")
-        super().__init__(decay=decay, update_starting_at_step=update_starting_at_step)
+        super().__init__(multi_avg_fn=partial(ema_update, decay=decay))  # a closure could not go to spawned processes
+        self.update_starting_at_step = update_starting_at_step or 0
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return step_idx is not None and step_idx >= self.update_starting_at_step
 
     @property
     def _started(self) -> bool:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
@@ -56,8 +57,12 @@ def _explain_key(error: ConfigCompositionException) -> str:
 
 def _from_us(error: BaseException) -> bool:
     """Whether the check that failed is one of this package's own, whose messages are written for users."""
+    return isinstance(error, OURS) and _raised_in(error, PACKAGE)
+
+
+def _raised_in(error: BaseException, folder: Path) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, OURS) and bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE)
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(folder)
 
 
 def explain(error: BaseException) -> str | None:
@@ -68,13 +73,15 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, ConfigCompositionException):
         return _explain_key(error)
     if isinstance(error, MissingMandatoryValue):
-        key = re.search(r"(?:full_key|Missing mandatory value): (\S+)", str(error))
+        key = re.search(r"full_key: (\S+)", str(error))
         return f"{key.group(1) if key else 'a key'} has no default: set it on the command line or in the experiment"
     if isinstance(error, InstantiationException):
         cause = error.__cause__ or error
         where = re.search(r"full_key: (\S+)", str(error))
         return f"{cause}".splitlines()[0] if _from_us(cause) or not where else f"{where.group(1)}: {_first(cause)}"
     if isinstance(error, HydraException | OmegaConfBaseException | MisconfigurationException) or _from_us(error):
+        return _first(error)
+    if isinstance(error, ValueError) and _raised_in(error, Path(hydra.__file__).parent):
         return _first(error)
     return None
 

@@ -22,7 +22,6 @@ from hydra.utils import get_object, instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.panel import Panel
 
 from .checkpoint import newest_checkpoint
 from .sharding import FullyShardedStrategy
@@ -78,10 +77,12 @@ def resolve_run(config: DictConfig) -> tuple[Path, Path | None]:
         checkpoint = Path(config.ckpt_path)
         if not checkpoint.exists():
             raise FileNotFoundError(f"ckpt_path={config.ckpt_path!r} does not exist")
+    if checkpoint is not None:
+        checkpoint = checkpoint.resolve()
     if config.run_dir:
         return Path(config.run_dir).resolve(), checkpoint
     if checkpoint is not None and checkpoint.parent.name == "checkpoints":
-        return checkpoint.parent.parent.resolve(), checkpoint.resolve()
+        return checkpoint.parent.parent, checkpoint
     return (experiment / time.strftime("%Y-%m-%d_%H-%M-%S")).resolve(), checkpoint
 
 
@@ -109,6 +110,7 @@ def environment() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    versions["torch"] = torch.__version__  # says which CUDA or ROCm it is for
     return {
         "command": " ".join(sys.argv),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -126,7 +128,7 @@ def environment() -> dict[str, Any]:
 
 @rank_zero_only
 def write_record(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> None:
-    """Writes `config.yaml` (resolved) and `environment.json`, to whose list a resumed run adds; says what starts where."""
+    """Writes `config.yaml` (resolved) and `environment.json`, a list that a resumed run adds to; says what starts."""
     run_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     path = run_dir / "environment.json"
@@ -134,6 +136,11 @@ def write_record(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> 
     path.write_text(json.dumps([*starts, environment()], indent=2) + "\n")
     going_on = f"goes on from {checkpoint}" if checkpoint else "starts"
     Console().print(f"[bold]{config.name}[/] {going_on}; everything goes to {run_dir}", highlight=False, soft_wrap=True)
+
+
+def instantiate_all(group: dict[str, Any] | None) -> list[Any]:
+    """The objects of a group; one that was set to null is left out, also when an experiment still sets its options."""
+    return [instantiate(node, _convert_="all") for node in (group or {}).values() if node and "_target_" in node]
 
 
 def make_strategy(strategy: Any) -> Any:
@@ -171,4 +178,4 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
         "config.yaml",
     )
     lines += [f"{shown / name}" for name in names if (run_dir / name).exists()]
-    Console().print(Panel("\n".join(lines), title="done", expand=False, highlight=False))
+    Console().print("\n".join(lines), highlight=False, soft_wrap=True)

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -23,8 +35,6 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Splits the parameters of every repeated block, and those of the rest together, over the data-parallel devices."""
-    from torch.distributed.fsdp import fully_shard
-
     data_parallel = mesh["data_parallel"]
     for block in repeated_blocks(model):
         fully_shard(block, mesh=data_parallel)
@@ -36,6 +46,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     Lightning's `FSDPStrategy` (FSDP1) shows the optimizer flattened parameters, so that timm could no longer tell
     biases and norms, which get no weight decay, from matrices.
+
+    Optimizer states are numbered as in any other PyTorch checkpoint, in the order of the optimizer's groups. Lightning
+    numbers them in the order of the model, which is another order as soon as some parameters get no weight decay.
     """
 
     def __init__(self):
@@ -44,3 +57,34 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" is the number of machines
         super().setup_environment()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole optimizer state on rank 0, as one process would save it; empty on the other ranks."""
+        assert self.model is not None
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        named: dict[str, Any] = dict(get_optimizer_state_dict(self.model, optimizer, options=options))
+        if self.global_rank != 0:
+            return {}
+        names = [name for group in named["param_groups"] for name in group["params"]]
+        number = {name: i for i, name in enumerate(names)}
+        groups = [group | {"params": [number[name] for name in group["params"]]} for group in named["param_groups"]]
+        return {"state": {number[name]: state for name, state in named["state"].items()}, "param_groups": groups}
+
+    def load_checkpoint(self, checkpoint_path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a single file, saved sharded or not, and gives every rank its part of weights and optimizer states."""
+        assert self.model is not None
+        path = self.broadcast(checkpoint_path)
+        checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        options = StateDictOptions(full_state_dict=True)
+        # an average kept beside the weights stays behind: sharded weights have none
+        weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
+        set_model_state_dict(self.model, weights, options=options)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+            groups = [group | {"params": [order[i] for i in group["params"]]} for group in saved["param_groups"]]
+            state = {"state": {order[i]: value for i, value in saved["state"].items()}, "param_groups": groups}
+            set_optimizer_state_dict(self.model, optimizer, state, options=options)
+        return checkpoint

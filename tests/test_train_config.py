@@ -1,0 +1,187 @@
+"""The configurations: all compose, name only trusted classes, and mistakes get one sentence."""
+
+import copy
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from foveal import train
+from foveal.zoo.tasks.launch import check_targets, resolve_run
+from hydra import compose, initialize_config_module
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+
+
+@cache
+def _composed(*overrides: str):
+    with initialize_config_module("foveal.configs", version_base="1.3"):
+        return compose("train", overrides=[*overrides, "run_dir=unused"])
+
+
+def composed(*overrides: str):
+    return copy.deepcopy(_composed(*overrides))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_names_trusted_classes(name):
+    config = composed(f"experiment={name}")
+    assert config.name == name
+    check_targets(config)
+    assert config.task.optimizer.lr > 0
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_says_command_hardware_and_expected_number(name):
+    header = (CONFIGS / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
+    for entry in ("# Command:", "# Hardware:", "# Expected:"):
+        assert entry in header
+    assert f"experiment={name}" in header
+    assert re.search(r"Expected:.*\d\d", header)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_no_logic_in_yaml(path):
+    text = path.read_text()
+    yaml.safe_load(text)
+    resolvers = set(re.findall(r"\$\{([\w.]+):", text))
+    assert resolvers <= ({"now"} if path.name == "train.yaml" else set())
+
+
+def test_every_choice_of_every_group_composes():
+    for path in FILES:
+        group = path.parent.relative_to(CONFIGS).as_posix()
+        if group not in (".", "sweep", "experiment"):
+            needed = {"timm": ["model.name=vit_tiny_patch16_224"] if group == "model" else []}.get(path.stem, [])
+            config = composed(f"{group}={path.stem}", *needed)
+            if group == "data" and path.stem == "timm":
+                config.data.name, config.data.num_classes = "torch/cifar10", 10
+            check_targets(config)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "builtins.eval",
+        "torch.load",
+        "torch.hub.load",
+        "hydra.utils.instantiate",
+        "fovealx.Thing",
+        "lightning.pytorch.trainer.trainer.os.system",
+        "foveal.zoo.tasks.launch.subprocess.Popen",
+        "foveal.zoo.tasks.launch.get_object",
+        "torch.optim.optimizer.Any",
+        "lightning.pytorch.NoSuchClass",
+        "foveal.",
+    ],
+)
+@pytest.mark.parametrize("key", ["task._target_", "callbacks.ema._target_", "data.options.deep._target_"])
+def test_untrusted_targets_are_refused(target, key):
+    config = composed("data=timm", "data.name=x", "data.num_classes=2")
+    OmegaConf.set_struct(config, False)
+    OmegaConf.update(config, key, target, force_add=True)
+    with pytest.raises(ValueError, match=re.escape(f"{key}={target!r}")):
+        check_targets(config)
+    with pytest.raises(ValueError, match="_target_"):
+        train.build(config)
+
+
+def test_targets_inside_lists_are_seen():
+    config = composed()
+    OmegaConf.set_struct(config, False)
+    config.trainer.plugins = [[{"_target_": "os.system"}]]
+    with pytest.raises(ValueError, match=r"trainer\.plugins\.0\.0\._target_='os\.system'"):
+        check_targets(config)
+
+
+def test_trusted_targets_pass():
+    config = OmegaConf.create({"a": {"_target_": "torch.optim.AdamW"}, "b": {"_target_": "lightning.pytorch.Trainer"}})
+    check_targets(config)
+
+
+MISTAKES = [
+    (
+        ["trainer.max_epoch=3"],
+        "trainer.max_epoch is not a key of this configuration: did you mean 'trainer.max_epochs'",
+    ),
+    (["model.args.drop=1"], "model.args"),
+    (["experiment=digit_dinat"], "experiment='digit_dinat' is not known: did you mean 'digits_dinat'?"),
+    (["data=imagefolders"], "data='imagefolders' is not known: did you mean 'imagefolder'?"),
+    (["model=timm"], "model.name has no default"),
+    (["model.name=natten_dinat_pic"], "model.name='natten_dinat_pic' is not known: did you mean 'natten_dinat_pico'"),
+    (["+model.args.depth=3"], "model.name='natten_dinat_pico' cannot be built with model.args="),
+    (["data=imagefolder"], "data.root is not set"),
+    (["data=imagefolder", "data.root=/no/such/folder"], "data.root='/no/such/folder' is not a folder"),
+    (["data=timm", "data.name=torch/cifar11", "data.num_classes=10"], "did you mean 'torch/cifar10'"),
+    (["task.optimizer.opt=adamv"], "task.optimizer.opt='adamv' is not known: did you mean 'adam'"),
+    (["task.scheduler.sched=cosin"], "task.scheduler.sched='cosin' is not known: did you mean 'cosine'"),
+    (["task.scheduler.cooldown_epochs=100"], "must be larger than task.scheduler.cooldown_epochs=100"),
+    (["ckpt_path=/no/such/file"], "ckpt_path='/no/such/file' does not exist"),
+    (["trainer.precision=77"], "Precision"),
+    (["+trainer.colour=1"], "colour"),
+    (["+data.colour=1"], "colour"),
+    (["data.batch_size=5000"], "data.batch_size=5000 on 1 device(s) needs 5000 training images, and there are 1257"),
+    (["callbacks.ema.decay=2"], "callbacks.ema.decay=2 must be"),
+    (["task._target_=os.system"], "task._target_='os.system' is not allowed"),
+    (["trainer.strategy=fsdp", "callbacks.ema._target_=null"], "callbacks.ema"),
+    (["trainer.max_epochs=["], "no viable alternative"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_mistakes_get_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+    fast = ["trainer.fast_dev_run=true", f"runs={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["foveal-train", *fast, *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setenv("FOVEAL_ONE_SENTENCE", "0")
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    said = [line for line in lines if line.startswith("foveal-train: ")]
+    assert len(said) == 1 and sentence in said[0], lines
+    assert "Traceback" not in "\n".join(lines)
+
+
+def test_full_error_keeps_the_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["foveal-train", "model.name=natten_dinat_pic", f"runs={tmp_path}"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.delenv("FOVEAL_ONE_SENTENCE", raising=False)
+    with pytest.raises(InstantiationException, match="natten_dinat_pic"):
+        train.main()
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+    """Only mistakes we know of become a sentence."""
+    from foveal.zoo.tasks.explain import explain
+
+    assert explain(RuntimeError("boom")) is None
+    assert explain(ValueError("raised by somebody else")) is None
+
+
+def test_auto_finds_the_newest_last_checkpoint_of_the_experiment(tmp_path):
+    def make(run: str) -> Path:
+        path = tmp_path / run / "checkpoints" / "last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x")
+        return path
+
+    make("digits_dinat/2024-01-01_00-00-00")
+    newest = make("digits_dinat/2023-01-01_00-00-00")  # by time of writing, not by name
+    make("another/2025-01-01_00-00-00")
+    (newest.parent / "last.ckpt.partial").write_bytes(b"half")
+    config = composed("ckpt_path=auto", f"runs={tmp_path}")
+    config.run_dir = None
+    assert resolve_run(config) == (newest.parent.parent, newest)
+    config.ckpt_path = None
+    run_dir, checkpoint = resolve_run(config)
+    assert checkpoint is None and run_dir.parent == tmp_path / "digits_dinat"
+    config.ckpt_path, config.name = "auto", "never_run"
+    assert resolve_run(config)[1] is None
