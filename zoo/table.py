@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import timm
 import torch
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, model_entrypoint
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg_value, model_entrypoint
 from torch import nn
 
 from ..kernels.neighborhood import make_axes
@@ -87,13 +87,13 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
 
 def row(name: str) -> list[str]:
     """Table cells of the checkpoint `name` ("architecture.tag")."""
-    cfg = get_pretrained_cfg(name, allow_unregistered=False).to_dict()
+    input_size = get_pretrained_cfg_value(name, "input_size") or (3, 224, 224)
     model = timm.create_model(name, device="meta")
     params = sum(parameter.numel() for parameter in model.parameters())
-    macs = count_macs(model, cfg["input_size"])
+    macs = count_macs(model, input_size)
     entry = lookup(name)
     top1 = f"{entry.metrics['top1']:.1f}" if "top1" in entry.metrics else ""
-    size = "x".join(str(n) for n in cfg["input_size"][1:])
+    size = "x".join(str(n) for n in input_size[1:])
     source = f"[{urlsplit(entry.source).hostname}]({entry.source})"
     architecture, tag = (f"`{part}`" for part in name.split("."))
     return [architecture, tag, f"{params / 1e6:.2f}", f"{macs / 1e9:.2f}", size, top1, entry.licence, source]
