@@ -79,7 +79,8 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 def _variants(operator: str, arch: str) -> list:
     module = import_module(f".{operator}.aot", __package__)
     shared, descriptor = ARCHITECTURES[arch]
-    return list(module.variants(memory="large" if shared >= 160 * 1024 else "small", descriptor=descriptor))
+    memory = "large" if shared >= 160 * 1024 else "small"
+    return list(module.variants(memory=memory, descriptor=descriptor, tf32=arch.startswith("sm_")))
 
 
 def describe(operator: str, arch: str, index: int) -> Row:

@@ -61,25 +61,31 @@ def _source(kernel, dtype: str, head_dim: int, fixed: dict) -> ASTSource:
     return ASTSource(kernel, signature, values, attributes)
 
 
-def variants(*, memory: configs.Memory, descriptor: bool) -> Iterator[Variant]:
+def variants(*, memory: configs.Memory, descriptor: bool, tf32: bool) -> Iterator[Variant]:
     """Every kernel with every size of the pinned table on every grid, and with bias and extra keys on the 2-D one.
 
     Args:
         memory: which table of sizes.
+        tf32: whether matrix units take float32 as TF32 only, see `launch.precision`.
         descriptor: whether tiles are addressed by tensor descriptors, as on Hopper and newer.
     """
     for dtype in TYPES:
+        precision = "tf32x3" if tf32 and dtype == torch.float32 else "ieee"
         for (table_memory, kernel, itemsize), table in configs.SIZES.items():
             if (table_memory, itemsize) == (memory, dtype.itemsize):
                 for head_dim, sizes in table.items():
                     for size in sizes:
                         for grid in GRIDS:
-                            yield from _window_variants(kernel, grid, dtype, head_dim, size, memory, descriptor)
+                            yield from _window_variants(
+                                kernel, grid, dtype, head_dim, size, memory, descriptor, precision
+                            )
         for head_dim in (64, 128, 256):
-            yield from _token_variants(dtype, head_dim)
+            yield from _token_variants(dtype, head_dim, precision)
 
 
-def _window_variants(kernel, grid: str, dtype, head_dim: int, size, memory, descriptor: bool) -> Iterator[Variant]:
+def _window_variants(
+    kernel, grid: str, dtype, head_dim: int, size, memory, descriptor: bool, precision: str
+) -> Iterator[Variant]:
     axes = GRIDS[grid]
     with configs.override(size=size):
         config = configs.choose(
@@ -92,7 +98,7 @@ def _window_variants(kernel, grid: str, dtype, head_dim: int, size, memory, desc
             wide=False,
         )
     for full in (False, True) if grid == "7x7" else (False,):
-        fixed = dict(constants(axes, config, head_dim, dtype), GROUP=1, BIAS=full)
+        fixed = dict(constants(axes, config, head_dim, precision), GROUP=1, BIAS=full)
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
         if kernel != "key":
             fixed |= dict(EXTRA=full, EXTRA_KEYS=EXTRA_KEYS)
@@ -102,12 +108,12 @@ def _window_variants(kernel, grid: str, dtype, head_dim: int, size, memory, desc
         yield Variant(kernel, grid, TYPES[dtype], head_dim, "bias, extra" if full else "", config, source, options)
 
 
-def _token_variants(dtype, head_dim: int) -> Iterator[Variant]:
+def _token_variants(dtype, head_dim: int, precision: str) -> Iterator[Variant]:
     """The kernels that walk all tokens."""
     axes = GRIDS["7x7"]
     fixed = dict(token_constants(axes, head_dim), GROUP=1)
     source = _source(bias_kernel, TYPES[dtype], head_dim, fixed)
     yield Variant("bias", "7x7", TYPES[dtype], head_dim, "", None, source, {})
-    fixed = dict(extra_constants(head_dim, dtype), GROUP=1)
+    fixed = dict(extra_constants(head_dim, precision), GROUP=1)
     source = _source(extra_kernel, TYPES[dtype], head_dim, fixed)
     yield Variant("extra", "7x7", TYPES[dtype], head_dim, "", None, source, {})

@@ -54,9 +54,22 @@ def needs_wide(*tensors: Tensor) -> bool:
     return any(sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31 for x in tensors)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How float32 matrix products are done: exactly, unless `torch.set_float32_matmul_precision` allows less."""
-    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+@lru_cache
+def has_tf32(device: torch.device) -> bool:
+    """Whether matrix units take float32 as TF32 only: NVIDIA from Ampere on."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def precision(query: Tensor) -> str:
+    """How products of float32 matrices are done, for Triton.
+
+    To float32 accuracy, unless `torch.set_float32_matmul_precision` allows TF32. On NVIDIA that is three TF32 products
+    (an error of 2^-22, where float32 rounds at 2^-24): products without the matrix units hold whole rows in registers
+    and spill.
+    """
+    if query.dtype != torch.float32 or not has_tf32(query.device):
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def device_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -80,7 +93,7 @@ def window_constants(axes: tuple[Axis, ...], head_dim: int) -> dict:
     )
 
 
-def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, dtype: torch.dtype) -> dict:
+def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, precision: str) -> dict:
     """Compile-time arguments of the kernels that walk windows."""
     return dict(
         **window_constants(axes, head_dim),
@@ -90,7 +103,7 @@ def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, dty
         BORDER=config.border,
         DESCRIPTOR=config.descriptor,
         WIDE=config.wide,
-        PRECISION=precision(dtype),
+        PRECISION=precision,
         STAGES=config.stages,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -102,14 +115,14 @@ def token_constants(axes: tuple[Axis, ...], head_dim: int) -> dict:
     return dict(window_constants(axes, head_dim), QUERIES=configs.token_block(head_dim))
 
 
-def extra_constants(head_dim: int, dtype: torch.dtype) -> dict:
+def extra_constants(head_dim: int, precision: str) -> dict:
     """Compile-time arguments of the kernel of the gradients of extra keys."""
     return dict(
         D=head_dim,
         BLOCK_D=configs.block_d(head_dim),
         QUERIES=configs.token_block(head_dim),
         EXTRA_KEYS=EXTRA_KEYS,
-        PRECISION=precision(dtype),
+        PRECISION=precision,
         STAGES=2,
     )
 
@@ -176,7 +189,7 @@ def forward(
             EXTRA_KEYS=EXTRA_KEYS,
             BIAS=bias is not None,
             EXTRA=extra_key is not None,
-            **constants(axes, config, head_dim, query.dtype),
+            **constants(axes, config, head_dim, precision(query)),
         )
     return out, lse
 
@@ -238,7 +251,7 @@ def backward(
             EXTRA_KEYS=EXTRA_KEYS,
             BIAS=bias is not None,
             EXTRA=extra_key is not None,
-            **constants(axes, config, head_dim, query.dtype),
+            **constants(axes, config, head_dim, precision(query)),
         )
         config = configure("key", axes, (query, grad_out), (query, key, value, grad_out))
         key_kernel[(programs(axes, config.keys, batch * key_heads),)](
@@ -258,7 +271,7 @@ def backward(
             scale,
             GROUP=group,
             BIAS=bias is not None,
-            **constants(axes, config, head_dim, query.dtype),
+            **constants(axes, config, head_dim, precision(query)),
         )
         dbias = none if bias is None else bias_gradient(q, k, v, do, lse, delta, table, bias, axes, scale)
         dek, dev = (none, none) if not extra else extra_gradient(q, do, lse, delta, extra_k, extra_v, axes, scale)
@@ -323,6 +336,6 @@ def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, ax
         chunk,
         scale,
         GROUP=query.shape[-2] // key_heads,
-        **extra_constants(head_dim, query.dtype),
+        **extra_constants(head_dim, precision(query)),
     )
     return dk.sum(0).to(extra_key.dtype), dv.sum(0).to(extra_value.dtype)
