@@ -106,7 +106,7 @@ class _NeighborhoodAttention(nn.Module):
         query, key, value = self._project(self._pad(x) if self.pad else x)  # [B, *spatial, heads, d]
         if self.rope is not None:
             positions = self._grid(x) if positions is None else positions
-            query, key = self.rope(query, positions), self.rope(key, positions)
+            query, key = self.rope(query, positions).to(value.dtype), self.rope(key, positions).to(value.dtype)
         extra_key, extra_value = (None, None) if extra is None else self._project_extra(extra)
         out = type(self).attend(
             query,
@@ -128,13 +128,13 @@ class _NeighborhoodAttention(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         query, key, value = self.qkv(x).unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=-2)
-        return self.q_norm(query), self.k_norm(key), value
+        return self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value  # autocast norms in float32
 
     def _project_extra(self, extra: Tensor) -> tuple[Tensor, Tensor]:
         inner = self.num_heads * self.head_dim
         bias = None if self.qkv.bias is None else self.qkv.bias[inner:]
         key, value = F.linear(extra, self.qkv.weight[inner:], bias).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=-2)
-        return self.k_norm(key), value
+        return self.k_norm(key).to(value.dtype), value
 
     def _pad(self, x: Tensor) -> Tensor:
         """Zeros after the last token of each axis that is shorter than window * dilation."""

@@ -127,6 +127,15 @@ def test_padding_adds_zero_tokens_before_the_projection(rank):
         plain(x)
 
 
+def test_runs_under_autocast():
+    layer = make(2, rpb=True, qk_norm=nn.LayerNorm, rope=rotate, dtype=torch.float32)
+    x, extra = draw(1, *GRIDS[2], 16).float(), draw(1, 2, 16, seed=1).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x, extra=extra)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), layer(x, extra=extra), rtol=0.05, atol=0.05 * layer(x).abs().max().item())
+
+
 def test_padding_leaves_large_maps_alone():
     x = draw(1, 8, 6, 16)
     assert torch.equal(make(2, pad=True, dilation=2)(x), make(2, dilation=2)(x))

@@ -302,6 +302,14 @@ def test_bfloat16_stays_bfloat16():
     assert model(image(model).bfloat16()).dtype == torch.bfloat16
 
 
+def test_autocast_computes_nearly_the_same():
+    model = create("natten_dinat_s").eval()
+    x = image(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(x)
+    torch.testing.assert_close(out.float(), model(x), rtol=0.05, atol=0.05 * model(x).abs().max().item())
+
+
 @pytest.mark.parametrize("name", ["natten_dinat_s", "natten_dinats_t", "natten_nat_iso_s"])
 def test_unknown_and_contradictory_arguments_are_refused(name):
     with pytest.raises(TypeError, match="not_an_argument"):

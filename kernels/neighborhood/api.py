@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Literal, TypeVar
 
@@ -165,16 +166,19 @@ def _attend(
         _check_bias(axes, query, bias)
     _check_extra(key, extra_key, extra_value)
     attend = {"triton": library.attend, "tiled": tiled.attend, "reference": reference.attend}[choose(query, impl)]
-    return attend(
-        query,
-        key,
-        value,
-        axes=axes,
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-        bias=bias,
-        extra_key=extra_key,
-        extra_value=extra_value,
-    )
+    device = query.device.type
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if cast else nullcontext():  # the products accumulate in float32
+        return attend(
+            query,
+            key,
+            value,
+            axes=axes,
+            scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+            bias=bias,
+            extra_key=extra_key,
+            extra_value=extra_value,
+        )
 
 
 def na1d(
