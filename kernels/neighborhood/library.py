@@ -4,13 +4,12 @@ Only torch is imported here, so a first call may be a compiled one; the kernels 
 """
 
 from collections.abc import Sequence
-from math import copysign, prod
+from math import copysign
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import geometry
 from .geometry import Axis
 
 FORWARD = "foveal::neighborhood_forward"
@@ -148,42 +147,27 @@ def attend(
     )
 
 
-def _flops(query, extra_key, window, stride, dilation, causal, *, products: int) -> int:
-    """FLOPs of `products` matrix products between queries and the keys they see, from shapes."""
+def _call_size(query, extra_key, window, stride, dilation, causal) -> dict:
+    """What the cost model asks of a call, from the shapes of its tensors."""
     batch, *shape, heads, head_dim = query
     axes = tuple(Axis(*values) for values in zip(shape, window, stride, dilation, causal, strict=True))
-    pairs = geometry.visible_pairs(axes) + prod(shape) * (extra_key[1] if extra_key else 0)
-    return 2 * products * batch * heads * head_dim * pairs
+    return dict(axes=axes, batch=batch, heads=heads, head_dim=head_dim, extra=extra_key[1] if extra_key else 0)
 
 
 @register_flop_formula(torch.ops.foveal.neighborhood_forward)
-def forward_flops(
+def _forward_flops(
     query, key, value, bias, extra_key, extra_value, window, stride, dilation, causal, scale, *, out_shape=None, **_
 ) -> int:
-    """Two matrix products: QK^T and PV."""
-    return _flops(query, extra_key, window, stride, dilation, causal, products=2)
+    from . import cost
+
+    return cost.forward_flops(**_call_size(query, extra_key, window, stride, dilation, causal))
 
 
 @register_flop_formula(torch.ops.foveal.neighborhood_backward)
-def backward_flops(
-    query,
-    key,
-    value,
-    out,
-    lse,
-    grad_out,
-    grad_lse,
-    bias,
-    extra_key,
-    extra_value,
-    window,
-    stride,
-    dilation,
-    causal,
-    scale,
-    *,
-    out_shape=None,
-    **_,
-) -> int:
-    """Five matrix products: QK^T again, dO V^T, dS K, dS^T Q and P^T dO."""
-    return _flops(query, extra_key, window, stride, dilation, causal, products=5)
+def _backward_flops(
+    query, key, value, out, lse, grad_out, grad_lse, bias, extra_key, extra_value, window, stride, dilation, causal,
+    scale, *, out_shape=None, **_,
+) -> int:  # fmt: skip
+    from . import cost
+
+    return cost.backward_flops(**_call_size(query, extra_key, window, stride, dilation, causal))
