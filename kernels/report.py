@@ -130,7 +130,7 @@ def report(
 
 COLUMNS = ("kernel", "grid", "dtype", "head_dim", "flags", "queries", "keys", "warps", "stages", "arch")
 COLUMNS += ("registers", "spills", "shared", "wgmma", "tma", "error")
-WIDTHS = (8, 9, 5, 8, 11, 9, 9, 5, 6, 6, 9, 6, 7, 5, 3, 0)
+WIDTHS = (8, 9, 5, 8, 13, 9, 9, 5, 6, 6, 9, 6, 7, 5, 3, 0)
 
 
 def _line(values: Sequence[object]) -> str:

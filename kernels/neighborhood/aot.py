@@ -16,6 +16,7 @@ GRIDS = {
     "7x7": (Axis(56, 7), Axis(56, 7)),  # small windows: every tile is masked
     "18x24x24": (Axis(30, 18), Axis(48, 24), Axis(80, 24)),  # large windows: wholly visible tiles, then masked ones
 }
+FLAGS = ("", "bias, extra", "wide, grouped", "ones")  # wide: 64-bit offsets; grouped: two query heads a key head
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
 
@@ -33,29 +34,32 @@ class Variant(NamedTuple):
     options: dict
 
 
-def _source(kernel, dtype: str, head_dim: int, fixed: dict) -> ASTSource:
-    """Arguments as a contiguous call would specialise them: aligned pointers, strides divisible by 16."""
+def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: bool = False) -> ASTSource:
+    """Arguments as a contiguous call would specialise them: aligned pointers, strides divisible by 16, constant ones.
+
+    With `ones`, there is one batch, one head and one extra key.
+    """
     signature, values, attributes = {}, {}, {}
     float32 = {"lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "bias_ptr"}
     if kernel is extra_kernel:
         float32 |= {"dk_ptr", "dv_ptr"}
     for i, name in enumerate(kernel.arg_names):
         if name in fixed:
-            signature[name] = "constexpr"
-            values[name] = fixed[name]
+            signature[name], values[name] = "constexpr", fixed[name]
         elif name.endswith("_ptr"):
             signature[name] = "*fp32" if name in float32 else f"*{dtype}"
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif name.endswith("_strides"):
-            count = {"lse_strides": 5, "dlse_strides": 5}.get(name, 4 if name.startswith("extra") else 6)
-            last = count - 1 if count != 5 else None
-            signature[name] = tuple("constexpr" if j == last else "i32" for j in range(count))
-            if last is not None:
-                values[(i, last)] = 1
+            count = 5 if "lse" in name else 4 if name.startswith("extra") else 6
+            signature[name] = ("i32",) * (count - 1) + ("constexpr",)
+            values[(i, count - 1)] = 1
             if count != 5 and head_dim % 8 == 0:
                 attributes.update({(i, j): [["tt.divisibility", 16]] for j in range(count - 1)})
         elif name == "lengths":
-            signature[name] = ("i32", "i32", "i32")
+            signature[name] = ("constexpr",) * (3 - rank) + ("i32",) * rank
+            values.update({(i, j): 1 for j in range(3 - rank)})
+        elif ones and name in ("batches", "heads", "key_heads", "extra"):
+            signature[name], values[name] = "constexpr", 1
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
     return ASTSource(kernel, signature, values, attributes)
@@ -97,23 +101,26 @@ def _window_variants(
             descriptor=descriptor,
             wide=False,
         )
-    for full in (False, True) if grid == "7x7" else (False,):
-        fixed = dict(constants(axes, config, head_dim, precision), GROUP=1, BIAS=full)
+    for flags in FLAGS if head_dim == 64 and len(axes) == 2 else FLAGS[: 4 - len(axes)]:
+        full, wide, ones = "bias" in flags, "wide" in flags, "ones" in flags
+        fixed = dict(constants(axes, config._replace(wide=wide), head_dim, precision), BIAS=full, GROUP=1 + wide)
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
         if kernel != "key":
-            fixed |= dict(EXTRA=full, EXTRA_KEYS=EXTRA_KEYS)
+            fixed |= dict(EXTRA=full or ones, EXTRA_KEYS=EXTRA_KEYS)
         if not full:
             fixed["bias_ptr"] = None
-        source = _source(KERNELS[kernel], TYPES[dtype], head_dim, fixed)
-        yield Variant(kernel, grid, TYPES[dtype], head_dim, "bias, extra" if full else "", config, source, options)
+        source = _source(KERNELS[kernel], TYPES[dtype], head_dim, len(axes), fixed, ones)
+        yield Variant(kernel, grid, TYPES[dtype], head_dim, flags, config, source, options)
 
 
 def _token_variants(dtype, head_dim: int, precision: str) -> Iterator[Variant]:
     """The kernels that walk all tokens."""
     axes = GRIDS["7x7"]
     fixed = dict(token_constants(axes, head_dim), GROUP=1)
-    source = _source(bias_kernel, TYPES[dtype], head_dim, fixed)
-    yield Variant("bias", "7x7", TYPES[dtype], head_dim, "", None, source, {})
+    for flags in ("bias", "bias, ones"):
+        source = _source(bias_kernel, TYPES[dtype], head_dim, len(axes), fixed, "ones" in flags)
+        yield Variant("bias", "7x7", TYPES[dtype], head_dim, flags, None, source, {})
     fixed = dict(extra_constants(head_dim, precision), GROUP=1)
-    source = _source(extra_kernel, TYPES[dtype], head_dim, fixed)
-    yield Variant("extra", "7x7", TYPES[dtype], head_dim, "", None, source, {})
+    for flags in ("extra", "extra, ones"):
+        source = _source(extra_kernel, TYPES[dtype], head_dim, len(axes), fixed, "ones" in flags)
+        yield Variant("extra", "7x7", TYPES[dtype], head_dim, flags, None, source, {})
