@@ -22,7 +22,7 @@ def every_group(longest: int):
 
 
 def by_definition(p: int, n: int, window: int, stride: int, causal: bool) -> range:
-    """Keys of one query in the words of arXiv:2504.16922: stride groups, a leader each, windows that shift at borders."""
+    """Keys of one query as arXiv:2504.16922 puts it: stride groups with a leader, windows that shift at borders."""
     members = [q for q in range(n) if q // stride == p // stride]
     leader = members[-1] if causal else members[min(stride // 2, len(members) - 1)]
     if causal:

@@ -21,7 +21,7 @@ from .tiled_plan import Chunk, Plan, Sizes
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
 CACHE_BYTES = 6 << 20  # what a chunk works on should stay in cache
 FORWARD_RATIO, BACKWARD_RATIO = 1.75, 1.0  # and be no more than this many times inputs and output
-COMPILED_RATIO = 12.0  # chunks are unrolled in a compiled graph: small windows must do with one
+COMPILED_RATIO = 12  # chunks are unrolled in a compiled graph: small windows must do with one
 
 
 def attend(
@@ -56,11 +56,12 @@ def _prepare(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None
     k, v = key.reshape(-1, d), value.reshape(-1, d)
     if extra_key is not None and extra_value is not None:
         k, v = torch.cat([k, extra_key.reshape(-1, d)]), torch.cat([v, extra_value.reshape(-1, d)])
-    # A box holds values that a query must not see, and zero times NaN is NaN: the values are made finite and the keys of
-    # those that were not become NaN, which masks keep out.
+    # A box holds values that a query must not see, and zero times NaN is NaN: the values are made finite, and the keys
+    # of those that were not become NaN, which masks keep out.
     total = v.sum(-1, keepdim=True, dtype=torch.promote_types(v.dtype, torch.float32))
     k, v = k + (total - total).to(k.dtype), v.nan_to_num()
-    return _Rows(query.reshape(-1, d), k, v, Sizes(query.shape[0], key.shape[-2], query.shape[-2] // key.shape[-2]))
+    key_heads = index(key.shape[-2])
+    return _Rows(query.reshape(-1, d), k, v, Sizes(query.shape[0], key_heads, index(query.shape[-2]) // key_heads))
 
 
 def _make_plan(query: Tensor, key: Tensor, extra_key: Tensor | None, axes: tuple[Axis, ...]) -> Plan:
@@ -82,12 +83,12 @@ def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int, ratio: 
     `ratio` bounds what a chunk takes by the memory of inputs and output.
     """
     batch, key_heads, group = rows.sizes
-    d, size = rows.query.shape[-1], torch.promote_types(rows.query.dtype, torch.float32).itemsize
+    d, size = index(rows.query.shape[-1]), torch.promote_types(rows.query.dtype, torch.float32).itemsize
     gathered = (plan.keys + plan.queries * group) * (row_copies * d + 2)
     unit = size * (gathered + plan.queries * group * plan.keys * logit_copies)  # bytes for one tile of one key head
     in_out = 2 * (group + 1) * key_heads * d * rows.query.dtype.itemsize  # bytes per token
     if torch.compiler.is_compiling():  # the number of chunks must not depend on the number of tokens
-        return math.ceil(unit * key_heads / (COMPILED_RATIO * in_out * plan.queries)), 1
+        return index(-(-unit * key_heads // (COMPILED_RATIO * in_out * plan.queries))), 1
     tokens = batch * math.prod([axis.length for axis in plan.axes])
     units = max(1, int(min(CACHE_BYTES, ratio * in_out * tokens) // unit))
     if units < key_heads:
@@ -102,7 +103,7 @@ def _take(x: Tensor, rows: Tensor, chunk: Chunk, per_tile: int) -> Tensor:
 
 
 def _bias_by_class(plan: Plan, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The bias of every class of tiles in base 2, `[classes, heads, q, k]`; the flat table where there are no classes."""
+    """The bias of every class of tiles in base 2, `[classes, heads, q, k]`; without classes the flat table."""
     if bias is None:
         return None
     flat = bias.flatten(1).to(dtype) * LOG2_E

@@ -1,0 +1,222 @@
+"""The tiled path against the fp64 reference and NATTEN's recordings, and what it promises besides values."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from foveal.kernels.neighborhood import tiled_plan
+from foveal.kernels.ops import na1d, na2d, na2d_lse, na3d
+from neighborhood_matrix import LAYOUTS, OPERATORS, Case, cases, check, gradients, make_inputs, run
+from torch._dynamo.testing import CompileCounterWithBackend
+
+GOLDENS = Path(__file__).parent / "goldens"
+RECORDED = [c for c in json.loads((GOLDENS / "neighborhood.json").read_text())["configs"] if "out_keys" in c]
+RECORDED_BIAS = json.loads((GOLDENS / "neighborhood_rpb.json").read_text())["configs"]
+PLAIN = Case((13, 11), (5, 3), (1, 1), (2, 3), (False, False), heads=4, key_heads=2, bias=True, extra=3)
+STRIDED = Case((9, 16), (4, 8), (3, 4), (2, 1), (True, False), batch=2, seed=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_random_cases(rank, dtype):
+    for case in cases(rank, 300, seed=0):
+        check(case, dtype, "tiled")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_random_cases_in_half_precision(rank, dtype):
+    for case in cases(rank, 60, seed=1):
+        check(case, dtype, "tiled")
+
+
+def recorded_inputs(config, *more: tuple[int, ...]) -> list[torch.Tensor]:
+    random = np.random.RandomState(config["seed"])
+    arrays = [random.standard_normal((4, config["tokens"], 2, 8)), *(random.standard_normal(size) for size in more)]
+    arrays = [np.clip(np.round(x * 16) / 16, -3.9375, 3.9375) for x in arrays]
+    grids = [torch.from_numpy(x).reshape(1, *config["shape"], 2, 8) for x in arrays[0]]
+    return [*grids, *(torch.from_numpy(x) for x in arrays[1:])]
+
+
+def assert_recorded(got: torch.Tensor, path: str, key: str) -> None:
+    with np.load(GOLDENS / path) as file:
+        expected = torch.from_numpy(file[key]).double()
+    torch.testing.assert_close(got.detach().reshape(expected.shape), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("config", RECORDED, ids=lambda c: f"{c['id']}-{c['tag']}")
+def test_recorded_natten(config, impl):
+    *qkv, grad = recorded_inputs(config)
+    qkv = [x.requires_grad_() for x in qkv]
+    options = {name: tuple(config[name]) for name in ("window", "stride", "dilation")}
+    out, lse = OPERATORS[config["rank"]](*qkv, **options, causal=tuple(config["is_causal"]), impl=impl)
+    found = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *torch.autograd.grad(out, qkv, grad)), strict=True))
+    for name, key in config["out_keys"].items():
+        assert_recorded(found[name], "neighborhood.npz", key)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("config", RECORDED_BIAS, ids=lambda c: str(c["id"]))
+def test_recorded_natten_with_bias(config, impl):
+    *qkv, grad, bias = recorded_inputs(config, (2, *(2 * w - 1 for w in config["window"])))
+    inputs = [x.requires_grad_() for x in (*qkv, bias)]
+    operator = {1: na1d, 2: na2d, 3: na3d}[len(config["shape"])]
+    out = operator(*qkv, window=config["window"], dilation=config["dilation"], bias=bias, impl=impl)
+    found = dict(zip(("out", "dq", "dk", "dv", "drpb"), (out, *torch.autograd.grad(out, inputs, grad)), strict=True))
+    for name, key in config["keys"].items():
+        assert_recorded(found[name], "neighborhood_rpb.npz", key)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((5, 4), (3, 3), (1, 2), (1, 1), (False, True), heads=2, key_heads=1, head_dim=3, bias=True, extra=2),
+        Case((7,), (2,), (2,), (3,), (False,), head_dim=2),
+        Case((2, 3, 3), (2, 2, 3), (1, 2, 1), (1, 1, 1), (True, False, False), heads=1, key_heads=1, head_dim=2),
+    ],
+    ids=["2d", "1d", "3d"],
+)
+def test_gradcheck(case):
+    inputs = {name: x for name, x in make_inputs(case, torch.float64).items() if x is not None}
+
+    def operator(*tensors):
+        return OPERATORS[case.rank](**dict(zip(inputs, tensors, strict=True)), **case.options, impl="tiled")
+
+    assert torch.autograd.gradcheck(operator, tuple(inputs.values()))
+
+
+def test_second_derivative_is_refused():
+    inputs = make_inputs(replace(PLAIN, bias=False, extra=0), torch.float64)
+    out = na2d(*(inputs[x] for x in ("query", "key", "value")), window=3, impl="tiled")
+    (grad,) = torch.autograd.grad(out.square().sum(), inputs["query"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_give_the_same_bits(layout):
+    inputs = make_inputs(replace(PLAIN, layout=layout), torch.float32)
+    packed = {
+        name: x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for name, x in inputs.items()
+    }
+    got, expected = (run(PLAIN, x, "tiled") for x in (inputs, packed))
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+
+
+@pytest.mark.parametrize("case", [PLAIN, STRIDED], ids=["plain", "strided"])
+def test_repeats_bitwise(case):
+    inputs = make_inputs(case, torch.float32)
+    first, second = (run(case, inputs, "tiled") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_a_bad_number_stays_in_its_neighborhood(name, bad):
+    from foveal.kernels.neighborhood import geometry
+
+    for case in (replace(PLAIN, extra=0), replace(STRIDED, batch=1), Case((40,), (31,), (1,), (1,), (False,))):
+        clean = {x: None if t is None else t.detach() for x, t in make_inputs(case, torch.float32).items()}
+        poisoned = dict(clean)
+        poisoned[name] = clean[name].clone()
+        token = poisoned[name].flatten(1, -3).shape[1] // 2
+        poisoned[name].flatten(1, -3)[:, token] = bad
+        sees = geometry.mask(case.axes)[:, token].view(case.shape)
+        operator = OPERATORS[case.rank]
+        (out, lse), (expected, expected_lse) = (operator(**x, **case.options, impl="tiled") for x in (poisoned, clean))
+        assert torch.equal(out[0][~sees], expected[0][~sees]) and torch.equal(lse[0][~sees], expected_lse[0][~sees])
+        assert not out[0][sees].isfinite().all(-1).any()
+
+
+def test_large_windows_are_cut_into_chunks_of_heads():
+    check(
+        Case((40, 40), (31, 31), (1, 1), (1, 1), (False, False), heads=8, key_heads=4, head_dim=4),
+        torch.float32,
+        "tiled",
+    )
+
+
+def test_masks_without_classes(monkeypatch):
+    """Grids whose masks are too many to keep make them per chunk."""
+    monkeypatch.setattr(tiled_plan, "CLASS_ELEMENTS", 0)
+    tiled_plan.cached_plan.cache_clear()
+    tiled_plan._cached_chunks.cache_clear()
+    for case in (PLAIN, STRIDED, *cases(3, 10, seed=7)):
+        check(case, torch.float32, "tiled")
+    tiled_plan.cached_plan.cache_clear()
+    tiled_plan._cached_chunks.cache_clear()
+
+
+@pytest.mark.parametrize("window", range(1, 12))
+def test_boxes_hold_the_windows_of_their_tile(window):
+    from foveal.kernels.neighborhood.geometry import window_bounds
+
+    for stride in range(1, window + 1):
+        for tile in (1, 2, 3, 4, 7):
+            for causal in (False, True):
+                box = tiled_plan.box_length(window, stride, causal, tile)
+                for n in range(window, 40):
+                    for first in range(0, n, tile):
+                        lo, _ = window_bounds(first, n, window, stride, causal)
+                        _, hi = window_bounds(min(first + tile, n) - 1, n, window, stride, causal)
+                        assert hi - lo <= box
+
+
+def compiled(case: Case, dynamic: bool):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def operator(**tensors):
+        return OPERATORS[case.rank](**tensors, impl="tiled")
+
+    return torch.compile(operator, fullgraph=True, dynamic=dynamic, backend=counter), counter
+
+
+def assert_compiled_equals_eager(operator, case: Case) -> None:
+    inputs = make_inputs(case, torch.float32)
+    got = gradients(case, inputs, *operator(**inputs, **case.options))
+    for name, expected in run(case, inputs, "tiled").items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("case", [PLAIN, STRIDED], ids=["plain", "strided"])
+def test_compile(case):
+    torch._dynamo.reset()
+    assert_compiled_equals_eager(compiled(case, dynamic=False)[0], case)
+
+
+def test_compile_dynamic_does_not_recompile():
+    torch._dynamo.reset()
+    operator, counter = compiled(PLAIN, dynamic=True)
+    for shape in ((14, 12), (25, 16), (19, 31), (40, 22)):
+        assert_compiled_equals_eager(operator, replace(PLAIN, shape=shape, bias=False, extra=0))
+    assert counter.frame_count == 1
+
+
+class Exported(torch.nn.Module):
+    def forward(self, query, key, value, bias):
+        return na2d_lse(query, key, value, window=3, dilation=(2, 1), bias=bias, impl="tiled")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_export_is_aten(dynamic):
+    def inputs(*shape):
+        return (*(torch.randn(1, *shape, 2, 8) for _ in range(3)), torch.randn(2, 5, 5))
+
+    axes = {1: torch.export.Dim("height", min=8, max=512), 2: torch.export.Dim("width", min=8, max=512)}
+    shapes = (axes, axes, axes, None) if dynamic else None
+    exported = torch.export.export(Exported(), inputs(12, 11), dynamic_shapes=shapes)
+    calls = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    operators = {call.namespace for call in calls if isinstance(call, torch._ops.OpOverload)}
+    assert operators == {"aten"}
+    assert all(
+        isinstance(call, torch._ops.OpOverload) or call.__module__ in ("_operator", "torch", "math") for call in calls
+    )
+    for shape in ((12, 11), (20, 17))[: 1 + dynamic]:
+        given = inputs(*shape)
+        for got, expected in zip(exported.module()(*given), Exported()(*given), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
