@@ -17,7 +17,7 @@ def resize_bias_table(table: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class RelativeAttention2d(nn.Module):
-    """Every token attends to every token of an `[H, W]` map, with a bias per offset: ViT-rpb of arXiv:2209.15001, A.3.
+    """Every token attends to every token of an `[H, W]` map, with a bias per offset: ViT-rpb of arXiv:2209.15001.
 
     Args:
         dim: channels of the input and the output.

@@ -1,4 +1,4 @@
-"""DiNAT_s: dilated neighborhood attention in the layout of Swin Transformer (arXiv:2209.15001, section 4).
+"""DiNAT_s: dilated neighborhood attention in the layout of Swin Transformer (arXiv:2209.15001).
 
 Patches of 4x4 and patch merging instead of overlapping convolutions; otherwise the blocks of DiNAT.
 """

@@ -1,4 +1,4 @@
-"""Isotropic NAT, DiNAT and ViT-rpb: one resolution throughout, like ViT (arXiv:2209.15001, appendix).
+"""Isotropic NAT, DiNAT and ViT-rpb: one resolution throughout, like ViT (arXiv:2209.15001).
 
 The three differ in the attention of their blocks only: neighborhoods, neighborhoods dilated in every other block, and
 dense attention with the same kind of relative position bias, whose table fixes the input size.

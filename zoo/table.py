@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import timm
 import torch
@@ -13,7 +12,7 @@ from ..kernels.neighborhood import make_axes
 from ..kernels.neighborhood.cost import forward_flops
 from ..layers.neighborhood import NeighborhoodAttention2d
 from ..layers.relative import RelativeAttention2d
-from ..weights import lookup
+from ..weights import bundled_manifest, lookup
 
 INTRO = """# Image models
 
@@ -35,8 +34,10 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
 
 - A file with official parameter names needs no conversion:
   `timm.create_model("natten_dinat_s", pretrained=True, pretrained_cfg_overlay=dict(file="dinat_small_in1k_224.pth"))`.
-  So do the `shi-labs/*` files of the Hugging Face hub and the backbones of detection and segmentation checkpoints
+  Nor do the `shi-labs/*` files of the Hugging Face hub, nor the backbones of detection and segmentation checkpoints
   (build the model with `stage_norms=True`).
+- The ImageNet-22k heads are expected to have 21,841 classes; upstream does not say. Should a file hold another number,
+  give it: `pretrained_cfg_overlay=dict(num_classes=...)`.
 - Maps smaller than window times dilation are zero-padded inside the attention, as the official checkpoints expect.
   That happens below the size a model was designed for.
 - Models with dense attention (`natten_vitrpb_*`) take one input size: `img_size=`, later `model.set_input_size(...)`.
@@ -94,16 +95,16 @@ def row(name: str) -> list[str]:
     entry = lookup(name)
     top1 = f"{entry.metrics['top1']:.1f}" if "top1" in entry.metrics else ""
     size = "x".join(str(n) for n in input_size[1:])
-    source = f"[{urlsplit(entry.source).hostname}]({entry.source})"
+    source = f"[source]({entry.source})"
     architecture, tag = (f"`{part}`" for part in name.split("."))
     return [architecture, tag, f"{params / 1e6:.2f}", f"{macs / 1e9:.2f}", size, top1, entry.licence, source]
 
 
 def family(module: str, models: list[str]) -> str:
     """Heading and table of the models that one module of the zoo defines, small to large."""
-    rows = sorted(
-        (row(name) for model in models for name in get_arch_pretrained_cfgs(model)), key=lambda r: float(r[3])
-    )
+    released = bundled_manifest().entries
+    rows = [row(name) for model in models for name in get_arch_pretrained_cfgs(model) if name in released]
+    rows.sort(key=lambda cells: float(cells[3]))
     title = (sys.modules[module].__doc__ or module).splitlines()[0].rstrip(".")
     lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ALIGNMENT, *rows)]
     return "\n".join([f"## {title}", "", *lines, ""])
