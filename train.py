@@ -21,6 +21,7 @@ from foveal.zoo.tasks.sweep import record_job
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 
@@ -33,6 +34,8 @@ def build(config: DictConfig) -> tuple[pl.Trainer, pl.LightningModule, pl.Lightn
     data = instantiate(options["data"], _convert_="all")
     task = instantiate(options["task"], num_classes=data.num_classes, in_chans=len(data.mean), _convert_="all")
     strategy = make_strategy(options["trainer"].pop("strategy"))
+    if not isinstance(strategy, ModelParallelStrategy):
+        task.configure_model()  # sharded models are built on their devices; others here, before processes are spawned
     trainer = instantiate(
         options["trainer"],
         strategy=strategy,
@@ -65,6 +68,8 @@ def train(config: DictConfig) -> float:
         trainer.test(task, datamodule=data, verbose=False)
         metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     print_summary(metrics, run_dir)
+    if config.metric not in metrics:
+        raise ValueError(f"metric={config.metric!r} was not measured; this run has {', '.join(sorted(metrics))}")
     return metrics[config.metric]
 
 

@@ -73,6 +73,7 @@ def export_run(run: Path, *, name: str, licence: str, source: str, manifest: Pat
     accuracy = accuracy_on_test(model, data)
     path = manifest.parent / f"{name}.safetensors"
     save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # it is written for its owner only, and goes into wheels
     entry = write_packaged_entry(
         path,
         name=name,
@@ -85,7 +86,9 @@ def export_run(run: Path, *, name: str, licence: str, source: str, manifest: Pat
         manifest_path=manifest,
     )
     (mirror,) = entry.mirrors
-    Console().print(f"{path}: top-1 {100 * accuracy:.2f} %, {mirror.bytes:,} bytes, sha256 {mirror.sha256}")
+    Console().print(
+        f"{path}: top-1 {100 * accuracy:.2f} %, {mirror.bytes:,} bytes, sha256 {mirror.sha256}", soft_wrap=True
+    )
     return path
 
 

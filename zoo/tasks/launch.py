@@ -164,10 +164,16 @@ def make_strategy(strategy: Any) -> Any:
 @rank_zero_only
 def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
     """Prints the numbers of the test (or of validation) and where the pictures are."""
-    split = "test" if "test/acc1" in metrics else "val"
-    lines = [f"[bold]{split} accuracy {100 * metrics[f'{split}/acc1']:.2f} %[/]"]
-    lines[0] += f"   top-5 {100 * metrics[f'{split}/acc5']:.2f} %" if f"{split}/acc5" in metrics else ""
-    lines[0] += f"   loss {metrics[f'{split}/loss']:.4f}"
+    split = next((split for split in ("test", "val", "train") if f"{split}/loss" in metrics), "train")
+    units = {
+        "acc1": ("accuracy", 100, ".2f", " %"),
+        "acc5": ("top-5", 100, ".2f", " %"),
+        "loss": ("loss", 1, ".4f", ""),
+    }
+    lines = [f"[bold]{split}[/]"]
+    for name, (label, scale, digits, unit) in units.items():
+        if f"{split}/{name}" in metrics:
+            lines[0] += f"  {label} {scale * metrics[f'{split}/{name}']:{digits}}{unit}"
     shown = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
     names = (
         "curves.png",

@@ -31,7 +31,7 @@ def plot_curves(rows: Sequence[dict[str, float]], *, path: Path) -> Path:
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, PercentFormatter
 
     def draw(ax, name: str, **style) -> None:
         points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
@@ -44,6 +44,9 @@ def plot_curves(rows: Sequence[dict[str, float]], *, path: Path) -> Path:
         draw(loss, "train/loss", color=TRAIN, label="training (augmented)")
         draw(loss, "val/loss", color=VAL, label="validation")
         loss.set(title="Cross-entropy", ylabel="nats", yscale="log")
+        loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        loss.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        loss.yaxis.set_minor_formatter(NullFormatter())
         loss.legend(frameon=False)
         draw(accuracy, "val/acc1", color=VAL)
         accuracy.set(title="Validation accuracy", ylabel="top-1")
@@ -51,6 +54,7 @@ def plot_curves(rows: Sequence[dict[str, float]], *, path: Path) -> Path:
         _mark_best(accuracy, rows)
         draw(rate, "lr", color=MUTED)
         rate.set(title="Learning rate at the end of the epoch", ylim=(0, None))
+        rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         for ax in (loss, accuracy, rate):
             ax.set_xlabel("epoch")
             ax.grid(alpha=0.25, linewidth=0.6)
@@ -91,9 +95,11 @@ def plot_predictions(
     columns = min(10, len(images))
     rows = -(-len(images) // columns)
     wrong = sum(target != guess for target, guess in zip(targets, predictions, strict=True))
+    images = images.cpu()
     with rc_context(FONT):
         figure = Figure(figsize=(max(columns * 0.95, 4.5), rows * 1.18 + 0.5), dpi=160, layout="constrained")
-        for ax in (axes := figure.subplots(rows, columns, squeeze=False).flat):
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for ax in axes:
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
         for ax, image, target, guess in zip(axes, images, targets, predictions, strict=False):

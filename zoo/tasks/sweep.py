@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
 from filelock import FileLock
@@ -11,6 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from .plots import plot_comparison
+
+
+def _own_overrides(job: HydraConf) -> list[str]:
+    """The overrides of a job that the command line did not give to every job alike."""
+    given = set(sys.argv[1:])
+    return [override for override in job.overrides.task if override not in given]
 
 
 def record_job(job: HydraConf, *, metric: str, value: float) -> None:
@@ -27,7 +34,7 @@ def record_job(job: HydraConf, *, metric: str, value: float) -> None:
         if path.exists():
             with path.open(newline="") as file:
                 rows = list(csv.DictReader(file))
-        rows.append({"job": str(job.job.num), "overrides": " ".join(job.overrides.task), metric: f"{value:.6g}"})
+        rows.append({"job": str(job.job.num), "overrides": " ".join(_own_overrides(job)), metric: f"{value:.6g}"})
         rows.sort(key=lambda row: -float(row[metric]))
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

@@ -1,0 +1,98 @@
+"""`foveal-train` as a user meets it: from any folder, sweeps, the shipped weights, the default experiment."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import foveal.zoo  # noqa: F401 - registers the models
+import matplotlib.image
+import pytest
+import timm
+from foveal import train
+from foveal.weights.manifest import Entry, lookup
+from foveal.zoo.data import Digits
+from foveal.zoo.tasks.export import accuracy_on_test, export_run
+from train_helpers import QUIET, TINY_VIT, configure
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1")
+
+
+def run(command: list[str], cwd: Path, timeout: float = 300) -> str:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_foveal_train_from_another_folder(tmp_path):
+    """Without an argument it is digits_dinat; the pictures of the run are not blank."""
+    said = run([str(Path(sys.executable).with_name("foveal-train")), *SHORT], tmp_path)
+    (folder,) = (tmp_path / "runs" / "digits_dinat").iterdir()
+    assert "test  accuracy" in said and f"runs/digits_dinat/{folder.name}/predictions.png" in said
+    for name in ("curves", "predictions", "receptive_field"):
+        pixels = matplotlib.image.imread(folder / f"{name}.png")[60:, :, :3]
+        assert pixels.std() > 0.05, name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+
+
+def test_sweep_compares_its_jobs(tmp_path, monkeypatch, capsys):
+    arguments = (
+        *QUIET,
+        *TINY_VIT,
+        *SHORT,
+        "test=false",
+        "logger=none",
+        f"runs={tmp_path}",
+        "task.optimizer.lr=1e-3,0.0",
+    )
+    monkeypatch.setattr(sys, "argv", ["foveal-train", "-m", *arguments])
+    train.main()
+    (folder,) = (tmp_path / "digits_dinat").iterdir()
+    rows = list(csv.DictReader((folder / "comparison.csv").open()))
+    assert {row["overrides"] for row in rows} == {"task.optimizer.lr=0.001", "task.optimizer.lr=0.0"}
+    values = [float(row["val/acc1"]) for row in rows]
+    assert values == sorted(values, reverse=True)
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    for job in ("0", "1"):
+        assert (folder / job / "checkpoints" / "last.ckpt").is_file()
+    assert "Sweep so far" in capsys.readouterr().out
+
+
+def test_shipped_weights_reproduce_the_accuracy_in_the_manifest():
+    entry = lookup("natten_dinat_pico.digits")
+    model = timm.create_model("natten_dinat_pico", pretrained=True)
+    accuracy = accuracy_on_test(model, Digits())
+    assert round(100 * accuracy, 2) == entry.metrics["top1"] >= 98
+    assert entry.mirrors[0].bytes < 1_000_000
+    assert sum(parameter.numel() for parameter in model.parameters()) < 250_000
+
+
+def test_export_writes_file_and_entry(tmp_path):
+    config = configure(tmp_path / "run", *SHORT, "trainer.limit_test_batches=1", "callbacks.ema.decay=0.5")
+    train.train(config)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text("{}")
+    options = {"name": "vit_tiny_patch16_224.digits", "licence": "Apache-2.0", "source": "https://example.org/"}
+    path = export_run(tmp_path / "run", **options, manifest=manifest)
+    assert path == tmp_path / "vit_tiny_patch16_224.digits.safetensors"
+    entry = Entry.from_json(options["name"], json.loads(manifest.read_text())[options["name"]])
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(path), "num_classes": 10},
+        **config.model.args,
+        in_chans=1,
+        num_classes=10,
+    )
+    assert round(100 * accuracy_on_test(model, Digits()), 2) == entry.metrics["top1"]
+
+
+@pytest.mark.slow
+def test_the_default_experiment_learns_the_digits(tmp_path):
+    said = run([sys.executable, str(ROOT / "train.py")], tmp_path, timeout=1200)
+    accuracy = float(said.split("test  accuracy ")[1].split(" %")[0])
+    assert accuracy >= 98
