@@ -379,9 +379,12 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     only: Annotated[str, typer.Option(help="run the cases whose name holds this text")] = "",
     rounds: Annotated[int, typer.Option(help="timed calls of each provider")] = 15,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves it to torch")] = 0,
     results: Annotated[Path, typer.Option(help="folder of the CSV and the picture")] = Path(__file__).parent
     / "results",
 ) -> None:
+    if threads:
+        torch.set_num_threads(threads)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     chosen = [case for case in cases(where) if only in case.name]
     for case in dict.fromkeys(chosen):

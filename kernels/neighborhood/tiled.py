@@ -20,7 +20,7 @@ from .tiled_plan import Chunk, Plan, Sizes
 
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
 CACHE_BYTES = 6 << 20  # what a chunk works on should stay in cache
-FORWARD_RATIO, BACKWARD_RATIO = 1.75, 1.0  # and be no more than this many times inputs and output
+MEMORY_RATIO = 1.75  # and be no more than this many times query, key, value and output
 COMPILED_RATIO = 12  # chunks are unrolled in a compiled graph: small windows must do with one
 
 
@@ -68,29 +68,27 @@ def _make_plan(query: Tensor, key: Tensor, extra_key: Tensor | None, axes: tuple
     extra = 0 if extra_key is None else extra_key.shape[1]
     group, d = index(query.shape[-2] // key.shape[-2]), index(query.shape[-1])
     if not torch.compiler.is_compiling():
+        dtype = torch.promote_types(query.dtype, torch.float32)
         known = tuple((a.window, a.stride, a.causal, tiled_plan.positions(a)) for a in axes)
-        cut = tiled_plan.choose_cut(known, group, d, extra)
-        return tiled_plan.cached_plan(axes, cut, extra, torch.promote_types(query.dtype, torch.float32), query.device)
+        most = MEMORY_RATIO * 2 * (query.numel() + key.numel()) * query.dtype.itemsize / dtype.itemsize
+        cut = tiled_plan.choose_cut(known, group, d, extra, most)
+        return tiled_plan.cached_plan(axes, cut, extra, dtype, query.device)
     # Lengths may be symbolic: they do not choose the cut, and the tables join the graph.
     axes = tuple(Axis(a.length, index(a.window), index(a.stride), index(a.dilation), a.causal) for a in axes)
     known = tuple((a.window, a.stride, a.causal, a.window if a.window == tiled_plan.positions(a) else 0) for a in axes)
     return tiled_plan.make_plan(axes, tiled_plan.choose_cut(known, group, d, index(extra)), extra, query.device)
 
 
-def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int, ratio: float) -> tuple[int, int]:
-    """Into how many chunks tiles and key heads are split, by the copies held of gathered rows and of logits.
-
-    `ratio` bounds what a chunk takes by the memory of inputs and output.
-    """
+def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int) -> tuple[int, int]:
+    """Into how many chunks tiles and key heads are split, by the copies held of gathered rows and of logits."""
     batch, key_heads, group = rows.sizes
     d, size = index(rows.query.shape[-1]), torch.promote_types(rows.query.dtype, torch.float32).itemsize
-    gathered = (plan.keys + plan.queries * group) * (row_copies * d + 2)
-    unit = size * (gathered + plan.queries * group * plan.keys * logit_copies)  # bytes for one tile of one key head
+    unit = size * tiled_plan.workspace(plan.queries * group, plan.keys, d, row_copies, logit_copies)
     in_out = 2 * (group + 1) * key_heads * d * rows.query.dtype.itemsize  # bytes per token
     if torch.compiler.is_compiling():  # the number of chunks must not depend on the number of tokens
         return index(-(-unit * key_heads // (COMPILED_RATIO * in_out * plan.queries))), 1
     tokens = batch * math.prod([axis.length for axis in plan.axes])
-    units = max(1, int(min(CACHE_BYTES, ratio * in_out * tokens) // unit))
+    units = max(1, int(min(CACHE_BYTES, MEMORY_RATIO * in_out * tokens) // unit))
     if units < key_heads:
         return max(1, batch * plan.tiles), math.ceil(key_heads / units)
     return max(1, math.ceil(batch * plan.tiles / (units // key_heads))), 1
@@ -114,7 +112,7 @@ def _bias_by_class(plan: Plan, bias: Tensor | None, dtype: torch.dtype) -> Tenso
 
 def _add_bias(logits: Tensor, plan: Plan, chunk: Chunk, bias: Tensor) -> None:
     n, h, g, q, k = chunk.shape
-    if plan.classes is not None:
+    if plan.classes is not None and chunk.kind is not None:
         logits.view(n, h * g, q, k).add_(bias.index_select(0, chunk.kind)[:, chunk.heads])
         return
     entries = tiled_plan.bias_entries(plan, chunk.rows)  # [n, q, k - extra]
@@ -188,7 +186,7 @@ def _backward_chunk(rows, plan, chunk, scale, bias, grad_out, lse, grad_lse, gra
 
 
 def _add_grad_bias(grad_bias: Tensor, slope: Tensor, plan: Plan, chunk: Chunk) -> None:
-    if plan.classes is not None:
+    if plan.classes is not None and chunk.kind is not None:
         grad_bias[:, chunk.heads] = grad_bias[:, chunk.heads].index_add(0, chunk.kind, slope)
         return
     slope = slope[..., : slope.shape[-1] - plan.extra].transpose(0, 1).flatten(1)  # [heads, n * q * k]
@@ -213,9 +211,7 @@ class _Attention(torch.autograd.Function):
         accumulate = torch.promote_types(query.dtype, torch.float32)
         table = _bias_by_class(plan, bias, accumulate)
         outs, lses = [], []
-        for parts in tiled_plan.chunks(
-            plan, rows.sizes, _splits(plan, rows, 2, 2, FORWARD_RATIO), accumulate, query.device
-        ):
+        for parts in tiled_plan.chunks(plan, rows.sizes, _splits(plan, rows, 2, 2), accumulate, query.device):
             out, lse = zip(*(_forward_chunk(rows, plan, chunk, scale, table) for chunk in parts), strict=True)
             outs.append(torch.cat(out, 1))
             lses.append(torch.cat(lse, 1))
@@ -238,9 +234,7 @@ class _Attention(torch.autograd.Function):
         grad_key, grad_value = (torch.zeros_like(x, dtype=accumulate) for x in (rows.key, rows.value))
         grad_bias = None if table is None else torch.zeros_like(table)
         grads = []
-        for parts in tiled_plan.chunks(
-            plan, rows.sizes, _splits(plan, rows, 4, 3, BACKWARD_RATIO), accumulate, query.device
-        ):
+        for parts in tiled_plan.chunks(plan, rows.sizes, _splits(plan, rows, 4, 3), accumulate, query.device):
             part = [
                 _backward_chunk(
                     rows, plan, chunk, ctx.scale, table, grad_out, lse, grad_lse, grad_key, grad_value, grad_bias

@@ -5,6 +5,7 @@ on every axis, and its box is the run of positions that holds the windows of the
 axis; the tables of a whole tile are combined when a chunk of tiles is computed.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache, reduce
@@ -108,6 +109,11 @@ def _cost(rows: int, keys: int, head_dim: int) -> float:
     return (rows + 4) * keys * 0.05 * head_dim + 0.9 * rows * keys + (0.35 * keys + 0.6 * rows) * head_dim + 100
 
 
+def workspace(rows: int, keys: int, head_dim: int, row_copies: int, logit_copies: int) -> int:
+    """Numbers held for one tile of one key head, its indices counted as two numbers a row."""
+    return (rows + keys) * (row_copies * head_dim + 2) + rows * keys * logit_copies
+
+
 class Cut(NamedTuple):
     """Queries of a tile and keys of its box, per axis."""
 
@@ -116,27 +122,34 @@ class Cut(NamedTuple):
 
 
 @torch.compiler.assume_constant_result  # a search to run, not to trace
-def choose_cut(axes: tuple[tuple[int, int, bool, int], ...], group: int, head_dim: int, extra: int) -> Cut:
+def choose_cut(
+    axes: tuple[tuple[int, int, bool, int], ...], group: int, head_dim: int, extra: int, most: float = math.inf
+) -> Cut:
     """The cut with the least cost per query.
 
     Args:
         axes: (window, stride, causal, positions) per axis, positions 0 where the length is not known.
         group: query heads that share a key head: they stack up to rows of a product.
+        most: numbers that one tile of one key head may take in the backward, where any tile keeps to that.
     """
-    return _choose_cut(axes, group, head_dim, extra)
+    return _choose_cut(axes, group, head_dim, extra, most)
 
 
 @lru_cache(maxsize=512)
-def _choose_cut(axes: tuple[tuple[int, int, bool, int], ...], group: int, head_dim: int, extra: int) -> Cut:
+def _choose_cut(
+    axes: tuple[tuple[int, int, bool, int], ...], group: int, head_dim: int, extra: int, most: float
+) -> Cut:
     options = []  # per axis: queries, keys, and how much of the tiles is queries
     for window, stride, causal, n in axes:
         sizes = sorted({t for t in (*TILES, stride, window, n) if 1 <= t <= 128 and (t <= n or not n)})
         keys = [min(box_length(window, stride, causal, t), n or sys.maxsize) for t in sizes]
         options.append([(t, k, n / (-(-n // t) * t) if n else 1.0) for t, k in zip(sizes, keys, strict=True)])
 
-    def cost(choice: tuple[tuple[int, int, float], ...]) -> float:
+    def cost(choice: tuple[tuple[int, int, float], ...]) -> tuple[float, float]:
         tile, box, used = (prod(x) for x in zip(*choice, strict=True))
-        return _cost(int(tile * group), int(box) + extra, head_dim) / (tile * used)
+        rows, keys = int(tile * group), int(box) + extra
+        excess = max(0.0, workspace(rows, keys, head_dim, 4, 3) - most)
+        return excess, _cost(rows, keys, head_dim) / (tile * used)
 
     choices = (choice for choice in product(*options) if prod(t for t, _, _ in choice) <= MAX_QUERIES)
     tile, box, _ = zip(*min(choices, key=cost), strict=True)
