@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 OPERATORS = ("neighborhood",)
-ARCHITECTURES = {  # shared memory a program may have, in bytes, and whether the device has tensor descriptors
-    "sm_80": (163 * 1024, False),
-    "sm_89": (99 * 1024, False),
-    "sm_90": (227 * 1024, True),
-    "sm_100": (227 * 1024, True),
-    "gfx942": (64 * 1024, False),
+ARCHITECTURES = {  # shared memory a program may have, in bytes, and which table of sizes the device takes
+    "sm_80": (163 * 1024, "ampere"),
+    "sm_89": (99 * 1024, "small"),
+    "sm_90": (227 * 1024, "hopper"),
+    "sm_100": (227 * 1024, "hopper"),
+    "gfx942": (64 * 1024, "small"),
 }
 
 
@@ -78,9 +78,7 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 
 def _variants(operator: str, arch: str) -> list:
     module = import_module(f".{operator}.aot", __package__)
-    shared, descriptor = ARCHITECTURES[arch]
-    memory = "large" if shared >= 160 * 1024 else "small"
-    return list(module.variants(memory=memory, descriptor=descriptor, tf32=arch.startswith("sm_")))
+    return list(module.variants(device=ARCHITECTURES[arch][1], tf32=arch.startswith("sm_")))
 
 
 def describe(operator: str, arch: str, index: int) -> Row:

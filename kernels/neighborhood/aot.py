@@ -65,30 +65,27 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
     return ASTSource(kernel, signature, values, attributes)
 
 
-def variants(*, memory: configs.Memory, descriptor: bool, tf32: bool) -> Iterator[Variant]:
+def variants(*, device: configs.Device, tf32: bool) -> Iterator[Variant]:
     """Every kernel with every size of the pinned table on every grid, and with bias and extra keys on the 2-D one.
 
     Args:
-        memory: which table of sizes.
+        device: which table of sizes.
         tf32: whether matrix units take float32 as TF32 only, see `launch.precision`.
-        descriptor: whether tiles are addressed by tensor descriptors, as on Hopper and newer.
     """
     for dtype in TYPES:
         precision = "tf32x3" if tf32 and dtype == torch.float32 else "ieee"
-        for (table_memory, kernel, itemsize), table in configs.SIZES.items():
-            if (table_memory, itemsize) == (memory, dtype.itemsize):
+        for (table_device, kernel, itemsize), table in configs.SIZES.items():
+            if (table_device, itemsize) == (device, dtype.itemsize):
                 for head_dim, sizes in table.items():
                     for size in sizes:
                         for grid in GRIDS:
-                            yield from _window_variants(
-                                kernel, grid, dtype, head_dim, size, memory, descriptor, precision
-                            )
+                            yield from _window_variants(kernel, grid, dtype, head_dim, size, device, precision)
         for head_dim in (64, 128, 256):
             yield from _token_variants(dtype, head_dim, precision)
 
 
 def _window_variants(
-    kernel, grid: str, dtype, head_dim: int, size, memory, descriptor: bool, precision: str
+    kernel, grid: str, dtype, head_dim: int, size, device: configs.Device, precision: str
 ) -> Iterator[Variant]:
     axes = GRIDS[grid]
     with configs.override(size=size):
@@ -97,8 +94,8 @@ def _window_variants(
             axes,
             head_dim=head_dim,
             itemsize=dtype.itemsize,
-            memory=memory,
-            descriptor=descriptor,
+            device=device,
+            descriptor=device == "hopper",
             wide=False,
         )
     for flags in FLAGS if head_dim == 64 and len(axes) == 2 else FLAGS[: 4 - len(axes)]:

@@ -1,7 +1,7 @@
 """Tile sizes and launch parameters of the neighborhood kernels.
 
-How many tokens a tile holds comes from a pinned table by kernel, head dim, element size and shared memory; its shape
-is the split of that number over the axes that visits the fewest (query, key) pairs. Nothing here depends on timing, so
+How many tokens a tile holds comes from a pinned table by device, kernel, head dim and element size; its shape is
+the split of that number over the axes that visits the fewest (query, key) pairs. Nothing here depends on timing, so
 a call always takes the same kernel.
 """
 
@@ -49,29 +49,48 @@ class Config(NamedTuple):
     wide: bool
 
 
-Memory = Literal["large", "small"]  # shared memory a program may have: 160 KiB or more; from 64 KiB on
+# Tensor descriptors and over 160 KiB of shared memory a program; as much memory, but pointers; less, from 64 KiB on.
+Device = Literal["hopper", "ampere", "small"]
 LARGE_MEMORY = 160 * 1024
 
-# (shared memory, kernel, element bytes) -> {head dim up to: sizes}. Several sizes stand for small and large windows.
-SIZES: dict[tuple[Memory, Kernel, int], dict[int, tuple[Size, ...]]] = {
-    ("large", "forward", 2): {
+# (device, kernel, element bytes) -> {head dim up to: sizes}. Several sizes stand for small and large windows.
+SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
+    ("hopper", "forward", 2): {
         64: (Size(128, 64, 4, 3), Size(64, 64, 4, 3), Size(64, 32, 4, 3)),
         128: (Size(128, 64, 8, 2), Size(64, 64, 4, 2)),
         256: (Size(64, 32, 8, 2),),
     },
-    ("large", "query", 2): {
+    ("hopper", "query", 2): {
         64: (Size(128, 64, 8, 2), Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
         128: (Size(64, 64, 8, 2),),
         256: (Size(32, 32, 8, 1),),
     },
-    ("large", "key", 2): {
+    ("hopper", "key", 2): {
         64: (Size(64, 128, 8, 2), Size(64, 64, 4, 2), Size(32, 64, 4, 2)),
         128: (Size(32, 64, 8, 2),),
         256: (Size(32, 32, 8, 1),),
     },
-    ("large", "forward", 4): {64: (Size(32, 32, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
-    ("large", "query", 4): {64: (Size(16, 32, 4, 1),), 128: (Size(16, 16, 8, 1),), 256: (Size(16, 16, 8, 1),)},
-    ("large", "key", 4): {64: (Size(16, 32, 4, 1),), 128: (Size(16, 16, 8, 1),), 256: (Size(16, 16, 8, 1),)},
+    ("hopper", "forward", 4): {64: (Size(32, 32, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
+    ("hopper", "query", 4): {64: (Size(16, 32, 4, 1),), 128: (Size(16, 16, 8, 1),), 256: (Size(16, 16, 8, 1),)},
+    ("hopper", "key", 4): {64: (Size(16, 32, 4, 1),), 128: (Size(16, 16, 8, 1),), 256: (Size(16, 16, 8, 1),)},
+    ("ampere", "forward", 2): {
+        64: (Size(128, 64, 8, 3), Size(64, 64, 4, 3), Size(64, 32, 4, 3)),
+        128: (Size(64, 64, 8, 2), Size(64, 32, 4, 2)),
+        256: (Size(64, 32, 8, 1),),
+    },
+    ("ampere", "query", 2): {
+        64: (Size(64, 64, 8, 2), Size(64, 32, 4, 2)),
+        128: (Size(64, 32, 8, 1),),
+        256: (Size(32, 32, 8, 1),),
+    },
+    ("ampere", "key", 2): {
+        64: (Size(32, 64, 8, 2),),
+        128: (Size(32, 64, 8, 1),),
+        256: (Size(32, 32, 8, 1),),
+    },
+    ("ampere", "forward", 4): {64: (Size(32, 32, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
+    ("ampere", "query", 4): {64: (Size(16, 32, 4, 1),), 128: (Size(16, 16, 8, 1),), 256: (Size(16, 16, 8, 1),)},
+    ("ampere", "key", 4): {64: (Size(16, 32, 4, 1),), 128: (Size(16, 16, 8, 1),), 256: (Size(16, 16, 8, 1),)},
     ("small", "forward", 2): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 1),), 256: (Size(32, 16, 4, 1),)},
     ("small", "query", 2): {64: (Size(64, 32, 4, 1),), 128: (Size(32, 32, 4, 1),), 256: (Size(16, 16, 4, 1),)},
     ("small", "key", 2): {64: (Size(32, 64, 4, 1),), 128: (Size(32, 32, 4, 1),), 256: (Size(16, 16, 4, 1),)},
@@ -144,12 +163,12 @@ def choose(
     *,
     head_dim: int,
     itemsize: int,
-    memory: Memory,
+    device: Device,
     descriptor: bool,
     wide: bool,
 ) -> Config:
     """Launch parameters of one kernel for a grid of up to three axes."""
-    table = SIZES[memory, kernel, itemsize]
+    table = SIZES[device, kernel, itemsize]
     sizes = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
     if isinstance(forced := _overrides.get("size"), Size):
         sizes = (forced,)

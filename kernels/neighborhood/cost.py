@@ -126,7 +126,7 @@ def summarize(
             axes,
             head_dim=head_dim,
             itemsize=query.itemsize,
-            memory=launch.shared_memory(query.device) if torch.cuda.is_available() else "large",
+            device=launch.device_class(query.device) if torch.cuda.is_available() else "hopper",
             descriptor=False,  # neither this nor the width of offsets changes the tile
             wide=False,
         )

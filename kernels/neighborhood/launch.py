@@ -41,12 +41,14 @@ def aligned(*tensors: Tensor) -> bool:
 
 
 @lru_cache
-def shared_memory(device: torch.device) -> configs.Memory:
-    """Which table of sizes the device's shared memory holds."""
+def device_class(device: torch.device) -> configs.Device:
+    """Which table of sizes suits the device."""
     if device.type != "cuda":
-        return "large"
+        return "hopper"
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return "large" if properties["max_shared_mem"] >= configs.LARGE_MEMORY else "small"
+    if properties["max_shared_mem"] < configs.LARGE_MEMORY:
+        return "small"
+    return "hopper" if has_descriptors(device) else "ampere"
 
 
 def needs_wide(*tensors: Tensor) -> bool:
@@ -145,7 +147,7 @@ def configure(
         axes,
         head_dim=walked[0].shape[-1],
         itemsize=walked[0].element_size(),
-        memory=shared_memory(walked[0].device),
+        device=device_class(walked[0].device),
         descriptor=has_descriptors(walked[0].device),
         wide=needs_wide(*tensors),
     )
