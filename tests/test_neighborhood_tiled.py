@@ -167,6 +167,36 @@ def test_boxes_hold_the_windows_of_their_tile(window):
                         assert hi - lo <= box
 
 
+def peak_bytes(call) -> int:
+    """Most that is allocated at a time during a call, its results included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    records = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for record in sorted(records, key=lambda e: e.start_ns()):
+        now += record.nbytes()
+        peak = max(peak, now)
+    assert result is not None
+    return peak
+
+
+@pytest.mark.parametrize("window", [7, 13, 28])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_is_bounded_by_inputs_and_output(window, dtype):
+    q, k, v, grad = torch.randn(4, 1, 28, 28, 2, 32, dtype=dtype).unbind()
+    qkv = [x.clone().requires_grad_() for x in (q, k, v)]
+
+    def both():
+        out = na2d(*qkv, window=window, impl="tiled")
+        return out.detach(), *torch.autograd.grad(out, qkv, grad)
+
+    both()  # tables are made once
+    size = 4 * q.numel() * q.itemsize
+    with torch.no_grad():
+        assert peak_bytes(lambda: na2d(*qkv, window=window, impl="tiled")) <= 3.25 * size  # the output and 3 times all
+    assert peak_bytes(both) <= 4 * size  # output, gradients and 3 times all
+
+
 def compiled(case: Case, dynamic: bool):
     counter = CompileCounterWithBackend("aot_eager")
 
