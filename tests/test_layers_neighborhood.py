@@ -136,6 +136,18 @@ def test_runs_under_autocast():
     torch.testing.assert_close(out.float(), layer(x, extra=extra), rtol=0.05, atol=0.05 * layer(x).abs().max().item())
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_backward_runs_inside_autocast(compiled):
+    layer = make(2, rpb=True, dtype=torch.float32)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    x = draw(1, *GRIDS[2], 16).float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(x).float().square().sum().backward()
+    exact = x.detach().requires_grad_()
+    layer(exact).square().sum().backward()
+    torch.testing.assert_close(x.grad, exact.grad, rtol=0.05, atol=0.05 * exact.grad.abs().max().item())
+
+
 def test_padding_leaves_large_maps_alone():
     x = draw(1, 8, 6, 16)
     assert torch.equal(make(2, pad=True, dilation=2)(x), make(2, dilation=2)(x))

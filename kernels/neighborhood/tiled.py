@@ -6,6 +6,7 @@ for the backward, which gathers again, and chunks bound what is gathered at a ti
 """
 
 import math
+from contextlib import nullcontext
 from operator import index
 from typing import NamedTuple
 
@@ -225,6 +226,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
+        device = grad_out.device.type
+        cast = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if cast else nullcontext():  # as in the forward
+            return _Attention._gradients(ctx, grad_out, grad_lse)
+
+    @staticmethod
+    def _gradients(ctx, grad_out, grad_lse):
         query, key, value, bias, extra_key, extra_value, lse = ctx.saved_tensors
         plan = _make_plan(query, key, extra_key, ctx.axes)
         rows = _prepare(query, key, value, extra_key, extra_value)
