@@ -185,3 +185,7 @@ def test_auto_finds_the_newest_last_checkpoint_of_the_experiment(tmp_path):
     assert checkpoint is None and run_dir.parent == tmp_path / "digits_dinat"
     config.ckpt_path, config.name = "auto", "never_run"
     assert resolve_run(config)[1] is None
+    config.run_dir = str(newest.parent.parent)
+    assert resolve_run(config) == (newest.parent.parent, newest)
+    config.run_dir = str(tmp_path / "digits_dinat" / "job_1")
+    assert resolve_run(config) == (tmp_path / "digits_dinat" / "job_1", None)

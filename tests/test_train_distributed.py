@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_helpers import QUIET, TINY_VIT, configure
-
 from foveal import train
+from train_helpers import QUIET, TINY_VIT, configure
 
 ROOT = Path(__file__).resolve().parents[1]
 # plain SGD: the steps are the gradients; no dropout, whose draws differ from rank to rank

@@ -70,9 +70,11 @@ def resolve_run(config: DictConfig) -> tuple[Path, Path | None]:
     """
     experiment = Path(config.runs) / config.name
     checkpoint = None
-    if config.ckpt_path == "auto":
-        where = Path(config.run_dir).parent if config.run_dir else experiment
-        checkpoint = newest_checkpoint(where)
+    if config.ckpt_path == "auto" and config.run_dir:
+        own = Path(config.run_dir) / "checkpoints" / "last.ckpt"
+        checkpoint = own if own.is_file() else None
+    elif config.ckpt_path == "auto":
+        checkpoint = newest_checkpoint(experiment)
     elif config.ckpt_path is not None:
         checkpoint = Path(config.ckpt_path)
         if not checkpoint.exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
 from filelock import FileLock
@@ -14,10 +13,12 @@ from rich.table import Table
 from .plots import plot_comparison
 
 
-def _own_overrides(job: HydraConf) -> list[str]:
-    """The overrides of a job that the command line did not give to every job alike."""
-    given = set(sys.argv[1:])
-    return [override for override in job.overrides.task if override not in given]
+def _what_differs(rows: list[dict[str, str]]) -> list[str]:
+    """For each job the overrides that not all jobs share; all of them while there is one job."""
+    overrides = [row["overrides"].split() for row in rows]
+    shared = set.intersection(*map(set, overrides)) if len(rows) > 1 else set()
+    names = [" ".join(item for item in own if item not in shared) for own in overrides]
+    return [name or f"job {row['job']}" for name, row in zip(names, rows, strict=True)]
 
 
 def record_job(job: HydraConf, *, metric: str, value: float) -> None:
@@ -34,17 +35,18 @@ def record_job(job: HydraConf, *, metric: str, value: float) -> None:
         if path.exists():
             with path.open(newline="") as file:
                 rows = list(csv.DictReader(file))
-        rows.append({"job": str(job.job.num), "overrides": " ".join(_own_overrides(job)), metric: f"{value:.6g}"})
+        rows.append({"job": str(job.job.num), "overrides": " ".join(job.overrides.task), metric: f"{value:.6g}"})
         rows.sort(key=lambda row: -float(row[metric]))
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        names = [row["overrides"] or f"job {row['job']}" for row in rows]
+        names = _what_differs(rows)
         plot_comparison(names, [float(row[metric]) for row in rows], metric=metric, path=folder / "comparison.png")
-    table = Table(title=f"Sweep so far, {folder}")
-    for column in rows[0]:
+    table = Table(title="Sweep so far")
+    for column in ("job", "what differs", metric):
         table.add_column(column)
-    for row in rows:
-        table.add_row(*row.values())
+    for name, row in zip(names, rows, strict=True):
+        table.add_row(row["job"], name, row[metric])
     Console().print(table)
+    Console().print(folder / "comparison.png", highlight=False, soft_wrap=True)
