@@ -37,7 +37,7 @@ class Variant(NamedTuple):
 def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: bool = False) -> ASTSource:
     """Arguments as a contiguous call would specialise them: aligned pointers, strides divisible by 16, constant ones.
 
-    With `ones`, there is one batch, one head and one extra key.
+    With `ones`, there is one batch and one head.
     """
     signature, values, attributes = {}, {}, {}
     float32 = {"lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "bias_ptr"}
@@ -58,7 +58,7 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
         elif name == "lengths":
             signature[name] = ("constexpr",) * (3 - rank) + ("i32",) * rank
             values.update({(i, j): 1 for j in range(3 - rank)})
-        elif ones and name in ("batches", "heads", "key_heads", "extra"):
+        elif ones and name in ("batches", "heads", "key_heads"):
             signature[name], values[name] = "constexpr", 1
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
@@ -113,11 +113,11 @@ def _window_variants(
 def _token_variants(dtype, head_dim: int, precision: str) -> Iterator[Variant]:
     """The kernels that walk all tokens."""
     axes = GRIDS["7x7"]
-    fixed = dict(token_constants(axes, head_dim), GROUP=1)
+    fixed = dict(token_constants(axes, head_dim, dtype.itemsize), GROUP=1)
     for flags in ("bias", "bias, ones"):
         source = _source(bias_kernel, TYPES[dtype], head_dim, len(axes), fixed, "ones" in flags)
         yield Variant("bias", "7x7", TYPES[dtype], head_dim, flags, None, source, {})
-    fixed = dict(extra_constants(head_dim, precision), GROUP=1)
+    fixed = dict(extra_constants(head_dim, dtype.itemsize, precision), GROUP=1)
     for flags in ("extra", "extra, ones"):
         source = _source(extra_kernel, TYPES[dtype], head_dim, len(axes), fixed, "ones" in flags)
         yield Variant("extra", "7x7", TYPES[dtype], head_dim, flags, None, source, {})

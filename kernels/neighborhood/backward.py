@@ -36,7 +36,7 @@ def query_step(dq, q, do, lse2, delta, s, k, v, factor, PRECISION: tl.constexpr)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["extra"])
 def query_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, do_ptr, do_strides,
     lse_ptr, lse_strides, dlse_ptr, dlse_strides, delta_ptr, dq_ptr,
@@ -209,7 +209,7 @@ def token(t, lengths):
     return t // lengths[2] // lengths[1], t // lengths[2] % lengths[1], t % lengths[2]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["extra"])
 def extra_kernel(
     q_ptr, q_strides, do_ptr, do_strides, lse_ptr, delta_ptr, lse_strides,
     extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, dk_ptr, dv_ptr,

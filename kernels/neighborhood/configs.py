@@ -127,9 +127,9 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def token_block(head_dim: int) -> int:
-    """Tokens per step of the kernels that walk all tokens: 4096 elements of a head."""
-    return max(MIN_TILE, min(64, 4096 // block_d(head_dim)))
+def token_block(head_dim: int, itemsize: int) -> int:
+    """Tokens per step of the kernels that walk all tokens: 8 KiB of a head."""
+    return max(MIN_TILE, min(64, 8192 // itemsize // block_d(head_dim)))
 
 
 def splits(tokens: int, rank: int) -> list[tuple[int, ...]]:

@@ -112,17 +112,17 @@ def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, pre
     )
 
 
-def token_constants(axes: tuple[Axis, ...], head_dim: int) -> dict:
+def token_constants(axes: tuple[Axis, ...], head_dim: int, itemsize: int) -> dict:
     """Compile-time arguments of the kernel of the table gradient."""
-    return dict(window_constants(axes, head_dim), QUERIES=configs.token_block(head_dim))
+    return dict(window_constants(axes, head_dim), QUERIES=configs.token_block(head_dim, itemsize))
 
 
-def extra_constants(head_dim: int, precision: str) -> dict:
+def extra_constants(head_dim: int, itemsize: int, precision: str) -> dict:
     """Compile-time arguments of the kernel of the gradients of extra keys."""
     return dict(
         D=head_dim,
         BLOCK_D=configs.block_d(head_dim),
-        QUERIES=configs.token_block(head_dim),
+        QUERIES=configs.token_block(head_dim, itemsize),
         EXTRA_KEYS=EXTRA_KEYS,
         PRECISION=precision,
         STAGES=2,
@@ -305,7 +305,7 @@ def bias_gradient(q, k, v, do, lse, delta, table, bias: Tensor, axes: tuple[Axis
         chunk,
         scale,
         GROUP=heads // k[0].shape[-2],
-        **token_constants(axes, query.shape[-1]),
+        **token_constants(axes, query.shape[-1], query.element_size()),
     )
     return partial.sum(0).view(bias.shape).to(bias.dtype)
 
@@ -338,6 +338,6 @@ def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, ax
         chunk,
         scale,
         GROUP=query.shape[-2] // key_heads,
-        **extra_constants(head_dim, precision(query)),
+        **extra_constants(head_dim, query.element_size(), precision(query)),
     )
     return dk.sum(0).to(extra_key.dtype), dv.sum(0).to(extra_value.dtype)
