@@ -56,17 +56,25 @@ def _target(arch: str):
     )
 
 
-def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack a thread: the kernels keep no arrays on the stack, so all of it is spills."""
+def _nvidia_usage(ptx: str, cubin: bytes, arch: str) -> tuple[int, int]:
+    """Registers and bytes spilled a thread. Code with no stack spills nothing; the assembler says what a stack holds."""
     from triton import knobs
 
+    tools = knobs.nvidia
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", text)[-1]
-    return int(registers), int(stack)
+        code, text = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        code.write_bytes(cubin)
+        command = [tools.cuobjdump.path, "-res-usage", str(code)]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        registers, stack = (int(x) for x in re.findall(r"REG:(\d+) STACK:(\d+)", usage)[-1])
+        if not stack:
+            return registers, 0
+        text.write_text(ptx)
+        assembler = tools.ptxas_blackwell if int(arch.removeprefix("sm_")) >= 100 else tools.ptxas
+        target = re.findall(r"\.target (\w+)", ptx)[0]
+        command = [assembler.path, "-v", f"--gpu-name={target}", str(text), "-o", str(code)]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return registers, max(int(x) for x in re.findall(r"(\d+) bytes spill", log))
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
@@ -93,7 +101,9 @@ def describe(operator: str, arch: str, index: int) -> Row:
     try:
         kernel = triton.compile(variant.source, target=_target(arch), options=variant.options)
         code = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
-        registers, spills = _amd_usage(code) if arch.startswith("gfx") else _cubin_usage(kernel.asm["cubin"])
+        registers, spills = (
+            _amd_usage(code) if arch.startswith("gfx") else _nvidia_usage(code, kernel.asm["cubin"], arch)
+        )
     except Exception as error:  # every failure of the compiler is a row of the report, not the end of it
         return Row(*head, 0, 0, 0, False, False, f"{type(error).__name__}: {error}".strip().splitlines()[-1])
     shared, limit = kernel.metadata.shared, ARCHITECTURES[arch][0]
