@@ -57,7 +57,7 @@ def _target(arch: str):
 
 
 def _nvidia_usage(ptx: str, cubin: bytes, arch: str) -> tuple[int, int]:
-    """Registers and bytes spilled a thread. Code with no stack spills nothing; the assembler says what a stack holds."""
+    """Registers and bytes spilled a thread. Without a stack nothing spills; the assembler says what a stack holds."""
     from triton import knobs
 
     tools = knobs.nvidia
