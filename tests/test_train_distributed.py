@@ -104,7 +104,7 @@ def test_sharded_run_goes_on_from_what_one_process_saved(tmp_path):
 
 def test_average_is_refused_with_sharded_weights(tmp_path):
     config = configure(tmp_path, "trainer.strategy=fsdp")
-    trainer, task, data = train.build(config)
+    trainer, task, _ = train.build(config)
     with pytest.raises(ValueError, match=r"pass callbacks\.ema=null"):
         next(callback for callback in trainer.callbacks if type(callback).__name__ == "EMA").setup(trainer, task, "fit")
 

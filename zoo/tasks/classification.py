@@ -113,9 +113,9 @@ class ClassificationTask(LightningModule):
                 block.compile(**options)
 
     def forward(self, images: Tensor) -> Tensor:
-        """`[B, C, H, W]` → logits `[B, num_classes]`."""
+        """`[B, C, H, W]` → logits `[B, num_classes]`, in float32 whatever the precision of the model."""
         assert self.model is not None
-        return self.model(images)
+        return self.model(images).float()
 
     def on_train_epoch_start(self) -> None:
         self.train_loss.reset()  # not called when a run is resumed inside an epoch

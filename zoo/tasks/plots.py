@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels.neighborhood.plot import plot_composed_receptive_field
 from ...layers.neighborhood import NeighborhoodAttention2d
 
 FONT = {"font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "font.family": "DejaVu Sans"}
@@ -114,13 +114,16 @@ def plot_predictions(
 
 
 @torch.no_grad()
-def plot_receptive_fields(model: nn.Module, image: Tensor, *, path: Path) -> Path | None:
-    """Draws how far the neighborhood attention of a model's first stage looks; None if the model has none.
+def first_stage(model: nn.Module, image: Tensor) -> tuple[list[int], list[dict[str, Any]]] | None:
+    """Grid and neighborhoods of a model's first stage, as `plot_composed_receptive_field` takes them.
 
     Args:
-        model: any module; its `NeighborhoodAttention2d` layers are looked at in the order in which they run.
-        image: `[1, C, H, W]`, an input of the size to draw for.
-        path: where the PNG goes.
+        model: any module; its `NeighborhoodAttention2d` layers are listed in the order in which they run, as long as
+            the grid is that of the first.
+        image: `[1, C, H, W]`, an input of the size to look at.
+
+    Returns:
+        None if the model has no such layer.
     """
     seen: list[tuple[tuple[int, int], NeighborhoodAttention2d]] = []
     layers = [module for module in model.modules() if isinstance(module, NeighborhoodAttention2d)]
@@ -136,11 +139,11 @@ def plot_receptive_fields(model: nn.Module, image: Tensor, *, path: Path) -> Pat
             hook.remove()
     if not seen:
         return None
-    first, padded = seen[0]
-    stage = [layer for shape, layer in seen if shape == first]
-    grid = [max(n, w * d) for n, w, d in zip(first, padded.window, padded.dilation, strict=True)]
-    spec = [{"window": la.window, "stride": la.stride, "dilation": la.dilation, "causal": la.causal} for la in stage]
-    return plot_composed_receptive_field(grid, spec, path=path)
+    shape, first = seen[0]
+    stage = [layer for other, layer in seen if other == shape]
+    grid = [max(n, w * d) for n, w, d in zip(shape, first.window, first.dilation, strict=True)]  # with its padding
+    names = ("window", "stride", "dilation", "causal")
+    return grid, [{name: getattr(layer, name) for name in names} for layer in stage]
 
 
 def plot_comparison(names: Sequence[str], values: Sequence[float], *, metric: str, path: Path) -> Path:

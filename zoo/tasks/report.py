@@ -13,8 +13,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from ...kernels.neighborhood.plot import plot_composed_receptive_field
 from ..data.loader import PADDING
-from .plots import plot_curves, plot_predictions, plot_receptive_fields
+from .plots import first_stage, plot_curves, plot_predictions
 
 MOST_MISTAKES, MOST_IMAGES = 24, 60
 
@@ -73,10 +74,11 @@ class Report(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mistakes, self._right = _Sample(MOST_MISTAKES), _Sample(MOST_IMAGES)
-        if trainer.is_global_zero:
-            data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            first = torch.zeros(1, pl_module.in_chans, data.img_size, data.img_size, device=pl_module.device)  # pyright: ignore
-            plot_receptive_fields(pl_module.model, first, path=self.dirpath / "receptive_field.png")  # pyright: ignore
+        size, dtype = trainer.datamodule.img_size, next(pl_module.parameters()).dtype  # pyright: ignore
+        image = torch.zeros(1, pl_module.in_chans, size, size, device=pl_module.device, dtype=dtype)  # pyright: ignore
+        found = first_stage(pl_module.model, image)  # pyright: ignore - on every rank: sharded weights meet in forward
+        if found is not None and trainer.is_global_zero:
+            plot_composed_receptive_field(*found, path=self.dirpath / "receptive_field.png")
 
     def on_test_batch_end(
         self,
