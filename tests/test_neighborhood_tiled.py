@@ -11,6 +11,7 @@ from foveal.kernels.neighborhood import tiled_plan
 from foveal.kernels.ops import na1d, na2d, na2d_lse, na3d
 from neighborhood_matrix import LAYOUTS, OPERATORS, Case, cases, check, gradients, make_inputs, run
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 GOLDENS = Path(__file__).parent / "goldens"
 RECORDED = [c for c in json.loads((GOLDENS / "neighborhood.json").read_text())["configs"] if "out_keys" in c]
@@ -115,6 +116,34 @@ def test_repeats_bitwise(case):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def forget_tables() -> None:
+    for cached in (tiled_plan.cached_plan, tiled_plan._cached_chunks, tiled_plan._cached_places):
+        cached.cache_clear()
+
+
+def test_tables_of_a_traced_call_are_not_kept():
+    forget_tables()
+    with FakeTensorMode():
+        fake = torch.empty(2, 13, 11, 2, 8)
+        assert na2d(fake, fake, fake, window=5, impl="tiled").shape == fake.shape
+    check(replace(PLAIN, seed=5), torch.float32, "tiled")
+
+
+def test_tables_do_not_follow_the_default_device():
+    forget_tables()
+    inputs = make_inputs(PLAIN, torch.float32)
+    with torch.device("meta"):
+        out, _ = na2d_lse(**inputs, **PLAIN.options, impl="tiled")
+    assert torch.equal(out, run(PLAIN, inputs, "tiled")["out"])
+
+
+def test_tables_made_in_inference_mode_serve_training():
+    forget_tables()
+    with torch.inference_mode():
+        na2d_lse(**make_inputs(PLAIN, torch.float32), **PLAIN.options, impl="tiled")
+    check(PLAIN, torch.float32, "tiled")
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["key", "value"])
 def test_a_bad_number_stays_in_its_neighborhood(name, bad):
@@ -144,12 +173,10 @@ def test_large_windows_are_cut_into_chunks_of_heads():
 def test_masks_without_classes(monkeypatch):
     """Grids whose masks are too many to keep make them per chunk."""
     monkeypatch.setattr(tiled_plan, "CLASS_ELEMENTS", 0)
-    tiled_plan.cached_plan.cache_clear()
-    tiled_plan._cached_chunks.cache_clear()
+    forget_tables()
     for case in (PLAIN, STRIDED, *cases(3, 10, seed=7)):
         check(case, torch.float32, "tiled")
-    tiled_plan.cached_plan.cache_clear()
-    tiled_plan._cached_chunks.cache_clear()
+    forget_tables()
 
 
 @pytest.mark.parametrize("window", range(1, 12))

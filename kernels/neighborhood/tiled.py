@@ -68,7 +68,7 @@ def _prepare(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None
 def _make_plan(query: Tensor, key: Tensor, extra_key: Tensor | None, axes: tuple[Axis, ...]) -> Plan:
     extra = 0 if extra_key is None else extra_key.shape[1]
     group, d = index(query.shape[-2] // key.shape[-2]), index(query.shape[-1])
-    if not torch.compiler.is_compiling():
+    if not tiled_plan.tracing():
         dtype = torch.promote_types(query.dtype, torch.float32)
         known = tuple((a.window, a.stride, a.causal, tiled_plan.positions(a)) for a in axes)
         most = MEMORY_RATIO * 2 * (query.numel() + key.numel()) * query.dtype.itemsize / dtype.itemsize
@@ -86,7 +86,7 @@ def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int) -> tupl
     d, size = index(rows.query.shape[-1]), torch.promote_types(rows.query.dtype, torch.float32).itemsize
     unit = size * tiled_plan.workspace(plan.queries * group, plan.keys, d, row_copies, logit_copies)
     in_out = 2 * (group + 1) * key_heads * d * rows.query.dtype.itemsize  # bytes per token
-    if torch.compiler.is_compiling():  # the number of chunks must not depend on the number of tokens
+    if tiled_plan.tracing():  # the number of chunks must not depend on the number of tokens
         return index(-(-unit * key_heads // (COMPILED_RATIO * in_out * plan.queries))), 1
     tokens = batch * math.prod([axis.length for axis in plan.axes])
     units = max(1, int(min(CACHE_BYTES, MEMORY_RATIO * in_out * tokens) // unit))
@@ -126,7 +126,7 @@ def _hide(logits: Tensor, plan: Plan, chunk: Chunk) -> Tensor:
     n, h, g, q, k = chunk.shape
     if plan.dense:
         return logits
-    if torch.compiler.is_compiling():
+    if tiled_plan.tracing():
         visible = tiled_plan.visibility(plan, chunk.rows)[:, None]
         return torch.where(visible, logits.view(n, h * g, q, k), -math.inf).view(n * h, g * q, k)
     if plan.classes is None or chunk.kind is None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map_only
 
 from .geometry import Axis, group_length, window_bounds
@@ -26,6 +27,11 @@ MINUS_INFINITY = {torch.float32: -0x00800000, torch.float64: -0x0010000000000000
 MAX_QUERIES = 1024  # of a tile
 CACHED_ROWS = 1 << 17  # rows of all chunks together that are kept between calls
 CLASS_ELEMENTS = 1 << 18  # a mask table shared by all tiles of a class may hold this many
+
+
+def tracing() -> bool:
+    """Whether tensors made now may be fake or symbolic: then nothing is kept between calls."""
+    return torch.compiler.is_compiling() or len(_get_current_dispatch_mode_stack()) > 0
 
 
 class AxisTiles(NamedTuple):
@@ -251,14 +257,15 @@ def make_plan(axes: tuple[Axis, ...], cut: Cut, extra: int, device: torch.device
 def cached_plan(axes: tuple[Axis, ...], cut: Cut, extra: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """`make_plan`, with classes where their masks are small, for logits of `dtype`."""
     plan = make_plan(axes, cut, extra, torch.device("cpu"))
-    rows = tile_rows(plan, torch.arange(plan.tiles))
-    pattern, patterns = torch.zeros(plan.tiles, dtype=torch.int64), 1
+    tiles = torch.arange(plan.tiles, device="cpu")
+    rows = tile_rows(plan, tiles)
+    pattern, patterns = torch.zeros_like(tiles), 1
     for table, row in zip(plan.tables, rows, strict=True):
         unique, kind = torch.unique(torch.cat([table.first, table.last, table.offset], 1), dim=0, return_inverse=True)
         pattern, patterns = pattern * len(unique) + kind[row], patterns * len(unique)
     kinds, of_tile = torch.unique(pattern, return_inverse=True)
     if len(kinds) * plan.queries * plan.keys <= CLASS_ELEMENTS:
-        rows = tile_rows(plan, torch.empty_like(kinds).scatter_(0, of_tile, torch.arange(plan.tiles)))
+        rows = tile_rows(plan, torch.empty_like(kinds).scatter_(0, of_tile, tiles))
         masks = mask_bits(visibility(plan, rows), dtype)
         plan = plan._replace(classes=Classes(of_tile, *masks, bias_entries(plan, rows)))
     return tree_map_only(Tensor, lambda x: x.to(device), plan)
@@ -299,7 +306,7 @@ def chunks(
 ) -> Iterable[list[Chunk]]:
     """All tiles of the batch in order, in chunks; each a list over key heads."""
     few = sizes.batch * plan.tiles * sizes.key_heads * (plan.keys + plan.queries * sizes.group) <= CACHED_ROWS
-    if few and not torch.compiler.is_compiling():
+    if few and not tracing():
         return _cached_chunks((plan.axes, Cut(plan.tile, plan.box), plan.extra, dtype), sizes, splits, device)
     return (_chunk(plan, sizes, splits, i, device) for i in range(splits[0]))
 
@@ -307,7 +314,7 @@ def chunks(
 def places(plan: Plan, sizes: Sizes, device: torch.device) -> Tensor:
     """For every row `[B, *spatial, heads]`, where it is among the queries of all tiles `[B, tiles, heads, q]`."""
     few = sizes.batch * plan.tiles * plan.queries * sizes.key_heads * sizes.group <= CACHED_ROWS
-    if few and not torch.compiler.is_compiling():
+    if few and not tracing():
         return _cached_places(plan.axes, plan.grid, plan.tile, sizes, device)
     return _places(plan.axes, plan.grid, plan.tile, sizes, device)
 
