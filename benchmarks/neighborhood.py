@@ -66,7 +66,8 @@ class Case:
         text = f"{'x'.join(map(str, self.shape))} w{self.window} h{self.heads}x{self.head_dim}"
         text += f" s{self.stride}" if self.stride != 1 else ""
         text += f" d{self.dilation}" if self.dilation != 1 else ""
-        return text.replace(", ", ".").replace("(", "").replace(")", "") + f" {str(self.dtype)[6:]}"
+        text = text.replace(", ", ".").replace("(", "").replace(")", "") + f" {str(self.dtype)[6:]}"
+        return f"{text} scaling" if self.group == "scaling" else text  # timed alone: not to be compared with the others
 
     @property
     def axes(self) -> tuple[geometry.Axis, ...]:
@@ -376,7 +377,7 @@ def name_of(device: torch.device) -> str:
         if Path("/proc/cpuinfo").exists()
         else []
     )
-    return f"{models[0] if models else platform.processor()} ({torch.get_num_threads()} threads)"
+    return f"{models[0] if models else platform.processor()} (CPU threads: {torch.get_num_threads()})"
 
 
 def main(
