@@ -211,7 +211,7 @@ def test_overfits_eight_images(tmp_path, model):
 
 
 def test_repeated_blocks_are_the_innermost():
-    model = timm.create_model("natten_dinat_pico", in_chans=1, num_classes=10)
+    model = timm.create_model("natten_dinat_pico", depths=(2, 2), num_heads=(1, 2), dilations=(2, 1))
     assert [type(block).__name__ for block in repeated_blocks(model)] == ["Block"] * 4
     vit = timm.create_model("vit_tiny_patch16_224", depth=3)
     assert repeated_blocks(vit) == list(vit.blocks)

@@ -54,9 +54,9 @@ def test_list_shows_every_entry_with_licence_and_accuracy():
 
 
 def test_list_filters_and_knows_what_is_cached(manifest):
-    assert re.search(rf"{NAME} +\? +MIT +81\.2 +–", run("list", "--manifest", manifest).output)
+    assert re.search(rf"{NAME} +\? +MIT +81\.25 +–", run("list", "--manifest", manifest).output)
     assert run("fetch", NAME, "--manifest", manifest, "--loopback-http").exit_code == 0
-    assert re.search(rf"{NAME} +1\.7 kB +MIT +81\.2 +yes", run("list", "test_m", "--manifest", manifest).output)
+    assert re.search(rf"{NAME} +1\.7 kB +MIT +81\.25 +yes", run("list", "test_m", "--manifest", manifest).output)
     assert NAME not in run("list", "dinat", "--manifest", manifest).output
 
 

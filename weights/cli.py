@@ -53,7 +53,7 @@ def list_weights(
     for title in ("size", "licence", "top-1", "cached"):
         table.add_column(title, justify="left" if title == "licence" else "right", no_wrap=True)
     for row in rows:
-        top1 = "–" if row["top1"] is None else f"{row['top1']:.1f}"
+        top1 = "–" if row["top1"] is None else str(row["top1"])
         table.add_row(row["name"], _size(row["bytes"]), row["licence"], top1, row["cached"] or "–")
     _console().print(table)
     _console().print(f"{len(rows)} weights; cache: {root}", style="dim", soft_wrap=True)

@@ -218,7 +218,7 @@ AT_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
 DIGITS = {
     "num_classes": 10,
     "input_size": (1, 32, 32),
-    "pool_size": (4, 4),
+    "pool_size": (2, 2),
     "crop_pct": 1.0,
     "mean": (0.5,),
     "std": (0.5,),
