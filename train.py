@@ -8,6 +8,7 @@ import warnings
 
 import hydra
 import lightning.pytorch as pl
+import torch
 from foveal.zoo.tasks.explain import one_sentence, raise_to_us
 from foveal.zoo.tasks.launch import (
     check_targets,
@@ -30,6 +31,8 @@ def build(config: DictConfig) -> tuple[pl.Trainer, pl.LightningModule, pl.Lightn
     check_targets(config)
     options = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(options, dict)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = instantiate(options["data"], _convert_="all")
     task = instantiate(options["task"], num_classes=data.num_classes, in_chans=len(data.mean), _convert_="all")
