@@ -58,9 +58,11 @@ def _prepare(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None
     if extra_key is not None and extra_value is not None:
         k, v = torch.cat([k, extra_key.reshape(-1, d)]), torch.cat([v, extra_value.reshape(-1, d)])
     # A box holds values that a query must not see, and zero times NaN is NaN: the values are made finite, and the keys
-    # of those that were not become NaN, which masks keep out.
-    total = v.sum(-1, keepdim=True, dtype=torch.promote_types(v.dtype, torch.float32))
-    k, v = k + (total - total).to(k.dtype), v.nan_to_num()
+    # of those that were not become NaN, which masks keep out. On CPU it costs nothing to look whether it is needed.
+    accumulate = torch.promote_types(v.dtype, torch.float32)
+    if tiled_plan.tracing() or v.device.type != "cpu" or not math.isfinite(v.sum(dtype=accumulate).item()):
+        total = v.sum(-1, keepdim=True, dtype=accumulate)
+        k, v = k + (total - total).to(k.dtype), v.nan_to_num()
     key_heads = index(key.shape[-2])
     return _Rows(query.reshape(-1, d), k, v, Sizes(query.shape[0], key_heads, index(query.shape[-2]) // key_heads))
 
