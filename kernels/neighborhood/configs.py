@@ -139,6 +139,12 @@ def splits(tokens: int, rank: int) -> list[tuple[int, ...]]:
     return [(1 << i, *rest) for i in range(tokens.bit_length()) for rest in splits(tokens >> i, rank - 1)]
 
 
+def three_axes(tile: tuple[int, ...]) -> tuple[int, int, int]:
+    """A tile with leading axes of length 1 added up to three."""
+    x, y, z = (1,) * (3 - len(tile)) + tile
+    return x, y, z
+
+
 @lru_cache(maxsize=4096)
 def shapes(kernel: Kernel, axes: tuple[Axis, ...], size: Size) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     """The cheapest tile shapes of `size`: estimated cost in pairs, query tile, key tile."""
@@ -177,10 +183,9 @@ def choose(
     inverse = kernel == "key"
     rows, columns = (keys, queries) if inverse else (queries, keys)
     walks = [tile_walk(a, r, c, inverse=inverse) for a, r, c in zip(axes, rows, columns, strict=True)]
-    pad = (1,) * (3 - len(axes))
     config = Config(
-        queries=pad + queries,
-        keys=pad + keys,
+        queries=three_axes(queries),
+        keys=three_axes(keys),
         warps=size.warps,
         stages=size.stages,
         descriptor=descriptor,
