@@ -108,7 +108,7 @@ def plot_predictions(
             text = class_names[guess] if right else f"{class_names[guess]}, is {class_names[target]}"
             ax.set_title(text, color="black" if right else WRONG, fontweight="normal" if right else "bold", pad=3)
             ax.spines[:].set(visible=True, color="#dee2e6" if right else WRONG, linewidth=0.6 if right else 2.0)
-        shown = "no mistakes among them" if not wrong else f"{wrong} mistakes first"
+        shown = "no mistakes among them" if not wrong else f"{wrong} mistake{'s' * (wrong > 1)} first"
         figure.suptitle(f"Test accuracy {100 * accuracy:.2f} %; {len(images)} test images, {shown}", fontweight="bold")
         return _save(figure, path)
 
