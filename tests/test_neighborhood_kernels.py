@@ -1,32 +1,21 @@
-"""The Triton kernels without a device: values by Triton's interpreter, code by its compiler."""
+"""The Triton kernels of neighborhood attention without a device."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import kernel_checks
 import pytest
 from foveal.kernels import report
 
 pytest.importorskip("triton")
-INTERPRETER = Path(__file__).parent / "interpreter"
 
 
 @pytest.mark.parametrize("part", ["[1-", "[2-", "[3-", "not random"])
 def test_interpreter(part):
     """The tests under `interpreter/`, in a process where Triton interprets its kernels."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(INTERPRETER)]
-    command += ["-k", part if part == "not random" else f"random and {part}"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=INTERPRETER.parents[1])
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    select = part if part == "not random" else f"random and {part}"
+    kernel_checks.run_interpreter("test_neighborhood_kernels.py", select)
 
 
-def check_report(*, unspilled=lambda row: True, **kwargs) -> None:
-    rows = list(report.report(**kwargs))
-    broken = [row for row in rows if row.error or (row.spills and unspilled(row))]
-    assert rows and not broken, "\n".join(map(str, broken))
-    for row in rows:
+def check_report(**kwargs) -> None:
+    for row in kernel_checks.check_report(operators=["neighborhood"], **kwargs):
         if row.arch == "sm_90" and row.kernel in ("forward", "query", "key"):
             assert row.tma, row
             assert row.wgmma or row.dtype == "fp32" or row.head_dim == 256, row

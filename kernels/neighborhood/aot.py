@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from triton.compiler import ASTSource
 
+from ..launching import Device
 from . import configs
 from .backward import bias_kernel, extra_kernel, key_kernel, query_kernel
 from .forward import forward_kernel
@@ -65,12 +66,12 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
     return ASTSource(kernel, signature, values, attributes)
 
 
-def variants(*, device: configs.Device, tf32: bool) -> Iterator[Variant]:
+def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
     """Every kernel with every size of the pinned table on every grid, and with bias and extra keys on the 2-D one.
 
     Args:
         device: which table of sizes.
-        tf32: whether matrix units take float32 as TF32 only, see `launch.precision`.
+        tf32: whether matrix units take float32 as TF32 only, see `launching.precision`.
     """
     for dtype in TYPES:
         precision = "tf32x3" if tf32 and dtype == torch.float32 else "ieee"
@@ -85,7 +86,7 @@ def variants(*, device: configs.Device, tf32: bool) -> Iterator[Variant]:
 
 
 def _window_variants(
-    kernel, grid: str, dtype, head_dim: int, size, device: configs.Device, precision: str
+    kernel, grid: str, dtype, head_dim: int, size, device: Device, precision: str
 ) -> Iterator[Variant]:
     axes = GRIDS[grid]
     with configs.override(size=size):

@@ -11,6 +11,7 @@ from functools import lru_cache
 from math import prod
 from typing import Literal, NamedTuple
 
+from ..launching import Device
 from .geometry import Axis, tile_walk
 
 Kernel = Literal["forward", "query", "key"]
@@ -48,10 +49,6 @@ class Config(NamedTuple):
     border: bool
     wide: bool
 
-
-# Tensor descriptors and over 160 KiB of shared memory a program; as much memory, but pointers; less, from 64 KiB on.
-Device = Literal["hopper", "ampere", "small"]
-LARGE_MEMORY = 160 * 1024
 
 # (device, kernel, element bytes) -> {head dim up to: sizes}. Several sizes stand for small and large windows.
 SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {

@@ -119,14 +119,15 @@ def summarize(
         "backward_bytes": backward_bytes(axes, **sizes, **operands),
     }
     if impl == "triton":
-        from . import configs, launch, simulator
+        from ..launching import device_class
+        from . import configs, simulator
 
         config = configs.choose(
             "forward",
             axes,
             head_dim=head_dim,
             itemsize=query.itemsize,
-            device=launch.device_class(query.device) if torch.cuda.is_available() else "hopper",
+            device=device_class(query.device) if torch.cuda.is_available() else "hopper",
             descriptor=False,  # neither this nor the width of offsets changes the tile
             wide=False,
         )

@@ -1,8 +1,10 @@
 """Make Triton's interpreter quick enough for hundreds of cases; what it computes stays the same."""
 
+from importlib import import_module
+
 import pytest
 import triton.language as tl
-from foveal.kernels.neighborhood import backward, forward
+from foveal.kernels import report
 from triton.runtime import interpreter
 
 
@@ -14,8 +16,9 @@ def quick_interpreter():
     32-bit overflow, half of the time, go too.
     """
     patch = pytest.MonkeyPatch()
-    for module in (forward, backward):
-        patch.setattr(module, "core", tl.core, raising=False)
+    for operator in report.OPERATORS:
+        for name in ("forward", "backward"):
+            patch.setattr(import_module(f"foveal.kernels.{operator}.{name}"), "core", tl.core, raising=False)
     patch.setattr(
         interpreter.InterpretedFunction, "__call__", lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
     )

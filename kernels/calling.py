@@ -1,0 +1,106 @@
+"""What every operator's `api.py` shares: checks of arguments and the choice of implementation."""
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "triton", "tiled", "reference"]
+T = TypeVar("T")
+PerAxis = T | Sequence[T]
+IMPLEMENTATIONS = ("triton", "tiled", "reference")
+HAS_TRITON = find_spec("triton") is not None
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_TRITON_HEAD_DIM = 256
+
+
+def per_axis(name: str, value, rank: int, kind: type) -> tuple:
+    """`value` for each of `rank` axes, checked to be of `kind` (int or bool)."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    if len(values) != rank:
+        raise ValueError(f"{name}={value!r} has {len(values)} values; expected one, or one for each of {rank} axes")
+    if kind is int and any(isinstance(v, (bool, float)) for v in values):
+        raise TypeError(f"{name}={value!r} must hold integers")
+    if kind is bool and not all(isinstance(v, bool) for v in values):
+        raise TypeError(f"{name}={value!r} must hold booleans")
+    return values
+
+
+def check_grids(rank: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse what is not `[B, *spatial, heads, head_dim]` three times over, with grouped key heads at most."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != rank + 3:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [B, {rank} spatial axes, heads, head_dim]")
+        if x.dtype != query.dtype or not x.dtype.is_floating_point:
+            raise TypeError(f"{name}.dtype={x.dtype} must be a floating dtype and equal query.dtype={query.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{name}.device={x.device} must equal query.device={query.device}")
+    if key.shape != value.shape:
+        raise ValueError(f"value.shape={tuple(value.shape)} must equal key.shape={tuple(key.shape)}")
+    if key.shape[:-2] != query.shape[:-2] or key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"key.shape={tuple(key.shape)} must equal query.shape={tuple(query.shape)} in all but the heads axis"
+        )
+    if min(key.shape[-2:]) < 1 or min(query.shape[1:]) < 1:
+        raise ValueError(f"query.shape={tuple(query.shape)} must have no empty axis but the batch")
+    if query.shape[-2] % key.shape[-2]:
+        raise ValueError(f"query heads ({query.shape[-2]}) must be a multiple of key heads ({key.shape[-2]})")
+
+
+def check_extra(key: Tensor, extra_key: Tensor | None, extra_value: Tensor | None) -> None:
+    """Refuse extra keys and values that do not fit `key`."""
+    if extra_key is None or extra_value is None:
+        if extra_key is not extra_value:
+            raise ValueError("extra_key and extra_value must be given together")
+        return
+    for name, x in (("extra_key", extra_key), ("extra_value", extra_value)):
+        if x.dim() != 4 or x.shape[0] != key.shape[0] or x.shape[2:] != key.shape[-2:]:
+            expected = f"[B={key.shape[0]}, tokens, key heads={key.shape[-2]}, head_dim={key.shape[-1]}]"
+            raise ValueError(f"{name}.shape={tuple(x.shape)} must be {expected}")
+        if x.dtype != key.dtype or x.device != key.device:
+            raise ValueError(f"{name} ({x.dtype}, {x.device}) must match key ({key.dtype}, {key.device})")
+    if extra_key.shape != extra_value.shape:
+        raise ValueError(
+            f"extra_value.shape={tuple(extra_value.shape)} must equal extra_key.shape={tuple(extra_key.shape)}"
+        )
+
+
+def triton_obstacle(query: Tensor) -> str | None:
+    """Why the Triton kernels cannot take this call, or None when they can."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"device {query.device} is neither CUDA nor ROCm"
+    if query.dtype not in TRITON_DTYPES:
+        return f"dtype {query.dtype} is not float16, bfloat16 or float32"
+    if query.shape[-1] > MAX_TRITON_HEAD_DIM:
+        return f"head_dim {query.shape[-1]} exceeds {MAX_TRITON_HEAD_DIM}"
+    return None
+
+
+def choose(query: Tensor, impl: Impl = "auto") -> str:
+    """Name of the implementation that serves `query`; an explicit request is kept or refused, never replaced."""
+    if impl == "auto":
+        return "triton" if query.device.type == "cuda" and triton_obstacle(query) is None else "tiled"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r} must be one of {('auto', *IMPLEMENTATIONS)}")
+    if impl == "triton" and (obstacle := triton_obstacle(query)) is not None:
+        raise NotImplementedError(f"impl='triton' cannot take this call: {obstacle}")
+    return impl
+
+
+def obstacles(query: Tensor) -> dict[str, str | None]:
+    """For every implementation, why it cannot take a call with this query, or None."""
+    return {"triton": triton_obstacle(query), "tiled": None, "reference": None}
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which operators keep the dtypes they are given: their products accumulate in float32 anyway."""
+    cast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if cast else nullcontext()

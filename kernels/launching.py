@@ -1,0 +1,77 @@
+"""What launches of Triton kernels share: facts of tensors and devices."""
+
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# Tensor descriptors and over 160 KiB of shared memory a program; as much memory, but pointers; less, from 64 KiB on.
+Device = Literal["hopper", "ampere", "small"]
+LARGE_MEMORY = 160 * 1024
+
+
+def grid_strides(x: Tensor, rank: int) -> tuple[int, ...]:
+    """Strides of `[B, *spatial, …]` with leading spatial axes of length 1 added up to three."""
+    outer = x.shape[1] * x.stride(1)
+    return x.stride(0), *(outer,) * (3 - rank), *x.stride()[1:]
+
+
+def has_descriptors(device: torch.device) -> bool:
+    """Whether the device addresses tiles by tensor descriptors: Hopper and newer."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can address these tensors: unit last stride, all else at multiples of 16 bytes."""
+    return all(
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+@lru_cache
+def device_class(device: torch.device) -> Device:
+    """Which table of sizes suits the device."""
+    if device.type != "cuda":
+        return "hopper"
+    import triton
+
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)  # pyright: ignore[reportAttributeAccessIssue]
+    if properties["max_shared_mem"] < LARGE_MEMORY:
+        return "small"
+    return "hopper" if has_descriptors(device) else "ampere"
+
+
+def needs_wide(*tensors: Tensor) -> bool:
+    """Whether an offset inside one batch and head passes 32 bits."""
+    return any(sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31 for x in tensors)
+
+
+@lru_cache
+def has_tf32(device: torch.device) -> bool:
+    """Whether matrix units take float32 as TF32 only: NVIDIA from Ampere on."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def precision(query: Tensor) -> str:
+    """How products of float32 matrices are done, for Triton.
+
+    To float32 accuracy, unless `torch.set_float32_matmul_precision` allows TF32. On NVIDIA that is three TF32 products
+    (an error of 2^-22, where float32 rounds at 2^-24): products without the matrix units hold whole rows in registers
+    and spill.
+    """
+    if query.dtype != torch.float32 or not has_tf32(query.device):
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def device_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for the descriptors that programs build."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def padded(values, fill) -> tuple:
+    return (fill,) * (3 - len(values)) + tuple(values)
