@@ -117,7 +117,7 @@ def test_repeats_bitwise(case):
 
 
 def forget_tables() -> None:
-    for cached in (tiled_plan.cached_plan, tiled_plan._cached_chunks, tiled_plan._cached_places):
+    for cached in (tiled_plan.cached_plan, tiled_plan._cached_chunks):
         cached.cache_clear()
 
 

@@ -149,7 +149,8 @@ def _logits(q: Tensor, k: Tensor, plan: Plan, chunk: Chunk, bias: Tensor | None)
 
 
 def _forward_chunk(rows: _Rows, plan: Plan, chunk: Chunk, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    n, h, g, q, k = chunk.shape
+    """Output rows `[n * h * g * q, d]` and log-sum-exp `[n * h * g * q]` of the chunk's queries."""
+    _, _, g, q, k = chunk.shape
     logits = _logits(
         _take(rows.query, chunk.query, chunk, g * q).mul_(scale * LOG2_E),
         _take(rows.key, chunk.key, chunk, k),
@@ -162,11 +163,11 @@ def _forward_chunk(rows: _Rows, plan: Plan, chunk: Chunk, scale: float, bias: Te
     total = weights.sum(-1, keepdim=True)
     out = torch.bmm(weights, _take(rows.value, chunk.key, chunk, k)).div_(total)
     lse = total.log2_().add_(highest).mul_(1 / LOG2_E)
-    return out.to(rows.query.dtype).view(n, h * g, q, out.shape[-1]), lse.view(n, h * g, q)
+    return out.to(rows.query.dtype).flatten(0, 1), lse.flatten()
 
 
 def _backward_chunk(rows, plan, chunk, scale, bias, grad_out, lse, grad_lse, grad_key, grad_value, grad_bias) -> Tensor:
-    """Add the gradients of one chunk to those of key, value and bias; returns that of the query, `[n, heads, q, d]`."""
+    """Add the gradients of one chunk to those of key, value and bias; returns that of the query, as its rows."""
     n, h, g, q, k = chunk.shape
     query, key, grad = (
         _take(rows.query, chunk.query, chunk, g * q),
@@ -185,7 +186,7 @@ def _backward_chunk(rows, plan, chunk, scale, bias, grad_out, lse, grad_lse, gra
     grad_key.scatter_add_(0, key_rows, torch.bmm(slope.mT, query).flatten(0, 1))
     if grad_bias is not None:
         _add_grad_bias(grad_bias, slope.view(n, h * g, q, k), plan, chunk)
-    return torch.bmm(slope, key).mul_(scale).to(rows.query.dtype).view(n, h * g, q, key.shape[-1])
+    return torch.bmm(slope, key).mul_(scale).to(rows.query.dtype).flatten(0, 1)
 
 
 def _add_grad_bias(grad_bias: Tensor, slope: Tensor, plan: Plan, chunk: Chunk) -> None:
@@ -213,14 +214,14 @@ class _Attention(torch.autograd.Function):
         rows = _prepare(query, key, value, extra_key, extra_value)
         accumulate = torch.promote_types(query.dtype, torch.float32)
         table = _bias_by_class(plan, bias, accumulate)
-        outs, lses = [], []
+        out, lse = torch.empty_like(rows.query), rows.query.new_empty(rows.query.shape[0], dtype=accumulate)
         for parts in tiled_plan.chunks(plan, rows.sizes, _splits(plan, rows, 2, 2), accumulate, query.device):
-            out, lse = zip(*(_forward_chunk(rows, plan, chunk, scale, table) for chunk in parts), strict=True)
-            outs.append(torch.cat(out, 1))
-            lses.append(torch.cat(lse, 1))
-        where = tiled_plan.places(plan, rows.sizes, query.device)
-        out = torch.cat(outs).view(-1, query.shape[-1]).index_select(0, where).view(query.shape)
-        lse = torch.cat(lses).flatten().index_select(0, where).view(query.shape[:-1])
+            for chunk in parts:
+                # Queries that fill up a tile repeat another of it, so the rows written twice are equal.
+                part, part_lse = _forward_chunk(rows, plan, chunk, scale, table)
+                out.index_copy_(0, chunk.query, part)
+                lse.index_copy_(0, chunk.query, part_lse)
+        out, lse = out.view(query.shape), lse.view(query.shape[:-1])
         ctx.save_for_backward(query, key, value, bias, extra_key, extra_value, lse)
         ctx.axes, ctx.scale = axes, scale
         return out, lse
@@ -243,17 +244,13 @@ class _Attention(torch.autograd.Function):
         grad_out, lse, grad_lse = grad_out.reshape(rows.query.shape), lse.flatten(), grad_lse.flatten()
         grad_key, grad_value = (torch.zeros_like(x, dtype=accumulate) for x in (rows.key, rows.value))
         grad_bias = None if table is None else torch.zeros_like(table)
-        grads = []
+        grad_query = torch.zeros_like(rows.query)
         for parts in tiled_plan.chunks(plan, rows.sizes, _splits(plan, rows, 4, 3), accumulate, query.device):
-            part = [
-                _backward_chunk(
+            for chunk in parts:
+                part = _backward_chunk(
                     rows, plan, chunk, ctx.scale, table, grad_out, lse, grad_lse, grad_key, grad_value, grad_bias
                 )
-                for chunk in parts
-            ]
-            grads.append(torch.cat(part, 1))
-        where = tiled_plan.places(plan, rows.sizes, query.device)
-        grad_query = torch.cat(grads).view(-1, query.shape[-1]).index_select(0, where).view(query.shape)
+                grad_query.index_add_(0, chunk.query, part)  # zeros from queries that fill up a tile
         grad_key = grad_key.mul_(1 / LOG2_E).to(key.dtype)
         grad_value = grad_value.to(value.dtype)
         grad_extra_key = grad_extra_value = None
@@ -265,7 +262,7 @@ class _Attention(torch.autograd.Function):
             grad_key, grad_value = grad_key[: key.numel() // key.shape[-1]], grad_value[: key.numel() // key.shape[-1]]
         grad_bias = None if grad_bias is None else _bias_gradient(grad_bias, plan, bias)
         return (
-            grad_query,
+            grad_query.view(query.shape),
             grad_key.view(key.shape),
             grad_value.view(key.shape),
             grad_bias,

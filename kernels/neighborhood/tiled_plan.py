@@ -309,27 +309,3 @@ def chunks(
     if few and not tracing():
         return _cached_chunks((plan.axes, Cut(plan.tile, plan.box), plan.extra, dtype), sizes, splits, device)
     return (_chunk(plan, sizes, splits, i, device) for i in range(splits[0]))
-
-
-def places(plan: Plan, sizes: Sizes, device: torch.device) -> Tensor:
-    """For every row `[B, *spatial, heads]`, where it is among the queries of all tiles `[B, tiles, heads, q]`."""
-    few = sizes.batch * plan.tiles * plan.queries * sizes.key_heads * sizes.group <= CACHED_ROWS
-    if few and not tracing():
-        return _cached_places(plan.axes, plan.grid, plan.tile, sizes, device)
-    return _places(plan.axes, plan.grid, plan.tile, sizes, device)
-
-
-def _places(
-    axes: tuple[Axis, ...], grid: tuple[int, ...], tiles: tuple[int, ...], sizes: Sizes, device: torch.device
-) -> Tensor:
-    heads = torch.arange(sizes.key_heads * sizes.group, device=device)
-    tile, slot = torch.arange(sizes.batch, device=device), torch.zeros((), dtype=torch.int64, device=device)
-    for axis, t, n in zip(axes, tiles, grid, strict=True):
-        i = torch.arange(axis.length, device=device)
-        p = i // axis.dilation
-        tile = tile[..., None] * n + (i % axis.dilation) * (n // axis.dilation) + p // t
-        slot = slot[..., None] * t + p % t
-    return ((tile[..., None] * len(heads) + heads) * prod(tiles) + slot[..., None]).flatten()
-
-
-_cached_places = lru_cache(maxsize=64)(_places)
