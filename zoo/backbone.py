@@ -32,11 +32,13 @@ class Backbone(nn.Module):
     """Hierarchical classifier with timm's interface, on `[B, H, W, C]` maps.
 
     A subclass builds `patch_embed` and a `torch.nn.Sequential` of `Stage` under the name in `stages_name`, then calls
-    `_build_head` and `init_weights(needs_reset=False)`.
+    `_build_head` and `init_weights(needs_reset=False)`. Where its stages differ, it replaces `_run`, `_down` and
+    `_shorten`.
     """
 
     output_fmt: Literal["NHWC"] = "NHWC"
     stages_name: ClassVar[str] = "levels"
+    stage_norm_name: ClassVar[str] = "norm{}"
     patch_embed: nn.Module
 
     def _build_head(
@@ -56,7 +58,7 @@ class Backbone(nn.Module):
         self.num_features = feature_info[-1]["num_chs"]
         if stage_norms:
             for i, info in enumerate(feature_info):
-                self.add_module(f"norm{i}", norm_layer(info["num_chs"], **dd))
+                self.set_submodule(self.stage_norm_name.format(i), norm_layer(info["num_chs"], **dd))
         self.norm = nn.Identity() if stage_norms else norm_layer(self.num_features, **dd)
         self.global_pool, self.head = create_classifier(
             self.num_features, num_classes, global_pool, input_fmt=self.output_fmt, **dd
@@ -65,7 +67,7 @@ class Backbone(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     @property
-    def stages(self) -> nn.Sequential:
+    def _stages(self) -> nn.Sequential:
         return getattr(self, self.stages_name)
 
     @torch.jit.ignore
@@ -95,7 +97,7 @@ class Backbone(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations."""
-        for stage in self.stages:
+        for stage in self._stages:
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -118,15 +120,20 @@ class Backbone(nn.Module):
         """The map that a stage hands out."""
         return stage.forward_blocks(x)
 
-    def _down(self, stage: nn.Module, x: Tensor) -> Tensor:
-        """From the map that a stage hands out to what the next one takes."""
-        return stage.downsample(x)
+    def _down(self, index: int, x: Tensor) -> Tensor:
+        """From the map that stage `index` hands out to what the next one takes."""
+        return self._stages[index].downsample(x)
 
-    def _stage_norm(self, index: int, *, final: bool) -> nn.Module:
-        """Norm of the map that stage `index` hands out; the classifier's own only after the last one."""
+    def _shorten(self, last: int) -> None:
+        """Drop the stages after `last` and the way down to them."""
+        setattr(self, self.stages_name, self._stages[: last + 1])
+        self._stages[-1].downsample = nn.Identity()
+
+    def _norm_map(self, index: int, x: Tensor, *, final: bool) -> Tensor:
+        """The map that stage `index` hands out, normalised; by the classifier's norm only after the last one."""
         if self.stage_norms:
-            return self.get_submodule(f"norm{index}")
-        return self.norm if final and index == len(self.feature_info) - 1 else nn.Identity()
+            return self.get_submodule(self.stage_norm_name.format(index))(x)
+        return self.norm(x) if final and index == len(self.feature_info) - 1 else x
 
     def forward_intermediates(
         self,
@@ -152,33 +159,31 @@ class Backbone(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NHWC'")
-        take, last = feature_take_indices(len(self.stages), indices)
+        take, last = feature_take_indices(len(self._stages), indices)
         intermediates = []
-        stages = self.stages[: last + 1] if stop_early else self.stages
+        stages = self._stages[: last + 1] if stop_early else self._stages
         x = self.patch_embed(x)
         for i, stage in enumerate(stages):
-            x = self._run(stage, x if i == 0 else self._down(stages[i - 1], x))
+            x = self._run(stage, x if i == 0 else self._down(i - 1, x))
             if i in take:
-                tap = self._stage_norm(i, final=norm)(x)
+                tap = self._norm_map(i, x, final=norm)
                 intermediates.append(tap.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else tap)
         if intermediates_only:
             return intermediates
-        return self._stage_norm(len(stages) - 1, final=True)(x), intermediates
+        return self._norm_map(len(stages) - 1, x, final=True), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what `forward_intermediates` with these indices does not need; returns the indices."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        shorter = last < len(self.stages) - 1
+        take, last = feature_take_indices(len(self._stages), indices)
+        shorter = last < len(self._stages) - 1
         if shorter:
-            setattr(self, self.stages_name, self.stages[: last + 1])
-            if isinstance(self.stages[-1], Stage):
-                self.stages[-1].downsample = nn.Identity()
+            self._shorten(last)
             self.num_features = self.feature_info[last]["num_chs"]
         if self.stage_norms:
             for i in set(range(len(self.feature_info))) - set(take):
-                self.add_module(f"norm{i}", nn.Identity())
+                self.set_submodule(self.stage_norm_name.format(i), nn.Identity())
         if prune_norm or shorter:
             self.norm = nn.Identity()
         if prune_head or shorter:
@@ -187,8 +192,10 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to the last, normalised map `[B, H', W', num_features]`."""
-        x = self.stages(self.patch_embed(x))
-        return self._stage_norm(len(self.stages) - 1, final=True)(x)
+        x = self.patch_embed(x)
+        for i, stage in enumerate(self._stages):
+            x = self._run(stage, x if i == 0 else self._down(i - 1, x))
+        return self._norm_map(len(self._stages) - 1, x, final=True)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map to logits `[B, num_classes]`, or to pooled features `[B, head_hidden_size]` with `pre_logits`."""

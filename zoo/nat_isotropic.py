@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 from timm.layers import PatchEmbed, calculate_drop_path_rates, register_notrace_module, to_2tuple
-from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
@@ -123,8 +123,11 @@ class NATIsotropic(Backbone):
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
         return checkpoint(stage, x) if self.grad_checkpointing else stage(x)
 
-    def _down(self, stage: nn.Module, x: Tensor) -> Tensor:
+    def _down(self, index: int, x: Tensor) -> Tensor:
         return x
+
+    def _shorten(self, last: int) -> None:
+        self.layers = self.layers[: last + 1]
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -150,12 +153,6 @@ class NATIsotropic(Backbone):
             for block in self.layers:
                 block.attn.set_grid_size(self.patch_embed.grid_size)
         update_model_input_size(self, size)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images `[B, in_chans, H, W]` to the last, normalised map `[B, H', W', num_features]`."""
-        x = self.patch_embed(x)
-        x = checkpoint_seq(self.layers, x) if self.grad_checkpointing else self.layers(x)
-        return self.norm(x)
 
 
 def _cfg(name: str, **overrides) -> dict:
