@@ -1,0 +1,184 @@
+"""Public window attention: validation and semantics."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, without_autocast
+from . import reference, tiled
+from .geometry import Axis
+
+__all__ = ["choose", "make_axes", "obstacles", "relative_bias", "window_attention", "window_attention_lse"]
+
+
+def make_axes(
+    shape: Sequence[int],
+    *,
+    window: PerAxis[int],
+    shift: PerAxis[int] = 0,
+    halo: PerAxis[int] = 0,
+    key_shape: Sequence[int] | None = None,
+) -> tuple[Axis, ...]:
+    """Validated axes of a grid.
+
+    Args:
+        shape: queries along each spatial axis.
+        window, shift, halo: one value, or one per axis; see `window_attention`.
+        key_shape: keys along each spatial axis: as many as queries, or 2 * halo more on every axis; `shape` when None.
+
+    Raises:
+        ValueError: a value outside its range; the message names it, the axis and what is accepted.
+        TypeError: a value that is no integer.
+    """
+    rank = len(shape)
+    windows, shifts, halos = (
+        per_axis(name, value, rank, int) for name, value in (("window", window), ("shift", shift), ("halo", halo))
+    )
+    for i, (n, w, s, h) in enumerate(zip(shape, windows, shifts, halos, strict=True)):
+        if not 1 <= w <= n:
+            raise ValueError(f"window={w} on axis {i} must lie in [1, length={n}]")
+        if not 0 <= s < w:
+            raise ValueError(f"shift={s} on axis {i} must lie in [0, window={w})")
+        if h < 0:
+            raise ValueError(f"halo={h} on axis {i} must not be negative")
+    if any(shifts) and any(halos):
+        raise ValueError(f"shift={shifts} cannot be combined with halo={halos}: one of them must be 0")
+    enlarged = tuple(n + 2 * h for n, h in zip(shape, halos, strict=True))
+    keys = tuple(shape if key_shape is None else key_shape)
+    padded = any(halos) and keys == enlarged
+    if not padded and keys != tuple(shape):
+        wider = f", or larger by halo={halos} on every side, {enlarged}" if any(halos) else ""
+        raise ValueError(f"key has a grid of {keys}; expected that of query, {tuple(shape)}{wider}")
+    return tuple(Axis(*values, padded) for values in zip(shape, windows, shifts, halos, strict=True))
+
+
+def _axes_of(query: Tensor, key: Tensor, value: Tensor, window, shift, halo) -> tuple[Axis, ...]:
+    """Axes of a call, all tensors checked."""
+    rank = query.dim() - 3 if isinstance(query, Tensor) else 1
+    if not 1 <= rank <= 3:
+        raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, 1 to 3 spatial axes, heads, head_dim]")
+    if any(not isinstance(x, Tensor) or x.dim() != rank + 3 for x in (query, key, value)) or key.shape != value.shape:
+        check_grids(rank, query, key, value)
+    if min(query.shape[1:]) < 1:
+        raise ValueError(f"query.shape={tuple(query.shape)} must have no empty axis but the batch")
+    spatial = slice(1, 1 + rank)
+    axes = make_axes(query.shape[spatial], window=window, shift=shift, halo=halo, key_shape=key.shape[spatial])
+    inner = (slice(None), *(slice(a.margin, a.margin + a.length) for a in axes))
+    check_grids(rank, query, key[inner], value[inner])
+    return axes
+
+
+def _check_bias(bias: Tensor, query: Tensor, axes: tuple[Axis, ...]) -> None:
+    expected = (query.shape[-2], prod(a.window for a in axes), prod(a.span for a in axes))
+    if tuple(bias.shape) != expected:
+        raise ValueError(f"bias.shape={tuple(bias.shape)} must be [heads, window tokens, key tokens] = {expected}")
+    if bias.device != query.device or not bias.dtype.is_floating_point:
+        raise ValueError(f"bias ({bias.dtype}, {bias.device}) must be floating and on {query.device}")
+
+
+def _attend(query, key, value, window, shift, halo, bias, scale, impl) -> tuple[Tensor, Tensor]:
+    axes = _axes_of(query, key, value, window, shift, halo)
+    if bias is not None:
+        _check_bias(bias, query, axes)
+    implementation = {"reference": reference, "tiled": tiled}[choose(query, impl)]
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    with without_autocast(query.device):
+        return implementation.attend(query, key, value, axes=axes, scale=scale, bias=bias)
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: PerAxis[int],
+    shift: PerAxis[int] = 0,
+    halo: PerAxis[int] = 0,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Attention inside the windows of a sequence, an image or a clip (arXiv:2103.14030, arXiv:2103.12731).
+
+    The grid is cut into windows from its origin, and every query attends to its window. Where the window does not
+    divide an axis, the last one is partial: it has fewer keys. Nothing is rolled, padded or partitioned in memory by
+    the fused kernels. Differentiable in every tensor argument.
+
+    Args:
+        query: `[B, *spatial, heads, head_dim]` with 1 to 3 spatial axes, float16, bfloat16, float32 or float64, any
+            strides.
+        key, value: `[B, *key_spatial, key_heads, head_dim]`; heads is a multiple of key_heads (grouped-query
+            attention). `key_spatial` is `spatial`, or with a halo `spatial` enlarged by it on every side.
+        window: tokens per axis, 1 <= window <= length.
+        shift: moves the cuts by as much, 0 <= shift < window: the windows are those of the grid rolled by -shift, and
+            tokens that only the roll brought together do not see each other (Swin).
+        halo: keys beyond every side of a window that it sees, too, >= 0; not together with a shift. Keys outside the
+            grid do not exist, unless key and value bring them: enlarged by exactly `halo` on every side, their border
+            takes part (timm's `HaloAttn` pads zeros).
+        bias: `[heads, window tokens, key tokens]`, any floating dtype, added to the scaled logits; token and key slots
+            in C order, key tokens those of the window enlarged by the halo. With a shift, slots count inside the window
+            of the rolled grid. `relative_bias` makes one from a table.
+        scale: factor on query . key; head_dim ** -0.5 when None.
+        impl: "auto" takes the fused kernels on CUDA and ROCm and plain PyTorch elsewhere; "triton", "tiled" or
+            "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
+
+    Returns:
+        `[B, *spatial, heads, head_dim]` in the dtype of query.
+
+    Raises:
+        ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
+        NotImplementedError: `impl` cannot take this call; the message says why.
+    """
+    return _attend(query, key, value, window, shift, halo, bias, scale, impl)[0]
+
+
+def window_attention_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: PerAxis[int],
+    shift: PerAxis[int] = 0,
+    halo: PerAxis[int] = 0,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`window_attention` and the natural log-sum-exp of its logits, both differentiable.
+
+    Returns:
+        output `[B, *spatial, heads, head_dim]` and log-sum-exp `[B, *spatial, heads]`, the latter float32, or float64
+        for float64 inputs.
+    """
+    return _attend(query, key, value, window, shift, halo, bias, scale, impl)
+
+
+def relative_bias(table: Tensor, *, window: Sequence[int], halo: PerAxis[int] = 0) -> Tensor:
+    """Spread a relative position table over the pairs of a window; differentiable.
+
+    Args:
+        table: `[heads, *(2 * (window + halo) - 1)]`, one entry for every offset key - query, the most negative first.
+        window: tokens along each axis of a window.
+        halo: keys beyond each side, one value or one per axis.
+
+    Returns:
+        `[heads, window tokens, key tokens]`, the `bias` of `window_attention`.
+
+    Raises:
+        ValueError: a table of another shape.
+    """
+    halos = per_axis("halo", halo, len(window), int)
+    expected = tuple(2 * (w + h) - 1 for w, h in zip(window, halos, strict=True))
+    if table.dim() != 1 + len(window) or tuple(table.shape[1:]) != expected:
+        raise ValueError(
+            f"table.shape={tuple(table.shape)} must be [heads, *(2 * (window + halo) - 1)] = [heads, *{expected}]"
+        )
+    index = torch.zeros(1, 1, dtype=torch.int64, device=table.device)
+    for w, h, entries in zip(window, halos, expected, strict=True):
+        query, key = (torch.arange(n, device=table.device) for n in (w, w + 2 * h))
+        offset = key - query[:, None] + w - 1
+        size = index.shape[0] * w, index.shape[1] * (w + 2 * h)
+        index = (index[:, None, :, None] * entries + offset[None, :, None, :]).reshape(size)
+    return table.flatten(1)[:, index]
