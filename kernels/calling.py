@@ -30,8 +30,11 @@ def per_axis(name: str, value, rank: int, kind: type) -> tuple:
     return values
 
 
-def check_grids(rank: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Refuse what is not `[B, *spatial, heads, head_dim]` three times over, with grouped key heads at most."""
+def check_grids(rank: int, query: Tensor, key: Tensor, value: Tensor, *, cross: bool = False) -> None:
+    """Refuse what is not `[B, *spatial, heads, head_dim]` three times over, with grouped key heads at most.
+
+    With `cross`, keys may lie on a grid of other lengths than queries.
+    """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -43,11 +46,11 @@ def check_grids(rank: int, query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"{name}.device={x.device} must equal query.device={query.device}")
     if key.shape != value.shape:
         raise ValueError(f"value.shape={tuple(value.shape)} must equal key.shape={tuple(key.shape)}")
-    if key.shape[:-2] != query.shape[:-2] or key.shape[-1] != query.shape[-1]:
-        raise ValueError(
-            f"key.shape={tuple(key.shape)} must equal query.shape={tuple(query.shape)} in all but the heads axis"
-        )
-    if min(key.shape[-2:]) < 1 or min(query.shape[1:]) < 1:
+    same = 1 if cross else -2
+    if key.shape[:same] != query.shape[:same] or key.shape[-1] != query.shape[-1]:
+        axes = "heads and spatial axes" if cross else "the heads axis"
+        raise ValueError(f"key.shape={tuple(key.shape)} must equal query.shape={tuple(query.shape)} in all but {axes}")
+    if min(key.shape[1:]) < 1 or min(query.shape[1:]) < 1:
         raise ValueError(f"query.shape={tuple(query.shape)} must have no empty axis but the batch")
     if query.shape[-2] % key.shape[-2]:
         raise ValueError(f"query heads ({query.shape[-2]}) must be a multiple of key heads ({key.shape[-2]})")

@@ -18,6 +18,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _find(operator: Callable | str) -> tuple[str, Callable, ModuleType, ModuleTy
 
 
 def _without_data(value):
-    return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
+    return tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), value)
 
 
 def explain(

@@ -1,12 +1,21 @@
 """The attention operators: tensors in, tensors out."""
 
 from .agent import agent_attention
+from .block_sparse import (
+    BlockMask,
+    block_sparse_attention,
+    block_sparse_attention_lse,
+    routing_attention2d,
+)
 from .explain import explain
 from .neighborhood import merge_attentions, na1d, na1d_lse, na2d, na2d_lse, na3d, na3d_lse
 from .window import relative_bias, window_attention, window_attention_lse
 
 __all__ = [
+    "BlockMask",
     "agent_attention",
+    "block_sparse_attention",
+    "block_sparse_attention_lse",
     "explain",
     "merge_attentions",
     "na1d",
@@ -16,6 +25,7 @@ __all__ = [
     "na3d",
     "na3d_lse",
     "relative_bias",
+    "routing_attention2d",
     "window_attention",
     "window_attention_lse",
 ]

@@ -1,0 +1,127 @@
+"""Public block-sparse attention: validation and semantics."""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..calling import Impl, check_extra, check_grids, choose, obstacles, without_autocast
+from . import library, reference, tiled
+from .mask import BlockMask, boxes
+
+__all__ = ["block_sparse_attention", "block_sparse_attention_lse", "choose", "obstacles"]
+
+
+def _check_blocks(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> tuple[int, int]:
+    """Numbers of boxes of queries and of keys."""
+    counts = []
+    for name, block, x in (("query_block", mask.query_block, query), ("key_block", mask.key_block, key)):
+        if len(block) != rank or any(b < 1 for b in block):
+            raise ValueError(f"mask.{name}={tuple(block)} must be {rank} positive numbers of tokens, one an axis")
+        counts.append(prod(boxes(x.shape[1:-2], block)))
+    return counts[0], counts[1]
+
+
+def _check_mask(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> None:
+    if not isinstance(mask, BlockMask):
+        raise TypeError(f"mask must be a BlockMask, got {type(mask).__name__}")
+    query_boxes, key_boxes = _check_blocks(rank, query, key, mask)
+    batch, heads = query.shape[0], query.shape[-2]
+    lists, most = mask.kv_idx.shape[:2], mask.kv_idx.shape[-1]
+    if mask.kv_idx.dim() != 4 or lists[0] not in (1, batch) or lists[1] not in (1, heads):
+        raise ValueError(
+            f"mask.kv_idx.shape={tuple(mask.kv_idx.shape)} must be [B={batch} or 1, heads={heads} or 1, …]"
+        )
+    expected = {"kv_idx": (*lists, query_boxes, most), "kv_num": (*lists, query_boxes)}
+    expected |= {"bias": (*lists, query_boxes, most), "q_len": (query_boxes,), "kv_len": (key_boxes,)}
+    for name, shape in expected.items():
+        x = getattr(mask, name)
+        if x is None:
+            continue
+        if tuple(x.shape) != shape:
+            raise ValueError(f"mask.{name}.shape={tuple(x.shape)} must be {shape}")
+        if x.device != query.device:
+            raise ValueError(f"mask.{name}.device={x.device} must equal query.device={query.device}")
+        if name == "bias" and not x.dtype.is_floating_point:
+            raise TypeError(f"mask.bias.dtype={x.dtype} must be a floating dtype")
+        if name != "bias" and x.dtype != torch.int32:
+            raise TypeError(f"mask.{name}.dtype={x.dtype} must be torch.int32")
+    if mask.bias is not None and mask.bias.requires_grad and torch.is_grad_enabled():
+        raise ValueError("mask.bias requires gradients, but it is a constant: detach it")
+
+
+def _attend(query, key, value, mask, scale, extra_key, extra_value, impl) -> tuple[Tensor, Tensor]:
+    rank = query.dim() - 3 if isinstance(query, Tensor) else 2
+    if not 1 <= rank <= 3:
+        raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, 1 to 3 spatial axes, heads, head_dim]")
+    check_grids(rank, query, key, value, cross=True)
+    _check_mask(rank, query, key, mask)
+    check_extra(key, extra_key, extra_value)
+    attend = {"triton": library.attend, "tiled": tiled.attend, "reference": reference.attend}[choose(query, impl)]
+    with without_autocast(query.device):
+        return attend(
+            query,
+            key,
+            value,
+            mask=mask,
+            scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+            extra_key=extra_key,
+            extra_value=extra_value,
+        )
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: BlockMask,
+    scale: float | None = None,
+    extra_key: Tensor | None = None,
+    extra_value: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Attention in which every box of queries attends to its own list of boxes of keys, on 1-D, 2-D and 3-D grids.
+
+    Cost and memory follow the lists, not the square of the tokens. Tokens stay where they are in memory: boxes are
+    addressed inside the grid. Differentiable in query, key, value and the extras, once.
+
+    Args:
+        query: `[B, *spatial, heads, head_dim]` with 1 to 3 spatial axes, any floating dtype, any strides.
+        key, value: `[B, *key_spatial, key_heads, head_dim]`, as many axes as query, of any lengths; heads is a multiple
+            of key_heads (grouped-query attention).
+        mask: the boxes and their lists; see `BlockMask`. A query whose list is empty, and that has no extra keys, gets
+            output 0 and log-sum-exp -inf.
+        scale: factor on query . key; head_dim ** -0.5 when None.
+        extra_key, extra_value: `[B, tokens, key_heads, head_dim]`, seen by every query (text, registers), without bias.
+        impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "tiled"
+            or "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
+
+    Returns:
+        `[B, *spatial, heads, head_dim]` in the dtype of query.
+
+    Raises:
+        ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
+        NotImplementedError: `impl` cannot take this call; the message says why.
+    """
+    return _attend(query, key, value, mask, scale, extra_key, extra_value, impl)[0]
+
+
+def block_sparse_attention_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: BlockMask,
+    scale: float | None = None,
+    extra_key: Tensor | None = None,
+    extra_value: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`block_sparse_attention` and the natural log-sum-exp of its logits, both differentiable.
+
+    Returns:
+        output `[B, *spatial, heads, head_dim]` and log-sum-exp `[B, *spatial, heads]`, the latter float32, or float64
+        for float64 inputs.
+    """
+    return _attend(query, key, value, mask, scale, extra_key, extra_value, impl)

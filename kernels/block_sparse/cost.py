@@ -1,0 +1,96 @@
+"""What block-sparse attention costs: useful FLOPs and compulsory bytes, exact where the lists can be read."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..calling import PerAxis
+from .mask import BlockMask, box_of_token, boxes, listed
+from .routing import region_lengths
+
+
+def tokens_by_box(shape, block, length: Tensor | None = None) -> Tensor:
+    """Tokens that exist in each box of a grid, int64 `[boxes]` on the CPU."""
+    box, place = box_of_token(shape, block, torch.device("cpu"))
+    exists = torch.ones_like(box) if length is None else (place < length.cpu()[box]).long()
+    return torch.zeros(prod(boxes(shape, block)), dtype=torch.int64).index_add_(0, box, exists)
+
+
+def visible_pairs(mask: BlockMask, query_shape, key_shape, *, batch: int, heads: int) -> int:
+    """(query, key) pairs of all heads and batch entries, extra keys aside."""
+    queries = tokens_by_box(query_shape, mask.query_block, mask.q_len)
+    keys = tokens_by_box(key_shape, mask.key_block, mask.kv_len)
+    kv_num, kv_idx = mask.kv_num.cpu(), mask.kv_idx.cpu()
+    seen = listed(kv_num, kv_idx)
+    keys_of_box = torch.where(seen, keys[torch.where(seen, kv_idx, 0).long()], 0).sum(-1)  # [B or 1, heads or 1, boxes]
+    repeats = batch * heads // prod(keys_of_box.shape[:2])
+    return int((keys_of_box * queries).sum()) * repeats
+
+
+def _full_lists(size: tuple[int, ...], shape: tuple[int, ...], most: int) -> int:
+    """Pairs of one head in which every region sees `most` whole regions."""
+    return prod(shape) * most * prod(size)
+
+
+def forward_flops(pairs: int, head_dim: int) -> int:
+    """Useful FLOPs of the forward pass: two products of 2 * head_dim a pair. Softmax and bias are not counted."""
+    return 4 * pairs * head_dim
+
+
+def backward_flops(pairs: int, head_dim: int) -> int:
+    """Useful FLOPs of the backward pass: five products a pair (logits again, dP, dQ, dK, dV)."""
+    return 10 * pairs * head_dim
+
+
+def summarize(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    impl: str | None,
+    mask: BlockMask | None = None,
+    topk: int | None = None,
+    regions: PerAxis[int] = (7, 7),
+    region_size: PerAxis[int] | None = None,
+    scale: float | None = None,
+    extra_key: Tensor | None = None,
+    extra_value: Tensor | None = None,
+) -> dict[str, int | float | str]:
+    """The cost of one call, by name, for `foveal.kernels.ops.explain`; arguments as in `block_sparse_attention`, or
+    with `topk` as in `routing_attention2d`.
+
+    Routing, and lists without data, count as if every list were full and every box whole.
+    """
+    batch, *shape, heads, head_dim = query.shape
+    key_shape, tokens = key.shape[1:-2], batch * prod(shape) * heads
+    extra = 0 if extra_key is None else extra_key.shape[1]
+    if mask is None:
+        assert topk is not None
+        size = region_lengths(shape, regions, region_size)
+        pairs = batch * heads * _full_lists(size, tuple(shape), topk)
+        summary: dict[str, int | float | str] = {"region": "×".join(map(str, size)), "regions_seen": topk}
+    else:
+        if mask.kv_num.is_meta or isinstance(mask.kv_num, FakeTensor):
+            pairs = batch * heads * _full_lists(mask.key_block, tuple(shape), mask.kv_idx.shape[-1])
+        else:
+            pairs = visible_pairs(mask, shape, key_shape, batch=batch, heads=heads)
+        summary = {
+            "query_box": "×".join(map(str, mask.query_block)),
+            "key_box": "×".join(map(str, mask.key_block)),
+        }
+    pairs += tokens * extra
+    one_query, one_key = (x.numel() * x.itemsize for x in (query, key))
+    one_key += 0 if extra_key is None else extra_key.numel() * extra_key.itemsize
+    return summary | {
+        "tokens": prod(shape),
+        "keys_per_query": round(pairs / max(tokens, 1), 2),
+        "dense_over_useful": round(tokens * (prod(key_shape) + extra) / max(pairs, 1), 2),
+        "forward_flops": forward_flops(pairs, head_dim),
+        "backward_flops": backward_flops(pairs, head_dim),
+        "forward_bytes": 2 * one_query + 2 * one_key + tokens * 4,
+        "backward_bytes": 4 * one_query + 4 * one_key + tokens * 4,
+    }

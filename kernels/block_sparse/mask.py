@@ -1,0 +1,83 @@
+"""Which boxes of keys each box of queries attends to, and the only place that knows how a grid is cut into boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class BlockMask(NamedTuple):
+    """For every box of queries, a list of the boxes of keys it attends to.
+
+    A grid is cut into boxes from its first token on; boxes at its far borders are cut short where the grid does not
+    divide. Boxes, and the tokens inside a box, are numbered in C order, the last axis fastest. Tokens of a box are
+    numbered in the whole box, also where it is cut short.
+
+    Attributes:
+        query_block, key_block: tokens of a box along each spatial axis.
+        kv_num: int32 `[B or 1, heads or 1, query boxes]`, how many boxes of keys are listed.
+        kv_idx: int32 `[B or 1, heads or 1, query boxes, most]`, their numbers, distinct, 0 <= number < key boxes.
+            Entries from kv_num on are ignored. The values are not checked: that would wait for the device.
+        bias: None, or floating `[B or 1, heads or 1, query boxes, most]`, added to every logit of the listed box (PSA:
+            the log of a level). A constant: it takes no gradient.
+        q_len, kv_len: None, or int32 `[boxes]`: only the first so many tokens of a box exist. Queries past theirs get
+            output 0 and log-sum-exp -inf, keys past theirs are seen by nobody.
+        inverse: None, or what `invert` found: for every box of keys, who lists it.
+    """
+
+    query_block: tuple[int, ...]
+    key_block: tuple[int, ...]
+    kv_num: Tensor
+    kv_idx: Tensor
+    bias: Tensor | None = None
+    q_len: Tensor | None = None
+    kv_len: Tensor | None = None
+    inverse: tuple[Tensor, Tensor] | None = None
+
+    def with_inverse(self, key_shape: Sequence[int]) -> BlockMask:
+        """This mask with its inverse, for a mask that is used again: the Triton backward then need not make it.
+
+        Args:
+            key_shape: tokens of the grid of keys along each axis.
+        """
+        return self._replace(inverse=invert(self.kv_num, self.kv_idx, prod(boxes(key_shape, self.key_block))))
+
+
+def boxes(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
+    """Boxes of `block` tokens along each axis of a grid, those cut short included."""
+    return tuple((n + b - 1) // b for n, b in zip(shape, block, strict=True))
+
+
+def listed(kv_num: Tensor, kv_idx: Tensor) -> Tensor:
+    """Which entries of the lists count, `[B or 1, heads or 1, query boxes, most]`."""
+    return torch.arange(kv_idx.shape[-1], device=kv_idx.device) < kv_num[..., None]
+
+
+def box_of_token(shape: Sequence[int], block: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """For every token of a grid its box, and its number inside the box: int64 `[tokens]` each."""
+    box = inside = torch.zeros(1, dtype=torch.int64, device=device)
+    for n, b, count in zip(shape, block, boxes(shape, block), strict=True):
+        position = torch.arange(n, device=device)
+        box = (box[:, None] * count + position // b).flatten()
+        inside = (inside[:, None] * b + position % b).flatten()
+    return box, inside
+
+
+def invert(kv_num: Tensor, kv_idx: Tensor, key_boxes: int) -> tuple[Tensor, Tensor]:
+    """For every box of keys, the entries of the lists that name it.
+
+    Returns:
+        starts: int32 `[B or 1, heads or 1, key_boxes + 1]`; box j is named by entries
+            `order[starts[j] : starts[j + 1]]`.
+        order: int32 `[B or 1, heads or 1, query boxes * most]`, entries as `query box * most + place in its list`,
+            in ascending order for every box of keys.
+    """
+    numbers = torch.where(listed(kv_num, kv_idx), kv_idx, key_boxes).flatten(2)  # what is ignored sorts to the end
+    numbers, order = numbers.sort(dim=-1, stable=True)
+    edges = torch.arange(key_boxes + 1, dtype=numbers.dtype, device=numbers.device)
+    starts = torch.searchsorted(numbers, edges.expand(*numbers.shape[:-1], -1).contiguous(), out_int32=True)
+    return starts, order.to(torch.int32)

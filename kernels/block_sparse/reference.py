@@ -1,0 +1,61 @@
+"""Block-sparse attention by its definition: all logits, a dense mask made from the lists, a softmax. Any dtype."""
+
+import torch
+from torch import Tensor
+
+from .mask import BlockMask, box_of_token, boxes, listed
+
+
+def dense_bias(mask: BlockMask, query_shape, key_shape, dtype: torch.dtype) -> Tensor:
+    """What the mask adds to the logits, `[B or 1, heads or 1, queries, keys]`: the bias, and -inf where unseen."""
+    device = mask.kv_idx.device
+    count = 1
+    for n in boxes(key_shape, mask.key_block):
+        count *= n
+    seen = listed(mask.kv_num, mask.kv_idx)
+    values = torch.zeros(seen.shape, dtype=dtype, device=device) if mask.bias is None else mask.bias.to(dtype)
+    values = values.expand(seen.shape) if mask.bias is None else values
+    lead = torch.broadcast_shapes(seen.shape, values.shape)
+    number = torch.where(seen, mask.kv_idx, count).long()  # ignored entries go to a box that is cut off again
+    unseen = torch.full((*lead[:-1], count + 1), float("-inf"), dtype=dtype, device=device)
+    by_box = unseen.scatter(-1, number.expand(lead), values.expand(lead))[..., :count]
+    query_box, _ = box_of_token(query_shape, mask.query_block, device)
+    key_box, key_place = box_of_token(key_shape, mask.key_block, device)
+    bias = by_box.index_select(2, query_box).index_select(3, key_box)
+    if mask.kv_len is not None:
+        bias = bias.masked_fill(key_place >= mask.kv_len[key_box], float("-inf"))
+    return bias
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: BlockMask,
+    scale: float,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, *spatial, heads, head_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api`."""
+    heads, query_shape, key_shape = query.shape[-2], query.shape[1:-2], key.shape[1:-2]
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+
+    def flat(x: Tensor) -> Tensor:  # [B, heads, T, d], key heads repeated for their query heads
+        return x.to(accumulate).flatten(1, -3).transpose(1, 2).repeat_interleave(heads // x.shape[-2], dim=1)
+
+    q, k, v = flat(query), flat(key), flat(value)
+    bias = dense_bias(mask, query_shape, key_shape, accumulate)
+    logits = (q @ k.transpose(-1, -2) * scale + bias).masked_fill(bias == float("-inf"), float("-inf"))
+    if extra_key is not None and extra_value is not None:
+        logits = torch.cat([logits, q @ flat(extra_key).transpose(-1, -2) * scale], dim=-1)
+        v = torch.cat([v, flat(extra_value)], dim=2)
+    if mask.q_len is not None:
+        box, place = box_of_token(query_shape, mask.query_block, query.device)
+        logits = logits.masked_fill((place >= mask.q_len[box])[:, None], float("-inf"))
+    empty = (logits == float("-inf")).all(-1, keepdim=True)  # [B, heads, T, 1]
+    logits = logits.masked_fill(empty, 0)  # any finite row: what comes of it is replaced
+    out = (logits.softmax(-1) @ v).masked_fill(empty, 0)
+    lse = logits.logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
+    out, lse = (x.transpose(1, 2).unflatten(1, query_shape) for x in (out, lse))
+    return out.to(query.dtype), lse

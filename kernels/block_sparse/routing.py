@@ -1,0 +1,105 @@
+"""Bi-level routing attention (arXiv:2303.08810): regions choose regions, then tokens attend to the tokens of those."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis
+from .api import block_sparse_attention
+from .mask import BlockMask, boxes
+
+__all__ = ["choose", "make_routing_mask", "obstacles", "region_lengths", "routing_attention2d"]
+
+
+def region_lengths(
+    shape: Sequence[int], regions: PerAxis[int] = (7, 7), region_size: PerAxis[int] | None = None
+) -> tuple[int, int]:
+    """Tokens of a region along height and width; arguments as in `routing_attention2d`."""
+    if region_size is not None:
+        height, width = per_axis("region_size", region_size, 2, int)
+        if height < 1 or width < 1:
+            raise ValueError(f"region_size={region_size!r} must be at least 1 token an axis")
+        return height, width
+    rows, columns = per_axis("regions", regions, 2, int)
+    if rows < 1 or columns < 1:
+        raise ValueError(f"regions={regions!r} must be at least 1 an axis")
+    if shape[0] % rows or shape[1] % columns:
+        raise ValueError(
+            f"regions={regions!r} must divide the grid {tuple(shape)}: pad it, or give region_size, whose last regions "
+            "may be cut short"
+        )
+    return shape[0] // rows, shape[1] // columns
+
+
+def _means(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mean over the tokens of every region: `[B, H, W, heads, d]` to `[B, regions, heads * d]`."""
+    height, width = x.shape[1:3]
+    if height % size[0] == 0 and width % size[1] == 0:
+        cut = x.unflatten(1, (height // size[0], size[0])).unflatten(3, (width // size[1], size[1]))
+        return cut.mean((2, 4)).flatten(3).flatten(1, 2)
+    pooled = avg_pool2d(x.flatten(3).permute(0, 3, 1, 2), size, ceil_mode=True, count_include_pad=False)
+    return pooled.flatten(2).transpose(1, 2)
+
+
+@torch.no_grad()
+def make_routing_mask(query: Tensor, key: Tensor, *, size: tuple[int, int], topk: int) -> BlockMask:
+    """Every region of queries lists the `topk` regions of keys whose mean key has the largest product with its mean
+    query (arXiv:2303.08810, equations 3 to 5), all heads together. No gradient flows through the choice.
+
+    Args:
+        query, key: `[B, H, W, heads, head_dim]`, or heads of different numbers or sizes of the same total width.
+        size: tokens of a region along height and width.
+        topk: regions listed, at most as many as there are.
+
+    Raises:
+        ValueError: `topk` outside its range.
+    """
+    rows, columns = boxes(key.shape[1:3], size)
+    if not 1 <= topk <= rows * columns:
+        raise ValueError(f"topk={topk} must lie in [1, {rows * columns} regions]")
+    affinity = _means(query, size) @ _means(key, size).transpose(1, 2)  # [B, query regions, key regions]
+    chosen = affinity.topk(topk, dim=-1, sorted=False).indices.to(torch.int32)[:, None]
+    return BlockMask(size, size, chosen.new_full(chosen.shape[:-1], topk), chosen)
+
+
+def routing_attention2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    regions: PerAxis[int] = (7, 7),
+    region_size: PerAxis[int] | None = None,
+    topk: int,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Bi-level routing attention (BiFormer, arXiv:2303.08810).
+
+    The grid is cut into regions. Every region chooses the `topk` regions whose mean keys are most like its mean query,
+    all heads together, and its queries attend to all tokens of those. No gradient flows through the choice.
+
+    Args:
+        query, key, value: `[B, H, W, heads, head_dim]`, any floating dtype, any strides.
+        regions: regions along height and width; they must divide H and W.
+        region_size: tokens of a region along height and width, instead of `regions`. Where they do not divide, the
+            last regions are cut short, and their means are those of the tokens they have.
+        topk: regions that a region attends to, 1 <= topk <= number of regions.
+        scale: factor on query . key; (heads * head_dim) ** -0.5 when None, as in the paper's models.
+        impl: as in `block_sparse_attention`.
+
+    Returns:
+        `[B, H, W, heads, head_dim]` in the dtype of query.
+
+    Raises:
+        ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
+        NotImplementedError: `impl` cannot take this call; the message says why.
+    """
+    check_grids(2, query, key, value)
+    if key.shape != query.shape:
+        raise ValueError(f"key.shape={tuple(key.shape)} must equal query.shape={tuple(query.shape)}")
+    size = region_lengths(query.shape[1:3], regions, region_size)
+    mask = make_routing_mask(query, key, size=size, topk=topk)
+    scale = (query.shape[-2] * query.shape[-1]) ** -0.5 if scale is None else scale
+    return block_sparse_attention(query, key, value, mask=mask, scale=scale, impl=impl)
