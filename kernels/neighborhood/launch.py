@@ -71,6 +71,7 @@ def extra_constants(head_dim: int, itemsize: int, precision: str) -> dict:
         EXTRA_KEYS=EXTRA_KEYS,
         PRECISION=precision,
         STAGES=2,
+        num_warps=4 if itemsize < 4 else 8,  # products of float32 take twice the registers
     )
 
 
