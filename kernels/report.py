@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-OPERATORS = ("neighborhood",)
+OPERATORS = ("agent", "neighborhood",)
 ARCHITECTURES = {  # shared memory a program may have, in bytes, and which table of sizes the device takes
     "sm_80": (163 * 1024, "ampere"),
     "sm_89": (99 * 1024, "small"),

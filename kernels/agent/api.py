@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..calling import Impl, choose, obstacles, without_autocast
-from . import reference, tiled
+from . import library, reference, tiled
 
 __all__ = ["agent_attention", "choose", "obstacles"]
 
@@ -89,7 +89,7 @@ def agent_attention(
     _check_bias("agent_bias", agent_bias, query, (heads, agents, keys), "[heads, agents, keys]")
     _check_bias("query_bias", query_bias, query, (heads, queries, agents), "[heads, queries, agents]")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    attend = {"tiled": tiled.attend, "reference": reference.attend}[choose(query, impl)]
+    attend = {"triton": library.attend, "tiled": tiled.attend, "reference": reference.attend}[choose(query, impl)]
     with without_autocast(query.device):
         return attend(
             query,

@@ -1,0 +1,142 @@
+"""Backward kernels of one pass of agent attention. No atomics: what several programs contribute to, each writes apart.
+
+With P = exp(S - lse) and delta = rowsum(dO * O), dS = P * (dO V^T - delta) (arXiv:2205.14135, appendix B.4).
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import LOG2E, head_view, load_bias, load_tile, store_tile
+
+
+@triton.jit
+def query_kernel(
+    q_ptr, q_strides, q_inner, k_ptr, k_strides, k_inner, v_ptr, v_strides, v_inner,
+    out_ptr, do_ptr, do_strides, do_inner, lse_ptr, delta_ptr, dq_ptr, bias_ptr, bias_strides,
+    queries, keys, batches, heads, chunk, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dQ `[parts, B, queries, heads, D]` from `chunk` keys each, and delta `[B, heads, queries]` for other kernels."""
+    tiles = tl.cdiv(queries, QUERIES)
+    tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    head, batch, part = slice % heads, slice // heads % batches, slice // (heads * batches)
+    q_ptr = head_view(q_ptr, q_strides, batch, head)
+    k_ptr = head_view(k_ptr, k_strides, batch, head)
+    v_ptr = head_view(v_ptr, v_strides, batch, head)
+    do_ptr = head_view(do_ptr, do_strides, batch, head)
+    slice = batch.to(tl.int64) * queries * heads
+    out_ptr += (slice + head) * D
+    lse_ptr += slice + head * queries
+    delta_ptr += slice + head * queries
+
+    row, d = tile * QUERIES + tl.arange(0, QUERIES), tl.arange(0, BLOCK_D)
+    keep = row < queries
+    q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE)
+    do = load_tile(do_ptr, do_strides, do_inner, row, queries, D, BLOCK_D, WIDE)
+    out_row = row.to(tl.int64) if WIDE else row
+    out = tl.load(
+        out_ptr + (out_row * heads * D)[:, None] + d[None, :], mask=keep[:, None] & (d < D)[None, :], other=0.0
+    )
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta_ptr + row, delta, mask=keep & (part == 0))
+    lse = tl.load(lse_ptr + row, mask=keep, other=float("inf")) * LOG2E
+
+    dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    for first in tl.range(part * chunk, min(part * chunk + chunk, keys), KEYS, num_stages=STAGES):
+        column = first + tl.arange(0, KEYS)
+        k = load_tile(k_ptr, k_strides, k_inner, column, keys, D, BLOCK_D, WIDE)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        if BIAS:
+            s += load_bias(bias_ptr, bias_strides, head, row, queries, column, keys, WIDE)
+        v = load_tile(v_ptr, v_strides, v_inner, column, keys, D, BLOCK_D, WIDE)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        # keys past the end are zeros, and contribute nothing to dQ
+        ds = tl.where((column < keys)[None, :], tl.exp2(s - lse[:, None]) * (dp - delta[:, None]), 0.0)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    slice = (part * batches + batch).to(tl.int64) * queries * heads
+    store_tile(dq_ptr + (slice + head) * D, dq * scale, row, queries, heads * D, D, BLOCK_D, WIDE)
+
+
+@triton.jit
+def key_kernel(
+    q_ptr, q_strides, q_inner, k_ptr, k_strides, k_inner, v_ptr, v_strides, v_inner,
+    do_ptr, do_strides, do_inner, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bias_ptr, bias_strides,
+    queries, keys, batches, heads, chunk, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dK and dV `[parts, B, keys, heads, D]` from `chunk` queries each.
+
+    Tiles of logits are computed transposed: some Triton releases miscompile the transpose of an MMA result on Hopper.
+    """
+    tiles = tl.cdiv(keys, KEYS)
+    tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    head, batch, part = slice % heads, slice // heads % batches, slice // (heads * batches)
+    q_ptr = head_view(q_ptr, q_strides, batch, head)
+    k_ptr = head_view(k_ptr, k_strides, batch, head)
+    v_ptr = head_view(v_ptr, v_strides, batch, head)
+    do_ptr = head_view(do_ptr, do_strides, batch, head)
+    slice = batch.to(tl.int64) * queries * heads + head * queries
+    lse_ptr += slice
+    delta_ptr += slice
+    flipped = (bias_strides[0], bias_strides[2], bias_strides[1])
+
+    column = tile * KEYS + tl.arange(0, KEYS)
+    k = load_tile(k_ptr, k_strides, k_inner, column, keys, D, BLOCK_D, WIDE)
+    v = load_tile(v_ptr, v_strides, v_inner, column, keys, D, BLOCK_D, WIDE)
+    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    for first in tl.range(part * chunk, min(part * chunk + chunk, queries), QUERIES, num_stages=STAGES):
+        row = first + tl.arange(0, QUERIES)
+        q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE)
+        do = load_tile(do_ptr, do_strides, do_inner, row, queries, D, BLOCK_D, WIDE)
+        lse = tl.load(lse_ptr + row, mask=row < queries, other=float("inf")) * LOG2E
+        delta = tl.load(delta_ptr + row, mask=row < queries, other=0.0)
+        st = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+        if BIAS:
+            st += load_bias(bias_ptr, flipped, head, column, keys, row, queries, WIDE)
+        pt = tl.exp2(st - lse[None, :])
+        dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)
+        dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dk = tl.dot((pt * (dpt - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
+
+    slice = (part * batches + batch).to(tl.int64) * keys * heads + head
+    store_tile(dk_ptr + slice * D, dk * scale, column, keys, heads * D, D, BLOCK_D, WIDE)
+    store_tile(dv_ptr + slice * D, dv, column, keys, heads * D, D, BLOCK_D, WIDE)
+
+
+@triton.jit
+def bias_kernel(
+    q_ptr, q_strides, q_inner, k_ptr, k_strides, k_inner, v_ptr, v_strides, v_inner,
+    do_ptr, do_strides, do_inner, lse_ptr, delta_ptr, dbias_ptr, bias_ptr, bias_strides,
+    queries, keys, batches, heads, chunk, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dBias `[parts, heads, queries, keys]` from `chunk` batch entries each."""
+    tiles, key_tiles = tl.cdiv(queries, QUERIES) * tl.cdiv(keys, KEYS), tl.cdiv(keys, KEYS)
+    tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    head, part = slice % heads, slice // heads
+    row = tile // key_tiles * QUERIES + tl.arange(0, QUERIES)
+    column = tile % key_tiles * KEYS + tl.arange(0, KEYS)
+    bias = load_bias(bias_ptr, bias_strides, head, row, queries, column, keys, WIDE)
+    acc = tl.zeros([QUERIES, KEYS], tl.float32)
+    for i in tl.range(0, min(chunk, batches - part * chunk), num_stages=STAGES):
+        batch = part * chunk + i
+        q = load_tile(head_view(q_ptr, q_strides, batch, head), q_strides, q_inner, row, queries, D, BLOCK_D, WIDE)
+        k = load_tile(head_view(k_ptr, k_strides, batch, head), k_strides, k_inner, column, keys, D, BLOCK_D, WIDE)
+        v = load_tile(head_view(v_ptr, v_strides, batch, head), v_strides, v_inner, column, keys, D, BLOCK_D, WIDE)
+        do = load_tile(head_view(do_ptr, do_strides, batch, head), do_strides, do_inner, row, queries, D, BLOCK_D, WIDE)
+        saved = batch.to(tl.int64) * queries * heads + head * queries + row
+        lse = tl.load(lse_ptr + saved, mask=row < queries, other=float("inf")) * LOG2E
+        delta = tl.load(delta_ptr + saved, mask=row < queries, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        acc += tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
+    see = (row < queries)[:, None] & (column < keys)[None, :]
+    if WIDE:
+        row = row.to(tl.int64)
+    dbias_ptr += (part * heads + head).to(tl.int64) * queries * keys
+    tl.store(dbias_ptr + (row * keys)[:, None] + column[None, :], acc, mask=see)

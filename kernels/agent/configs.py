@@ -1,0 +1,118 @@
+"""Tile sizes, launch parameters and splits of the kernels of agent attention. Nothing here depends on timing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import ceil
+from typing import Literal, NamedTuple
+
+from ..launching import Device
+
+Kernel = Literal["forward", "query", "key", "bias"]
+MIN_TILE = 16  # tokens; the smallest side of a matrix instruction
+# Where the long axis is split over programs: programs to aim for, and the fewest tokens (batch entries) that one takes.
+PROGRAMS = 1024
+MIN_CHUNK = {"tokens": 256, "batch": 8}
+
+
+class Size(NamedTuple):
+    """Most agents and tokens in a tile, warps per program and depth of the load pipeline."""
+
+    agents: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+class Config(NamedTuple):
+    """How one kernel is launched.
+
+    Attributes:
+        queries, keys: tokens in a tile of queries and of keys, powers of two.
+        warps: warps per program.
+        stages: depth of the load pipeline.
+        wide: whether offsets inside a batch entry and head take 64 bits.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    wide: bool
+
+
+# (device, kernel, element bytes) -> {head dim up to: size}
+SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
+    ("hopper", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(64, 32, 8, 2)},
+    ("hopper", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 8, 2), 256: Size(32, 32, 8, 1)},
+    ("hopper", "key", 2): {64: Size(64, 64, 8, 2), 128: Size(32, 64, 8, 2), 256: Size(32, 32, 8, 1)},
+    ("hopper", "bias", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 8, 1), 256: Size(32, 32, 8, 1)},
+    ("ampere", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(32, 64, 8, 1)},
+    ("ampere", "query", 2): {64: Size(64, 64, 8, 2), 128: Size(32, 64, 8, 1), 256: Size(32, 32, 8, 1)},
+    ("ampere", "key", 2): {64: Size(64, 64, 8, 2), 128: Size(32, 64, 8, 1), 256: Size(32, 32, 8, 1)},
+    ("ampere", "bias", 2): {64: Size(64, 64, 8, 2), 128: Size(32, 64, 8, 1), 256: Size(32, 32, 8, 1)},
+    ("small", "forward", 2): {64: Size(64, 64, 4, 2), 128: Size(32, 64, 4, 1), 256: Size(16, 32, 8, 1)},
+    ("small", "query", 2): {64: Size(32, 64, 4, 1), 128: Size(32, 32, 8, 1), 256: Size(16, 16, 4, 1)},
+    ("small", "key", 2): {64: Size(32, 64, 4, 1), 128: Size(32, 32, 8, 1), 256: Size(16, 16, 4, 1)},
+    ("small", "bias", 2): {64: Size(32, 64, 4, 1), 128: Size(32, 32, 8, 1), 256: Size(16, 16, 4, 1)},
+    ("hopper", "forward", 4): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("hopper", "query", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
+    ("hopper", "key", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
+    ("hopper", "bias", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
+    ("ampere", "forward", 4): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("ampere", "query", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
+    ("ampere", "key", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
+    ("ampere", "bias", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
+    ("small", "forward", 4): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("small", "query", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("small", "key", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("small", "bias", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+}
+
+_overrides: dict[str, int] = {}
+
+
+@contextmanager
+def override(**fields: int) -> Iterator[None]:
+    """Force fields of every `Config`, or `chunk=…` of every split, inside the block: for tuning and for tests.
+
+    Raises:
+        TypeError: a name that is neither.
+    """
+    unknown = set(fields) - {*Config._fields, "chunk"}
+    if unknown:
+        raise TypeError(f"override() got {sorted(unknown)}; accepted: {[*Config._fields, 'chunk']}")
+    before = dict(_overrides)
+    _overrides.update(fields)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+def tile_length(tokens: int, most: int) -> int:
+    """Tokens in a tile: the next power of two, from `MIN_TILE` to `most`."""
+    return max(MIN_TILE, min(most, 1 << (tokens - 1).bit_length()))
+
+
+def block_d(head_dim: int) -> int:
+    """Head dim as the kernels hold it: the next power of two, at least 16."""
+    return tile_length(head_dim, 1 << 30)
+
+
+def choose(
+    kernel: Kernel, *, queries: int, keys: int, head_dim: int, itemsize: int, device: Device, wide: bool
+) -> Config:
+    """Launch parameters of one kernel; whichever of queries and keys are fewer are the agents."""
+    table = SIZES[device, kernel, itemsize]
+    size = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
+    most = (size.agents, size.tokens) if queries <= keys else (size.tokens, size.agents)
+    config = Config(tile_length(queries, most[0]), tile_length(keys, most[1]), size.warps, size.stages, wide)
+    return config._replace(**{name: value for name, value in _overrides.items() if name != "chunk"})
+
+
+def chunk_length(total: int, tile: int, programs: int, kind: Literal["tokens", "batch"] = "tokens") -> int:
+    """How much of a long axis one program takes, in whole tiles, if there are `programs` of them without a split."""
+    parts = ceil(PROGRAMS / programs)
+    chunk = _overrides.get("chunk", max(MIN_CHUNK[kind], ceil(total / parts)))
+    return ceil(chunk / tile) * tile

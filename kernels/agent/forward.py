@@ -1,0 +1,81 @@
+"""Forward kernels of one pass of agent attention: queries over keys with a dense bias, either of them few.
+
+Where queries are few, the keys are split over programs; `merge_kernel` then joins what the parts found.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import LN2, LOG2E, head_view, load_bias, load_tile, store_tile
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, q_strides, q_inner, k_ptr, k_strides, k_inner, v_ptr, v_strides, v_inner,
+    out_ptr, lse_ptr, bias_ptr, bias_strides,
+    queries, keys, batches, heads, chunk, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Out `[parts, B, queries, heads, D]` and natural log-sum-exp `[parts, B, heads, queries]`, of `chunk` keys."""
+    tiles = tl.cdiv(queries, QUERIES)
+    tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    head, batch, part = slice % heads, slice // heads % batches, slice // (heads * batches)
+    q_ptr = head_view(q_ptr, q_strides, batch, head)
+    k_ptr = head_view(k_ptr, k_strides, batch, head)
+    v_ptr = head_view(v_ptr, v_strides, batch, head)
+
+    row = tile * QUERIES + tl.arange(0, QUERIES)
+    q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE)
+    acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    m = tl.full([QUERIES], float("-inf"), tl.float32)
+    l = tl.zeros([QUERIES], tl.float32)
+    for first in tl.range(part * chunk, min(part * chunk + chunk, keys), KEYS, num_stages=STAGES):
+        column = first + tl.arange(0, KEYS)
+        k = load_tile(k_ptr, k_strides, k_inner, column, keys, D, BLOCK_D, WIDE)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        if BIAS:
+            s += load_bias(bias_ptr, bias_strides, head, row, queries, column, keys, WIDE)
+        s = tl.where((column < keys)[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - m_safe[:, None])
+        decay = tl.exp2(m - m_safe)
+        l = l * decay + tl.sum(p, 1)
+        v = load_tile(v_ptr, v_strides, v_inner, column, keys, D, BLOCK_D, WIDE)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        m = m_new
+
+    slice = (part * batches + batch).to(tl.int64) * queries * heads
+    store_tile(out_ptr + (slice + head) * D, acc / l[:, None], row, queries, heads * D, D, BLOCK_D, WIDE)
+    tl.store(lse_ptr + slice + head * queries + row, (m + tl.log2(l)) * LN2, mask=row < queries)
+
+
+@triton.jit
+def merge_kernel(
+    parts_ptr, part_lse_ptr, out_ptr, lse_ptr, queries, batches, heads, parts,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Attention over all keys from that over each part of them, part after part; see `forward_kernel`."""
+    tiles = tl.cdiv(queries, QUERIES)
+    tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    head, batch = slice % heads, slice // heads
+    row, d = tile * QUERIES + tl.arange(0, QUERIES), tl.arange(0, BLOCK_D)
+    keep = row < queries
+    acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    m = tl.full([QUERIES], float("-inf"), tl.float32)
+    l = tl.zeros([QUERIES], tl.float32)
+    for part in tl.range(0, parts):
+        found = (part * batches + batch).to(tl.int64) * queries * heads
+        lse = tl.load(part_lse_ptr + found + head * queries + row, mask=keep, other=0.0) * LOG2E
+        mask = (keep & (lse > float("-inf")))[:, None] & (d < D)[None, :]  # a part that sees nothing holds NaN
+        out = tl.load(parts_ptr + (found + head) * D + (row * heads * D)[:, None] + d[None, :], mask=mask, other=0.0)
+        m_new = tl.maximum(m, lse)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        decay, weight = tl.exp2(m - m_safe), tl.exp2(lse - m_safe)
+        acc = acc * decay[:, None] + out * weight[:, None]
+        l = l * decay + weight
+        m = m_new
+    slice = batch.to(tl.int64) * queries * heads
+    store_tile(out_ptr + (slice + head) * D, acc / l[:, None], row, queries, heads * D, D, BLOCK_D, WIDE)
+    tl.store(lse_ptr + slice + head * queries + row, (m + tl.log2(l)) * LN2, mask=keep)

@@ -1,0 +1,172 @@
+"""Launches of the kernels of agent attention; imported, and triton with it, when a kernel first runs."""
+
+from math import prod
+
+import torch
+import triton
+from torch import Tensor
+
+from ..launching import device_class, needs_wide, precision
+from . import configs
+from .backward import bias_kernel, key_kernel, query_kernel
+from .forward import forward_kernel, merge_kernel
+
+MERGE_QUERIES = 16
+
+
+def constants(config: configs.Config, head_dim: int, precision: str) -> dict:
+    """Compile-time arguments of the kernels that compute logits."""
+    return dict(
+        D=head_dim,
+        BLOCK_D=configs.block_d(head_dim),
+        QUERIES=config.queries,
+        KEYS=config.keys,
+        WIDE=config.wide,
+        PRECISION=precision,
+        STAGES=config.stages,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def merge_constants(head_dim: int, wide: bool) -> dict:
+    """Compile-time arguments of the kernel that merges parts."""
+    return dict(D=head_dim, BLOCK_D=configs.block_d(head_dim), QUERIES=MERGE_QUERIES, WIDE=wide)
+
+
+def grid(x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, int]]:
+    """`x [B, *spatial, heads, head_dim]` on three spatial axes, its strides, and the lengths of the last two axes.
+
+    Axes that lie behind each other in memory count as one. Only where more than three are left, `x` is copied.
+    """
+    lengths, strides = [x.shape[1]], [x.stride(1)]
+    for length, stride in zip(x.shape[2:-2], x.stride()[2:-2], strict=True):
+        if lengths[-1] == 1 or strides[-1] == length * stride or length == 1:
+            strides[-1] = strides[-1] if length == 1 else stride
+            lengths[-1] *= length
+        else:
+            lengths.append(length)
+            strides.append(stride)
+    if len(lengths) > 3:
+        return grid(x.contiguous())
+    _, y, z = lengths + [1] * (3 - len(lengths))
+    return x, (x.stride(0), *strides, *[0] * (3 - len(strides)), *x.stride()[-2:]), (y, z)
+
+
+class Pass:
+    """Sizes of one pass, and what its launches have in common."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, *rest: Tensor):
+        self.operands = [y for x in (query, key, value) for y in grid(x)]
+        self.batch, self.heads, self.head_dim = query.shape[0], *query.shape[-2:]
+        self.queries, self.keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
+        self.bias, self.scale = bias, scale
+        self.wide = needs_wide(query, key, value, *rest, *(() if bias is None else (bias,)))
+        self.precision, self.itemsize, self.device = precision(query), query.element_size(), query.device
+
+    def config(self, kernel: configs.Kernel) -> configs.Config:
+        return configs.choose(
+            kernel,
+            queries=self.queries,
+            keys=self.keys,
+            head_dim=self.head_dim,
+            itemsize=self.itemsize,
+            device=device_class(self.device),
+            wide=self.wide,
+        )
+
+    def run(self, kernel, programs: int, *tensors, chunk: int, config: configs.Config, **flags) -> None:
+        """Launch a kernel that takes the operands, `tensors`, the bias and the sizes."""
+        strides = (0, 0, 0) if self.bias is None else self.bias.stride()
+        sizes = (self.queries, self.keys, self.batch, self.heads, chunk)
+        fixed = constants(config, self.head_dim, self.precision) | flags
+        kernel[(programs,)](*self.operands, *tensors, self.bias, strides, *sizes, self.scale, **fixed)
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Output, in the shape of query, and natural log-sum-exp `[B, heads, queries]` in float32."""
+    this = Pass(query, key, value, bias, scale)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(this.batch, this.heads, this.queries, dtype=torch.float32, device=query.device)
+    if this.batch == 0:
+        return out, lse
+    config = this.config("forward")
+    programs = triton.cdiv(this.queries, config.queries) * this.batch * this.heads
+    chunk = configs.chunk_length(this.keys, config.keys, programs)
+    parts = triton.cdiv(this.keys, chunk)
+    some, some_lse = out, lse
+    if parts > 1:
+        some = torch.empty(parts, *out.shape, dtype=torch.float32, device=query.device)
+        some_lse = torch.empty(parts, *lse.shape, dtype=torch.float32, device=query.device)
+    with torch.cuda.device_of(query):
+        this.run(forward_kernel, programs * parts, some, some_lse, chunk=chunk, config=config, BIAS=bias is not None)
+        if parts > 1:
+            merge_kernel[(triton.cdiv(this.queries, MERGE_QUERIES) * this.batch * this.heads,)](
+                some,
+                some_lse,
+                out,
+                lse,
+                this.queries,
+                this.batch,
+                this.heads,
+                parts,
+                **merge_constants(this.head_dim, this.wide),
+            )
+    return out, lse
+
+
+def _partial(parts: int, like: Tensor) -> Tensor:
+    """Memory for what each part finds: the gradient itself if there is one part only."""
+    dtype = like.dtype if parts == 1 else torch.float32
+    return torch.empty(parts, *like.shape, dtype=dtype, device=like.device)
+
+
+def _total(partial: Tensor, like: Tensor) -> Tensor:
+    return (partial[0] if len(partial) == 1 else partial.sum(0)).to(like.dtype)
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and, if wanted, bias (else an empty tensor)."""
+    this = Pass(query, key, value, bias, scale, grad_out)
+    given = (query, key, value)
+    if this.batch == 0:
+        dbias = query.new_empty(0) if bias is None or not bias_gradient else bias.new_zeros(bias.shape)
+        return *(x.new_empty(x.shape) for x in given), dbias
+    slices, delta, do = this.batch * this.heads, torch.empty_like(lse), grid(grad_out)
+    with torch.cuda.device_of(query):
+        config = this.config("query")
+        programs = triton.cdiv(this.queries, config.queries) * slices
+        chunk = configs.chunk_length(this.keys, config.keys, programs)
+        parts = triton.cdiv(this.keys, chunk)
+        dq = _partial(parts, query)
+        tensors = (out, *do, lse, delta, dq)
+        this.run(query_kernel, programs * parts, *tensors, chunk=chunk, config=config, BIAS=bias is not None)
+
+        config = this.config("key")
+        programs = triton.cdiv(this.keys, config.keys) * slices
+        chunk = configs.chunk_length(this.queries, config.queries, programs)
+        parts = triton.cdiv(this.queries, chunk)
+        dk, dv = _partial(parts, key), _partial(parts, value)
+        tensors = (*do, lse, delta, dk, dv)
+        this.run(key_kernel, programs * parts, *tensors, chunk=chunk, config=config, BIAS=bias is not None)
+
+        dbias = query.new_empty(0)
+        if bias is not None and bias_gradient:
+            config = this.config("bias")
+            programs = triton.cdiv(this.queries, config.queries) * triton.cdiv(this.keys, config.keys) * this.heads
+            chunk = configs.chunk_length(this.batch, 1, programs, "batch")
+            parts = triton.cdiv(this.batch, chunk)
+            partial = torch.empty(parts, *bias.shape, dtype=torch.float32, device=bias.device)
+            this.run(bias_kernel, programs * parts, *do, lse, delta, partial, chunk=chunk, config=config)
+            dbias = _total(partial, bias)
+    return _total(dq, query), _total(dk, key), _total(dv, value), dbias
