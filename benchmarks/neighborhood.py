@@ -11,41 +11,29 @@ Memory is the peak of a call less what it returns, so it counts neither inputs n
 key, value and output.
 """
 
-import csv
-import datetime
-import os
-import platform
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import Annotated
 
+import harness
 import numpy as np
 import torch
 import typer
 from foveal.kernels.neighborhood import geometry, make_axes
 from foveal.kernels.ops import na1d, na2d, na3d
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-COLUMNS = (
-    *("kernel", "provider", "mode", "metric", "unit", "case", "value", "p20", "p80"),
-    *("config", "device", "torch", "triton", "date", "commit"),
-)
 OPERATORS = {1: na1d, 2: na2d, 3: na3d}
-SLOWEST_CALL = 20.0  # seconds; a provider whose call takes longer is left out
 COLORS = {"foveal": "#c1440e", "foveal compiled": "#f0a35e", "dense": "#56789a", "flex": "#8ab17d", "unfold": "#b8b8b8"}
-console = Console(width=150)
+console = harness.console
 
 
 @dataclass(frozen=True)
@@ -102,10 +90,6 @@ def cases(device: torch.device) -> Iterator[Case]:
             yield Case("large", (256, 256), 80, stride, heads=24, head_dim=128, dtype=torch.bfloat16)
         for stride in (1, (16, 8, 8)):
             yield Case("large", (30, 48, 80), (18, 24, 24), stride, heads=24, head_dim=128, dtype=torch.bfloat16)
-
-
-class SkippedError(Exception):
-    """A provider does not run a case; the text says why."""
 
 
 def ours(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -167,19 +151,19 @@ def providers(case: Case, mode: str, device: torch.device) -> dict[str, Callable
     def make_unfold():
         gathered = 2 * case.bytes // 4 * prod(axis.window for axis in case.axes)
         if gathered > 6 << 30:
-            raise SkippedError(f"would gather {gathered / 2**30:.0f} GiB")
+            raise harness.SkippedError(f"would gather {gathered / 2**30:.0f} GiB")
         return partial(unfold, keys_of_queries(case, device))
 
     def make_dense(backend=None):
         if device.type == "cpu" and case.tokens > 20_000:
-            raise SkippedError("quadratic: minutes a call")
+            raise harness.SkippedError("quadratic: minutes a call")
         return partial(dense, backend)
 
     def make_flex():
         if device.type == "cpu" and mode != "forward":
-            raise SkippedError("flex_attention has no backward on CPU")
+            raise harness.SkippedError("flex_attention has no backward on CPU")
         if case.head_dim < 16:
-            raise SkippedError("flex needs head_dim of 16 or more")
+            raise harness.SkippedError("flex needs head_dim of 16 or more")
         torch._dynamo.reset()
         function = partial(flex_attention, block_mask=block_mask(case, device))
         return partial(flex, torch.compile(function, fullgraph=True, dynamic=False))
@@ -218,40 +202,6 @@ def bind(function: Callable, mode: str, tensors: list[Tensor]) -> Callable[[], o
     return both
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cpu":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    torch.empty(64 << 20, dtype=torch.int32, device=device).zero_()  # empty the L2 cache
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / 1e3
-
-
-def extra_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Peak of memory during a call less what the call returns."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        result = call()
-        peak, after = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
-        del result
-        return peak - before - (after - before)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = call()
-    now = peak = 0
-    records = profile.profiler.kineto_results.events()  # allocations and, negative, frees
-    for record in sorted((e for e in records if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += record.nbytes()
-        peak = max(peak, now)
-    kept = sum(x.untyped_storage().nbytes() for x in (result if isinstance(result, tuple) else (result,)))
-    return peak - kept
-
-
 def check(case: Case, device: torch.device) -> None:
     """Compare ours with the reference on a crop of the grid; raises when they differ."""
     shape = tuple(min(a.length, max(a.window * a.dilation, 20)) for a in case.axes)
@@ -274,29 +224,15 @@ def check(case: Case, device: torch.device) -> None:
 
 def measure(case: Case, mode: str, device: torch.device, rounds: int) -> Iterator[dict]:
     """Rows of one case and mode, and the reasons of what does not run."""
-    calls = {}
-    for name, make in providers(case, mode, device).items():
-        try:
-            call = bind(make(), mode, case.grids(device, 4))
-            call()
-            if (slow := seconds(call, device)) > SLOWEST_CALL:
-                raise SkippedError(f"takes {slow:.0f} s a call")
-            calls[name] = call
-        except SkippedError as why:
-            console.print(f"  {case.name}, {mode}: no {name}: {why}")
-        except (RuntimeError, NotImplementedError) as error:  # what a provider itself refuses
-            console.print(f"  {case.name}, {mode}: no {name}: {str(error).strip().splitlines()[0][:160]}")
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(1e3 * seconds(call, device))
-    for name, call in calls.items():
-        low, middle, high = np.percentile(times[name], (20, 50, 80))
-        row = {"provider": name, "mode": mode, "case": case.name, "group": case.group}
-        yield row | {"metric": "time", "unit": "ms", "value": middle, "p20": low, "p80": high}
-        extra = extra_bytes(call, device)
-        yield row | {"metric": "memory", "unit": "MiB", "value": extra / 2**20}
-        yield row | {"metric": "memory ratio", "unit": "x", "value": extra / case.bytes}
+    made = {
+        name: partial(lambda make: bind(make(), mode, case.grids(device, 4)), make)
+        for name, make in providers(case, mode, device).items()
+    }
+    for row in harness.measure(made, device, rounds, what=f"{case.name}, {mode}"):
+        row |= {"mode": mode, "case": case.name, "group": case.group}
+        yield row
+        if row["metric"] == "memory":
+            yield row | {"metric": "memory ratio", "unit": "x", "value": row["value"] * 2**20 / case.bytes}
 
 
 def exponent(rows: list[dict], mode: str) -> float:
@@ -362,24 +298,6 @@ def plot(rows: list[dict], path: Path, device_name: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def name_of(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    models = (
-        [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-        if Path("/proc/cpuinfo").exists()
-        else []
-    )
-    return f"{models[0] if models else platform.processor()} (CPU threads: {torch.get_num_threads()})"
-
-
 def main(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     only: Annotated[str, typer.Option(help="run the cases whose name holds this text")] = "",
@@ -394,7 +312,7 @@ def main(
     chosen = [case for case in cases(where) if only in case.name]
     for case in dict.fromkeys(chosen):
         check(case, where)
-    console.print(f"ours equals the reference in {len(chosen)} cases; measuring on {name_of(where)}")
+    console.print(f"ours equals the reference in {len(chosen)} cases; measuring on {harness.name_of(where)}")
     rows = []
     for case in chosen:
         for mode in ("forward", "forward+backward"):
@@ -403,27 +321,9 @@ def main(
         print_table(rows, mode)
         if sum(case.group == "scaling" for case in chosen) > 1:
             console.print(f"{mode}: time grows as tokens to the power {exponent(rows, mode):.3f}")
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    common = {
-        "kernel": "neighborhood",
-        "config": f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, median of {rounds} rounds",
-        "device": name_of(where),
-        "torch": torch.__version__,
-        "triton": installed("triton"),
-        "date": datetime.date.today().isoformat(),
-        "commit": revision.stdout.strip(),
-    }
-    results.mkdir(parents=True, exist_ok=True)
     path = results / f"neighborhood_{where.type}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
-        writer.writeheader()
-        for row in rows:
-            numbers = {x: f"{row[x]:.5g}" for x in ("value", "p20", "p80") if x in row}
-            writer.writerow(row | numbers | common)
-    plot(rows, path.with_suffix(".png"), name_of(where))
+    harness.write(rows, path, kernel="neighborhood", device=where, rounds=rounds)
+    plot(rows, path.with_suffix(".png"), harness.name_of(where))
     console.print(f"wrote {path} and {path.with_suffix('.png')}")
 
 
