@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from math import prod
 
-import torch
 from torch import Tensor
 
 from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, without_autocast
@@ -78,14 +77,16 @@ def _check_bias(bias: Tensor, query: Tensor, axes: tuple[Axis, ...]) -> None:
         raise ValueError(f"bias ({bias.dtype}, {bias.device}) must be floating and on {query.device}")
 
 
-def _attend(query, key, value, window, shift, halo, bias, scale, impl) -> tuple[Tensor, Tensor]:
+def _attend(query, key, value, window, shift, halo, bias, scale, impl, *, lse: bool):
     axes = _axes_of(query, key, value, window, shift, halo)
     if bias is not None:
         _check_bias(bias, query, axes)
-    implementation = {"reference": reference, "tiled": tiled}[choose(query, impl)]
+    chosen = choose(query, impl)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     with without_autocast(query.device):
-        return implementation.attend(query, key, value, axes=axes, scale=scale, bias=bias)
+        if chosen == "tiled":
+            return tiled.attend(query, key, value, axes=axes, scale=scale, bias=bias, lse=lse)
+        return reference.attend(query, key, value, axes=axes, scale=scale, bias=bias)
 
 
 def window_attention(
@@ -131,7 +132,7 @@ def window_attention(
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
         NotImplementedError: `impl` cannot take this call; the message says why.
     """
-    return _attend(query, key, value, window, shift, halo, bias, scale, impl)[0]
+    return _attend(query, key, value, window, shift, halo, bias, scale, impl, lse=False)[0]
 
 
 def window_attention_lse(
@@ -152,7 +153,7 @@ def window_attention_lse(
         output `[B, *spatial, heads, head_dim]` and log-sum-exp `[B, *spatial, heads]`, the latter float32, or float64
         for float64 inputs.
     """
-    return _attend(query, key, value, window, shift, halo, bias, scale, impl)
+    return _attend(query, key, value, window, shift, halo, bias, scale, impl, lse=True)
 
 
 def relative_bias(table: Tensor, *, window: Sequence[int], halo: PerAxis[int] = 0) -> Tensor:
@@ -175,10 +176,6 @@ def relative_bias(table: Tensor, *, window: Sequence[int], halo: PerAxis[int] = 
         raise ValueError(
             f"table.shape={tuple(table.shape)} must be [heads, *(2 * (window + halo) - 1)] = [heads, *{expected}]"
         )
-    index = torch.zeros(1, 1, dtype=torch.int64, device=table.device)
-    for w, h, entries in zip(window, halos, expected, strict=True):
-        query, key = (torch.arange(n, device=table.device) for n in (w, w + 2 * h))
-        offset = key - query[:, None] + w - 1
-        size = index.shape[0] * w, index.shape[1] * (w + 2 * h)
-        index = (index[:, None, :, None] * entries + offset[None, :, None, :]).reshape(size)
-    return table.flatten(1)[:, index]
+    for axis, (w, h) in enumerate(zip(window, halos, strict=True), 1):
+        table = table.unfold(axis, w + 2 * h, 1)  # from the last query of the axis to the first
+    return table.flip(*range(1, 1 + len(window))).flatten(1 + len(window)).flatten(1, -2)

@@ -1,54 +1,141 @@
-"""Window attention in plain PyTorch: batched products over stretches of equal shape, no masks."""
+"""Window attention in plain PyTorch: batched products over stretches of equal shape, without masks or a roll.
+
+A grid falls into few boxes of windows of one shape (`geometry.runs`): one if the window divides it and there is neither
+shift nor halo, else the middle, edges and corners. Each box is a batch of dense attentions.
+"""
 
 from itertools import product
+from math import prod
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .geometry import Axis, runs
+from .geometry import Axis, Run, runs
+
+Cut = tuple[int, int, int, int]  # how many stretches, the first coordinate, coordinates of one, from one to the next
+
+# Queries of a window from which PyTorch's fused attention is faster than two products and a softmax: where no gradient
+# is wanted, and where one is (its backward does not help a bias).
+FUSED_INFERENCE = 48
+FUSED_TRAINING = 128
 
 
-def _stretches(x: Tensor, cuts: tuple[tuple[int, int, int, int], ...]) -> Tensor:
-    """Boxes of `[B, *spatial, heads, d]` as `[B, *counts, heads, *sizes, d]`; a cut is (count, first, size, step)."""
-    rank = len(cuts)
-    for axis, (count, first, size, step) in enumerate(cuts, 1):
-        x = x.narrow(axis, first, (count - 1) * step + size)
-        x = x.unfold(axis, size, step)  # [B, …, counts, …, heads, d, *sizes]
-    order = (*range(rank + 2), *range(rank + 3, 2 * rank + 3), rank + 2)
-    return x.permute(order)
+def _boxes(x: Tensor, cuts: list[list[Cut]], axis: int = 0) -> list[Tensor]:
+    """All boxes of `[B, *spatial, heads, d]`, each `[B, (count, size) per axis, heads, d]`, the last axis fastest."""
+    if axis == len(cuts):
+        return [x]
+    dim = 1 + 2 * axis  # axes before this one are split in two already
+    lengths = [(count - 1) * step + size for count, _, size, step in cuts[axis]]
+    if sum(lengths) == x.shape[dim] and cuts[axis][0][2] <= cuts[axis][0][3]:
+        parts = x.split(lengths, dim)  # the gradient of a split is one concatenation
+    else:
+        parts = [x.narrow(dim, cut[1], length) for cut, length in zip(cuts[axis], lengths, strict=True)]
+    found = []
+    for part, (count, _, size, step) in zip(parts, cuts[axis], strict=True):
+        if count == 1 or size == step:
+            split = part.unflatten(dim, (count, size))
+        else:
+            split = part.unfold(dim, size, step).movedim(-1, dim + 1)
+        found += _boxes(split, cuts, axis + 1)
+    return found
+
+
+def _join(parts: list[Tensor], counts: list[int], axis: int = 0) -> Tensor:
+    """The grid whose boxes, in the order of `_boxes`, are `parts`; `counts` says how many each axis has."""
+    if axis == len(counts):
+        return parts[0]
+    each = len(parts) // counts[axis]
+    joined = [_join(parts[i : i + each], counts, axis + 1) for i in range(0, len(parts), each)]
+    return joined[0] if len(joined) == 1 else torch.cat(joined, 1 + axis)
+
+
+def _rows(x: Tensor, rank: int, key_heads: int, fused: bool) -> Tensor:
+    """A box as `[windows, key heads, rows, d]`: rows are the window's tokens for every head of a key head in turn.
+
+    Fused attention takes heads of any stride, so that whole tokens are copied for it, which is quicker.
+    """
+    counts, sizes = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
+    batch, heads, d = x.shape[0], *x.shape[-2:]
+    windows, tokens = batch * prod(x.shape[i] for i in counts), prod(x.shape[i] for i in sizes)
+    if fused and heads == key_heads:
+        order = (0, *counts, *sizes, 2 * rank + 1, 2 * rank + 2)
+        return x.permute(order).reshape(windows, tokens, heads, d).transpose(1, 2)
+    order = (0, *counts, 2 * rank + 1, *sizes, 2 * rank + 2)
+    return x.permute(order).reshape(windows, key_heads, heads // key_heads * tokens, d)
+
+
+def _tokens(x: Tensor, box: Tensor, key_heads: int) -> Tensor:
+    """`[windows, key heads, rows, …]` as the part `[B, *spatial, heads, …]` of the grid that `box` is."""
+    batch, *pairs, heads = box.shape[:-1]
+    counts, sizes, rank = pairs[::2], pairs[1::2], len(pairs) // 2
+    x = x.reshape(batch, *counts, key_heads, heads // key_heads, *sizes, *x.shape[3:])
+    order = [0, *(i for a in range(rank) for i in (1 + a, rank + 3 + a)), rank + 1, rank + 2]
+    x = x.permute(*order, *range(2 * rank + 3, x.dim()))
+    spatial = [c * s for c, s in zip(counts, sizes, strict=True)]
+    return x.reshape(batch, *spatial, heads, *x.shape[2 * rank + 3 :])
+
+
+def _block(bias: Tensor | None, combination: tuple[Run, ...], key_heads: int) -> Tensor | None:
+    """`[key heads, rows, keys]` of the bias `[heads, *window, *span]` for one shape of window."""
+    if bias is None:
+        return None
+    rank = len(combination)
+    for axis, r in enumerate(combination, 1):
+        bias = bias.narrow(axis, r.slot, r.queries).narrow(axis + rank, r.key_slot, r.keys)
+    return bias.flatten(1 + rank).reshape(key_heads, -1, prod(r.keys for r in combination))
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, lse: bool):
+    """Output `[windows, heads, rows, d]` and, if asked for, log-sum-exp of dense attentions, in float32 at least."""
+    dtype = q.dtype
+    accumulate = torch.promote_types(dtype, torch.float32)
+    size, q, k, v = q.shape[:3], *(x.to(accumulate).flatten(0, 1) for x in (q, k, v))
+    logits = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+    if bias is not None:
+        logits = (logits.unflatten(0, size[:2]) + bias.to(accumulate)).flatten(0, 1)
+    out = torch.bmm(logits.softmax(-1), v).to(dtype)
+    return out.unflatten(0, size[:2]), logits.logsumexp(-1).unflatten(0, size[:2]) if lse else None
+
+
+def _is_fused(tensors: tuple[Tensor, ...], bias: Tensor | None, rows: int, lse: bool) -> bool:
+    """Whether PyTorch's fused attention computes a box: faster for many rows, but it has no lse."""
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    biased = torch.is_grad_enabled() and bias is not None and bias.requires_grad
+    return not lse and not biased and rows >= (FUSED_TRAINING if training else FUSED_INFERENCE)
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, axes: tuple[Axis, ...], scale: float, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, head_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see the public op."""
-    rank, (heads, key_heads, d) = len(axes), (query.shape[-2], *key.shape[-2:])
-    accumulate = torch.promote_types(query.dtype, torch.float32)
-    sizes = tuple(a.window for a in axes), tuple(a.span for a in axes)
-    table = None if bias is None else bias.to(accumulate).reshape(heads, *sizes[0], *sizes[1])
-    out, lse = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=accumulate)
-    for combination in product(*map(runs, axes)):
-        pairs = tuple(zip(combination, axes, strict=True))
-        q = _stretches(query, tuple((r.count, r.query, r.queries, a.window) for r, a in pairs)).to(accumulate)
-        k, v = (
-            _stretches(x, tuple((r.count, r.key, r.keys, a.window) for r, a in pairs))
-            .to(accumulate)
-            .repeat_interleave(heads // key_heads, dim=rank + 1)
-            .flatten(rank + 2, -2)
-            for x in (key, value)
-        )  # [B, *counts, heads, keys, d]
-        logits = q.flatten(rank + 2, -2) @ k.transpose(-1, -2) * scale
-        if table is not None:
-            block = table
-            for axis, r in enumerate(combination, 1):
-                block = block.narrow(axis, r.slot, r.queries).narrow(axis + rank, r.key_slot, r.keys)
-            logits = logits + block.flatten(1 + rank).flatten(1, rank)
-        counts, inner = [r.count for r in combination], [r.queries for r in combination]
-        block_out = (logits.softmax(-1) @ v).unflatten(-2, inner)  # [B, *counts, heads, *sizes, d]
-        block_lse = logits.logsumexp(-1).unflatten(-1, inner)
-        where = (slice(None), *(slice(r.query, r.query + (r.count - 1) * a.window + r.queries) for r, a in pairs))
-        order = [0, *(i for a in range(rank) for i in (1 + a, rank + 2 + a)), rank + 1]
-        shape = [c * n for c, n in zip(counts, inner, strict=True)]
-        out[where] = block_out.permute(*order, 2 * rank + 2).reshape(-1, *shape, heads, d).to(query.dtype)
-        lse[where] = block_lse.permute(order).reshape(-1, *shape, heads)
-    return out, lse
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    axes: tuple[Axis, ...],
+    scale: float,
+    bias: Tensor | None,
+    lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Output `[B, *spatial, heads, head_dim]` and, unless `lse` is off, natural log-sum-exp `[B, *spatial, heads]`."""
+    rank, heads, key_heads = len(axes), query.shape[-2], key.shape[-2]
+    table = None
+    if bias is not None:
+        table = bias.reshape(heads, *(a.window for a in axes), *(a.span for a in axes))
+    shapes = [runs(a) for a in axes]
+    query_cuts = [[(r.count, r.query, r.queries, a.window) for r in s] for s, a in zip(shapes, axes, strict=True)]
+    key_cuts = [[(r.count, r.key, r.keys, a.window) for r in s] for s, a in zip(shapes, axes, strict=True)]
+    boxes = zip(product(*shapes), _boxes(query, query_cuts), *(_boxes(x, key_cuts) for x in (key, value)), strict=True)
+    outs, lses = [], []
+    for combination, q, k, v in boxes:
+        block = _block(table, combination, key_heads)
+        fused = _is_fused((q, k, v), bias, prod(r.queries for r in combination), lse)
+        rows = (_rows(x, rank, key_heads, fused) for x in (q, k, v))
+        if fused:
+            mask = None if block is None else block.to(q.dtype)[None]
+            block_out, block_lse = F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale), None
+        else:
+            block_out, block_lse = _softmax(*rows, block, scale, lse)
+        outs.append(_tokens(block_out, q, key_heads))
+        if block_lse is not None:
+            lses.append(_tokens(block_lse, q, key_heads))
+    counts = [len(s) for s in shapes]
+    return _join(outs, counts), _join(lses, counts) if lses else None
