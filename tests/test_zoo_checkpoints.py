@@ -170,7 +170,7 @@ def test_saved_for_the_hub_and_created_from_the_folder(tmp_path, name):
 
 def test_registry_and_manifest_name_the_same_checkpoints():
     ours = {name for model in our_models() for name in get_arch_pretrained_cfgs(model)}
-    assert set(load_manifest().entries) == ours == set(timm.list_models("natten_*", pretrained=True))
+    assert set(load_manifest().entries) == ours <= set(timm.list_models(pretrained=True))
     for name, entry in load_manifest().entries.items():
         cfg = timm.get_pretrained_cfg(name).to_dict()
         assert (cfg["input_size"][1], cfg["num_classes"]) == (entry.img_size, entry.num_classes or cfg["num_classes"])

@@ -3,6 +3,6 @@
 It needs torch and timm only; tasks, data and video models are imported on their own.
 """
 
-from . import dinat, dinat_s, nat_isotropic
+from . import biformer, dinat, dinat_s, litv2, nat_isotropic
 
-__all__ = ["dinat", "dinat_s", "nat_isotropic"]
+__all__ = ["biformer", "dinat", "dinat_s", "litv2", "nat_isotropic"]

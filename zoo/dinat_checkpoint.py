@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.relative import resize_bias_table
+from .checkpoint import fit_stage_norms, unwrap
 
 TRANSFORMERS_KEYS = (  # pattern in a `transformers` key -> official name, applied in order
     (r"^(nat|dinat)\.", ""),
@@ -51,10 +52,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     Index buffers are dropped, bias tables of another window or grid are interpolated. A model with `stage_norms` keeps
     its own fresh ones when the file has the classifier's norm and head instead.
     """
-    for container in ("state_dict", "model"):
-        state_dict = state_dict.get(container, state_dict)
-    if any(key.startswith("backbone.") for key in state_dict):
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    state_dict = unwrap(state_dict)
     if any(".attention.self." in key for key in state_dict):
         state_dict = from_transformers(state_dict)
     own = model.state_dict()
@@ -65,7 +63,4 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
         if key.endswith(".rpb") and key in own:
             value = resize_bias_table(value, own[key].shape[1:])
         out[key] = value
-    if getattr(model, "stage_norms", False):
-        out = {k: v for k, v in out.items() if not k.startswith(("norm.", "head."))}
-        out |= {k: v for k, v in own.items() if re.match(r"norm\d+\.", k) and k not in out}
-    return out
+    return fit_stage_norms(out, model)

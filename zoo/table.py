@@ -41,8 +41,11 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
 - Maps smaller than window times dilation are zero-padded inside the attention, as the official checkpoints expect.
   That happens below the size a model was designed for.
 - Models with dense attention (`natten_vitrpb_*`) take one input size: `img_size=`, later `model.set_input_size(...)`.
-- `impl=` chooses the attention kernels (see [Operations](operations.md)); other knobs are in the docstrings of
-  `foveal.zoo.dinat.DiNAT` and `foveal.zoo.nat_isotropic.NATIsotropic`.
+- LITv2 and BiFormer take any size, too. HiLo's windows and BiFormer's regions are completed by zeros that take part in
+  the attention, as in the official detection code; where that code drops the last row or column of an odd map on the
+  way down, ours keeps it. `timm.create_model("litv2_s", alpha=0.5)` sets the share of low-frequency heads.
+- `impl=` chooses the attention kernels (see [Operations](operations.md)); other knobs are in the docstrings of the
+  models: `DiNAT`, `NATIsotropic`, `LITv2`, `BiFormer` in `foveal.zoo`.
 - `torch.compile(fullgraph=True)` and `torch.export` work; TorchScript refuses (tracing takes `impl="reference"`).
 
 A row is a released checkpoint, created as `model.tag`; the first of a model is its default. Multiply-accumulates
@@ -77,6 +80,8 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
                 grid, window=module.window, stride=module.stride, dilation=module.dilation, causal=module.causal
             )
             total += forward_flops(axes, batch=1, heads=module.num_heads, head_dim=module.head_dim) // 2
+        elif (attention_macs := getattr(module, "attention_macs", None)) is not None:
+            total += attention_macs(tuple(out.shape[1:3]))
 
     hooks = [module.register_forward_hook(count) for module in model.modules()]
     with torch.no_grad():

@@ -1,0 +1,313 @@
+"""BiFormer: hierarchical transformers on bi-level routing attention (arXiv:2303.08810).
+
+Three layouts: the models of the paper, with convolutional stems, and two in the layout of Swin-T (STL), which differ in
+how the weights are stored, in the attention of the last stage and on maps that 7 does not divide. Parameter names are
+those of the official checkpoints.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+from timm.layers import DropPath, LayerNorm, calculate_drop_path_rates, register_notrace_module
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.calling import Impl
+from ..layers.routing import BiLevelRoutingAttention2d, ConvRoutingAttention2d, LePEAttention2d, conv_nhwc, pointwise
+from .backbone import Backbone, Stage
+from .builder import build_backbone, imagenet_cfg
+from .checkpoint import checkpoint_filter_fn
+
+for layer in (BiLevelRoutingAttention2d, ConvRoutingAttention2d, LePEAttention2d):
+    register_notrace_module(layer)  # torch.fx cannot trace their checks of shapes
+
+Layout = Literal["conv", "stl", "stl_nchw"]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on `[B, H, W, dim]`; the "conv" layout adds a depthwise convolution in front."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        attn: nn.Module,
+        layout: Layout,
+        mlp_ratio: float,
+        proj_drop: float,
+        drop_path: float,
+        norm_layer: type[nn.Module],
+        act_layer: type[nn.Module],
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.channels_first = layout == "stl_nchw"
+        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if layout == "conv" else None
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = attn
+        self.norm2 = norm_layer(dim, **dd)
+        make = partial(pointwise, self.channels_first, **dd)
+        hidden = int(dim * mlp_ratio)
+        spare = [nn.Identity()] if layout == "conv" else []  # a place that official names count
+        self.mlp = nn.Sequential(make(dim, hidden), *spare, act_layer(), make(hidden, dim))
+        self.mlp_drop = nn.Dropout(proj_drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pos_embed is not None:
+            x = x + conv_nhwc(self.pos_embed, x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        y = self.norm2(x)
+        y = conv_nhwc(self.mlp, y) if self.channels_first else self.mlp(y)
+        return x + self.drop_path(self.mlp_drop(y))
+
+
+class Blocks(nn.Sequential):
+    """A stage that is nothing but its blocks; `[B, H, W, C]`."""
+
+    grad_checkpointing = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        return checkpoint_seq(self, input) if self.grad_checkpointing else super().forward(input)
+
+
+class Stem(nn.Sequential):
+    """Layers on `[B, C, H, W]` that end in `[B, H, W, C]`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).permute(0, 2, 3, 1)
+
+
+class Downsample(nn.Sequential):
+    """Layers on `[B, C, H, W]`, applied to `[B, H, W, C]`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PatchConv2d(nn.Conv2d):
+    """Convolution of patches that do not overlap; zeros complete the last ones. `[B, C, H, W]`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        side = self.stride[0]
+        return super().forward(F.pad(input, (0, -input.shape[3] % side, 0, -input.shape[2] % side)))
+
+
+def make_downsampling(layout: Layout, in_chans: int, channels: Sequence[int], *, device=None, dtype=None):
+    """What stands before each stage: the stem, then layers that halve the map, rounding up."""
+    dd = {"device": device, "dtype": dtype}
+    pairs = list(pairwise(channels))
+    first = channels[0]
+    if layout == "conv":
+        conv = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1, **dd)
+        half = first // 2
+        stem = Stem(conv(in_chans, half), nn.BatchNorm2d(half, **dd), nn.GELU(), conv(half, first),
+                    nn.BatchNorm2d(first, **dd))  # fmt: skip
+        return nn.ModuleList([stem, *(Downsample(conv(a, b), nn.BatchNorm2d(b, **dd)) for a, b in pairs)])
+    stem = Stem(PatchConv2d(in_chans, first, 4, stride=4, **dd), nn.BatchNorm2d(first, **dd))
+    merges = (Downsample(nn.BatchNorm2d(a, **dd), PatchConv2d(a, b, 2, stride=2, **dd)) for a, b in pairs)
+    return nn.ModuleList([stem, *merges])
+
+
+class BiFormer(Backbone):
+    """BiFormer for images of any size.
+
+    Args:
+        in_chans, num_classes: channels of the images, outputs of the head (0: no head).
+        global_pool: "avg", "max", "avgmax", "catavgmax" or "" (none).
+        layout: "conv" as in the paper; "stl" and "stl_nchw" for the two models in the layout of Swin-T.
+        embed_dim: channels of the first stage; every further stage doubles them.
+        depths: blocks of each stage.
+        regions: regions along each side of every map.
+        topks: regions that a region attends to, one number a stage; None for full attention with 8 heads.
+        head_dim: channels of a head under routing.
+        mlp_ratio: hidden over embedding width.
+        stage_norms: normalise each stage's map by `extra_norms.0`, `extra_norms.1`, ... instead of the last one by
+            `norm`, as the official detection and segmentation backbones do.
+        drop_rate, proj_drop_rate, drop_path_rate: dropout before the head and in blocks, stochastic depth (its rate
+            grows linearly to this value).
+        norm_layer, act_layer: layers of the blocks.
+        impl: implementation of the attention; see `foveal.kernels.ops.routing_attention2d`.
+    """
+
+    stages_name: ClassVar[str] = "stages"
+    stage_norm_name: ClassVar[str] = "extra_norms.{}"
+
+    def __init__(
+        self,
+        *,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        layout: Layout = "conv",
+        embed_dim: int = 64,
+        depths: Sequence[int] = (2, 2, 8, 2),
+        regions: int = 7,
+        topks: Sequence[int | None] = (1, 4, 16, None),
+        head_dim: int = 32,
+        mlp_ratio: float = 3.0,
+        stage_norms: bool = False,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: type[nn.Module] = LayerNorm,
+        act_layer: type[nn.Module] = nn.GELU,
+        impl: Impl = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if layout not in ("conv", "stl", "stl_nchw"):
+            raise ValueError(f"layout={layout!r} must be 'conv', 'stl' or 'stl_nchw'")
+        if len(depths) != len(topks):
+            raise ValueError(f"depths={depths} and topks={topks} must be equally long")
+        dd = {"device": device, "dtype": dtype}
+
+        def make_attn(dim: int, topk: int | None) -> nn.Module:
+            nchw = layout == "stl_nchw"
+            if topk is None:
+                lepe_of = "value" if nchw else "input"
+                return LePEAttention2d(dim, lepe_of=lepe_of, conv=nchw, proj_drop=proj_drop_rate, **dd)
+            if dim % head_dim:
+                raise ValueError(f"head_dim={head_dim} must divide the {dim} channels of every stage with routing")
+            routing = ConvRoutingAttention2d if nchw else BiLevelRoutingAttention2d
+            options = {"regions": regions, "topk": topk, "proj_drop": proj_drop_rate, "impl": impl}
+            return routing(dim, num_heads=dim // head_dim, **options, **dd)
+
+        channels = [embed_dim * 2**i for i in range(len(depths))]
+        drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        for dim, depth, topk in zip(channels, depths, topks, strict=True):
+            blocks: list[nn.Module] = [
+                Block(
+                    dim,
+                    attn=make_attn(dim, topk),
+                    layout=layout,
+                    mlp_ratio=mlp_ratio,
+                    proj_drop=proj_drop_rate,
+                    drop_path=next(drop_paths),
+                    norm_layer=norm_layer,
+                    act_layer=act_layer,
+                    **dd,
+                )
+                for _ in range(depth)
+            ]
+            stages.append(Blocks(*blocks) if layout == "conv" else Stage(blocks))
+        self.downsample_layers = make_downsampling(layout, in_chans, channels, **dd)
+        self.stages = nn.Sequential(*stages)
+        if stage_norms:
+            self.extra_norms = nn.ModuleList(nn.Identity() for _ in channels)
+        self._build_head(
+            feature_info=[
+                {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(channels)
+            ],
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            norm_layer=norm_layer,
+            stage_norms=stage_norms,
+            dd=dd,
+        )
+        if not stage_norms:
+            self.norm = nn.BatchNorm2d(channels[-1], **dd)
+        self.init_weights(needs_reset=False)
+
+    @property
+    def patch_embed(self) -> nn.Module:
+        """The stem."""
+        return self.downsample_layers[0]
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Regular expressions that order parameters by depth (layer decay, freezing)."""
+        fine = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(?:blocks\.)?(\d+)", None)]
+        return {
+            "stem": r"^downsample_layers\.0",
+            "blocks": r"^(?:stages|downsample_layers)\.(\d+)" if coarse else [*fine, (r"^(extra_)?norm", (99999,))],
+        }
+
+    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
+        return stage(x)
+
+    def _down(self, index: int, x: Tensor) -> Tensor:
+        return self.downsample_layers[index + 1](x)
+
+    def _shorten(self, last: int) -> None:
+        self.stages = self.stages[: last + 1]
+        self.downsample_layers = self.downsample_layers[: last + 1]
+
+    def _norm_map(self, index: int, x: Tensor, *, final: bool) -> Tensor:
+        if self.stage_norms or not final or index < len(self.feature_info) - 1:
+            return super()._norm_map(index, x, final=final)
+        return conv_nhwc(self.norm, x)
+
+
+def _cfg(name: str, **overrides) -> dict:
+    defaults = {
+        "first_conv": "downsample_layers.0.0",
+        "license": "mit",
+        "paper_ids": "arXiv:2303.08810",
+        "origin_url": "https://github.com/rayleizhu/BiFormer",
+    }
+    return imagenet_cfg(name, **(defaults | overrides))
+
+
+CHECKPOINTS = [f"biformer_{size}.rayleizhu_in1k" for size in ("t", "s", "b", "stl", "stl_nchw")]
+default_cfgs = generate_default_cfgs({name: _cfg(name) for name in CHECKPOINTS})
+
+
+def _create_biformer(variant: str, pretrained: bool, **kwargs) -> BiFormer:
+    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
+    return build_backbone(
+        BiFormer,
+        variant,
+        pretrained,
+        filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+@register_model
+def biformer_t(pretrained: bool = False, **kwargs) -> BiFormer:
+    """BiFormer-Tiny."""
+    model_args = {"embed_dim": 64, "depths": (2, 2, 8, 2)}
+    return _create_biformer("biformer_t", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def biformer_s(pretrained: bool = False, **kwargs) -> BiFormer:
+    """BiFormer-Small, trained with drop path 0.15."""
+    model_args = {"embed_dim": 64, "depths": (4, 4, 18, 4)}
+    return _create_biformer("biformer_s", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def biformer_b(pretrained: bool = False, **kwargs) -> BiFormer:
+    """BiFormer-Base."""
+    model_args = {"embed_dim": 96, "depths": (4, 4, 18, 4)}
+    return _create_biformer("biformer_b", pretrained, **(model_args | kwargs))
+
+
+STL = {"embed_dim": 96, "depths": (2, 2, 6, 2), "mlp_ratio": 4.0}
+
+
+@register_model
+def biformer_stl(pretrained: bool = False, **kwargs) -> BiFormer:
+    """BiFormer in the layout of Swin-T."""
+    model_args = {**STL, "layout": "stl"}
+    return _create_biformer("biformer_stl", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def biformer_stl_nchw(pretrained: bool = False, **kwargs) -> BiFormer:
+    """BiFormer in the layout of Swin-T, the checkpoint with 1x1 convolutions: other weights, other numbers."""
+    model_args = {**STL, "layout": "stl_nchw"}
+    return _create_biformer("biformer_stl_nchw", pretrained, **(model_args | kwargs))
