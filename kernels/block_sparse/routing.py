@@ -38,7 +38,7 @@ def _means(x: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = x.shape[1:3]
     if height % size[0] == 0 and width % size[1] == 0:
         cut = x.unflatten(1, (height // size[0], size[0])).unflatten(3, (width // size[1], size[1]))
-        return cut.mean((2, 4)).flatten(3).flatten(1, 2)
+        return cut.mean(4).mean(2).flatten(3).flatten(1, 2)
     pooled = avg_pool2d(x.flatten(3).permute(0, 3, 1, 2), size, ceil_mode=True, count_include_pad=False)
     return pooled.flatten(2).transpose(1, 2)
 

@@ -6,6 +6,7 @@ inputs, output and log-sum-exp are kept for the backward, so memory is linear in
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from math import prod
 from typing import NamedTuple
@@ -19,7 +20,9 @@ from .mask import BlockMask, boxes
 
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
 LOGIT_BYTES = 1 << 20  # of one dense attention; what a chunk works on should stay in cache
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20, 4 << 20  # the least and the most
+PART_BYTES = 1 << 20  # laid out box by box at a time,
+PART_RATIO = 1 / 8  # or this much of query, key and value if that is more
 COMPILED_CHUNKS = 8  # in a compiled graph, where the number of chunks must not depend on the number of tokens
 
 
@@ -42,8 +45,73 @@ def attend(
     return _Attention.apply(query, key, value, extra_key, extra_value, *lists, blocks, scale)
 
 
+class _Operands(NamedTuple):
+    """Tensors of a call, or those of some of its batch entries and heads."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    extra_key: Tensor | None
+    extra_value: Tensor | None
+    kv_num: Tensor
+    kv_idx: Tensor
+    bias: Tensor | None
+    q_len: Tensor | None
+    kv_len: Tensor | None
+
+
 def _tracing() -> bool:
     return torch.compiler.is_compiling()
+
+
+def _parts(x: _Operands) -> list[tuple[slice, slice]]:
+    """Batch entries and key heads that are laid out box by box at a time."""
+    batch, key_heads = x.key.shape[0], x.key.shape[-2]
+    if _tracing() or not batch:
+        return [(slice(0, batch), slice(0, key_heads))]
+    total = (x.query.numel() + 2 * x.key.numel()) * x.query.itemsize
+    most = max(1, int(max(PART_BYTES, PART_RATIO * total) / total * batch * key_heads))  # pairs of entry and head
+    entries, heads = max(1, most // key_heads), min(most, key_heads)
+    return [
+        (slice(b, min(b + entries, batch)), slice(h, min(h + heads, key_heads)))
+        for b in range(0, batch, entries)
+        for h in range(0, key_heads, heads)
+    ]
+
+
+def _heads(x: Tensor, batch: slice, heads: slice, key_heads: int) -> Tensor:
+    """The entries and query heads of `[B, …, heads, d]` that belong to key heads."""
+    group = x.shape[-2] // key_heads
+    return x[batch][..., heads.start * group : heads.stop * group, :]
+
+
+def _select(x: _Operands, batch: slice, heads: slice) -> _Operands:
+    """The operands of some batch entries and key heads."""
+    key_heads = x.key.shape[-2]
+    grids = (None if t is None else _heads(t, batch, heads, key_heads) for t in x[:5])
+
+    def lists(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        group = t.shape[1] // key_heads
+        t = t if t.shape[0] == 1 else t[batch]
+        return t if t.shape[1] == 1 else t[:, heads.start * group : heads.stop * group]
+
+    return _Operands(*grids, *map(lists, x[5:8]), *x[8:])  # pyright: ignore[reportArgumentType]
+
+
+def _divides(shape: Sequence[int], block: Sequence[int]) -> bool:
+    return all(n % b == 0 for n, b in zip(shape, block, strict=True))
+
+
+def _cut(x: Tensor, block: tuple[int, ...], group: int) -> Tensor:
+    """View of a grid that the boxes divide: `[B, heads / group, *boxes, group, *box, d]`."""
+    rank, (*_, heads, _) = x.dim() - 3, x.shape
+    x = x.unflatten(-2, (heads // group, group))
+    for axis in reversed(range(rank)):
+        x = x.unflatten(1 + axis, (x.shape[1 + axis] // block[axis], block[axis]))
+    order = [0, 2 * rank + 1, *range(1, 2 * rank, 2), 2 * rank + 2, *range(2, 2 * rank + 1, 2), 2 * rank + 3]
+    return x.permute(order)
 
 
 def _box(x: Tensor, block: tuple[int, ...], group: int, spare: int) -> Tensor:
@@ -51,40 +119,40 @@ def _box(x: Tensor, block: tuple[int, ...], group: int, spare: int) -> Tensor:
 
     Tokens of `group` heads stand together, head by head. Zero past the grid and in the `spare` boxes at the end.
     """
-    rank, (batch, *shape, heads, d) = x.dim() - 3, x.shape
+    batch, *shape, heads, d = x.shape
     counts = boxes(shape, block)
-    if any(n % b != 0 for n, b in zip(shape, block, strict=True)):
+    if not _divides(shape, block):
         ends = [c * b - n for n, b, c in zip(shape, block, counts, strict=True)]
         x = pad(x, [0, 0, 0, 0, *(side for end in reversed(ends) for side in (0, end))])
-    x = x.view_as(x).unflatten(-2, (heads // group, group))
-    for axis in reversed(range(rank)):
-        x = x.unflatten(1 + axis, (counts[axis], block[axis]))  # [B, n0, b0, …, heads / group, group, d]
-    order = [0, 2 * rank + 1, *range(1, 2 * rank, 2), 2 * rank + 2, *range(2, 2 * rank + 1, 2), 2 * rank + 3]
     rows, tokens = batch * (heads // group) * prod(counts), group * prod(block)
     out = x.new_empty(rows + spare, tokens, d)
     out[rows:] = 0
-    out[:rows].view([x.shape[i] for i in order]).copy_(x.permute(order))
+    cut = _cut(x, block, group)
+    out[:rows].view(cut.shape).copy_(cut)
     return out
 
 
-def _unbox(x: Tensor, shape: tuple[int, ...], block: tuple[int, ...], group: int) -> Tensor:
-    """The inverse of `_box`: `[B * heads / group * boxes, group * tokens, d]` to a grid of `shape`."""
-    batch, *lengths, heads, d = shape
-    rank, counts = len(lengths), boxes(lengths, block)
+def _unbox(x: Tensor, target: Tensor, block: tuple[int, ...], group: int) -> None:
+    """The inverse of `_box`, into a grid: x is `[B * heads / group * boxes, group * tokens, d]`."""
+    batch, *shape, heads, d = target.shape
+    rank, counts = len(shape), boxes(shape, block)
     x = x.view(batch, heads // group, *counts, group, *block, d)
+    if _divides(shape, block):
+        _cut(target, block, group).copy_(x)
+        return
     order = [0, *(i for axis in range(rank) for i in (2 + axis, 3 + rank + axis)), 1, 2 + rank, 3 + 2 * rank]
-    x = x.permute(order)  # [B, n0, b0, …, heads / group, group, d]
+    x = x.permute(order).flatten(-3, -2)  # [B, n0, b0, …, heads, d]
     for axis in range(rank):
         x = x.flatten(1 + axis, 2 + axis)
-    for axis, n in enumerate(lengths):
+    for axis, n in enumerate(shape):
         x = x.narrow(1 + axis, 0, n)
-    return x.reshape(shape)
+    target.copy_(x)
 
 
 def _existing(shape, block: tuple[int, ...], length: Tensor | None, device: torch.device) -> Tensor | None:
     """Which tokens of each box exist, bool `[boxes, tokens]`; None when all do."""
     exists = None
-    if any(n % b != 0 for n, b in zip(shape, block, strict=True)):
+    if not _divides(shape, block):
         exists = _box(torch.ones((1, *shape, 1, 1), dtype=torch.bool, device=device), block, 1, 0)[..., 0]
     if length is not None:
         within = torch.arange(prod(block), device=device) < length[:, None]
@@ -117,20 +185,21 @@ class _Chunk(NamedTuple):
     count: int  # keys of a unit without the extra ones
 
 
-def _make_plan(query, key, value, extra_key, extra_value, kv_idx, q_len, kv_len, blocks) -> _Plan:
-    heads, key_heads = query.shape[-2], key.shape[-2]
-    lists = key_heads if kv_idx.shape[1] == 1 else heads
+def _make_plan(x: _Operands, blocks: tuple[tuple[int, ...], tuple[int, ...]]) -> _Plan:
+    heads, key_heads = x.query.shape[-2], x.key.shape[-2]
+    lists = key_heads if x.kv_idx.shape[1] == 1 else heads
     group = heads // lists
-    shapes = query.shape[1:-2], key.shape[1:-2]
-    exists = [_existing(*x, query.device) for x in zip(shapes, blocks, (q_len, kv_len), strict=True)]
-    q, k, v = _box(query, blocks[0], group, 0), _box(key, blocks[1], 1, 1), _box(value, blocks[1], 1, 1)
+    shapes = x.query.shape[1:-2], x.key.shape[1:-2]
+    query_exists = _existing(shapes[0], blocks[0], x.q_len, x.query.device)
+    key_exists = _existing(shapes[1], blocks[1], x.kv_len, x.query.device)
+    q, k, v = _box(x.query, blocks[0], group, 0), _box(x.key, blocks[1], 1, 1), _box(x.value, blocks[1], 1, 1)
     query_boxes, key_boxes = (prod(boxes(s, b)) for s, b in zip(shapes, blocks, strict=True))
-    if q_len is not None:  # what does not exist may hold anything, and zero times NaN is NaN
-        q = _clear(q, exists[0], query_boxes, group)
-    if kv_len is not None:
-        k, v = (_clear(x, exists[1], key_boxes, 1) for x in (k, v))
-    ek, ev = (x if x is None else x.transpose(1, 2).flatten(0, 1) for x in (extra_key, extra_value))
-    return _Plan(q, k, v, ek, ev, *exists, (lists, query_boxes, key_heads, key_boxes), group)
+    if x.q_len is not None:  # what does not exist may hold anything, and zero times NaN is NaN
+        q = _clear(q, query_exists, query_boxes, group)
+    if x.kv_len is not None:
+        k, v = _clear(k, key_exists, key_boxes, 1), _clear(v, key_exists, key_boxes, 1)
+    ek, ev = (None if e is None else e.transpose(1, 2).flatten(0, 1) for e in (x.extra_key, x.extra_value))
+    return _Plan(q, k, v, ek, ev, query_exists, key_exists, (lists, query_boxes, key_heads, key_boxes), group)
 
 
 def _clear(x: Tensor, exists: Tensor | None, count: int, group: int) -> Tensor:
@@ -142,56 +211,55 @@ def _clear(x: Tensor, exists: Tensor | None, count: int, group: int) -> Tensor:
     return x
 
 
-def _chunks(plan: _Plan, kv_num: Tensor, kv_idx: Tensor, bias: Tensor | None, copies: int):
-    """Chunks of units in order; `copies` of keys and logits are held at a time."""
-    device, (units, rows, d), most = kv_idx.device, plan.query.shape, kv_idx.shape[-1]
-    tokens, extra = plan.key.shape[1], 0 if plan.extra_key is None else plan.extra_key.shape[1]
+def _splits(plan: _Plan, most: int, copies: int) -> int:
+    """Into how many chunks units are split, of which `copies` of keys and logits are held at a time."""
     if _tracing():
-        splits = COMPILED_CHUNKS
-    else:
-        if device.type == "cpu":  # looking at values costs nothing there
-            most = int(kv_num.max()) if kv_num.numel() else 0
-        keys = most * tokens + extra
-        unit = copies * plan.key.element_size() * keys * (d + _rows_at_a_time(rows, keys))
-        splits = max(1, min(units, math.ceil(units * unit / CHUNK_BYTES)))
+        return COMPILED_CHUNKS
+    (units, rows, d), size = plan.query.shape, plan.key.element_size()
+    keys = most * plan.key.shape[1] + (0 if plan.extra_key is None else plan.extra_key.shape[1])
+    unit = copies * size * keys * (d + _rows_at_a_time(rows, keys))
+    room = (plan.query.numel() + 2 * plan.key.numel()) * size // 4
+    return max(1, min(units, math.ceil(units * unit / min(max(CHUNK_BYTES[0], room), CHUNK_BYTES[1]))))
+
+
+def _chunks(plan: _Plan, kv_num: Tensor, kv_idx: Tensor, bias: Tensor | None, copies: int) -> Iterator[_Chunk]:
+    """Chunks of units in order."""
+    device, units, look = kv_idx.device, plan.query.shape[0], not _tracing() and kv_idx.device.type == "cpu"
     lists, query_boxes, key_heads, key_boxes = plan.sizes
+    most = int(kv_num.max()) if look and kv_num.numel() else kv_idx.shape[-1]  # looking at values costs nothing on CPU
+    batch = units // (lists * query_boxes)
+
+    def by_unit(x: Tensor) -> Tensor:  # [units, most]
+        return x[..., :most].expand(batch, lists, -1, -1).reshape(units, -1)
+
+    num, idx = by_unit(kv_num[..., None]), by_unit(kv_idx)
+    values = None if bias is None else by_unit(bias)
+    head = torch.arange(batch * lists, device=device)
+    head = (head // lists * key_heads + head % lists // (lists // key_heads)).repeat_interleave(query_boxes)
+    listed = torch.arange(most, device=device) < num
+    full = look and bias is None and plan.key_exists is None and bool(listed.all())
+    number = torch.where(listed, idx, 0).long()
+    where = torch.where(listed, head[:, None] * key_boxes + number, plan.key.shape[0] - 1)
+    splits = _splits(plan, most, copies)
     for i in range(splits):
-        first, last = units * i // splits, units * (i + 1) // splits
-        unit = torch.arange(first, last, device=device)
-        batch, of, box = unit // query_boxes // lists, unit // query_boxes % lists, unit % query_boxes
-        row = box
-        if kv_idx.shape[1] > 1:
-            row = row + of * query_boxes
-        if kv_idx.shape[0] > 1:
-            row = row + batch * (kv_idx.shape[1] * query_boxes)
-        num = kv_num.reshape(-1).index_select(0, row)
-        longest = most
-        if not _tracing() and device.type == "cpu" and num.numel():
-            longest = int(num.max())
-        listed = torch.arange(longest, device=device) < num[:, None]  # [n, most]
-        number = torch.where(listed, kv_idx.flatten(0, 2)[:, :longest].index_select(0, row), 0).long()
-        head = batch * key_heads + of // (lists // key_heads)
-        where = torch.where(listed, head[:, None] * key_boxes + number, plan.key.shape[0] - 1)
-        values = None if bias is None else bias.flatten(0, 2)[:, :longest].index_select(0, row)
-        added = _added(plan, listed, number, values, extra)
-        yield _Chunk(slice(first, last), where.flatten(), head, added, longest * tokens)
+        part = slice(units * i // splits, units * (i + 1) // splits)
+        longest = int(num[part].max()) if look and not full and num.numel() else most
+        added = None
+        if not full:
+            chosen = None if values is None else values[part, :longest]
+            added = _added(plan, listed[part, :longest], number[part, :longest], chosen)
+        yield _Chunk(part, where[part, :longest].flatten(), head[part], added, longest * plan.key.shape[1])
 
 
-def _added(plan: _Plan, listed: Tensor, number: Tensor, bias: Tensor | None, extra: int) -> Tensor | None:
-    """What a chunk adds to its base-2 logits, `[n, 1, keys + extra]`, or None when that is nothing."""
-    tokens = plan.key.shape[1]
-    full = not _tracing() and listed.device.type == "cpu" and bool(listed.all())
-    if full and bias is None and plan.key_exists is None:
-        return None
+def _added(plan: _Plan, listed: Tensor, number: Tensor, bias: Tensor | None) -> Tensor:
+    """What a chunk adds to its base-2 logits, `[n, 1, keys + extra]`."""
     dtype = torch.promote_types(plan.key.dtype, torch.float32)
-    seen = listed[..., None].expand(-1, -1, tokens)
+    seen = listed[..., None].expand(-1, -1, plan.key.shape[1])
     if plan.key_exists is not None:
         seen = seen & plan.key_exists[number]
-    added = torch.zeros((), dtype=dtype, device=listed.device)
-    if bias is not None:
-        added = (bias.to(dtype) * LOG2_E)[..., None]
+    added = torch.zeros((), dtype=dtype, device=listed.device) if bias is None else (bias.to(dtype) * LOG2_E)[..., None]
     added = torch.where(seen, added, -math.inf).flatten(1)
-    return pad(added, (0, extra))[:, None]
+    return pad(added, (0, 0 if plan.extra_key is None else plan.extra_key.shape[1]))[:, None]
 
 
 def _rows_at_a_time(rows: int, keys: int) -> int:
@@ -287,12 +355,19 @@ def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, de
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, extra_key, extra_value, kv_num, kv_idx, bias, q_len, kv_len, blocks, scale):
-        plan = _make_plan(query, key, value, extra_key, extra_value, kv_idx, q_len, kv_len, blocks)
-        out, lse = _forward(plan, kv_num, kv_idx, bias, scale)
-        out = _unbox(out, query.shape, blocks[0], plan.group)
-        lse = _unbox(lse[..., None], (*query.shape[:-1], 1), blocks[0], plan.group)[..., 0]
-        ctx.save_for_backward(query, key, value, extra_key, extra_value, kv_num, kv_idx, bias, q_len, kv_len, out, lse)
+    def forward(ctx, *arguments):
+        *tensors, blocks, scale = arguments
+        operands = _Operands(*tensors)
+        query, key_heads = operands.query, operands.key.shape[-2]
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        lse = out.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+        for part in _parts(operands):
+            x = _select(operands, *part)
+            plan = _make_plan(x, blocks)
+            part_out, part_lse = _forward(plan, x.kv_num, x.kv_idx, x.bias, scale)
+            _unbox(part_out, _heads(out, *part, key_heads), blocks[0], plan.group)
+            _unbox(part_lse[..., None], _heads(lse[..., None], *part, key_heads), blocks[0], plan.group)
+        ctx.save_for_backward(*tensors, out, lse)
         ctx.blocks, ctx.scale = blocks, scale
         return out, lse
 
@@ -306,17 +381,24 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx, grad_out, grad_lse):
-        query, key, value, extra_key, extra_value, kv_num, kv_idx, bias, q_len, kv_len, out, lse = ctx.saved_tensors
-        blocks = ctx.blocks
-        plan = _make_plan(query, key, value, extra_key, extra_value, kv_idx, q_len, kv_len, blocks)
+        *tensors, out, lse = ctx.saved_tensors
+        operands, blocks = _Operands(*tensors), ctx.blocks
+        key_heads = operands.key.shape[-2]
+        grads = [None if x is None else torch.empty_like(x) for x in operands[:5]]
         delta = (grad_out.to(lse.dtype) * out).sum(-1) - grad_lse
-        boxed = (_box(x[..., None], blocks[0], plan.group, 0)[..., 0] for x in (lse, delta))
-        grad_out = _box(grad_out, blocks[0], plan.group, 0)
-        grads = _backward(plan, kv_num, kv_idx, bias, ctx.scale, grad_out, *boxed)
-        grad_query = _unbox(grads[0], query.shape, blocks[0], plan.group)
-        grad_key, grad_value = (_unbox(x[:-1], key.shape, blocks[1], 1).to(key.dtype) for x in grads[1:3])
-        extras = (
-            None if x is None else x.unflatten(0, (key.shape[0], key.shape[-2])).transpose(1, 2).to(key.dtype)
-            for x in grads[3:]
-        )
-        return grad_query, grad_key, grad_value, *extras
+        for part in _parts(operands):
+            x = _select(operands, *part)
+            plan = _make_plan(x, blocks)
+            grad, base, sub = (
+                _box(_heads(t, *part, key_heads), blocks[0], plan.group, 0)
+                for t in (grad_out, lse[..., None], delta[..., None])
+            )
+            found = _backward(plan, x.kv_num, x.kv_idx, x.bias, ctx.scale, grad, base[..., 0], sub[..., 0])
+            to = [None if g is None else _heads(g, *part, key_heads) for g in grads]
+            _unbox(found[0], to[0], blocks[0], plan.group)
+            for total, target in zip(found[1:3], to[1:3], strict=True):
+                _unbox(total[:-1], target, blocks[1], 1)
+            for total, target in zip(found[3:], to[3:], strict=True):
+                if target is not None:
+                    target.copy_(total.unflatten(0, (-1, target.shape[-2])).transpose(1, 2))
+        return grads
