@@ -6,7 +6,7 @@ from math import prod
 from torch import Tensor
 
 from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, without_autocast
-from . import reference, tiled
+from . import library, reference, tiled
 from .geometry import Axis
 
 __all__ = ["choose", "make_axes", "obstacles", "relative_bias", "window_attention", "window_attention_lse"]
@@ -86,7 +86,8 @@ def _attend(query, key, value, window, shift, halo, bias, scale, impl, *, lse: b
     with without_autocast(query.device):
         if chosen == "tiled":
             return tiled.attend(query, key, value, axes=axes, scale=scale, bias=bias, lse=lse)
-        return reference.attend(query, key, value, axes=axes, scale=scale, bias=bias)
+        implementation = library if chosen == "triton" else reference
+        return implementation.attend(query, key, value, axes=axes, scale=scale, bias=bias)
 
 
 def window_attention(

@@ -1,0 +1,265 @@
+"""Backward kernels of window attention. No atomics: every gradient is summed by one program in a fixed order.
+
+With P = exp(S - lse) and delta = rowsum(dO * O) - dlse, dS = P * (dO V^T - delta) (arXiv:2205.14135, appendix B.4).
+Without a halo a window owns its keys, and `window_kernel` computes all gradients of windows that fit into one tile in
+one pass. Otherwise `query_kernel` walks the keys of a window for dQ and leaves delta behind, `key_kernel` walks the
+windows that see a cell of keys for dK and dV, and `bias_kernel` walks windows for the gradient of the bias.
+Tiles are computed transposed, `[keys, queries]`, where dK and dV need them so: some Triton releases miscompile the
+transpose of an MMA result on Hopper.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import LOG2E, NONE, bias_pointers, load, offset, place, sees, split, store, tile, view, windows
+
+
+@triton.jit
+def probabilities(
+    k, q, see, entry, keep, lse2, scale, BIAS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Transposed probabilities `[keys, queries]` from logits and the base-2 log-sum-exp of the queries."""
+    st = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+    if BIAS:
+        st += tl.load(entry, mask=see & keep[None, :], other=0.0).to(tl.float32) * LOG2E
+    return tl.exp2(tl.where(see, st, float("-inf")) - lse2[None, :])
+
+
+@triton.jit
+def column_sees(
+    key_region, region, key_keep, PACK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, SHIFT: tl.constexpr
+):
+    """`sees`, transposed: `[keys, queries]`, keys that exist only."""
+    see = sees(key_region, region, region >= 0, PACK, KEYS, QUERIES, SHIFT)
+    return see & key_keep[:, None]
+
+
+@triton.jit
+def window_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, do_ptr, do_strides,
+    lse_ptr, lse_strides, dlse_ptr, dlse_strides, delta_ptr, dq_ptr, dk_ptr, dv_ptr, dk_strides,
+    bias_ptr, partial_ptr, lengths, batches, key_heads, chunk, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, HALO: tl.constexpr, MARGIN: tl.constexpr,
+    PACK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DBIAS: tl.constexpr,
+):
+    """All gradients of windows of at most `QUERIES` = `KEYS` tokens without a halo, and delta.
+
+    A program takes `chunk` packs of one key head. With `DBIAS` (and one query head a key head) it leaves the sum of its
+    dS in `partial_ptr`, `[chunks, PACK, heads, T, T]`. delta has the strides of lse, dQ those of out.
+    """
+    T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    counts = windows(lengths, WINDOW)
+    packs = tl.cdiv(counts[0] * counts[1] * counts[2], PACK)
+    chunks = tl.cdiv(packs * batches, chunk)
+    part, key_head = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    dbias = tl.zeros([PACK * KEYS, PACK * QUERIES], tl.float32)
+    for step in range(part * chunk, tl.minimum(part * chunk + chunk, packs * batches)):
+        batch = step // packs
+        row, where, keep, region = tile(step % packs * PACK, 0, lengths, PACK, QUERIES, WINDOW, SHIFT, NONE, NONE)
+        k = load(view(k_ptr, k_strides, batch, key_head), k_strides, where, keep, D, BLOCK_D, WIDE)
+        v = load(view(v_ptr, v_strides, batch, key_head), v_strides, where, keep, D, BLOCK_D, WIDE)
+        dk = tl.zeros([PACK * KEYS, BLOCK_D], tl.float32)
+        dv = tl.zeros([PACK * KEYS, BLOCK_D], tl.float32)
+        see = column_sees(region, region, keep, PACK, KEYS, QUERIES, SHIFT)
+        for g in range(GROUP):
+            head = key_head * GROUP + g
+            q = load(view(q_ptr, q_strides, batch, head), q_strides, where, keep, D, BLOCK_D, WIDE)
+            do = load(view(do_ptr, do_strides, batch, head), do_strides, where, keep, D, BLOCK_D, WIDE)
+            out = load(view(out_ptr, out_strides, batch, head), out_strides, where, keep, D, BLOCK_D, WIDE)
+            at = offset(where, lse_strides, WIDE)
+            lse2 = tl.load(view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
+            dlse = view(dlse_ptr, dlse_strides, batch, head) + offset(where, dlse_strides, WIDE)
+            delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - tl.load(dlse, mask=keep, other=0.0)
+            tl.store(view(delta_ptr, lse_strides, batch, head) + at, delta, mask=keep)
+            entry = bias_ptr
+            if BIAS:
+                entry = bias_pointers(bias_ptr, head, row[None, :], row[:, None], WINDOW, NONE)
+            pt = probabilities(k, q, see, entry, keep, lse2, scale, BIAS, PRECISION)
+            dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)
+            dst = pt * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+            if DBIAS:
+                dbias += dst
+            rounded = dst.to(q.dtype)
+            dk = tl.dot(rounded, q, dk, input_precision=PRECISION)
+            dqt = tl.dot(tl.trans(k), rounded, input_precision=PRECISION) * scale  # [BLOCK_D, queries]
+            d = tl.arange(0, BLOCK_D)
+            to = view(dq_ptr, out_strides, batch, head) + offset(where, out_strides, WIDE)[None, :] + d[:, None]
+            tl.store(to, dqt.to(dq_ptr.dtype.element_ty), mask=keep[None, :] & (d < D)[:, None])
+        store(view(dk_ptr, dk_strides, batch, key_head), dk_strides, where, keep, dk * scale, D, BLOCK_D, WIDE)
+        store(view(dv_ptr, dk_strides, batch, key_head), dk_strides, where, keep, dv, D, BLOCK_D, WIDE)
+    if DBIAS:
+        i = tl.arange(0, PACK * QUERIES)
+        same = (i // QUERIES)[None, :] == (i // KEYS)[:, None]
+        exists = (i % QUERIES < T)[None, :] & (i % KEYS < T)[:, None]
+        first = (tl.cast(part, tl.int64) * PACK + i // QUERIES) * key_heads + key_head
+        entry = partial_ptr + (first * (T * T))[None, :] + (i % QUERIES * T)[None, :] + (i % KEYS)[:, None]
+        tl.store(entry, dbias, mask=same & exists)
+
+
+@triton.jit
+def query_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, do_ptr, do_strides,
+    lse_ptr, lse_strides, dlse_ptr, dlse_strides, delta_ptr, dq_ptr, bias_ptr, lengths, heads, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, HALO: tl.constexpr, MARGIN: tl.constexpr,
+    PACK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """dQ, and delta for the other kernels, as `forward_kernel` goes. delta has the strides of lse, dQ those of out."""
+    T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    S: tl.constexpr = (WINDOW[0] + 2 * HALO[0]) * (WINDOW[1] + 2 * HALO[1]) * (WINDOW[2] + 2 * HALO[2])
+    BLOCKS: tl.constexpr = (T + QUERIES - 1) // QUERIES
+    counts = windows(lengths, WINDOW)
+    packs = tl.cdiv(counts[0] * counts[1] * counts[2], PACK)
+    pid = tl.program_id(0)
+    window, block = pid % packs * PACK, pid // packs % BLOCKS
+    head, batch = pid // packs // BLOCKS % heads, pid // packs // BLOCKS // heads
+
+    row, where, keep, region = tile(window, block * QUERIES, lengths, PACK, QUERIES, WINDOW, SHIFT, NONE, NONE)
+    q = load(view(q_ptr, q_strides, batch, head), q_strides, where, keep, D, BLOCK_D, WIDE)
+    do = load(view(do_ptr, do_strides, batch, head), do_strides, where, keep, D, BLOCK_D, WIDE)
+    out = load(view(out_ptr, out_strides, batch, head), out_strides, where, keep, D, BLOCK_D, WIDE)
+    at = offset(where, lse_strides, WIDE)
+    lse2 = tl.load(view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
+    dlse = view(dlse_ptr, dlse_strides, batch, head) + offset(where, dlse_strides, WIDE)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - tl.load(dlse, mask=keep, other=0.0)
+    tl.store(view(delta_ptr, lse_strides, batch, head) + at, delta, mask=keep)
+
+    k_ptr = view(k_ptr, k_strides, batch, head // GROUP)
+    v_ptr = view(v_ptr, v_strides, batch, head // GROUP)
+    dq = tl.zeros([PACK * QUERIES, BLOCK_D], tl.float32)
+    for first in range(0, S, KEYS):
+        column, key_where, key_keep, key_region = tile(
+            window, first, lengths, PACK, KEYS, WINDOW, SHIFT, HALO, MARGIN
+        )
+        k = load(k_ptr, k_strides, key_where, key_keep, D, BLOCK_D, WIDE)
+        v = load(v_ptr, v_strides, key_where, key_keep, D, BLOCK_D, WIDE)
+        see = sees(region, key_region, key_keep, PACK, QUERIES, KEYS, SHIFT)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        if BIAS:
+            entry = bias_pointers(bias_ptr, head, row[:, None], column[None, :], WINDOW, HALO)
+            s += tl.load(entry, mask=see & keep[:, None], other=0.0).to(tl.float32) * LOG2E
+        p = tl.exp2(tl.where(see, s, float("-inf")) - lse2[:, None])
+        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    store(view(dq_ptr, out_strides, batch, head), out_strides, where, keep, dq * scale, D, BLOCK_D, WIDE)
+
+
+@triton.jit
+def key_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides,
+    lse_ptr, delta_ptr, lse_strides, dk_ptr, dv_ptr, dk_strides, bias_ptr, lengths, key_heads, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, HALO: tl.constexpr, MARGIN: tl.constexpr,
+    PACK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """dK and dV of a block of a cell of keys, over all windows that see it and all query heads that share them.
+
+    A cell has the size of a window and begins where a window begins; cells of keys before the first and after the last
+    query lie round the windows. `PACK` is 1.
+    """
+    T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    SPAN: tl.constexpr = (WINDOW[0] + 2 * HALO[0], WINDOW[1] + 2 * HALO[1], WINDOW[2] + 2 * HALO[2])
+    BLOCKS: tl.constexpr = (T + KEYS - 1) // KEYS
+    REACH: tl.constexpr = (
+        (HALO[0] + WINDOW[0] - 1) // WINDOW[0],
+        (HALO[1] + WINDOW[1] - 1) // WINDOW[1],
+        (HALO[2] + WINDOW[2] - 1) // WINDOW[2],
+    )
+    AROUND: tl.constexpr = (2 * REACH[0] + 1, 2 * REACH[1] + 1, 2 * REACH[2] + 1)
+    OUTER: tl.constexpr = (
+        (MARGIN[0] + WINDOW[0] - 1) // WINDOW[0],
+        (MARGIN[1] + WINDOW[1] - 1) // WINDOW[1],
+        (MARGIN[2] + WINDOW[2] - 1) // WINDOW[2],
+    )
+    counts = windows(lengths, WINDOW)
+    cells = (counts[0] + 2 * OUTER[0], counts[1] + 2 * OUTER[1], counts[2] + 2 * OUTER[2])
+    total = cells[0] * cells[1] * cells[2]
+    pid = tl.program_id(0)
+    cx, cy, cz = split(pid % total, cells)
+    cx, cy, cz = cx - OUTER[0], cy - OUTER[1], cz - OUTER[2]
+    block = pid // total % BLOCKS
+    key_head, batch = pid // total // BLOCKS % key_heads, pid // total // BLOCKS // key_heads
+
+    slot = block * KEYS + tl.arange(0, KEYS)
+    sx, sy, sz = split(slot, WINDOW)
+    where, key_keep, key_region = place((cx, cy, cz), (sx, sy, sz), lengths, WINDOW, SHIFT, NONE, MARGIN)
+    key_keep &= slot < T
+    k = load(view(k_ptr, k_strides, batch, key_head), k_strides, where, key_keep, D, BLOCK_D, WIDE)
+    v = load(view(v_ptr, v_strides, batch, key_head), v_strides, where, key_keep, D, BLOCK_D, WIDE)
+    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    for around in range(AROUND[0] * AROUND[1] * AROUND[2]):
+        ax, ay, az = split(around, AROUND)
+        wx, wy, wz = cx + ax - REACH[0], cy + ay - REACH[1], cz + az - REACH[2]
+        exists = (wx >= 0) & (wx < counts[0]) & (wy >= 0) & (wy < counts[1]) & (wz >= 0) & (wz < counts[2])
+        kx = sx + (cx - wx) * WINDOW[0] + HALO[0]  # slots of these keys in that window
+        ky = sy + (cy - wy) * WINDOW[1] + HALO[1]
+        kz = sz + (cz - wz) * WINDOW[2] + HALO[2]
+        seen = key_keep & (kx >= 0) & (kx < SPAN[0]) & (ky >= 0) & (ky < SPAN[1]) & (kz >= 0) & (kz < SPAN[2])
+        column = (kx * SPAN[1] + ky) * SPAN[2] + kz
+        window = (wx * counts[1] + wy) * counts[2] + wz
+        for g in range(tl.where(exists, GROUP, 0)):
+            head = key_head * GROUP + g
+            for first in range(0, T, QUERIES):
+                row, query, keep, region = tile(window, first, lengths, 1, QUERIES, WINDOW, SHIFT, NONE, NONE)
+                q = load(view(q_ptr, q_strides, batch, head), q_strides, query, keep, D, BLOCK_D, WIDE)
+                do = load(view(do_ptr, do_strides, batch, head), do_strides, query, keep, D, BLOCK_D, WIDE)
+                at = offset(query, lse_strides, WIDE)
+                lse2 = tl.load(view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
+                delta = tl.load(view(delta_ptr, lse_strides, batch, head) + at, mask=keep, other=0.0)
+                see = column_sees(key_region, region, seen, 1, KEYS, QUERIES, SHIFT)
+                entry = bias_ptr
+                if BIAS:
+                    entry = bias_pointers(bias_ptr, head, row[None, :], column[:, None], WINDOW, HALO)
+                pt = probabilities(k, q, see, entry, keep, lse2, scale, BIAS, PRECISION)
+                dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)
+                dst = pt * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+                dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)
+    store(view(dk_ptr, dk_strides, batch, key_head), dk_strides, where, key_keep, dk * scale, D, BLOCK_D, WIDE)
+    store(view(dv_ptr, dk_strides, batch, key_head), dk_strides, where, key_keep, dv, D, BLOCK_D, WIDE)
+
+
+@triton.jit
+def bias_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides, lse_ptr, delta_ptr, lse_strides,
+    bias_ptr, partial_ptr, lengths, batches, heads, chunk, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, HALO: tl.constexpr, MARGIN: tl.constexpr,
+    PACK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Sums of dS over `chunk` windows of all batches, `[chunks, heads, T, S]`, for a block of queries and of keys."""
+    T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    S: tl.constexpr = (WINDOW[0] + 2 * HALO[0]) * (WINDOW[1] + 2 * HALO[1]) * (WINDOW[2] + 2 * HALO[2])
+    ROWS: tl.constexpr = (T + QUERIES - 1) // QUERIES
+    COLUMNS: tl.constexpr = (S + KEYS - 1) // KEYS
+    counts = windows(lengths, WINDOW)
+    total = counts[0] * counts[1] * counts[2]
+    pid = tl.program_id(0)
+    rows, columns = pid % ROWS * QUERIES, pid // ROWS % COLUMNS * KEYS
+    head, part = pid // (ROWS * COLUMNS) % heads, pid // (ROWS * COLUMNS) // heads
+    row, column = rows + tl.arange(0, QUERIES), columns + tl.arange(0, KEYS)
+    entry = bias_pointers(bias_ptr, head, row[:, None], column[None, :], WINDOW, HALO)
+    exists = (row < T)[:, None] & (column < S)[None, :]
+    bias = tl.load(entry, mask=exists, other=0.0).to(tl.float32) * LOG2E
+    dbias = tl.zeros([QUERIES, KEYS], tl.float32)
+    for step in range(part * chunk, tl.minimum(part * chunk + chunk, total * batches)):
+        batch, window = step // total, step % total
+        _, where, keep, region = tile(window, rows, lengths, 1, QUERIES, WINDOW, SHIFT, NONE, NONE)
+        _, key_where, key_keep, key_region = tile(window, columns, lengths, 1, KEYS, WINDOW, SHIFT, HALO, MARGIN)
+        q = load(view(q_ptr, q_strides, batch, head), q_strides, where, keep, D, BLOCK_D, WIDE)
+        do = load(view(do_ptr, do_strides, batch, head), do_strides, where, keep, D, BLOCK_D, WIDE)
+        k = load(view(k_ptr, k_strides, batch, head // GROUP), k_strides, key_where, key_keep, D, BLOCK_D, WIDE)
+        v = load(view(v_ptr, v_strides, batch, head // GROUP), v_strides, key_where, key_keep, D, BLOCK_D, WIDE)
+        at = offset(where, lse_strides, WIDE)
+        lse2 = tl.load(view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
+        delta = tl.load(view(delta_ptr, lse_strides, batch, head) + at, mask=keep, other=0.0)
+        see = sees(region, key_region, key_keep, 1, QUERIES, KEYS, SHIFT)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+        p = tl.exp2(tl.where(see, s, float("-inf")) - lse2[:, None])
+        dbias += p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    to = bias_pointers(partial_ptr, part * heads + head, row[:, None], column[None, :], WINDOW, HALO)
+    tl.store(to, dbias, mask=exists)

@@ -1,0 +1,58 @@
+"""Forward kernel of window attention: one program computes a block of slots of a pack of windows of one head."""
+
+import triton
+import triton.language as tl
+
+from .tile import LN2, LOG2E, NONE, bias_pointers, load, offset, sees, store, tile, view, windows
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr, lse_strides, bias_ptr,
+    lengths, heads, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, HALO: tl.constexpr, MARGIN: tl.constexpr,
+    PACK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Strides are of `[B, X, Y, Z, heads, head_dim]`, `GROUP` query heads share a key head; see `tile` for the rest."""
+    T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    S: tl.constexpr = (WINDOW[0] + 2 * HALO[0]) * (WINDOW[1] + 2 * HALO[1]) * (WINDOW[2] + 2 * HALO[2])
+    BLOCKS: tl.constexpr = (T + QUERIES - 1) // QUERIES
+    counts = windows(lengths, WINDOW)
+    packs = tl.cdiv(counts[0] * counts[1] * counts[2], PACK)
+    pid = tl.program_id(0)
+    window, block = pid % packs * PACK, pid // packs % BLOCKS
+    head, batch = pid // packs // BLOCKS % heads, pid // packs // BLOCKS // heads
+
+    row, place, keep, region = tile(window, block * QUERIES, lengths, PACK, QUERIES, WINDOW, SHIFT, NONE, NONE)
+    q = load(view(q_ptr, q_strides, batch, head), q_strides, place, keep, D, BLOCK_D, WIDE)
+    k_ptr = view(k_ptr, k_strides, batch, head // GROUP)
+    v_ptr = view(v_ptr, v_strides, batch, head // GROUP)
+    acc = tl.zeros([PACK * QUERIES, BLOCK_D], tl.float32)
+    m = tl.full([PACK * QUERIES], float("-inf"), tl.float32)
+    l = tl.zeros([PACK * QUERIES], tl.float32)
+    for first in range(0, S, KEYS):
+        column, key_place, key_keep, key_region = tile(
+            window, first, lengths, PACK, KEYS, WINDOW, SHIFT, HALO, MARGIN
+        )
+        k = load(k_ptr, k_strides, key_place, key_keep, D, BLOCK_D, WIDE)
+        v = load(v_ptr, v_strides, key_place, key_keep, D, BLOCK_D, WIDE)
+        see = sees(region, key_region, key_keep, PACK, QUERIES, KEYS, SHIFT)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        if BIAS:
+            entry = bias_pointers(bias_ptr, head, row[:, None], column[None, :], WINDOW, HALO)
+            s += tl.load(entry, mask=see & keep[:, None], other=0.0).to(tl.float32) * LOG2E
+        s = tl.where(see, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows that have seen nothing yet
+        p = tl.exp2(s - m_safe[:, None])
+        decay = tl.exp2(m - m_safe)
+        l = l * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        m = m_new
+
+    l = tl.where(l == 0.0, 1.0, l)  # rows that do not exist
+    store(view(out_ptr, out_strides, batch, head), out_strides, place, keep, acc / l[:, None], D, BLOCK_D, WIDE)
+    lse = view(lse_ptr, lse_strides, batch, head) + offset(place, lse_strides, WIDE)
+    tl.store(lse, (m + tl.log2(l)) * LN2, mask=keep)

@@ -1,0 +1,180 @@
+"""Launches of the window kernels; imported, and triton with it, when a kernel first runs."""
+
+from math import prod
+
+import torch
+import triton
+from torch import Tensor
+
+from ..launching import grid_strides, needs_wide, padded, precision
+from . import configs
+from .backward import bias_kernel, key_kernel, query_kernel, window_kernel
+from .forward import forward_kernel
+from .geometry import Axis
+
+PROGRAMS = 2048  # of a kernel that sums over windows: enough to fill any device several times over
+
+
+def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, precision: str) -> dict:
+    """Compile-time arguments that all kernels share."""
+    return dict(
+        D=head_dim,
+        BLOCK_D=configs.block_d(head_dim),
+        WINDOW=padded([a.window for a in axes], 1),
+        SHIFT=padded([a.shift for a in axes], 0),
+        HALO=padded([a.halo for a in axes], 0),
+        MARGIN=padded([a.margin for a in axes], 0),
+        PACK=config.pack,
+        QUERIES=config.queries,
+        KEYS=config.keys,
+        WIDE=config.wide,
+        PRECISION=precision,
+        num_warps=config.warps,
+    )
+
+
+class _Call:
+    """What the launches of one call share."""
+
+    def __init__(self, query: Tensor, key: Tensor, axes: tuple[Axis, ...], tensors: tuple[Tensor, ...]):
+        self.axes, self.rank = axes, len(axes)
+        self.batch, self.heads, self.head_dim, self.key_heads = query.shape[0], *query.shape[-2:], key.shape[-2]
+        self.lengths = padded([a.length for a in axes], 1)
+        self.windows, self.tokens = prod(a.windows for a in axes), prod(a.window for a in axes)
+        self.wide, self.itemsize, self.precision = needs_wide(*tensors), query.element_size(), precision(query)
+
+    def configure(self, kernel: configs.Kernel) -> tuple[configs.Config, dict]:
+        config = configs.choose(kernel, self.axes, head_dim=self.head_dim, itemsize=self.itemsize, wide=self.wide)
+        group = self.heads // self.key_heads
+        return config, dict(constants(self.axes, config, self.head_dim, self.precision), GROUP=group)
+
+    def query_programs(self, config: configs.Config) -> int:
+        blocks = triton.cdiv(self.tokens, config.queries)
+        return triton.cdiv(self.windows, config.pack) * blocks * self.heads * self.batch
+
+    def strided(self, *tensors: Tensor) -> list:
+        return [x for tensor in tensors for x in (tensor, grid_strides(tensor, self.rank))]
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None, axes: tuple[Axis, ...], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, *spatial, heads, head_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+    if query.shape[0] == 0:
+        return out, lse
+    call = _Call(query, key, axes, (query, key, value, out))
+    config, fixed = call.configure("forward")
+    table = bias if bias is None else bias.contiguous()
+    with torch.cuda.device_of(query):
+        forward_kernel[(call.query_programs(config),)](
+            *call.strided(query, key, value, out, lse),
+            table,
+            call.lengths,
+            call.heads,
+            scale,
+            BIAS=bias is not None,
+            **fixed,
+        )
+    return out, lse
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    *,
+    bias: Tensor | None,
+    axes: tuple[Axis, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and bias, contiguous; an empty tensor for a bias that is not given."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    dbias = query.new_empty(0) if bias is None else bias.new_zeros(bias.shape)
+    if query.shape[0] == 0:
+        return dq, dk, dv, dbias
+    call = _Call(query, key, axes, (query, key, value, out, grad_out, grad_lse))
+    table, delta = bias if bias is None else bias.contiguous(), torch.empty_like(lse)
+    rest = (table, call.lengths)
+    saved = call.strided(query, key, value, out, grad_out, lse, grad_lse)
+    partial = None
+    with torch.cuda.device_of(query):
+        if configs.in_one_pass(axes, head_dim=call.head_dim, itemsize=call.itemsize):
+            config, fixed = call.configure("window")
+            packs = triton.cdiv(call.windows, config.pack) * call.batch
+            summed = bias is not None and call.heads == call.key_heads
+            chunk = triton.cdiv(packs * call.heads, PROGRAMS) if summed else 1
+            chunks = triton.cdiv(packs, chunk)
+            if summed:
+                partial = torch.empty(chunks * config.pack, *dbias.shape, dtype=torch.float32, device=query.device)
+            window_kernel[(chunks * call.key_heads,)](
+                *saved,
+                delta,
+                dq,
+                dk,
+                *call.strided(dv),
+                table,
+                partial,
+                call.lengths,
+                call.batch,
+                call.key_heads,
+                chunk,
+                scale,
+                BIAS=bias is not None,
+                DBIAS=summed,
+                **fixed,
+            )
+        else:
+            config, fixed = call.configure("query")
+            query_kernel[(call.query_programs(config),)](
+                *saved, delta, dq, *rest, call.heads, scale, BIAS=bias is not None, **fixed
+            )
+            config, fixed = call.configure("key")
+            cells = prod(a.windows + 2 * triton.cdiv(a.margin, a.window) for a in axes)
+            blocks = triton.cdiv(call.tokens, config.keys)
+            key_kernel[(cells * blocks * call.key_heads * call.batch,)](
+                *call.strided(query, key, value, grad_out),
+                lse,
+                *call.strided(delta),
+                dk,
+                *call.strided(dv),
+                *rest,
+                call.key_heads,
+                scale,
+                BIAS=bias is not None,
+                **fixed,
+            )
+        if bias is not None and partial is None:
+            partial = _bias_partials(call, query, key, value, grad_out, lse, delta, table, scale)
+    if partial is not None:
+        dbias = partial.sum(0).to(dbias.dtype)
+    return dq, dk, dv, dbias
+
+
+def _bias_partials(call: _Call, query, key, value, grad_out, lse, delta, table, scale) -> Tensor:
+    """Gradients of the bias, summed over chunks of windows: `[chunks, heads, window tokens, key tokens]`."""
+    config, fixed = call.configure("bias")
+    blocks = triton.cdiv(table.shape[1], config.queries) * triton.cdiv(table.shape[2], config.keys)
+    steps = call.windows * call.batch
+    chunk = triton.cdiv(steps * blocks * call.heads, PROGRAMS)
+    chunks = triton.cdiv(steps, chunk)
+    partial = torch.empty(chunks, *table.shape, dtype=torch.float32, device=query.device)
+    bias_kernel[(chunks * call.heads * blocks,)](
+        *call.strided(query, key, value, grad_out),
+        lse,
+        *call.strided(delta),
+        table,
+        partial,
+        call.lengths,
+        call.batch,
+        call.heads,
+        chunk,
+        scale,
+        **fixed,
+    )
+    return partial
