@@ -1,13 +1,18 @@
 """Attention layers: `nn.Module`s on `[B, *spatial, C]` that own parameters and call `foveal.kernels.ops`."""
 
+from .agent import AgentAttention2d, AgentBranch2d
 from .hilo import HiLo
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .routing import BiLevelRoutingAttention2d
+from .window import WindowAttention2d
 
 __all__ = [
+    "AgentAttention2d",
+    "AgentBranch2d",
     "BiLevelRoutingAttention2d",
     "HiLo",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",
+    "WindowAttention2d",
 ]

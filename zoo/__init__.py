@@ -3,6 +3,16 @@
 It needs torch and timm only; tasks, data and video models are imported on their own.
 """
 
-from . import biformer, dinat, dinat_s, litv2, nat_isotropic
+from . import agent_cswin, agent_deit, agent_pvt, agent_swin, biformer, dinat, dinat_s, litv2, nat_isotropic
 
-__all__ = ["biformer", "dinat", "dinat_s", "litv2", "nat_isotropic"]
+__all__ = [
+    "agent_cswin",
+    "agent_deit",
+    "agent_pvt",
+    "agent_swin",
+    "biformer",
+    "dinat",
+    "dinat_s",
+    "litv2",
+    "nat_isotropic",
+]
