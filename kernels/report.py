@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-OPERATORS = ("agent", "neighborhood", "window")
+OPERATORS = ("agent", "block_sparse", "neighborhood", "window")
 ARCHITECTURES = {  # shared memory a program may have, in bytes, and which table of sizes the device takes
     "sm_80": (163 * 1024, "ampere"),
     "sm_89": (99 * 1024, "small"),

@@ -1,0 +1,117 @@
+"""Ahead-of-time compilation of the block-sparse kernels: every kernel, dtype and pinned size, without a device."""
+
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+import torch
+from triton.compiler import ASTSource
+
+from ..launching import Device
+from . import configs
+from .backward import key_kernel, query_kernel
+from .forward import forward_kernel
+from .launch import EXTRA_KEYS, constants
+
+BOXES = {  # axes of the grid, and a box of queries and of keys
+    "8x8": (2, (8, 8), (8, 8)),  # tiles that lie in one box
+    "4x4": (2, (4, 4), (4, 4)),  # several boxes of keys a tile
+    "22x18": (2, (22, 18), (22, 18)),  # tiles that cross boxes
+    "4x4x4": (3, (4, 4, 4), (4, 4, 4)),
+}
+FLAGS = (
+    "",
+    "bias, extra, lengths",
+    "wide, grouped",
+    "ones",
+)  # wide: 64-bit offsets; grouped: two query heads a key head
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
+LISTED = 16  # boxes in a list
+
+
+class Variant(NamedTuple):
+    """A kernel with all that fixes its machine code; `source` and `options` are what `triton.compile` takes."""
+
+    kernel: str
+    grid: str
+    dtype: str
+    head_dim: int
+    flags: str
+    config: configs.Config
+    source: ASTSource
+    options: dict
+
+
+def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: bool) -> ASTSource:
+    """Arguments as a contiguous call would specialise them: aligned pointers, strides divisible by 16, constant ones.
+
+    With `ones`, there is one batch and one head.
+    """
+    signature, values, attributes = {}, {}, {}
+    float32 = {"lse_ptr", "dlse_ptr", "delta_ptr", "bias_ptr"}
+    integers = {"num_ptr", "idx_ptr", "starts_ptr", "order_ptr", "q_len_ptr", "kv_len_ptr"}
+    for i, name in enumerate(kernel.arg_names):
+        if name in fixed:
+            signature[name], values[name] = "constexpr", fixed[name]
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name in float32 else "*i32" if name in integers else f"*{dtype}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name.endswith("_strides"):
+            count = 5 if "lse" in name else 4 if name.startswith("extra") else 6
+            signature[name] = ("i32",) * (count - 1) + ("constexpr",)
+            values[(i, count - 1)] = 1
+            if count != 5 and head_dim % 8 == 0:
+                attributes.update({(i, j): [["tt.divisibility", 16]] for j in range(count - 1)})
+        elif name.endswith("_lengths"):
+            signature[name] = ("constexpr",) * (3 - rank) + ("i32",) * rank
+            values.update({(i, j): 1 for j in range(3 - rank)})
+        elif name == "lists":
+            signature[name] = ("constexpr", "constexpr") if ones else ("i32", "i32")
+            values.update({(i, j): 1 for j in range(2) if ones})
+        elif ones and name in ("heads", "key_heads"):
+            signature[name], values[name] = "constexpr", 1
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    return ASTSource(kernel, signature, values, attributes)
+
+
+def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
+    """Every kernel with every pinned size on every kind of box, and with all options at head dim 64.
+
+    Args:
+        device: which table of sizes.
+        tf32: whether matrix units take float32 as TF32 only, see `launching.precision`.
+    """
+    for dtype in TYPES:
+        precision = "tf32x3" if tf32 and dtype == torch.float32 else "ieee"
+        for (table_device, kernel, itemsize), table in configs.SIZES.items():
+            if (table_device, itemsize) == (device, dtype.itemsize):
+                for head_dim in table:
+                    for grid in BOXES if head_dim == 64 else ("8x8", "22x18"):
+                        yield from _variants(kernel, grid, dtype, head_dim, device, precision)
+
+
+def _variants(kernel: configs.Kernel, grid: str, dtype, head_dim: int, device: Device, precision: str):
+    rank, query_box, key_box = BOXES[grid]
+    own, other = (key_box, query_box) if kernel == "key" else (query_box, key_box)
+    config = configs.choose(
+        kernel,
+        own,
+        LISTED * prod(other),
+        head_dim=head_dim,
+        itemsize=dtype.itemsize,
+        device=device,
+        wide=False,
+    )
+    for flags in FLAGS if head_dim == 64 and grid in ("8x8", "22x18") else FLAGS[:2]:
+        full, wide, ones = "bias" in flags, "wide" in flags, "ones" in flags
+        fixed = constants(config._replace(wide=wide), query_box, key_box, head_dim, precision)
+        fixed |= dict(GROUP=1 + wide, BIAS=full, Q_LEN=full, KV_LEN=full)
+        options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
+        if kernel != "key":
+            fixed |= dict(EXTRA=full or ones, EXTRA_KEYS=EXTRA_KEYS)
+        if not full:
+            fixed |= dict(bias_ptr=None, q_len_ptr=None, kv_len_ptr=None)
+        source = _source(KERNELS[kernel], TYPES[dtype], head_dim, rank, fixed, ones)
+        yield Variant(kernel, grid, TYPES[dtype], head_dim, flags, config, source, options)

@@ -1,0 +1,140 @@
+"""Backward kernels of block-sparse attention. No atomics: every gradient is summed by one program in a fixed order.
+
+With P = exp(S - lse) and delta = rowsum(dO * O) - dlse, dS = P * (dO V^T - delta) (arXiv:2205.14135, appendix B.4).
+`query_kernel` walks the lists for dQ and leaves delta behind, `key_kernel` walks the inverse lists for dK and dV. Both
+take a log-sum-exp that is +inf, not -inf, where a query sees nothing: its weights are then zero.
+"""
+
+import triton
+import triton.language as tl
+
+from ..neighborhood.backward import key_step, query_step
+from ..neighborhood.forward import LOG2E
+from ..neighborhood.tile import load_extra
+from .forward import program, rows_of
+from .tile import box_count, list_of, listed_keys, listed_queries, load_rows, offset, view
+
+
+@triton.jit(do_not_specialize=["extra", "most"])
+def query_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, do_ptr, do_strides,
+    lse_ptr, lse_strides, dlse_ptr, dlse_strides, delta_ptr, dq_ptr,
+    num_ptr, idx_ptr, bias_ptr, q_len_ptr, kv_len_ptr, lists, most,
+    extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
+    q_lengths, k_lengths, heads, extra, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EXTRA_KEYS: tl.constexpr, BIAS: tl.constexpr, Q_LEN: tl.constexpr, KV_LEN: tl.constexpr, EXTRA: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):
+    """dQ, and delta for the other kernels. `delta` has the strides of lse, dQ those of out; see `forward_kernel`."""
+    batch, head, box, boxes, place = program(tl.program_id(0), q_lengths, heads, QUERY_BOX, ROWS)
+    row, keep, exists = rows_of(box, place, q_lengths, q_len_ptr, QUERY_BOX, Q_LEN)
+    q_ptr, q_sp = view(q_ptr, q_strides, batch, head, WIDE)
+    k_ptr, k_sp = view(k_ptr, k_strides, batch, head // GROUP, WIDE)
+    v_ptr, v_sp = view(v_ptr, v_strides, batch, head // GROUP, WIDE)
+    out_ptr, out_sp = view(out_ptr, out_strides, batch, head, WIDE)
+    dq_ptr, _ = view(dq_ptr, out_strides, batch, head, WIDE)
+    do_ptr, do_sp = view(do_ptr, do_strides, batch, head, WIDE)
+    lse_ptr, lse_sp = view(lse_ptr, lse_strides, batch, head, WIDE)
+    dlse_ptr, dlse_sp = view(dlse_ptr, dlse_strides, batch, head, WIDE)
+    delta_ptr, _ = view(delta_ptr, lse_strides, batch, head, WIDE)
+    q = load_rows(q_ptr, offset(row, q_sp), q_strides[5], exists, D, BLOCK_D)
+    do = load_rows(do_ptr, offset(row, do_sp), do_strides[5], exists, D, BLOCK_D)
+    out = load_rows(out_ptr, offset(row, out_sp), 1, exists, D, BLOCK_D)
+    lse2 = tl.load(lse_ptr + offset(row, lse_sp), mask=exists, other=float("inf")) * LOG2E
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    delta -= tl.load(dlse_ptr + offset(row, dlse_sp), mask=exists, other=0.0)
+    tl.store(delta_ptr + offset(row, lse_sp), delta, mask=keep)
+
+    entry = list_of(batch, head, boxes, lists) + box
+    total = tl.load(num_ptr + entry) * (KEY_BOX[0] * KEY_BOX[1] * KEY_BOX[2])
+    idx_ptr += entry * most
+    if BIAS:
+        bias_ptr += entry * most
+    factor = scale * LOG2E
+    dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for c in tl.range(0, total, COLUMNS, num_stages=STAGES):
+        column, see, bias = listed_keys(
+            c, total, idx_ptr, bias_ptr, kv_len_ptr, k_lengths, KEY_BOX, COLUMNS, BIAS, KV_LEN
+        )
+        k = load_rows(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
+        v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, D, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+        s = tl.where(see[None, :], s + bias[None, :] if BIAS else s, float("-inf"))
+        dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
+    if EXTRA:
+        extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + (head // GROUP).to(tl.int64) * extra_k_strides[2]
+        extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + (head // GROUP).to(tl.int64) * extra_v_strides[2]
+        for e in tl.range(0, extra, EXTRA_KEYS):
+            k = load_extra(extra_k_ptr, extra_k_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
+            v = load_extra(extra_v_ptr, extra_v_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            s = tl.where((e + tl.arange(0, EXTRA_KEYS) < extra)[None, :], s, float("-inf"))
+            dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
+
+    d = tl.arange(0, BLOCK_D)
+    dq = (dq * scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptr + offset(row, out_sp)[:, None] + d[None, :], dq, mask=keep[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["most"])
+def key_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides,
+    lse_ptr, lse_strides, delta_ptr, dk_ptr, dv_ptr, dk_strides,
+    starts_ptr, order_ptr, bias_ptr, q_len_ptr, kv_len_ptr, lists, most,
+    q_lengths, k_lengths, key_heads, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr, Q_LEN: tl.constexpr, KV_LEN: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):
+    """dK and dV of a tile of the keys of a box, over the queries that list it, of every query head that shares the
+    key head. Rows are keys and columns queries: tiles are computed transposed."""
+    batch, key_head, box, boxes, place = program(tl.program_id(0), k_lengths, key_heads, KEY_BOX, ROWS)
+    row, keep, exists = rows_of(box, place, k_lengths, kv_len_ptr, KEY_BOX, KV_LEN)
+    k_ptr, k_sp = view(k_ptr, k_strides, batch, key_head, WIDE)
+    v_ptr, v_sp = view(v_ptr, v_strides, batch, key_head, WIDE)
+    k = load_rows(k_ptr, offset(row, k_sp), k_strides[5], exists, D, BLOCK_D)
+    v = load_rows(v_ptr, offset(row, v_sp), v_strides[5], exists, D, BLOCK_D)
+    entries = box_count(q_lengths, QUERY_BOX) * most
+    factor = scale * LOG2E
+
+    dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    dv = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for g in range(GROUP):
+        head = key_head * GROUP + g
+        head_q, q_sp = view(q_ptr, q_strides, batch, head, WIDE)
+        head_do, do_sp = view(do_ptr, do_strides, batch, head, WIDE)
+        head_lse, lse_sp = view(lse_ptr, lse_strides, batch, head, WIDE)
+        head_delta, _ = view(delta_ptr, lse_strides, batch, head, WIDE)
+        starts = starts_ptr + list_of(batch, head, boxes + 1, lists) + box
+        first = tl.load(starts)
+        total = (tl.load(starts + 1) - first) * (QUERY_BOX[0] * QUERY_BOX[1] * QUERY_BOX[2])
+        row_of_lists = list_of(batch, head, entries, lists)
+        head_bias = bias_ptr
+        if BIAS:
+            head_bias = bias_ptr + row_of_lists
+        for c in tl.range(0, total, COLUMNS, num_stages=STAGES):
+            column, see, bias = listed_queries(
+                c, total, order_ptr + row_of_lists + first, head_bias, q_len_ptr, q_lengths, most,
+                QUERY_BOX, COLUMNS, BIAS, Q_LEN,
+            )
+            q = load_rows(head_q, offset(column, q_sp), q_strides[5], see, D, BLOCK_D)
+            do = load_rows(head_do, offset(column, do_sp), do_strides[5], see, D, BLOCK_D)
+            lse2 = tl.load(head_lse + offset(column, lse_sp), mask=see, other=float("inf")) * LOG2E
+            delta = tl.load(head_delta + offset(column, lse_sp), mask=see, other=0.0)
+            st = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
+            if BIAS:
+                st += bias[None, :]
+            dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, 1.0, PRECISION)
+
+    d = tl.arange(0, BLOCK_D)
+    dk_ptr, dk_sp = view(dk_ptr, dk_strides, batch, key_head, WIDE)
+    dv_ptr, _ = view(dv_ptr, dk_strides, batch, key_head, WIDE)
+    where = offset(row, dk_sp)[:, None] + d[None, :]
+    store = keep[:, None] & (d < D)[None, :]
+    dk = tl.where(exists[:, None], dk * scale, 0.0)
+    dv = tl.where(exists[:, None], dv, 0.0)
+    tl.store(dk_ptr + where, dk.to(dk_ptr.dtype.element_ty), mask=store)
+    tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=store)

@@ -1,0 +1,98 @@
+"""Tile sizes and launch parameters of the block-sparse kernels: pinned, by device, kernel, head dim and element size.
+
+Nothing here depends on timing, so a call always takes the same kernel.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Literal, NamedTuple
+
+from ..launching import Device
+from ..neighborhood.configs import block_d
+
+Kernel = Literal["forward", "query", "key"]
+MIN_TILE = 16  # tokens; the smallest side of a matrix instruction
+
+
+class Size(NamedTuple):
+    """Tokens of a tile of rows and of columns, warps per program and depth of the load pipeline.
+
+    Rows are those that a program owns, columns those it walks: queries and keys, in the "key" kernel keys and queries.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class Config(NamedTuple):
+    """How one kernel is launched; `queries` and `keys` are the tokens of the tiles, for the report."""
+
+    size: Size
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    wide: bool
+
+
+# (device, kernel, element bytes) -> {head dim up to: size}
+SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
+    ("hopper", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(64, 32, 8, 2)},
+    ("hopper", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 8, 2), 256: Size(32, 32, 8, 1)},
+    ("hopper", "key", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 32, 8, 2), 256: Size(32, 32, 8, 1)},
+    ("hopper", "forward", 4): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("hopper", "query", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
+    ("hopper", "key", 4): {64: Size(32, 16, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
+    ("ampere", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 8, 2), 256: Size(64, 32, 8, 1)},
+    ("ampere", "query", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 8, 1), 256: Size(32, 32, 8, 1)},
+    ("ampere", "key", 2): {64: Size(64, 32, 8, 2), 128: Size(64, 32, 8, 1), 256: Size(32, 32, 8, 1)},
+    ("ampere", "forward", 4): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("ampere", "query", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("ampere", "key", 4): {64: Size(32, 16, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
+    ("small", "forward", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 4, 1), 256: Size(32, 16, 8, 1)},
+    ("small", "query", 2): {64: Size(32, 32, 4, 1), 128: Size(32, 16, 4, 1), 256: Size(16, 16, 4, 1)},
+    ("small", "key", 2): {64: Size(64, 32, 4, 1), 128: Size(32, 32, 4, 1), 256: Size(16, 16, 4, 1)},
+    ("small", "forward", 4): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("small", "query", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("small", "key", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+}
+
+_overrides: dict[str, object] = {}
+
+
+@contextmanager
+def override(**fields) -> Iterator[None]:
+    """Force the `size` or `wide` of every `Config` inside the block: for tuning and for tests of rare paths.
+
+    Raises:
+        TypeError: a name that is neither.
+    """
+    if unknown := set(fields) - {"size", "wide"}:
+        raise TypeError(f"{sorted(unknown)} must be among size and wide")
+    before = dict(_overrides)
+    _overrides.update(fields)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+def _tile(tokens: int, most: int) -> int:
+    """The smallest tile that holds `tokens`, or `most` if that is less."""
+    return max(MIN_TILE, min(most, 1 << (tokens - 1).bit_length()))
+
+
+def choose(
+    kernel: Kernel, rows: tuple[int, ...], columns: int, *, head_dim: int, itemsize: int, device: Device, wide: bool
+) -> Config:
+    """Launch parameters of one kernel whose programs own tokens of boxes of `rows` and walk up to `columns` tokens."""
+    table = SIZES[device, kernel, itemsize]
+    size = table[min(limit for limit in table if block_d(head_dim) <= limit)]
+    if isinstance(forced := _overrides.get("size"), Size):
+        size = forced
+    size = size._replace(rows=_tile(prod(rows), size.rows), columns=_tile(columns, size.columns))
+    tiles = (size.rows,), (size.columns,)
+    queries, keys = tiles if kernel != "key" else tiles[::-1]
+    return Config(size, queries, keys, bool(_overrides.get("wide", wide)))

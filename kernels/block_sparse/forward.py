@@ -1,0 +1,88 @@
+"""Forward kernel of block-sparse attention: one program computes a tile of the queries of one box and head."""
+
+import triton
+import triton.language as tl
+
+from ..neighborhood.forward import LN2, LOG2E, softmax_step
+from ..neighborhood.tile import load_extra
+from .tile import box_count, inside, list_of, listed_keys, load_rows, offset, position, view
+
+
+@triton.jit
+def program(pid, lengths, heads, BOX: tl.constexpr, ROWS: tl.constexpr):
+    """What program `pid` owns: batch, head, box, number of boxes, and its tokens in the box. Tiles vary fastest."""
+    TILES: tl.constexpr = (BOX[0] * BOX[1] * BOX[2] + ROWS - 1) // ROWS
+    boxes = box_count(lengths, BOX)
+    place = pid % TILES * ROWS + tl.arange(0, ROWS)
+    box = pid // TILES % boxes
+    rest = pid // TILES // boxes
+    return rest // heads, rest % heads, box, boxes, place
+
+
+@triton.jit
+def rows_of(box, place, lengths, length_ptr, BOX: tl.constexpr, LENGTH: tl.constexpr):
+    """Of the tokens of a box: position, whether it lies in box and grid, and whether it also exists."""
+    p = position(box, place, lengths, BOX)
+    keep = inside(p, lengths) & (place < BOX[0] * BOX[1] * BOX[2])
+    exists = keep
+    if LENGTH:
+        exists = keep & (place < tl.load(length_ptr + box))
+    return p, keep, exists
+
+
+@triton.jit(do_not_specialize=["extra", "most"])
+def forward_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr, lse_strides,
+    num_ptr, idx_ptr, bias_ptr, q_len_ptr, kv_len_ptr, lists, most,
+    extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
+    q_lengths, k_lengths, heads, extra, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EXTRA_KEYS: tl.constexpr, BIAS: tl.constexpr, Q_LEN: tl.constexpr, KV_LEN: tl.constexpr, EXTRA: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):
+    """Strides are of `[B, X, Y, Z, heads, head_dim]` (extra: `[B, tokens, heads, head_dim]`), `lists` the leading two
+    sizes of the lists, and `GROUP` query heads share a key head."""
+    batch, head, box, boxes, place = program(tl.program_id(0), q_lengths, heads, QUERY_BOX, ROWS)
+    row, keep, exists = rows_of(box, place, q_lengths, q_len_ptr, QUERY_BOX, Q_LEN)
+    q_ptr, q_sp = view(q_ptr, q_strides, batch, head, WIDE)
+    k_ptr, k_sp = view(k_ptr, k_strides, batch, head // GROUP, WIDE)
+    v_ptr, v_sp = view(v_ptr, v_strides, batch, head // GROUP, WIDE)
+    q = load_rows(q_ptr, offset(row, q_sp), q_strides[5], exists, D, BLOCK_D)
+    entry = list_of(batch, head, boxes, lists) + box
+    total = tl.load(num_ptr + entry) * (KEY_BOX[0] * KEY_BOX[1] * KEY_BOX[2])
+    idx_ptr += entry * most
+    if BIAS:
+        bias_ptr += entry * most
+    factor = scale * LOG2E
+
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    for c in tl.range(0, total, COLUMNS, num_stages=STAGES):
+        column, see, bias = listed_keys(
+            c, total, idx_ptr, bias_ptr, kv_len_ptr, k_lengths, KEY_BOX, COLUMNS, BIAS, KV_LEN
+        )
+        k = load_rows(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+        s = tl.where(see[None, :], s + bias[None, :] if BIAS else s, float("-inf"))
+        v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, D, BLOCK_D)
+        acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
+    if EXTRA:
+        extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + (head // GROUP).to(tl.int64) * extra_k_strides[2]
+        extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + (head // GROUP).to(tl.int64) * extra_v_strides[2]
+        for e in tl.range(0, extra, EXTRA_KEYS):
+            k = load_extra(extra_k_ptr, extra_k_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
+            v = load_extra(extra_v_ptr, extra_v_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            s = tl.where((e + tl.arange(0, EXTRA_KEYS) < extra)[None, :], s, float("-inf"))
+            acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
+
+    out_ptr, out_sp = view(out_ptr, out_strides, batch, head, WIDE)
+    lse_ptr, lse_sp = view(lse_ptr, lse_strides, batch, head, WIDE)
+    d = tl.arange(0, BLOCK_D)
+    some = exists & (l != 0.0)  # NaN counts as some, so that it shows
+    out = tl.where(some[:, None], acc / tl.where(some, l, 1.0)[:, None], 0.0).to(out_ptr.dtype.element_ty)
+    lse = tl.where(some, (m + tl.log2(tl.where(some, l, 1.0))) * LN2, float("-inf"))
+    tl.store(out_ptr + offset(row, out_sp)[:, None] + d[None, :], out, mask=keep[:, None] & (d < D)[None, :])
+    tl.store(lse_ptr + offset(row, lse_sp), lse, mask=keep)

@@ -1,0 +1,215 @@
+"""Launches of the block-sparse kernels; imported, and triton with it, when a kernel first runs."""
+
+from math import prod
+
+import torch
+import triton
+from torch import Tensor
+
+from ..launching import device_class, grid_strides, needs_wide, padded, precision
+from ..neighborhood.geometry import Axis
+from ..neighborhood.launch import EXTRA_KEYS, extra_gradient
+from . import configs
+from .backward import key_kernel, query_kernel
+from .forward import forward_kernel
+from .mask import BlockMask, boxes, invert
+
+
+def configure(
+    kernel: configs.Kernel, rows: tuple[int, ...], columns: int, x: Tensor, tensors: tuple[Tensor, ...]
+) -> configs.Config:
+    """Launch parameters; `x` is of the dtype and head dim of all `tensors` that the kernel addresses."""
+    return configs.choose(
+        kernel,
+        rows,
+        columns,
+        head_dim=x.shape[-1],
+        itemsize=x.element_size(),
+        device=device_class(x.device),
+        wide=needs_wide(*tensors),
+    )
+
+
+def constants(
+    config: configs.Config, query_block: tuple[int, ...], key_block: tuple[int, ...], head_dim: int, precision: str
+) -> dict:
+    """Compile-time arguments of the kernels that walk lists."""
+    return dict(
+        D=head_dim,
+        BLOCK_D=configs.block_d(head_dim),
+        QUERY_BOX=padded(query_block, 1),
+        KEY_BOX=padded(key_block, 1),
+        ROWS=config.size.rows,
+        COLUMNS=config.size.columns,
+        WIDE=config.wide,
+        PRECISION=precision,
+        STAGES=config.size.stages,
+        num_warps=config.size.warps,
+        num_stages=config.size.stages,
+    )
+
+
+def programs(shape, block: tuple[int, ...], rows: int, batch_heads: int) -> int:
+    """Programs of a kernel that owns tiles of `rows` tokens of every box of a grid."""
+    return prod(boxes(shape, block)) * triton.cdiv(prod(block), rows) * batch_heads
+
+
+def _packed(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _optional(mask: BlockMask) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return _packed(mask.bias), _packed(mask.q_len), _packed(mask.kv_len)
+
+
+def _flags(mask: BlockMask) -> dict:
+    return dict(BIAS=mask.bias is not None, Q_LEN=mask.q_len is not None, KV_LEN=mask.kv_len is not None)
+
+
+def _extras(query: Tensor, extra_key: Tensor | None, extra_value: Tensor | None) -> tuple:
+    k, v = (query, query) if extra_key is None or extra_value is None else (extra_key, extra_value)
+    return k, k.stride()[:4], v, v.stride()[:4]
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: BlockMask, scale: float, extra_key, extra_value
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, *spatial, heads, head_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
+    shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
+    batch, heads, head_dim = query.shape[0], *query.shape[-2:]
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+    if batch == 0:
+        return out, lse
+    most = mask.kv_idx.shape[-1]
+    config = configure("forward", mask.query_block, most * prod(mask.key_block), query, (query, key, value, out))
+    with torch.cuda.device_of(query):
+        forward_kernel[(programs(shape, mask.query_block, config.size.rows, batch * heads),)](
+            query,
+            grid_strides(query, rank),
+            key,
+            grid_strides(key, rank),
+            value,
+            grid_strides(value, rank),
+            out,
+            grid_strides(out, rank),
+            lse,
+            grid_strides(lse, rank),
+            mask.kv_num.contiguous(),
+            mask.kv_idx.contiguous(),
+            *_optional(mask),
+            tuple(mask.kv_idx.shape[:2]),
+            most,
+            *_extras(query, extra_key, extra_value),
+            padded(shape, 1),
+            padded(key_shape, 1),
+            heads,
+            0 if extra_key is None else extra_key.shape[1],
+            scale,
+            GROUP=heads // key.shape[-2],
+            EXTRA_KEYS=EXTRA_KEYS,
+            EXTRA=extra_key is not None,
+            **_flags(mask),
+            **constants(config, mask.query_block, mask.key_block, head_dim, precision(query)),
+        )
+    return out, lse
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    *,
+    mask: BlockMask,
+    scale: float,
+    extra_key,
+    extra_value,
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, extra_key and extra_value, contiguous; empty for those not given."""
+    shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
+    batch, heads, head_dim, key_heads = query.shape[0], *query.shape[-2:], key.shape[-2]
+    none = query.new_empty(0)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=query.device) for x in (query, key, value))
+    if batch == 0:
+        return dq, dk, dv, *(none if x is None else x.new_zeros(x.shape) for x in (extra_key, extra_value))
+    most, extra = mask.kv_idx.shape[-1], 0 if extra_key is None else extra_key.shape[1]
+    lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+    delta = torch.empty_like(lse)
+    q, k, v, do = ((x, grid_strides(x, rank)) for x in (query, key, value, grad_out))
+    lists, group = tuple(mask.kv_idx.shape[:2]), heads // key_heads
+    common = dict(GROUP=group, **_flags(mask))
+    blocks, tensors = (mask.query_block, mask.key_block), (query, key, value, grad_out, grad_lse)
+    with torch.cuda.device_of(query):
+        config = configure("query", mask.query_block, most * prod(mask.key_block), query, tensors)
+        query_kernel[(programs(shape, mask.query_block, config.size.rows, batch * heads),)](
+            *q,
+            *k,
+            *v,
+            out,
+            grid_strides(out, rank),
+            *do,
+            lse,
+            grid_strides(lse, rank),
+            grad_lse,
+            grid_strides(grad_lse, rank),
+            delta,
+            dq,
+            mask.kv_num.contiguous(),
+            mask.kv_idx.contiguous(),
+            *_optional(mask),
+            lists,
+            most,
+            *_extras(query, extra_key, extra_value),
+            padded(shape, 1),
+            padded(key_shape, 1),
+            heads,
+            extra,
+            scale,
+            EXTRA_KEYS=EXTRA_KEYS,
+            EXTRA=extra_key is not None,
+            **common,
+            **constants(config, *blocks, head_dim, precision(query)),
+        )
+        starts, order = mask.inverse or invert(mask.kv_num, mask.kv_idx, prod(boxes(key_shape, mask.key_block)))
+        walked = prod(boxes(shape, mask.query_block)) * prod(mask.query_block)
+        config = configure("key", mask.key_block, walked, query, tensors)
+        key_kernel[(programs(key_shape, mask.key_block, config.size.rows, batch * key_heads),)](
+            *q,
+            *k,
+            *v,
+            *do,
+            lse,
+            grid_strides(lse, rank),
+            delta,
+            dk,
+            dv,
+            grid_strides(dk, rank),
+            starts.contiguous(),
+            order.contiguous(),
+            *_optional(mask),
+            lists,
+            most,
+            padded(shape, 1),
+            padded(key_shape, 1),
+            key_heads,
+            scale,
+            **common,
+            **constants(config, *blocks, head_dim, precision(query)),
+        )
+        dek, dev = (none, none) if extra_key is None else _extra(q, do, lse, delta, extra_key, extra_value, mask, scale)
+    return dq, dk, dv, dek, dev
+
+
+def _extra(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, mask: BlockMask, scale: float):
+    """Gradients of the extra keys and values, which every query sees as in neighborhood attention."""
+    if not extra_key.shape[1]:
+        return torch.empty_like(extra_key), torch.empty_like(extra_value)
+    if mask.q_len is not None:  # what does not exist may hold anything, and zero times NaN is NaN
+        dead = (lse == float("inf"))[..., None]
+        q, do = ((y := x.masked_fill(dead, 0), grid_strides(y, y.dim() - 3)) for x, _ in (q, do))
+    axes = tuple(Axis(n, 1) for n in q[0].shape[1:-2])
+    return extra_gradient(q, do, lse, delta, extra_key, extra_value, axes, scale)

@@ -1,0 +1,129 @@
+"""Triton helpers shared by the block-sparse kernels: where the tokens of boxes are.
+
+Every grid is treated as three-dimensional; a 1-D or 2-D grid has leading axes of length 1. `BOX` is a 3-tuple of
+constants, tokens of a box along the axes. Boxes are walked as one sequence of tokens, box after box of a list, so tiles
+are full whatever the size of a box.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def box_count(lengths, BOX: tl.constexpr):
+    """Boxes of a grid, those cut short included."""
+    return tl.cdiv(lengths[0], BOX[0]) * tl.cdiv(lengths[1], BOX[1]) * tl.cdiv(lengths[2], BOX[2])
+
+
+@triton.jit
+def position(box, place, lengths, BOX: tl.constexpr):
+    """Grid coordinates of the tokens at `place` (C order in the whole box) of boxes, scalar or one a token."""
+    ny, nz = tl.cdiv(lengths[1], BOX[1]), tl.cdiv(lengths[2], BOX[2])
+    x = box // (ny * nz) * BOX[0] + place // (BOX[1] * BOX[2])
+    y = box // nz % ny * BOX[1] + place // BOX[2] % BOX[1]
+    z = box % nz * BOX[2] + place % BOX[2]
+    return x, y, z
+
+
+@triton.jit
+def inside(p, lengths):
+    """Whether positions lie in the grid; the first token of a box always does."""
+    return (p[0] < lengths[0]) & (p[1] < lengths[1]) & (p[2] < lengths[2])
+
+
+@triton.jit
+def view(ptr, strides, batch, head, WIDE: tl.constexpr):
+    """Pointer to one batch and head, and the spatial strides; `strides` are those of `[B, X, Y, Z, heads, …]`.
+
+    `WIDE` makes offsets inside it 64 bits.
+    """
+    sx, sy, sz = strides[1], strides[2], strides[3]
+    ptr += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4]
+    if WIDE:
+        sx, sy, sz = tl.cast(sx, tl.int64), tl.cast(sy, tl.int64), tl.cast(sz, tl.int64)
+    return ptr, (sx, sy, sz)
+
+
+@triton.jit
+def offset(p, strides):
+    """Element offset of positions."""
+    return p[0] * strides[0] + p[1] * strides[1] + p[2] * strides[2]
+
+
+@triton.jit
+def load_rows(ptr, where, stride_d, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Vectors `[tokens, BLOCK_D]` at element offsets `where`, zero where not kept and past `D`."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(ptr + where[:, None] + (d * stride_d)[None, :], mask=keep[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def list_of(batch, head, boxes, lists):
+    """Row of a list of `[B or 1, heads or 1, boxes]` for box 0; `lists` holds the two leading sizes."""
+    row = tl.where(lists[0] == 1, 0, batch) * lists[1] + tl.where(lists[1] == 1, 0, head)
+    return row.to(tl.int64) * boxes
+
+
+@triton.jit
+def listed_keys(
+    c, total, idx_ptr, bias_ptr, kv_len_ptr, lengths,
+    BOX: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, KV_LEN: tl.constexpr,
+):
+    """The `COLUMNS` tokens from number `c` on of the boxes of a list: position, whether it exists, base-2 bias.
+
+    `total` is the tokens of all boxes of the list.
+    """
+    TOKENS: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
+    column = c + tl.arange(0, COLUMNS)
+    keep = column < total
+    bias = tl.zeros([COLUMNS], tl.float32)
+    if TOKENS % COLUMNS == 0:  # the tile lies in one box
+        entry = c // TOKENS
+        place = column - entry * TOKENS
+        box = tl.load(idx_ptr + entry)
+        if BIAS:
+            bias += tl.load(bias_ptr + entry).to(tl.float32)
+        if KV_LEN:
+            keep &= place < tl.load(kv_len_ptr + box)
+    else:
+        entry = column // TOKENS
+        place = column - entry * TOKENS
+        box = tl.load(idx_ptr + entry, mask=keep, other=0)
+        if BIAS:
+            bias = tl.load(bias_ptr + entry, mask=keep, other=0.0).to(tl.float32)
+        if KV_LEN:
+            keep &= place < tl.load(kv_len_ptr + box, mask=keep, other=0)
+    p = position(box, place, lengths, BOX)
+    return p, keep & inside(p, lengths), bias * 1.4426950408889634
+
+
+@triton.jit
+def listed_queries(
+    c, total, order_ptr, bias_ptr, q_len_ptr, lengths, most,
+    BOX: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, Q_LEN: tl.constexpr,
+):
+    """The same for queries, over the entries (query box * `most` + place in its list) that name a box of keys."""
+    TOKENS: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
+    column = c + tl.arange(0, COLUMNS)
+    keep = column < total
+    bias = tl.zeros([COLUMNS], tl.float32)
+    if TOKENS % COLUMNS == 0:
+        entry = c // TOKENS
+        place = column - entry * TOKENS
+        named = tl.load(order_ptr + entry)
+        box = named // most
+        if BIAS:
+            bias += tl.load(bias_ptr + named).to(tl.float32)
+        if Q_LEN:
+            keep &= place < tl.load(q_len_ptr + box)
+    else:
+        entry = column // TOKENS
+        place = column - entry * TOKENS
+        named = tl.load(order_ptr + entry, mask=keep, other=0)
+        box = named // most
+        if BIAS:
+            bias = tl.load(bias_ptr + named, mask=keep, other=0.0).to(tl.float32)
+        if Q_LEN:
+            keep &= place < tl.load(q_len_ptr + box, mask=keep, other=0)
+    p = position(box, place, lengths, BOX)
+    return p, keep & inside(p, lengths), bias * 1.4426950408889634
