@@ -1,0 +1,171 @@
+"""Attention as a module: projections, norms of queries and keys, gate; a processor does the rest, as in diffusers."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from .kv_cache import LayerCache
+from .pattern import Pattern, Text, attend, key_mask
+from .positions import rotate
+
+Grid = tuple[int, int, int]
+
+
+class VideoAttnProcessor:
+    """What happens between the projections of a `VideoAttention`; replace it with `model.set_attn_processor`.
+
+    A processor is called as `processor(attn, hidden_states, ...)` with the arguments of `VideoAttention.forward`, and
+    returns its results. Whatever a caller puts into `attention_kwargs` arrives by keyword.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "VideoAttention",
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        grid: Grid | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        dense = partial(dispatch_attention_fn, backend=self._attention_backend)
+        if attn.is_cross_attention:
+            query, key, value = attn.project(hidden_states, encoder_hidden_states)
+            mask = None if attention_mask is None else attention_mask[:, None, None]
+            return attn.output(dense(query, key, value, attn_mask=mask), hidden_states), None
+
+        assert rotary_emb is not None and grid is not None
+        query, key, value = attn.project(hidden_states)  # [B, S, heads, d]
+        query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
+        query, key, value = (x.unflatten(1, grid) for x in (query, key, value))  # [B, T, H, W, heads, d]
+        if cache is not None and attn.pattern.remembers:
+            key, value = cache.join(key, value, attn.pattern.first_needed)
+        text_query, text = None, None
+        if encoder_hidden_states is not None:
+            text_query, text_key, text_value = attn.project_text(encoder_hidden_states)
+            text = Text(text_key, text_value, attention_mask)
+        out = attend(attn.pattern, query, key, value, text=text, dense=dense)
+        hidden_states = attn.output(out.flatten(1, 3), hidden_states)
+        if text_query is None or text is None:
+            return hidden_states, None
+        keys, values = [text.key], [text.value]
+        if not attn.pattern.causal:  # words that saw a video would tell its first frames about the last
+            keys, values = [text.key, key.flatten(1, 3)], [text.value, value.flatten(1, 3)]
+        mask = key_mask(text, sum(x.shape[1] for x in keys[1:]))
+        words = dense(text_query, torch.cat(keys, dim=1), torch.cat(values, dim=1), attn_mask=mask)
+        return hidden_states, attn.output_text(words)
+
+
+class VideoAttention(nn.Module, AttentionModuleMixin):
+    """Self-attention over a video, alone or with text tokens that attend along, or cross-attention to text.
+
+    Names of projections are those of diffusers (`to_q`, `add_k_proj`, `to_out.0`, ...), so LoRA targets carry over.
+
+    Args:
+        dim: channels of the tokens, `heads * head_dim`.
+        heads, head_dim: attention heads and their size.
+        pattern: what queries see; None makes it cross-attention.
+        gated: multiply each head's output by 2 * sigmoid of a projection of the input, 1 to begin with.
+        text: "none", "keys" (text is seen) or "full" (and attends itself), each with projections of its own.
+        eps: of the RMS norms of queries and keys.
+    """
+
+    _default_processor_cls = VideoAttnProcessor
+    _available_processors = (VideoAttnProcessor,)
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        head_dim: int,
+        pattern: Pattern | None,
+        gated: bool = False,
+        text: str = "none",
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.heads, self.head_dim, self.pattern = heads, head_dim, pattern or Pattern()
+        self.is_cross_attention = pattern is None
+        self.use_bias = self.added_proj_bias = True
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.norm_q, self.norm_k = (nn.RMSNorm(head_dim, eps=eps) for _ in range(2))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_gate_logits = nn.Linear(dim, heads) if gated else None
+        if text != "none":
+            self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(2))
+            self.norm_added_k = nn.RMSNorm(head_dim, eps=eps)
+        self.add_q_proj = None
+        if text == "full":
+            self.add_q_proj, self.to_add_out = (nn.Linear(dim, dim) for _ in range(2))
+            self.norm_added_q = nn.RMSNorm(head_dim, eps=eps)
+        self.set_processor(VideoAttnProcessor())
+
+    def project(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Query, key and value `[B, tokens, heads, d]`, normed; keys and values of the text when it is given."""
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if self.fused_projections and self.is_cross_attention:
+            query, (key, value) = self.to_q(hidden_states), self.to_kv(source).chunk(2, dim=-1)
+        elif self.fused_projections:
+            query, key, value = self.to_qkv(source).chunk(3, dim=-1)
+        else:
+            query, key, value = self.to_q(hidden_states), self.to_k(source), self.to_v(source)
+        query, key, value = (x.unflatten(-1, (self.heads, self.head_dim)) for x in (query, key, value))
+        return self.norm_q(query).to(value.dtype), self.norm_k(key).to(value.dtype), value  # autocast norms in float32
+
+    def project_text(self, encoder_hidden_states: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Query (None unless text attends itself), key and value of the text, `[B, L, heads, d]`, normed."""
+        query = None
+        if self.fused_projections and self.add_q_proj is not None:
+            query, key, value = self.to_added_qkv(encoder_hidden_states).chunk(3, dim=-1)
+        else:
+            key, value = self.add_k_proj(encoder_hidden_states), self.add_v_proj(encoder_hidden_states)
+            query = None if self.add_q_proj is None else self.add_q_proj(encoder_hidden_states)
+        key, value = (x.unflatten(-1, (self.heads, self.head_dim)) for x in (key, value))
+        if query is not None:
+            query = self.norm_added_q(query.unflatten(-1, (self.heads, self.head_dim))).to(value.dtype)
+        return query, self.norm_added_k(key).to(value.dtype), value
+
+    def output(self, out: Tensor, hidden_states: Tensor) -> Tensor:
+        """Heads `[B, tokens, heads, d]` gated and projected to `[B, tokens, dim]`."""
+        if self.to_gate_logits is not None:
+            out = out * (2 * torch.sigmoid(self.to_gate_logits(hidden_states)))[..., None].to(out.dtype)
+        return self.to_out[0](out.flatten(-2))
+
+    def output_text(self, out: Tensor) -> Tensor:
+        return self.to_add_out(out.flatten(-2))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        grid: Grid | None = None,
+        cache: LayerCache | None = None,
+        **attention_kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: `[B, S, dim]`, a video in raster order.
+            encoder_hidden_states: text `[B, L, dim]`.
+            attention_mask: words that count, bool `[B, L]`.
+            rotary_emb: of `positions.rotary_embedding`; not for cross-attention.
+            grid: tokens along (t, h, w), product S; not for cross-attention.
+            cache: earlier frames of a causal rollout.
+            attention_kwargs: for the processor.
+
+        Returns:
+            `[B, S, dim]`, and `[B, L, dim]` where text attends itself (else None).
+        """
+        return self.processor(
+            self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, grid, cache, **attention_kwargs
+        )

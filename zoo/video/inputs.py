@@ -1,0 +1,95 @@
+"""What goes into the model: checks with names, patches out of videos and back."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from .transformer import VideoDiT
+
+
+def patchify(video: Tensor, patch: Sequence[int]) -> Tensor:
+    """`[B, C, T, H, W]` to tokens in raster order, `[B, tokens, C * prod(patch)]`."""
+    (t, h, w), (frames, height, width) = patch, video.shape[2:]
+    cut = video.unflatten(4, (width // w, w)).unflatten(3, (height // h, h)).unflatten(2, (frames // t, t))
+    return cut.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+
+
+def unpatchify(tokens: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
+    """The inverse of `patchify`."""
+    cut = tokens.unflatten(2, (-1, *patch)).unflatten(1, tuple(grid))  # [B, T, H, W, C, t, h, w]
+    return cut.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def check_inputs(
+    model: "VideoDiT",
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor | None,
+    class_labels: Tensor | None,
+    encoder_attention_mask: Tensor | None,
+    positions: Tensor | None,
+    kv_cache: KVCache | None,
+) -> None:
+    """Raise ValueError, naming the argument, unless they fit the model and each other; see `VideoDiT.forward`."""
+    config = model.config
+    if hidden_states.dim() != 5 or hidden_states.shape[1] != config.in_channels:
+        raise ValueError(
+            f"hidden_states has shape {_shape(hidden_states)}; expected [B, in_channels={config.in_channels}, T, H, W]"
+        )
+    sizes = hidden_states.shape[2:]
+    if any(n % p or n == 0 for n, p in zip(sizes, config.patch_size, strict=True)):
+        raise ValueError(
+            f"hidden_states has [T, H, W] = {list(sizes)}; each must be a multiple of patch_size={list(config.patch_size)}"
+        )
+    batch, grid = hidden_states.shape[0], [n // p for n, p in zip(sizes, config.patch_size, strict=True)]
+    tokens = prod(grid)
+    if timestep.shape not in ((batch,), (batch, grid[0]), (batch, tokens)):
+        raise ValueError(
+            f"timestep has shape {_shape(timestep)}; expected [B] = [{batch}], "
+            f"[B, frames of patches] = [{batch}, {grid[0]}] or [B, tokens] = [{batch}, {tokens}]"
+        )
+    if positions is not None and positions.shape not in ((tokens, 3), (batch, tokens, 3)):
+        raise ValueError(
+            f"positions has shape {_shape(positions)}; expected [tokens, 3] = [{tokens}, 3] or [{batch}, {tokens}, 3]"
+        )
+    if kv_cache is not None and not model.is_causal:
+        raise ValueError(f"kv_cache needs causal layers; attention={config.attention} has others")
+    _check_conditions(config, batch, encoder_hidden_states, class_labels, encoder_attention_mask)
+
+
+def _check_conditions(config, batch, encoder_hidden_states, class_labels, encoder_attention_mask) -> None:
+    conditioning = config.conditioning
+    if (class_labels is not None) != (conditioning == "class"):
+        raise ValueError(f"class_labels must be given when conditioning='class', and only then; it is {conditioning!r}")
+    if class_labels is not None and (class_labels.shape != (batch,) or class_labels.is_floating_point()):
+        raise ValueError(
+            f"class_labels ({class_labels.dtype}, shape {_shape(class_labels)}) must be integers of shape [{batch}]"
+        )
+    if (encoder_hidden_states is not None) != (conditioning in ("cross", "joint")):
+        raise ValueError(
+            f"encoder_hidden_states must be given when conditioning='cross' or 'joint', and only then; it is {conditioning!r}"
+        )
+    if encoder_hidden_states is not None:
+        shape = encoder_hidden_states.shape
+        if len(shape) != 3 or shape[0] != batch or shape[2] != config.text_dim:
+            raise ValueError(
+                f"encoder_hidden_states has shape {_shape(encoder_hidden_states)}; expected [{batch}, L, {config.text_dim}]"
+            )
+    if encoder_attention_mask is not None and (
+        encoder_hidden_states is None
+        or encoder_attention_mask.shape != encoder_hidden_states.shape[:2]
+        or encoder_attention_mask.dtype.is_floating_point
+    ):
+        raise ValueError(
+            f"encoder_attention_mask ({encoder_attention_mask.dtype}, shape {_shape(encoder_attention_mask)}) must be "
+            "bool of the shape [B, L] of encoder_hidden_states"
+        )
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)

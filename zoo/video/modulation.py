@@ -1,0 +1,80 @@
+"""How the timestep reaches a block: adaLN-single, or a LayerNorm whose affine follows the time (TD-LN).
+
+The timestep of a video is one number, one per frame or one per token. Tokens are in raster order, time slowest, so all
+three are `M` groups of consecutive tokens with M = 1, T or S, and modulation works on `[B, M, S / M, dim]`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms and modulation: float32, or float64 in float64 models."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Modulation(NamedTuple):
+    """What one half of a block (attention or MLP) does to its tokens, each `[B, M, 1, dim]`.
+
+    Attributes:
+        shift, scale: `norm(x) * (1 + scale) + shift` goes in.
+        gate: factor on what comes out; none when None.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None
+
+    def modulate(self, x: Tensor, eps: float) -> Tensor:
+        """LayerNorm of `[B, S, dim]`, without an affine of its own, and the modulation; in the dtype of x."""
+        normed = F.layer_norm(x.to(wide(x.dtype)), x.shape[-1:], eps=eps)
+        groups = normed.unflatten(1, (self.shift.shape[1], -1))
+        return (groups * (1 + self.scale) + self.shift).flatten(1, 2).to(x.dtype)
+
+    def residual(self, x: Tensor, update: Tensor) -> Tensor:
+        """`x + gate * update`, in the dtype of x."""
+        if self.gate is None:
+            return x + update
+        groups = update.to(wide(x.dtype)).unflatten(1, (self.gate.shape[1], -1))
+        return (x + (groups * self.gate).flatten(1, 2)).to(x.dtype)
+
+
+class AdaLNSingle(nn.Module):
+    """One projection of the timestep for all blocks, and a table of offsets in each (PixArt-alpha, arXiv:2310.00426)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, dim))
+
+    def forward(self, conditioning: Tensor) -> tuple[Modulation, Modulation]:
+        """Modulation of attention and of MLP from the shared projection `[B, M, 6, dim]`."""
+        values = self.scale_shift_table + conditioning  # [B, M, 6, dim]
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = values.unsqueeze(3).unbind(2)
+        return Modulation(shift, scale, gate), Modulation(mlp_shift, mlp_scale, mlp_gate)
+
+
+class TimeDependentLayerNorm(nn.Module):
+    """LayerNorm affine between two learned ends: s(t) p1 + (1 - s(t)) p2 with s(t) = sigmoid(w t + b) (DiMR,
+    arXiv:2406.09416, TD-LN). A block has two of them and no gates: 8 dim + 4 numbers instead of a shared projection.
+
+    w = 4 and b = -2 to begin with: the first end belongs to noise, the second to data, and they learn apart.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.ends = nn.Parameter(torch.zeros(2, 2, 2, dim))  # [attention or MLP, end, shift or scale - 1, dim]
+        self.slope = nn.Parameter(torch.full((2,), 4.0))
+        self.offset = nn.Parameter(torch.full((2,), -2.0))
+
+    def forward(self, conditioning: Tensor) -> tuple[Modulation, Modulation]:
+        """Modulation of attention and of MLP from the time `[B, M]` in [0, 1]."""
+        s = torch.sigmoid(self.slope * conditioning[..., None] + self.offset)[..., None, None]  # [B, M, 2, 1, 1]
+        affine = s * self.ends[:, 0] + (1 - s) * self.ends[:, 1]  # [B, M, 2, 2, dim]
+        (shift, scale), (mlp_shift, mlp_scale) = (half.unsqueeze(3).unbind(2) for half in affine.unbind(2))
+        return Modulation(shift, scale, None), Modulation(mlp_shift, mlp_scale, None)
+
+
+MODULATIONS = {"adaln_single": AdaLNSingle, "td_ln": TimeDependentLayerNorm}

@@ -1,0 +1,206 @@
+"""Which tokens a layer's queries see: dense, a sliding 3-D window, or one axis at a time.
+
+Functions here take queries `[B, T, H, W, heads, d]` and keys of the same grid, with `past` more frames in front when a
+rollout continues. Causal means causal in time and frame by frame: tokens of one frame see each other.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.ops import merge_attentions, na3d, na3d_lse
+
+Attend = Callable[..., Tensor]  # attention of [B, queries, heads, d] to [B, keys, heads, d], with attn_mask
+TYPES = ("dense", "window", "spatial", "temporal")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Keys and values `[B, L, heads, d]` that every query sees, and which of them count: bool `[B, L]`, all when None."""
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What a layer of the config means.
+
+    Attributes:
+        type: "dense", "window", "spatial" (each frame by itself) or "temporal" (each place by itself).
+        causal: whether a frame sees no later frame; nothing to a spatial layer.
+        window, stride, dilation: of "window", along (t, h, w); see `foveal.kernels.ops.na3d`.
+    """
+
+    type: str = "dense"
+    causal: bool = False
+    window: tuple[int, ...] = (1, 1, 1)
+    stride: tuple[int, ...] = (1, 1, 1)
+    dilation: tuple[int, ...] = (1, 1, 1)
+
+    @classmethod
+    def from_config(cls, layer: str | Mapping[str, Any]) -> "Pattern":
+        """Pattern of an entry of `attention`: a type, or a dict of type and options.
+
+        Raises:
+            ValueError: an unknown type or option, or a window, stride or dilation out of range.
+        """
+        options = {"type": layer} if isinstance(layer, str) else dict(layer)
+        kind = options.pop("type", None)
+        if kind not in TYPES:
+            raise ValueError(f"attention={layer!r} must be one of {TYPES}, or a dict with such a type")
+        known = {"causal", "window", "stride", "dilation"} if kind == "window" else {"causal"}
+        if options.keys() - known:
+            raise ValueError(f"attention={layer!r} has {sorted(options.keys() - known)}; {kind} takes {sorted(known)}")
+        causal = options.get("causal", False)
+        if not isinstance(causal, bool):
+            raise ValueError(f"attention={layer!r}: causal={causal!r} must be true or false")
+        if kind != "window":
+            return cls(kind, causal)
+        if "window" not in options:
+            raise ValueError(f"attention={layer!r} needs a window")
+        sizes = [_per_axis(layer, name, options.get(name, 1)) for name in ("window", "stride", "dilation")]
+        if any(stride > window for window, stride in zip(*sizes[:2], strict=True)):
+            raise ValueError(f"attention={layer!r}: stride={sizes[1]} must not exceed window={sizes[0]}")
+        return cls(kind, causal, *sizes)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a frame can see others, so that a rollout needs their keys."""
+        return self.type != "spatial"
+
+    def first_needed(self, frames: int) -> int:
+        """First frame that any frame from `frames` on can see, down to where a stride and a dilation group begin."""
+        if self.type != "window":
+            return 0
+        window, stride, dilation = self.window[0], self.stride[0], self.dilation[0]
+        first = frames // dilation // stride * stride + stride - window  # position, in its dilation group
+        return max(first, 0) // stride * stride * dilation
+
+    def fit(self, grid: tuple[int, int, int]) -> tuple[dict[str, Any], int]:
+        """Arguments of `na3d` for a grid, and the empty frames it needs at the end.
+
+        An axis shorter than the window is seen whole, and dilation gives way to the window. Causal time differs: there
+        the rule is that of a video without end, or frames would depend on how many come after them. Empty frames
+        complete the last stride and dilation group; nothing sees them.
+        """
+        if self.type == "temporal":
+            return {"window": (grid[0], 1, 1), "causal": (self.causal, False, False)}, 0
+        if self.type == "spatial":
+            return {"window": (1, *grid[1:])}, 0
+        window = [min(w, n) for w, n in zip(self.window, grid, strict=True)]
+        dilation = [min(d, n // w) for d, n, w in zip(self.dilation, grid, window, strict=True)]
+        padding = 0
+        if self.causal:
+            dilation[0] = self.dilation[0]
+            positions = -(-grid[0] // dilation[0])
+            positions = -(-positions // self.stride[0]) * self.stride[0]
+            window[0] = min(self.window[0], positions)
+            padding = positions * dilation[0] - grid[0]
+        stride = [min(s, w) for s, w in zip(self.stride, window, strict=True)]
+        causal = (self.causal, False, False)
+        options = {"window": tuple(window), "stride": tuple(stride), "dilation": tuple(dilation), "causal": causal}
+        return options, padding
+
+
+def _per_axis(layer: object, name: str, value: Any) -> tuple[int, ...]:
+    values = (value,) * 3 if isinstance(value, int) else tuple(value)
+    if len(values) != 3 or not all(type(x) is int and x >= 1 for x in values):
+        raise ValueError(
+            f"attention={layer!r}: {name}={value!r} must be one integer from 1 on, or one for each of t, h, w"
+        )
+    return values
+
+
+def attend(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, *, text: Text | None, dense: Attend) -> Tensor:
+    """Attention of a layer: `[B, T, H, W, heads, d]`.
+
+    Args:
+        pattern: what the queries see.
+        query: `[B, T, H, W, heads, d]`.
+        key, value: `[B, past + T, H, W, heads, d]`; past = 0 for spatial layers.
+        text: keys and values that every query sees besides.
+        dense: what computes attention without a pattern.
+    """
+    if pattern.type == "window" or (text is not None and pattern.type != "dense"):
+        return _window(pattern, query, key, value, text)
+    if pattern.type == "spatial":
+        q, k, v = (x.flatten(2, 3).flatten(0, 1) for x in (query, key, value))
+        return dense(q, k, v).unflatten(1, query.shape[2:4]).unflatten(0, query.shape[:2])
+    if pattern.type == "temporal":
+        # places join the batch: [B * H * W, frames, 1 token, heads, d]
+        q, k, v = (x.movedim(1, 3).flatten(0, 2).unsqueeze(2) for x in (query, key, value))
+        out = _frames(pattern.causal, q, k, v, None, dense)
+        return out.unflatten(0, (query.shape[0], *query.shape[2:4])).movedim(3, 1)
+    q, k, v = (x.flatten(2, 3) for x in (query, key, value))
+    return _frames(pattern.causal, q, k, v, text, dense).unflatten(1, query.shape[1:4])
+
+
+def _frames(causal: bool, query: Tensor, key: Tensor, value: Tensor, text: Text | None, dense: Attend) -> Tensor:
+    """Attention of `[B, T, tokens of a frame, heads, d]` to all frames or to none that is later, `[B, T * tokens, ..]`.
+
+    A causal call goes frame by frame: no mask over all pairs is made, and backends without masks can do it.
+    """
+    frames, tokens = query.shape[1:3]
+    past = key.shape[1] - frames
+
+    def joined(video: Tensor, words: Tensor | None) -> Tensor:
+        flat = video.flatten(1, 2)
+        return flat if words is None else torch.cat([words, flat], dim=1)
+
+    text_key, text_value = (None, None) if text is None else (text.key, text.value)
+    if not causal:
+        mask = key_mask(text, key.shape[1] * tokens)
+        return dense(query.flatten(1, 2), joined(key, text_key), joined(value, text_value), attn_mask=mask)
+    if text is None and tokens == 1 and past == 0:
+        return dense(query.flatten(1, 2), joined(key, None), joined(value, None), is_causal=True)
+    outs = []
+    for i in range(frames):
+        seen = slice(0, past + i + 1)
+        mask = key_mask(text, (past + i + 1) * tokens)
+        outs.append(
+            dense(query[:, i], joined(key[:, seen], text_key), joined(value[:, seen], text_value), attn_mask=mask)
+        )
+    return torch.cat(outs, dim=1)
+
+
+def key_mask(text: Text | None, video_tokens: int) -> Tensor | None:
+    """Which keys count when those of the text come first: bool `[B, 1, 1, L + video_tokens]`, None for all."""
+    if text is None or text.mask is None:
+        return None
+    return torch.nn.functional.pad(text.mask, (0, video_tokens), value=True)[:, None, None]
+
+
+def _window(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, text: Text | None) -> Tensor:
+    past = key.shape[1] - query.shape[1]
+    options, padding = pattern.fit((key.shape[1], *key.shape[2:4]))
+    if past or padding:
+        # na3d wants queries for every frame: those of the past are zeros, and what they see is thrown away
+        query = _pad_frames(query, past, padding)
+        key, value = _pad_frames(key, 0, padding), _pad_frames(value, 0, padding)
+    if text is not None and text.mask is not None:
+        parts = [na3d_lse(query, key, value, **options), _masked_text(query, text)]
+        out = merge_attentions(*zip(*parts, strict=True))[0]
+    else:
+        extra = {} if text is None else {"extra_key": text.key, "extra_value": text.value}
+        out = na3d(query, key, value, **options, **extra)
+    return out[:, past : out.shape[1] - padding]
+
+
+def _pad_frames(x: Tensor, before: int, after: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0) * 4 + (before, after))
+
+
+def _masked_text(query: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+    """Attention `[B, T, H, W, heads, d]` to the words that count and its log-sum-exp, tiny where none does."""
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    q, k = query.to(accumulate) * query.shape[-1] ** -0.5, text.key.to(accumulate)
+    logits = torch.einsum("bthwnd,blnd->bthwnl", q, k)
+    hidden = torch.finfo(accumulate).min / 2  # finite: without any word -inf would make NaN
+    logits = logits.masked_fill(~text.mask[:, None, None, None, None], hidden)
+    out = torch.einsum("bthwnl,blnd->bthwnd", logits.softmax(-1), text.value.to(accumulate))
+    return out.to(query.dtype), logits.logsumexp(-1)

@@ -1,0 +1,293 @@
+"""VideoDiT: a diffusion transformer for videos and images, attention chosen layer by layer.
+
+Notable: patches of any size and videos of any number of patches; adaLN-single or TD-LN; RMS norms of queries and keys;
+RoPE from explicit positions; one timestep for a video, a frame or a token; causal layers that roll out with a KV cache.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from .blocks import MLPS, JointVideoDiTBlock, VideoDiTBlock
+from .inputs import check_inputs, patchify, unpatchify
+from .kv_cache import KVCache
+from .modulation import MODULATIONS, Modulation, wide
+from .pattern import Pattern
+from .positions import default_axes, grid_positions, rotary_embedding
+from .presets import PRESETS
+
+CONDITIONINGS = (None, "class", "cross", "joint")
+
+
+class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+    """Diffusion transformer for videos `[B, C, T, H, W]`; an image is a video of one frame.
+
+    Blocks follow Wan (adaLN-single, cross-attention without modulation) or, with `conditioning="joint"`, MM-DiT.
+    A new model returns zeros and its blocks do nothing: output projection, modulation and cross-attention start at zero.
+
+    Args:
+        in_channels: channels C of the latents or pixels.
+        out_channels: channels of the output; in_channels when None.
+        patch_size: frames, rows and columns of a patch, (1, 2, 2) for latents, (2, 4, 4) for pixels.
+        num_layers: blocks.
+        num_attention_heads, attention_head_dim: heads and their size; their product is the width.
+        mlp: "gelu" (tanh) or "swiglu", both with the parameters of hidden size mlp_ratio * width.
+        mlp_ratio: see mlp.
+        conditioning: None, "class" (an embedding added to that of the timestep), "cross" (cross-attention to text) or
+            "joint" (text tokens attend along with the video; see `JointVideoDiTBlock`).
+        num_classes: with "class"; label num_classes is the null class of classifier-free guidance.
+        text_dim: with "cross" and "joint", channels of encoder_hidden_states.
+        attention: what layers see, layer i takes attention[i % len(attention)]: "dense", "spatial", "temporal" or a
+            dict such as {"type": "window", "window": [3, 3, 3], "stride": 1, "dilation": 1, "causal": True}; "causal"
+            (in time) goes with every type. Windows fit themselves to small videos; see `pattern.Pattern.fit`.
+        rope_theta: longest wavelength of the rotary embedding over 2 pi.
+        rope_axes: channels of a head that turn with t, h and w; 24, 20, 20 of 64 in proportion when None.
+        modulation: "adaln_single" or "td_ln" (`modulation.TimeDependentLayerNorm`; the embedding of timestep and class
+            is then added to every token).
+        gated_attention: gate every head's output by 2 * sigmoid of a projection of its input.
+        eps: of all norms.
+
+    Raises:
+        ValueError: arguments that are unknown, out of range or contradict each other.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("VideoDiTBlock", "JointVideoDiTBlock")
+    _repeated_blocks = ("VideoDiTBlock", "JointVideoDiTBlock")
+    _skip_layerwise_casting_patterns = ("patch_embed", "time_embed", "class_embed", "modulation", "norm")
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        patch_size: Sequence[int] = (1, 2, 2),
+        num_layers: int = 12,
+        num_attention_heads: int = 6,
+        attention_head_dim: int = 64,
+        mlp: str = "gelu",
+        mlp_ratio: float = 4.0,
+        conditioning: str | None = None,
+        num_classes: int | None = None,
+        text_dim: int | None = None,
+        attention: Sequence[str | dict[str, Any]] = ("dense",),
+        rope_theta: float = 10000.0,
+        rope_axes: Sequence[int] | None = None,
+        modulation: str = "adaln_single",
+        gated_attention: bool = False,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        _check_config(patch_size, mlp, conditioning, num_classes, text_dim, attention, modulation)
+        dim = num_attention_heads * attention_head_dim
+        self.rope_axes = tuple(rope_axes or default_axes(attention_head_dim))
+        if len(self.rope_axes) != 3 or sum(self.rope_axes) != attention_head_dim or any(n % 2 for n in self.rope_axes):
+            raise ValueError(
+                f"rope_axes={rope_axes} must be three even numbers, together attention_head_dim={attention_head_dim}"
+            )
+        self.patterns = [Pattern.from_config(attention[i % len(attention)]) for i in range(num_layers)]
+
+        self.patch_embed = nn.Linear(in_channels * prod(patch_size), dim)
+        self.time_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, dim)
+        self.class_embed = nn.Embedding(num_classes + 1, dim) if conditioning == "class" else None
+        self.text_embed = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh") if text_dim else None
+        self.modulation_proj = nn.Linear(dim, 6 * dim) if modulation == "adaln_single" else None
+
+        common = {
+            "heads": num_attention_heads,
+            "head_dim": attention_head_dim,
+            "mlp": mlp,
+            "mlp_ratio": mlp_ratio,
+            "modulation": modulation,
+            "gated": gated_attention,
+            "eps": eps,
+        }
+        if conditioning == "joint":
+            blocks = (
+                JointVideoDiTBlock(dim, pattern=pattern, last=i == num_layers - 1, **common)
+                for i, pattern in enumerate(self.patterns)
+            )
+        else:
+            cross = conditioning == "cross"
+            blocks = (VideoDiTBlock(dim, pattern=pattern, cross=cross, **common) for pattern in self.patterns)
+        self.blocks = nn.ModuleList(blocks)
+
+        self.output_modulation = nn.Parameter(torch.zeros(2, dim))  # shift, scale
+        self.proj_out = nn.Linear(dim, (out_channels or in_channels) * prod(patch_size))
+        self.gradient_checkpointing = False
+        self.reset_parameters()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "VideoDiT":
+        """A new model of a size in `presets.PRESETS`: nano, s, b, l, xl or latte_xl.
+
+        Args:
+            overrides: arguments of the class, over those of the preset.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"name={name!r} must be one of {sorted(PRESETS)}")
+        return cls(**(PRESETS[name] | overrides))
+
+    def reset_parameters(self) -> None:
+        """Initialise: Linear layers Xavier-uniform, embeddings with deviation 0.02, outputs and modulation zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        if self.class_embed is not None:
+            nn.init.normal_(self.class_embed.weight, std=0.02)
+        zero = [self.proj_out, self.modulation_proj]
+        zero += [block.attn2.to_out[0] for block in self.blocks if getattr(block, "attn2", None) is not None]
+        zero += [m.to_gate_logits for m in self.modules() if getattr(m, "to_gate_logits", None) is not None]
+        for layer in zero:
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no frame sees a later one, so that a rollout with a `KVCache` is possible."""
+        return all(pattern.causal or not pattern.remembers for pattern in self.patterns)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict, for rectified flow the velocity noise - video.
+
+        Args:
+            hidden_states: noisy video `[B, in_channels, T, H, W]`; each of T, H, W a multiple of patch_size.
+            timestep: 0 (data) to 1000 (noise): `[B]`, or one a frame of patches `[B, T / patch]`, or one a token
+                `[B, tokens]` in raster order.
+            encoder_hidden_states: text `[B, L, text_dim]` of "cross" and "joint".
+            class_labels: int64 `[B]` of "class", 0 to num_classes; num_classes means none.
+            encoder_attention_mask: words that count, bool `[B, L]`; all when None.
+            positions: coordinates (t, h, w) of the tokens, `[tokens, 3]` or `[B, tokens, 3]`, any real numbers; those
+                of the grid when None, counted on from the frames in kv_cache.
+            kv_cache: earlier frames of a rollout; hidden_states continues them. Needs a causal model.
+            attention_kwargs: for attention processors; "scale" is the strength of LoRA layers.
+            return_dict: an output with `sample`, else a tuple.
+
+        Returns:
+            `sample` `[B, out_channels, T, H, W]`.
+
+        Raises:
+            ValueError: an argument that is missing, not for this conditioning, or of a wrong shape.
+        """
+        check_inputs(
+            self,
+            hidden_states,
+            timestep,
+            encoder_hidden_states,
+            class_labels,
+            encoder_attention_mask,
+            positions,
+            kv_cache,
+        )
+        patch = self.config.patch_size
+        grid = tuple(n // p for n, p in zip(hidden_states.shape[2:], patch, strict=True))
+        dtype = self.patch_embed.weight.dtype
+
+        # tokens, where they are, and when
+        tokens = self.patch_embed(patchify(hidden_states, patch).to(dtype))  # [B, S, dim]
+        if positions is None:
+            first = 0 if kv_cache is None else kv_cache.frames
+            positions = grid_positions(grid, first_frame=first, device=tokens.device)
+        rotary_emb = rotary_embedding(
+            positions, axes=self.rope_axes, theta=self.config.rope_theta, dtype=wide(tokens.dtype)
+        )
+        embedding = self.embed_time(timestep, tokens.dtype)  # [B, M, dim], M = 1, frames or tokens
+        if self.class_embed is not None:
+            embedding = embedding + self.class_embed(class_labels)[:, None]
+        if self.config.modulation == "td_ln":
+            tokens = (tokens.unflatten(1, (embedding.shape[1], -1)) + embedding[:, :, None]).flatten(1, 2)
+        conditioning = self.condition(timestep, embedding)
+        if self.text_embed is not None:
+            encoder_hidden_states = self.text_embed(encoder_hidden_states.to(dtype))  # [B, L, dim]
+
+        # layers
+        if self.config.conditioning == "joint":
+            clean = torch.zeros_like(timestep[:1].flatten()[:1])
+            text_conditioning = self.condition(clean, self.embed_time(clean, tokens.dtype))
+        for i, block in enumerate(self.blocks):
+            cache = None if kv_cache is None else kv_cache.layer(i)
+            common = (encoder_attention_mask, rotary_emb, grid, cache, attention_kwargs)
+            if self.config.conditioning == "joint":
+                tokens, encoder_hidden_states = self.run(
+                    block, tokens, encoder_hidden_states, conditioning, text_conditioning, *common
+                )
+            else:
+                tokens = self.run(block, tokens, encoder_hidden_states, conditioning, *common)
+        if kv_cache is not None:
+            kv_cache.advance(grid[0])
+
+        # pixels or latents again
+        shift, scale = (self.output_modulation + embedding[:, :, None].to(wide(tokens.dtype))).unsqueeze(3).unbind(2)
+        out = self.proj_out(Modulation(shift, scale, None).modulate(tokens, self.config.eps))
+        sample = unpatchify(out, grid, patch)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def run(self, block: nn.Module, *args: Any) -> Any:
+        """Call a block, under gradient checkpointing when that is on."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
+
+    def embed_time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embedding `[B, M, dim]` of timesteps `[B]` (M = 1) or `[B, M]`."""
+        times = timestep.reshape(timestep.shape[0], -1)
+        frequencies = self.time_frequencies(times.flatten()).to(dtype)  # [B * M, 256]
+        return self.time_embed(frequencies).unflatten(0, times.shape)
+
+    def condition(self, timestep: Tensor, embedding: Tensor) -> Tensor:
+        """What the modulation of blocks takes: `[B, M, 6, dim]` of adaLN-single, times `[B, M]` of TD-LN."""
+        if self.modulation_proj is None:
+            return timestep.reshape(timestep.shape[0], -1).to(wide(embedding.dtype)) / 1000
+        values = self.modulation_proj(nn.functional.silu(embedding))
+        return values.unflatten(-1, (6, -1)).to(wide(embedding.dtype))
+
+
+def _check_config(patch_size, mlp, conditioning, num_classes, text_dim, attention, modulation) -> None:
+    for name, value, accepted in (
+        ("mlp", mlp, tuple(MLPS)),
+        ("conditioning", conditioning, CONDITIONINGS),
+        ("modulation", modulation, tuple(MODULATIONS)),
+    ):
+        if value not in accepted:
+            raise ValueError(f"{name}={value!r} must be one of {accepted}")
+    if len(patch_size) != 3 or any(p < 1 for p in patch_size):
+        raise ValueError(f"patch_size={patch_size} must be three positive integers, for t, h and w")
+    if isinstance(attention, str) or not attention:
+        raise ValueError(f"attention={attention!r} must be a list of at least one layer")
+    if (num_classes is not None) != (conditioning == "class"):
+        raise ValueError(
+            f"num_classes={num_classes} must be given with conditioning='class' only, not {conditioning!r}"
+        )
+    if (text_dim is not None) != (conditioning in ("cross", "joint")):
+        raise ValueError(
+            f"text_dim={text_dim} must be given with conditioning='cross' or 'joint' only, not {conditioning!r}"
+        )
