@@ -5,6 +5,7 @@ Arguments are Hydra's: `experiment=NAME`, `group=choice`, `key=value`, `-m` for 
 
 import logging
 import warnings
+from time import monotonic
 
 import hydra
 import lightning.pytorch as pl
@@ -35,7 +36,7 @@ def build(config: DictConfig) -> tuple[pl.Trainer, pl.LightningModule, pl.Lightn
         torch.set_num_threads(config.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = instantiate(options["data"], _convert_="all")
-    task = instantiate(options["task"], num_classes=data.num_classes, in_chans=len(data.mean), _convert_="all")
+    task = instantiate(options["task"], **data.for_task, _convert_="all")
     strategy = make_strategy(options["trainer"].pop("strategy"))
     if not isinstance(strategy, ModelParallelStrategy):
         task.configure_model()  # sharded models are built on their devices; others here, before processes are spawned
@@ -83,8 +84,9 @@ def _job(config: DictConfig) -> float:
         if job.mode == RunMode.RUN:
             return train(config)
         config.run_dir = job.runtime.output_dir
+        start = monotonic()
         value = train(config)
-        record_job(job, metric=config.metric, value=value)
+        record_job(job, metric=config.metric, value=value, minutes=(monotonic() - start) / 60)
         return value
 
 

@@ -1,6 +1,7 @@
-"""Lightning data modules: the digits inside scikit-learn, image folders, and whatever timm can read."""
+"""Lightning data modules: digits, still and moving, image and video folders, and whatever timm can read."""
 
 from .digits import Digits
 from .images import ImageFolder, TimmDataset
+from .moving_digits import MovingDigits
 
-__all__ = ["Digits", "ImageFolder", "TimmDataset"]
+__all__ = ["Digits", "ImageFolder", "MovingDigits", "TimmDataset"]

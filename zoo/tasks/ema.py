@@ -15,9 +15,14 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def ema_update(averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor | int, *, decay: float) -> None:
+def ema_update(
+    averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor | int, *, decay: float, warmup: bool = False
+) -> None:
     """One step of the average, in place, on tensors of one device and dtype; integer buffers (counts) are copied."""
     if averages[0].is_floating_point():
+        if warmup:
+            n = int(num_averaged)
+            decay = min(decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(averages, currents, 1 - decay)
     else:
         torch._foreach_copy_(averages, currents)
@@ -33,12 +38,14 @@ class EMA(WeightAveraging):
     Args:
         decay: weight of the old average in each update, 0 to 1.
         update_starting_at_step: first optimizer step, from 0, that the average follows; it begins with those weights.
+        warmup: update `n` uses `min(decay, (1 + n) / (10 + n))`, so that a short run is not the average of its start.
     """
 
-    def __init__(self, decay: float = 0.9999, update_starting_at_step: int | None = None):
+    def __init__(self, decay: float = 0.9999, update_starting_at_step: int | None = None, warmup: bool = False):
         if not 0 <= decay < 1:
             raise ValueError(f"callbacks.ema.decay={decay} must be at least 0 and below 1")
-        super().__init__(multi_avg_fn=partial(ema_update, decay=decay))  # a closure could not go to spawned processes
+        # a closure could not go to spawned processes
+        super().__init__(multi_avg_fn=partial(ema_update, decay=decay, warmup=warmup))
         self.update_starting_at_step = update_starting_at_step or 0
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:

@@ -1,0 +1,166 @@
+"""Handwritten digits that move and bounce: video of ten classes, made from scikit-learn's scans, no download.
+
+After Moving MNIST (Srivastava et al., arXiv:1502.04681), with one digit of the 8×8 scans of `digits.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .digits import split_digits
+from .loader import mix_seed
+from .video import Item, VideoData
+
+SIDE = 8  # pixels of a scan
+MEAN, STD = 0.1365, 0.2942  # of all pixels of 12×12 clips
+
+
+def bounce(start: int, velocity: int, frames: int, room: int) -> list[int]:
+    """Positions 0..room, one a frame, of something that starts at `start` and bounces at both ends."""
+    if room == 0:
+        return [0] * frames
+    path = [(start + velocity * t) % (2 * room) for t in range(frames)]
+    return [min(p, 2 * room - p) for p in path]
+
+
+def moving_clip(
+    digit: np.ndarray, *, canvas: int, frames: int, speed: int = 1, generator: torch.Generator | None = None
+) -> Tensor:
+    """A digit with random start and velocity on a black canvas.
+
+    Args:
+        digit: `[8, 8]` in 0..1.
+        canvas, frames: size of the clip.
+        speed: velocities are drawn from all of `{-speed, …, speed}²` but (0, 0), pixels a frame.
+        generator: PyTorch's default generator if None.
+
+    Returns:
+        `[1, frames, canvas, canvas]` in 0..1.
+    """
+    room = canvas - SIDE
+    start = torch.randint(room + 1, (2,), generator=generator).tolist()
+    steps = 2 * speed + 1
+    drawn = int(torch.randint(steps * steps - 1, (1,), generator=generator))
+    drawn += drawn >= (steps * steps) // 2  # the middle one is standing still
+    velocity = drawn // steps - speed, drawn % steps - speed
+    rows, columns = (bounce(s, v, frames, room) for s, v in zip(start, velocity, strict=True))
+    clip = np.zeros((1, frames, canvas, canvas), dtype=np.float32)
+    for t, (y, x) in enumerate(zip(rows, columns, strict=True)):
+        clip[0, t, y : y + SIDE, x : x + SIDE] = digit
+    return torch.from_numpy(clip)
+
+
+class MovingDigitClips(Dataset):
+    """Clip `i` shows scan `i % len(scans)`; its motion is drawn by PyTorch's generator, or follows from `fixed_seed`."""
+
+    def __init__(
+        self,
+        scans: np.ndarray,
+        labels: list[int],
+        *,
+        length: int,
+        canvas: int,
+        frames: int,
+        speed: int,
+        mean: float,
+        std: float,
+        fixed_seed: int | None,
+    ):
+        self.scans, self.labels, self.length, self.fixed_seed = scans, labels, length, fixed_seed
+        self.motion = {"canvas": canvas, "frames": frames, "speed": speed}
+        self.mean, self.std = mean, std
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Item:
+        which = index % len(self.scans)
+        generator = None
+        if self.fixed_seed is not None:
+            generator = torch.Generator().manual_seed(mix_seed(self.fixed_seed, index))
+        clip = moving_clip(self.scans[which], generator=generator, **self.motion)
+        return {"video": (clip - self.mean) / self.std, "label": self.labels[which]}
+
+
+class MovingDigits(VideoData):
+    """Grey clips `[B, 1, frames, canvas, canvas]` of one bouncing digit each, ten classes.
+
+    Scans of training (1,437) and held-out (360) clips are never the same. Training clips are drawn anew in each epoch;
+    held-out clips never change, whatever the seed.
+
+    Args:
+        batch_size, seed, shuffle, num_workers: see `SeededData`.
+        canvas: pixels a side, 8 or more.
+        frames: of a clip.
+        speed: see `moving_clip`.
+        epoch_length: clips of an epoch.
+        val_length: held-out clips of validation and of the test.
+        mean, std: of the pixels; they depend on the canvas.
+
+    Raises:
+        ValueError: a size that is too small.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 32,
+        canvas: int = 12,
+        frames: int = 6,
+        speed: int = 1,
+        epoch_length: int = 8000,
+        val_length: int = 360,
+        mean: float = MEAN,
+        std: float = STD,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_workers: int = 0,
+    ):
+        for name, value, least in (("canvas", canvas, SIDE), ("frames", frames, 1), ("speed", speed, 1)):
+            if value < least:
+                raise ValueError(f"data.{name}={value} must be at least {least}")
+        super().__init__(
+            batch_size=batch_size,
+            channels=1,
+            frames=frames,
+            height=canvas,
+            width=canvas,
+            mean=(mean,),
+            std=(std,),
+            num_classes=10,
+            seed=seed,
+            shuffle=shuffle,
+            num_workers=num_workers,
+        )
+        self.speed, self.epoch_length, self.val_length = speed, epoch_length, val_length
+
+    def clips(self, split: str, *, length: int, fixed_seed: int | None) -> MovingDigitClips:
+        """Clips of the scans of "train" or of the held-out "test"."""
+        from sklearn.datasets import load_digits
+
+        scans = (load_digits().images / 16).astype(np.float32)  # [1797, 8, 8]
+        parts = split_digits()
+        names = ("train", "val") if split == "train" else ("test",)
+        numbers = [number for name in names for number in parts[name][0]]
+        labels = [label for name in names for label in parts[name][1]]
+        return MovingDigitClips(
+            scans[numbers],
+            labels,
+            length=length,
+            canvas=self.height,
+            frames=self.frames,
+            speed=self.speed,
+            mean=self.mean[0],
+            std=self.std[0],
+            fixed_seed=fixed_seed,
+        )
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.datasets:
+            return
+        self.datasets["train"] = self.clips("train", length=self.epoch_length, fixed_seed=None)
+        for split in ("val", "test"):
+            self.datasets[split] = self.clips("test", length=self.val_length, fixed_seed=0)

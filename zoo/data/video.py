@@ -1,0 +1,94 @@
+"""What video data modules share: items are dicts, and batches hold videos of one shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .base import SeededData
+from .loader import SeededDataset, mix_seed, seeded
+
+Item = dict[str, Any]
+
+
+class SeededVideos(SeededDataset):
+    """As `SeededDataset`, for items that are dicts: adds `real`, False for items that only fill up a rank."""
+
+    def __getitem__(self, key: tuple[int, int | None]) -> Item:  # pyright: ignore[reportIncompatibleMethodOverride]
+        index, epoch = key
+        with seeded(mix_seed(self.seed, epoch or 0, index)):
+            item = self.dataset[index]
+        return {**item, "real": epoch is not None}
+
+
+class VideoData(SeededData):
+    """Batches of videos: a dict with
+
+    - `video` `[B, C, T, H, W]` float32, normalised pixels or latents;
+    - `label` `[B]` int64, if there are classes;
+    - `caption`, B strings, or `text` `[B, L, D]` with `text_mask` `[B, L]` bool, if there are captions;
+    - `real` `[B]` bool, False for items that only fill up the last batches of a rank.
+
+    Args:
+        channels: of the videos.
+        frames, height, width: of the videos to generate when somebody wants to see some.
+        mean, std: a value per channel; `video = (x - mean) / std`, with pixels `x` in 0..1 or latents `x`.
+        num_classes: None for videos without classes.
+        text_dim: channels of `text`; None for videos without.
+        batch_size, seed, shuffle, num_workers: see `SeededData`.
+    """
+
+    item = "videos"
+    seeded_dataset = SeededVideos
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        channels: int,
+        frames: int,
+        height: int,
+        width: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        num_classes: int | None = None,
+        text_dim: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_workers: int = 0,
+    ):
+        super().__init__(batch_size=batch_size, seed=seed, shuffle=shuffle, num_workers=num_workers)
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise ValueError(
+                    f"data.{name}={tuple(values)} must have one value per channel, and there are {channels}"
+                )
+        self.channels, self.frames, self.height, self.width = channels, frames, height, width
+        self.mean, self.std, self.num_classes, self.text_dim = tuple(mean), tuple(std), num_classes, text_dim
+        self.class_names = [str(i) for i in range(num_classes or 0)]
+
+    @property
+    def for_task(self) -> dict[str, Any]:
+        return {"in_channels": self.channels, "num_classes": self.num_classes, "text_dim": self.text_dim}
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(v, device=like.device).view(-1, 1, 1, 1) for v in (self.mean, self.std))
+        return mean, std
+
+    def normalize(self, videos: Tensor) -> Tensor:
+        """`[…, C, T, H, W]` in 0..1 (pixels) or as the VAE gives it → what the model gets."""
+        mean, std = self._statistics(videos)
+        return (videos - mean) / std
+
+    def denormalize(self, videos: Tensor) -> Tensor:
+        """The way back of `normalize`; pixels are not cut to 0..1."""
+        mean, std = self._statistics(videos)
+        return videos.float() * std + mean
+
+    def dataset(self, split: str) -> Dataset:
+        """The videos of "train", "val" or "test" by index, without order or augmentation by epoch."""
+        self.setup()
+        return self.datasets[split]
