@@ -10,7 +10,7 @@ from ..launching import Device
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel
 from .forward import forward_kernel, merge_kernel
-from .launch import constants, merge_constants
+from .launch import bias_constants, constants, merge_constants
 
 GRIDS = {  # queries, keys
     "gather": (49, 3136),  # agents over keys
@@ -99,8 +99,9 @@ def _pass_variants(
             continue
         config = configs.choose(kernel, **sizes, wide="wide" in flags)
         fixed = constants(config, head_dim, precision)
-        if kernel != "bias":
-            fixed["BIAS"] = bias
+        fixed |= bias_constants(head_dim, dtype.itemsize) if kernel == "bias" else {"BIAS": bias}
+        if kernel == "query":
+            fixed["WHOLE"] = keys <= config.keys
         if not bias:
             fixed["bias_ptr"] = None
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}

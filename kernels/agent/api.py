@@ -1,5 +1,7 @@
 """Public agent attention: validation and semantics."""
 
+from math import prod
+
 from torch import Tensor
 
 from ..calling import Impl, choose, obstacles, without_autocast
@@ -85,7 +87,7 @@ def agent_attention(
     """
     _check_tokens(query, key, value, agent)
     heads, agents = agent.shape[2], agent.shape[1]
-    queries, keys = query.shape[1:-2].numel(), key.shape[1:-2].numel()
+    queries, keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
     _check_bias("agent_bias", agent_bias, query, (heads, agents, keys), "[heads, agents, keys]")
     _check_bias("query_bias", query_bias, query, (heads, queries, agents), "[heads, queries, agents]")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)

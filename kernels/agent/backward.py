@@ -1,6 +1,6 @@
 """Backward kernels of one pass of agent attention. No atomics: what several programs contribute to, each writes apart.
 
-With P = exp(S - lse) and delta = rowsum(dO * O), dS = P * (dO V^T - delta) (arXiv:2205.14135, appendix B.4).
+With P = 2^(S - lse), both base 2, and delta = rowsum(dO * O), dS = P * (dO V^T - delta) (arXiv:2205.14135, B.4).
 """
 
 import triton
@@ -15,9 +15,13 @@ def query_kernel(
     out_ptr, do_ptr, do_strides, do_inner, lse_ptr, delta_ptr, dq_ptr, bias_ptr, bias_strides,
     queries, keys, batches, heads, chunk, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dQ `[parts, B, queries, heads, D]` from `chunk` keys each, and delta `[B, heads, queries]` for other kernels."""
+    """dQ `[parts, B, queries, heads, D]` from `chunk` keys each, and delta `[B, heads, queries]` for other kernels.
+
+    `WHOLE` says that one tile holds all keys, as it mostly holds all agents: then delta is rowsum(P * dP), and the
+    output is not read.
+    """
     tiles = tl.cdiv(queries, QUERIES)
     tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     head, batch, part = slice % heads, slice // heads % batches, slice // (heads * batches)
@@ -34,13 +38,13 @@ def query_kernel(
     keep = row < queries
     q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE)
     do = load_tile(do_ptr, do_strides, do_inner, row, queries, D, BLOCK_D, WIDE)
-    out_row = row.to(tl.int64) if WIDE else row
-    out = tl.load(
-        out_ptr + (out_row * heads * D)[:, None] + d[None, :], mask=keep[:, None] & (d < D)[None, :], other=0.0
-    )
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + row, delta, mask=keep & (part == 0))
-    lse = tl.load(lse_ptr + row, mask=keep, other=float("inf")) * LOG2E
+    delta = tl.zeros([QUERIES], tl.float32)
+    if not WHOLE:
+        out_row = row.to(tl.int64) if WIDE else row
+        mask = keep[:, None] & (d < D)[None, :]
+        out = tl.load(out_ptr + (out_row * heads * D)[:, None] + d[None, :], mask=mask, other=0.0)
+        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + row, mask=keep, other=float("inf"))
 
     dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     for first in tl.range(part * chunk, min(part * chunk + chunk, keys), KEYS, num_stages=STAGES):
@@ -51,9 +55,11 @@ def query_kernel(
             s += load_bias(bias_ptr, bias_strides, head, row, queries, column, keys, WIDE)
         v = load_tile(v_ptr, v_strides, v_inner, column, keys, D, BLOCK_D, WIDE)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        # keys past the end are zeros, and contribute nothing to dQ
-        ds = tl.where((column < keys)[None, :], tl.exp2(s - lse[:, None]) * (dp - delta[:, None]), 0.0)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        p = tl.where((column < keys)[None, :], tl.exp2(s - lse[:, None]), 0.0)
+        if WHOLE:
+            delta = tl.sum(p * dp, 1)
+        dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
+    tl.store(delta_ptr + row, delta, mask=keep & (part == 0))
 
     slice = (part * batches + batch).to(tl.int64) * queries * heads
     store_tile(dq_ptr + (slice + head) * D, dq * scale, row, queries, heads * D, D, BLOCK_D, WIDE)
@@ -92,7 +98,7 @@ def key_kernel(
         row = first + tl.arange(0, QUERIES)
         q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE)
         do = load_tile(do_ptr, do_strides, do_inner, row, queries, D, BLOCK_D, WIDE)
-        lse = tl.load(lse_ptr + row, mask=row < queries, other=float("inf")) * LOG2E
+        lse = tl.load(lse_ptr + row, mask=row < queries, other=float("inf"))
         delta = tl.load(delta_ptr + row, mask=row < queries, other=0.0)
         st = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         if BIAS:
@@ -115,7 +121,7 @@ def bias_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dBias `[parts, heads, queries, keys]` from `chunk` batch entries each."""
+    """dBias `[parts, heads, queries, keys]` from `chunk` batch entries each; `BLOCK_D` features at a time."""
     tiles, key_tiles = tl.cdiv(queries, QUERIES) * tl.cdiv(keys, KEYS), tl.cdiv(keys, KEYS)
     tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     head, part = slice % heads, slice // heads
@@ -123,18 +129,24 @@ def bias_kernel(
     column = tile % key_tiles * KEYS + tl.arange(0, KEYS)
     bias = load_bias(bias_ptr, bias_strides, head, row, queries, column, keys, WIDE)
     acc = tl.zeros([QUERIES, KEYS], tl.float32)
-    for i in tl.range(0, min(chunk, batches - part * chunk), num_stages=STAGES):
+    for i in tl.range(0, min(chunk, batches - part * chunk)):
         batch = part * chunk + i
-        q = load_tile(head_view(q_ptr, q_strides, batch, head), q_strides, q_inner, row, queries, D, BLOCK_D, WIDE)
-        k = load_tile(head_view(k_ptr, k_strides, batch, head), k_strides, k_inner, column, keys, D, BLOCK_D, WIDE)
-        v = load_tile(head_view(v_ptr, v_strides, batch, head), v_strides, v_inner, column, keys, D, BLOCK_D, WIDE)
-        do = load_tile(head_view(do_ptr, do_strides, batch, head), do_strides, do_inner, row, queries, D, BLOCK_D, WIDE)
+        q_head, k_head = head_view(q_ptr, q_strides, batch, head), head_view(k_ptr, k_strides, batch, head)
+        v_head, do_head = head_view(v_ptr, v_strides, batch, head), head_view(do_ptr, do_strides, batch, head)
+        s = tl.zeros([QUERIES, KEYS], tl.float32)
+        dp = tl.zeros([QUERIES, KEYS], tl.float32)
+        for first in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+            q = load_tile(q_head, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE, first)
+            k = load_tile(k_head, k_strides, k_inner, column, keys, D, BLOCK_D, WIDE, first)
+            s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
+            do = load_tile(do_head, do_strides, do_inner, row, queries, D, BLOCK_D, WIDE, first)
+            v = load_tile(v_head, v_strides, v_inner, column, keys, D, BLOCK_D, WIDE, first)
+            dp = tl.dot(do, tl.trans(v), dp, input_precision=PRECISION)
         saved = batch.to(tl.int64) * queries * heads + head * queries + row
-        lse = tl.load(lse_ptr + saved, mask=row < queries, other=float("inf")) * LOG2E
+        lse = tl.load(lse_ptr + saved, mask=row < queries, other=float("inf"))
         delta = tl.load(delta_ptr + saved, mask=row < queries, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        acc += tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
+        p = tl.exp2(s * (scale * LOG2E) + bias - lse[:, None])
+        acc += p * (dp - delta[:, None])
     see = (row < queries)[:, None] & (column < keys)[None, :]
     if WIDE:
         row = row.to(tl.int64)

@@ -1,5 +1,7 @@
 """What agent attention costs: FLOPs and compulsory bytes of the fused passes, exact, on Python integers."""
 
+from math import prod
+
 from torch import Tensor
 
 
@@ -69,7 +71,7 @@ def summarize(
 ) -> dict[str, int | float | str]:
     """The cost of one call, by name, for `foveal.kernels.ops.explain`; arguments as in `agent_attention`."""
     batch, agents, heads, head_dim = agent.shape
-    queries, keys = query.shape[1:-2].numel(), key.shape[1:-2].numel()
+    queries, keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
     sizes = dict(batch=batch, heads=heads, head_dim=head_dim, queries=queries, keys=keys, agents=agents)
     biases = [0 if bias is None else bias.itemsize for bias in (agent_bias, query_bias)]
     operands = dict(itemsize=query.itemsize, bias_itemsizes=(biases[0], biases[1]))

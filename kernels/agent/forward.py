@@ -6,7 +6,7 @@ Where queries are few, the keys are split over programs; `merge_kernel` then joi
 import triton
 import triton.language as tl
 
-from .tile import LN2, LOG2E, head_view, load_bias, load_tile, store_tile
+from .tile import LOG2E, head_view, load_bias, load_tile, store_tile
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def forward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Out `[parts, B, queries, heads, D]` and natural log-sum-exp `[parts, B, heads, queries]`, of `chunk` keys."""
+    """Out `[parts, B, queries, heads, D]` and base-2 log-sum-exp `[parts, B, heads, queries]`, of `chunk` keys."""
     tiles = tl.cdiv(queries, QUERIES)
     tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     head, batch, part = slice % heads, slice // heads % batches, slice // (heads * batches)
@@ -48,7 +48,7 @@ def forward_kernel(
 
     slice = (part * batches + batch).to(tl.int64) * queries * heads
     store_tile(out_ptr + (slice + head) * D, acc / l[:, None], row, queries, heads * D, D, BLOCK_D, WIDE)
-    tl.store(lse_ptr + slice + head * queries + row, (m + tl.log2(l)) * LN2, mask=row < queries)
+    tl.store(lse_ptr + slice + head * queries + row, m + tl.log2(l), mask=row < queries)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def merge_kernel(
     l = tl.zeros([QUERIES], tl.float32)
     for part in tl.range(0, parts):
         found = (part * batches + batch).to(tl.int64) * queries * heads
-        lse = tl.load(part_lse_ptr + found + head * queries + row, mask=keep, other=0.0) * LOG2E
+        lse = tl.load(part_lse_ptr + found + head * queries + row, mask=keep, other=0.0)
         mask = (keep & (lse > float("-inf")))[:, None] & (d < D)[None, :]  # a part that sees nothing holds NaN
         out = tl.load(parts_ptr + (found + head) * D + (row * heads * D)[:, None] + d[None, :], mask=mask, other=0.0)
         m_new = tl.maximum(m, lse)
@@ -78,4 +78,4 @@ def merge_kernel(
         m = m_new
     slice = batch.to(tl.int64) * queries * heads
     store_tile(out_ptr + (slice + head) * D, acc / l[:, None], row, queries, heads * D, D, BLOCK_D, WIDE)
-    tl.store(lse_ptr + slice + head * queries + row, (m + tl.log2(l)) * LN2, mask=keep)
+    tl.store(lse_ptr + slice + head * queries + row, m + tl.log2(l), mask=keep)

@@ -29,6 +29,11 @@ def constants(config: configs.Config, head_dim: int, precision: str) -> dict:
     )
 
 
+def bias_constants(head_dim: int, itemsize: int) -> dict:
+    """Compile-time arguments of the kernel of the bias gradient that differ: it takes 128 bytes of a row at a time."""
+    return dict(BLOCK_D=min(configs.block_d(head_dim), 128 // itemsize))
+
+
 def merge_constants(head_dim: int, wide: bool) -> dict:
     """Compile-time arguments of the kernel that merges parts."""
     return dict(D=head_dim, BLOCK_D=configs.block_d(head_dim), QUERIES=MERGE_QUERIES, WIDE=wide)
@@ -84,7 +89,7 @@ class Pass:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Output, in the shape of query, and natural log-sum-exp `[B, heads, queries]` in float32."""
+    """Output, in the shape of query, and base-2 log-sum-exp `[B, heads, queries]` in float32."""
     this = Pass(query, key, value, bias, scale)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(this.batch, this.heads, this.queries, dtype=torch.float32, device=query.device)
@@ -150,7 +155,8 @@ def backward(
         parts = triton.cdiv(this.keys, chunk)
         dq = _partial(parts, query)
         tensors = (out, *do, lse, delta, dq)
-        this.run(query_kernel, programs * parts, *tensors, chunk=chunk, config=config, BIAS=bias is not None)
+        flags = dict(BIAS=bias is not None, WHOLE=this.keys <= config.keys)
+        this.run(query_kernel, programs * parts, *tensors, chunk=chunk, config=config, **flags)
 
         config = this.config("key")
         programs = triton.cdiv(this.keys, config.keys) * slices
@@ -167,6 +173,8 @@ def backward(
             chunk = configs.chunk_length(this.batch, 1, programs, "batch")
             parts = triton.cdiv(this.batch, chunk)
             partial = torch.empty(parts, *bias.shape, dtype=torch.float32, device=bias.device)
-            this.run(bias_kernel, programs * parts, *do, lse, delta, partial, chunk=chunk, config=config)
+            tensors = (*do, lse, delta, partial)
+            flags = bias_constants(this.head_dim, this.itemsize)
+            this.run(bias_kernel, programs * parts, *tensors, chunk=chunk, config=config, **flags)
             dbias = _total(partial, bias)
     return _total(dq, query), _total(dk, key), _total(dv, value), dbias

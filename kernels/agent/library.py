@@ -37,7 +37,7 @@ def _backward(query, key, value, out, lse, grad_out, bias, scale, bias_gradient)
 
 @torch.library.register_fake(FORWARD)
 def _forward_fake(query, key, value, bias, scale):
-    lse = query.new_empty(query.shape[0], query.shape[-2], query.shape[1:-2].numel(), dtype=torch.float32)
+    lse = query.new_empty(query.shape[0], query.shape[-2], prod(query.shape[1:-2]), dtype=torch.float32)
     return query.new_empty(query.shape), lse
 
 

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -16,15 +15,16 @@ def head_view(ptr, strides, batch, head):
 @triton.jit
 def load_tile(
     ptr, strides, inner, token, tokens,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr, first=0,
 ):  # fmt: skip
-    """Features `[len(token), BLOCK_D]` of tokens of a grid whose last two axes are `inner` long, zeros outside."""
+    """Features `[len(token), BLOCK_D]`, from feature `first` on, of tokens of a grid whose last two axes are `inner`
+    long; zeros outside."""
     keep = token < tokens
     if WIDE:
         token = token.to(tl.int64)
     z, y, x = token % inner[1], token // inner[1] % inner[0], token // (inner[0] * inner[1])
     row = x * strides[1] + y * strides[2] + z * strides[3]
-    d = tl.arange(0, BLOCK_D)
+    d = first + tl.arange(0, BLOCK_D)
     return tl.load(ptr + row[:, None] + (d * strides[5])[None, :], mask=keep[:, None] & (d < D)[None, :], other=0.0)
 
 

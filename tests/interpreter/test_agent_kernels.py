@@ -1,0 +1,178 @@
+"""The Triton kernels of agent attention, run by Triton's interpreter on the CPU."""
+
+from dataclasses import replace
+from itertools import islice
+from math import prod
+from random import Random
+
+import pytest
+import torch
+from agent_matrix import Case, cases, check, make_inputs, run
+from foveal.kernels.agent import configs
+from foveal.kernels.ops import agent_attention
+from operator_matrix import LAYOUTS
+from torch.utils.flop_counter import FlopCounterMode
+
+CASES = 160
+CHUNK = 40
+FULL = Case((5, 7), (4, 6), agents=9, heads=2, agent_bias=True, query_bias=True, query_scale=0.2)
+
+
+def affordable(case: Case) -> bool:
+    """The interpreter takes about five milliseconds a program and step: few slices of few tokens."""
+    slices = case.batch * case.heads
+    return slices <= 4 and slices * max(prod(case.shape), prod(case.key_shape), case.agents) <= 160
+
+
+def forced(case: Case) -> dict:
+    """A launch that this case alone would not take: any tile size, several parts of the long axis, 64-bit offsets."""
+    random = Random(case.seed)
+    sizes = (16, 32, 64) if max(prod(case.shape), prod(case.key_shape)) <= 48 else (32, 64)
+    queries, keys = random.choice(sizes), random.choice(sizes)
+    return dict(queries=queries, keys=keys, chunk=random.choice((1, 64, 10**6)), wide=int(random.random() < 0.3))
+
+
+@pytest.mark.parametrize("first", range(0, CASES, CHUNK))
+def test_random_cases_match_the_reference(first):
+    affordable_cases = list(islice(filter(affordable, cases(10**6, seed=1)), CASES))
+    for case in affordable_cases[first : first + CHUNK]:
+        with configs.override(**forced(case)):
+            check(case, torch.float32, "triton")
+
+
+def test_half_precision_keeps_the_error_rule():
+    for case in islice(filter(affordable, cases(10**6, seed=2)), 8):
+        check(case, torch.float16, "triton")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_read_in_place(layout):
+    """Every layout gives the bits of a contiguous copy."""
+    inputs = make_inputs(replace(FULL, layout=layout), torch.float32)
+    packed = {n: x.detach().clone(memory_format=torch.contiguous_format) for n, x in inputs.items()}
+    out = agent_attention(**inputs, **FULL.options, impl="triton")
+    assert torch.equal(out, agent_attention(**packed, **FULL.options, impl="triton"))
+
+
+def test_head_dim_256_with_the_pinned_tiles():
+    check(replace(FULL, head_dim=256, heads=1, shape=(20,), key_shape=(17,)), torch.float32, "triton")
+
+
+def test_more_agents_than_a_tile_holds():
+    check(replace(FULL, agents=81, heads=1), torch.float32, "triton")
+
+
+def test_a_bias_may_hide_keys_from_agents_and_agents_from_queries():
+    """Minus infinity hides, also where a whole part of the keys is hidden."""
+    inputs = make_inputs(replace(FULL, key_shape=(64,)), torch.float64)
+    with torch.no_grad():
+        inputs["agent_bias"][:, :5, :40] = float("-inf")
+        inputs["query_bias"][:, ::2, 1:] = float("-inf")
+    exact = agent_attention(**inputs, impl="reference")
+    single = {name: x.float() for name, x in inputs.items()}
+    with configs.override(queries=16, keys=16, chunk=16):
+        out = agent_attention(**single, impl="triton")
+    assert torch.isfinite(out).all()
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_the_same_bits_every_time():
+    inputs = make_inputs(replace(FULL, batch=3), torch.float32)
+    with configs.override(chunk=16, queries=16, keys=16):
+        first, second = run(FULL, inputs, "triton"), run(FULL, inputs, "triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_memory_around_the_tensors_is_not_read():
+    """Slices of buffers full of NaN give what copies of them give, to the bit."""
+
+    def inside_nan(*shape):
+        buffer = torch.full([n + 3 for n in shape], float("nan"))
+        inside = buffer[tuple(slice(1, 1 + n) for n in shape)]
+        return inside.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+
+    grids = [inside_nan(1, 5, 7, 2, 8) for _ in range(3)]
+    tensors = [*grids, inside_nan(1, 9, 2, 8), inside_nan(2, 9, 35), inside_nan(2, 35, 9)]
+
+    def outcome(q, k, v, a, b, c):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, a, b, c)]
+        out = agent_attention(*leaves[:4], agent_bias=leaves[4], query_bias=leaves[5], impl="triton")
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    for got, expected in zip(outcome(*tensors), outcome(*(x.contiguous() for x in tensors)), strict=True):
+        assert got.isfinite().all() and torch.equal(got, expected)
+
+
+def pass_arguments(dtype, requires_grad, bias=True) -> tuple:
+    inputs = make_inputs(replace(FULL, layout="fused"), dtype)
+    names = ("agent", "key", "value", "agent_bias")
+    tensors = [inputs[name].detach().requires_grad_(requires_grad) for name in names]
+    return (*tensors[:3], tensors[3] if bias else None, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck(dtype, requires_grad, bias):
+    arguments = pass_arguments(dtype, requires_grad, bias)
+    torch.library.opcheck(torch.ops.foveal.agent_pass, arguments, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("bias_gradient", [False, True])
+def test_opcheck_of_the_backward(bias_gradient):
+    query, key, value, bias, scale = pass_arguments(torch.float32, requires_grad=False)
+    out, lse = torch.ops.foveal.agent_pass(query, key, value, bias, scale)
+    torch.library.opcheck(
+        torch.ops.foveal.agent_pass_backward,
+        (query, key, value, out, lse, torch.randn_like(out), bias, scale, bias_gradient),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_only_what_requires_a_gradient_gets_one():
+    inputs = make_inputs(FULL, torch.float32)
+    inputs["agent_bias"].requires_grad_(False)
+    agent_attention(**inputs, impl="triton").sum().backward()
+    assert inputs["agent_bias"].grad is None and inputs["query_bias"].grad is not None
+
+
+def test_compiled_whole_for_any_size():
+    torch._dynamo.reset()
+    compiled = torch.compile(agent_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for shape, key_shape, agents in (((5, 7), (4, 6), 9), ((11, 3), (13, 5), 16)):
+            case = replace(FULL, shape=shape, key_shape=key_shape, agents=agents)
+            check(case, torch.float32, "triton", operator=compiled)
+
+
+def test_exported_as_two_passes():
+    class Model(torch.nn.Module):
+        def forward(self, query, key, value, agent):
+            return agent_attention(query, key, value, agent, impl="triton")
+
+    inputs = (*torch.randn(3, 1, 6, 7, 2, 8), torch.randn(1, 4, 2, 8))
+    program = torch.export.export(Model(), inputs)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count("foveal.agent_pass.default") == 2
+    torch.testing.assert_close(program.module()(*inputs), Model()(*inputs))
+
+
+def test_flops_are_counted():
+    inputs = make_inputs(FULL, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        agent_attention(**inputs, impl="triton").sum().backward()
+    products = 2 * FULL.heads * FULL.head_dim * FULL.agents * (35 + 24)
+    assert counter.get_total_flops() == (2 + 5) * products
+
+
+def test_second_derivatives_are_refused():
+    inputs = make_inputs(FULL, torch.float32)
+    out = agent_attention(**inputs, impl="triton")
+    with pytest.raises(RuntimeError, match=r"double backward|differentiate"):
+        (gradient,) = torch.autograd.grad(out.square().sum(), inputs["query"], create_graph=True)
+        torch.autograd.grad(gradient.sum(), inputs["query"])
+
+
+def test_unknown_overrides_are_refused():
+    with pytest.raises(TypeError, match="threads"), configs.override(threads=3):
+        pass
