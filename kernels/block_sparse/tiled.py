@@ -230,10 +230,10 @@ def _chunks(plan: _Plan, kv_num: Tensor, kv_idx: Tensor, bias: Tensor | None, co
     batch = units // (lists * query_boxes)
 
     def by_unit(x: Tensor) -> Tensor:  # [units, most]
-        return x[..., :most].expand(batch, lists, -1, -1).reshape(units, -1)
+        return x.expand(batch, lists, -1, -1).flatten(0, 2)
 
-    num, idx = by_unit(kv_num[..., None]), by_unit(kv_idx)
-    values = None if bias is None else by_unit(bias)
+    num, idx = by_unit(kv_num[..., None]), by_unit(kv_idx[..., :most])
+    values = None if bias is None else by_unit(bias[..., :most])
     head = torch.arange(batch * lists, device=device)
     head = (head // lists * key_heads + head % lists // (lists // key_heads)).repeat_interleave(query_boxes)
     listed = torch.arange(most, device=device) < num
@@ -243,7 +243,7 @@ def _chunks(plan: _Plan, kv_num: Tensor, kv_idx: Tensor, bias: Tensor | None, co
     splits = _splits(plan, most, copies)
     for i in range(splits):
         part = slice(units * i // splits, units * (i + 1) // splits)
-        longest = int(num[part].max()) if look and not full and num.numel() else most
+        longest = int(num[part].max()) if look and not full and units else most
         added = None
         if not full:
             chosen = None if values is None else values[part, :longest]
@@ -318,8 +318,8 @@ def _forward(plan: _Plan, kv_num, kv_idx, bias, scale: float) -> tuple[Tensor, T
     return out, lse
 
 
-def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, delta) -> tuple[Tensor | None, ...]:
-    """Gradients of query (units), key, value (boxes), extra key and extra value; `delta` is rowsum(dO * O) - dlse."""
+def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, grad_lse) -> tuple[Tensor | None, ...]:
+    """Gradients of query (units), key, value (boxes), extra key and extra value."""
     accumulate = lse.dtype
     grad_query = torch.empty_like(plan.query)
     grads = [
@@ -339,7 +339,9 @@ def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, de
             grad = grad_out[rows].to(accumulate)
             weights = _logits(q, k, chunk.added).sub_(base[rows][..., None]).exp2_()
             sums[1].baddbmm_(weights.mT, grad)
-            slope = torch.bmm(grad, v.mT).sub_(delta[rows][..., None]).mul_(weights)
+            slope = torch.bmm(grad, v.mT).mul_(weights)
+            mean = slope.sum(-1, keepdim=True).sub_(grad_lse[rows][..., None])
+            slope.addcmul_(weights, mean, value=-1)
             sums[0].baddbmm_(slope.mT, q)
             grad_query[rows] = torch.bmm(slope, k).mul_(scale).to(grad_query.dtype)
         for total, box_grad, extra_grad in zip(sums, grads[:2], grads[2:], strict=True):
@@ -367,7 +369,7 @@ class _Attention(torch.autograd.Function):
             part_out, part_lse = _forward(plan, x.kv_num, x.kv_idx, x.bias, scale)
             _unbox(part_out, _heads(out, *part, key_heads), blocks[0], plan.group)
             _unbox(part_lse[..., None], _heads(lse[..., None], *part, key_heads), blocks[0], plan.group)
-        ctx.save_for_backward(*tensors, out, lse)
+        ctx.save_for_backward(*tensors, lse)
         ctx.blocks, ctx.scale = blocks, scale
         return out, lse
 
@@ -381,17 +383,16 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx, grad_out, grad_lse):
-        *tensors, out, lse = ctx.saved_tensors
+        *tensors, lse = ctx.saved_tensors
         operands, blocks = _Operands(*tensors), ctx.blocks
         key_heads = operands.key.shape[-2]
         grads = [None if x is None else torch.empty_like(x) for x in operands[:5]]
-        delta = (grad_out.to(lse.dtype) * out).sum(-1) - grad_lse
         for part in _parts(operands):
             x = _select(operands, *part)
             plan = _make_plan(x, blocks)
             grad, base, sub = (
                 _box(_heads(t, *part, key_heads), blocks[0], plan.group, 0)
-                for t in (grad_out, lse[..., None], delta[..., None])
+                for t in (grad_out, lse[..., None], grad_lse[..., None])
             )
             found = _backward(plan, x.kv_num, x.kv_idx, x.bias, ctx.scale, grad, base[..., 0], sub[..., 0])
             to = [None if g is None else _heads(g, *part, key_heads) for g in grads]

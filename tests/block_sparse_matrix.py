@@ -1,0 +1,190 @@
+"""The test matrix of block-sparse attention: random cases, their inputs, and the rule for how exact a result must be.
+
+    for case in cases(n=300, seed=0):
+        check(case, torch.float64, "tiled")
+
+A case prints as the call that makes it again, so a failure can be pasted into a shell.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from random import Random
+
+import operator_matrix
+import torch
+from foveal.kernels.block_sparse import mask as masks
+from foveal.kernels.block_sparse import reference
+from foveal.kernels.ops import BlockMask, block_sparse_attention_lse
+from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out
+from torch import Tensor
+
+LENGTHS = {1: (1, 2, 5, 8, 13, 24, 37, 64, 90), 2: (1, 2, 3, 4, 6, 7, 9, 11, 13), 3: (1, 2, 3, 4, 5, 6)}
+BOXES = {1: (1, 2, 4, 7, 16, 32, 70), 2: (1, 2, 3, 4, 5, 8), 3: (1, 2, 3, 4)}
+MAX_TOKENS = 140
+HEAD_DIMS = (1, 2, 3, 5, 8, 12, 16, 17, 24, 32, 40)
+TENSORS = ("query", "key", "value", "extra_key", "extra_value")
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple[int, ...]
+    key_shape: tuple[int, ...]
+    query_block: tuple[int, ...]
+    key_block: tuple[int, ...]
+    most: int
+    full: bool = False  # every list holds `most` boxes
+    per_batch: bool = False
+    per_head: bool = False
+    bias: bool = False
+    q_len: bool = False
+    kv_len: bool = False
+    inverse: bool = False
+    batch: int = 1
+    heads: int = 2
+    key_heads: int = 2
+    head_dim: int = 8
+    scale: float | None = None
+    extra: int = 0
+    layout: str = "contiguous"
+    seed: int = 0
+
+    @property
+    def query_boxes(self) -> int:
+        return prod(masks.boxes(self.shape, self.query_block))
+
+    @property
+    def key_boxes(self) -> int:
+        return prod(masks.boxes(self.key_shape, self.key_block))
+
+
+def _grid(random: Random, rank: int) -> tuple[int, ...]:
+    while True:
+        shape = tuple(random.choice(LENGTHS[rank]) for _ in range(rank))
+        if prod(shape) <= MAX_TOKENS:
+            return shape
+
+
+def _case(random: Random) -> Case:
+    rank = random.choice((1, 2, 3))
+    shape = _grid(random, rank)
+    key_shape = shape if random.random() < 0.6 else _grid(random, rank)
+    query_block, key_block = (tuple(random.choice(BOXES[rank]) for _ in range(rank)) for _ in range(2))
+    heads = random.choice((1, 2, 3, 4))
+    key_boxes = prod(masks.boxes(key_shape, key_block))
+    batch = random.choice((0, 1, 1, 1, 2, 2, 3))
+    return Case(
+        shape=shape,
+        key_shape=key_shape,
+        query_block=query_block,
+        key_block=key_block,
+        most=random.choice((1, key_boxes, random.randint(1, key_boxes))),
+        full=random.random() < 0.4,
+        per_batch=random.random() < 0.5,
+        per_head=random.random() < 0.5,
+        bias=random.random() < 0.35,
+        q_len=random.random() < 0.25,
+        kv_len=random.random() < 0.25,
+        inverse=random.random() < 0.3,
+        batch=batch,
+        heads=heads,
+        key_heads=random.choice([h for h in range(1, heads + 1) if heads % h == 0]),
+        head_dim=random.choice(HEAD_DIMS),
+        scale=random.choice((None, None, None, 0.2, -0.7, 0.0)),
+        extra=random.choice((0, 0, 0, 1, 2, 17)),
+        layout=random.choice(LAYOUTS),
+        seed=random.randrange(2**31),
+    )
+
+
+def cases(n: int, seed: int) -> Iterator[Case]:
+    """`n` random cases; the i-th depends on (seed, i) only."""
+    for i in range(n):
+        yield _case(Random(f"{seed}/{i}"))
+
+
+def make_mask(case: Case, device: str | torch.device = "cpu", inverse: bool | None = None) -> BlockMask:
+    """Random lists, their ignored entries full of nonsense; with its inverse if the case says so."""
+    generator = torch.Generator().manual_seed(case.seed + 7)
+
+    def integers(high: int, size: tuple[int, ...]) -> Tensor:
+        return torch.randint(0, high, size, generator=generator, dtype=torch.int32)
+
+    lead = (case.batch if case.per_batch else 1, case.heads if case.per_head else 1, case.query_boxes)
+    kv_idx = torch.rand(*lead, case.key_boxes, generator=generator).argsort(-1)[..., : case.most].int()
+    kv_num = torch.full(lead, case.most, dtype=torch.int32) if case.full else integers(case.most + 1, lead)
+    kv_idx = torch.where(masks.listed(kv_num, kv_idx), kv_idx, -(10**6))
+    found = BlockMask(
+        case.query_block,
+        case.key_block,
+        kv_num,
+        kv_idx,
+        torch.randn(kv_idx.shape, generator=generator) if case.bias else None,
+        integers(prod(case.query_block) + 1, (case.query_boxes,)) if case.q_len else None,
+        integers(prod(case.key_block) + 1, (case.key_boxes,)) if case.kv_len else None,
+    )
+    found = BlockMask(*(x.to(device) if isinstance(x, Tensor) else x for x in found))
+    return found.with_inverse(case.key_shape) if (case.inverse if inverse is None else inverse) else found
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> Inputs:
+    """Tensor arguments by name, None where the case has none: leaves that require gradients, values set by the seed."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    counts = (case.heads, case.key_heads, case.key_heads)
+    query, key, value = lay_out(case.layout, randn, case.batch, case.shape, counts, case.head_dim)
+    if case.key_shape != case.shape:
+        _, key, value = lay_out(case.layout, randn, case.batch, case.key_shape, counts, case.head_dim)
+    tensors: Inputs = dict(zip(TENSORS, (query, key, value, None, None), strict=True))
+    if case.extra:
+        for name in ("extra_key", "extra_value"):
+            tensors[name] = randn(case.batch, case.extra, case.key_heads, case.head_dim)
+    return as_leaves(tensors)
+
+
+def run(
+    case: Case, inputs: Inputs, impl: str, operator: Callable = block_sparse_attention_lse, mask: BlockMask | None = None
+) -> dict[str, Tensor]:
+    """Forward and backward of the public operator (or of `operator`, e.g. compiled): out, lse and every gradient."""
+    mask = make_mask(case, inputs["query"].device) if mask is None else mask
+    out, lse = operator(**inputs, mask=mask, scale=case.scale, impl=impl)
+    # what is -inf for lack of keys has no gradient
+    lse = lse.masked_fill(lse == float("-inf"), 0)
+    return gradients(inputs, out, lse, case.seed + 1)
+
+
+def run_eager(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """Forward and backward of masked attention in which every step rounds to the dtype of the inputs."""
+    dtype, mask = inputs["query"].dtype, make_mask(case, inputs["query"].device)
+    q, k, v = (
+        inputs[name].flatten(1, -3).transpose(1, 2).repeat_interleave(case.heads // inputs[name].shape[-2], dim=1)
+        for name in TENSORS[:3]
+    )
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    logits = q @ k.transpose(-1, -2) * scale
+    logits = logits + reference.dense_bias(mask, case.shape, case.key_shape, dtype)
+    if inputs["extra_key"] is not None:
+        ek, ev = (
+            inputs[name].transpose(1, 2).repeat_interleave(case.heads // case.key_heads, dim=1) for name in TENSORS[3:]
+        )
+        logits, v = torch.cat([logits, q @ ek.transpose(-1, -2) * scale], -1), torch.cat([v, ev], 2)
+    if mask.q_len is not None:
+        box, place = masks.box_of_token(case.shape, case.query_block, q.device)
+        logits = logits.masked_fill((place >= mask.q_len[box])[:, None], float("-inf"))
+    empty = (logits == float("-inf")).all(-1)
+    logits = logits.masked_fill(empty[..., None], 0)
+    out = (logits.softmax(-1) @ v).masked_fill(empty[..., None], 0)
+    lse = logits.to(torch.promote_types(dtype, torch.float32)).logsumexp(-1).masked_fill(empty, 0)
+    return gradients(inputs, *(x.transpose(1, 2).unflatten(1, case.shape) for x in (out, lse)), case.seed + 1)
+
+
+def check(case: Case, dtype: torch.dtype, impl: str, device: str | torch.device = "cpu", **options) -> None:
+    """Assert that `impl` keeps the error rule on this case, naming the case and everything that breaks it."""
+    inputs = make_inputs(case, dtype, device)
+    got = run(case, inputs, impl, **options)
+    exact = run(case, as_leaves(inputs, torch.float64), "reference")
+    eager = run_eager(case, inputs) if dtype.itemsize < 4 else None
+    operator_matrix.assert_exact(operator_matrix.errors(got, exact, eager, dtype), f"{impl} in {dtype} on {case!r}")
