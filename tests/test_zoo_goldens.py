@@ -1,7 +1,8 @@
-"""NAT, DiNAT and relatives against recorded outputs, names and shapes of the official implementations."""
+"""The families of the zoo against recorded outputs, names and shapes of the official implementations."""
 
 import json
 import lzma
+import re
 from pathlib import Path
 
 import foveal.zoo  # noqa: F401
@@ -12,32 +13,51 @@ import torch
 from golden_weights import image_a, image_b, load_synthetic
 
 GOLDENS = Path(__file__).with_name("goldens")
-NOISE = json.loads((GOLDENS / "natten_outputs.json").read_text())
-KEYS = json.loads(lzma.decompress((GOLDENS / "natten_keys.json.xz").read_bytes()))
+FAMILIES = ("natten", "litv2", "biformer")  # goldens/*_outputs.json, goldens/*_keys.json.xz and models of these names
+NOISE, KEYS = {}, {}
+for family in FAMILIES:
+    NOISE |= json.loads((GOLDENS / f"{family}_outputs.json").read_text())
+    KEYS |= json.loads(lzma.decompress((GOLDENS / f"{family}_keys.json.xz").read_bytes()))
 RECORDED = {  # recording: our model, stages whose outputs were recorded after the stem
     "dinat_mini": ("natten_dinat_m", (0, 1, 2, 3)),
     "dinat_s_tiny": ("natten_dinats_t", (0, 1, 2, 3)),
     "nat_isotropic_small": ("natten_nat_iso_s", (2, 5, 8, 11)),
+    "litv2_s": ("litv2_s", (0, 1, 2, 3)),
+    "biformer_tiny": ("biformer_t", (0, 1, 2, 3)),
+    "biformer_stl_nchw": ("biformer_stl_nchw", (0, 1, 2, 3)),
 }
+HARD = ("biformer_tiny", "biformer_stl_nchw")  # choose regions: rounding flips close choices, so float64 only
+RUNS = [
+    pytest.param(recording, run, dtype, id=f"{recording}-{run}-{name}",
+                 marks=[pytest.mark.slow] if run.endswith("v1") and not recording.startswith(("dinat", "nat")) else [])
+    for recording in RECORDED
+    for run in NOISE[recording]
+    for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64))
+    if name == "fp64" or recording not in HARD
+]  # fmt: skip
 SIZES = {"mini": "m", "tiny": "t", "small": "s", "base": "b", "large": "l"}
 NAMES = {
     "dinat_large_21k": "natten_dinat_l",
     "dinat_large_21k_11x11": "natten_dinat_l_11x11_384",
     "dinat_large_384_11x11": "natten_dinat_l_11x11_384",
     "dinat_s_large_21k": "natten_dinats_l",
+    "litv2_b_384": "litv2_b.ziplab_in1k_384",
 }
 
 
 def our_name(official: str) -> str:
     if official in NAMES:
         return NAMES[official]
+    if official.startswith("litv2"):
+        return re.sub(r"_alpha(\d)\.(\d)", r".ziplab_alpha\1\2_in1k", official)
+    if official.startswith("biformer"):
+        return "_".join(SIZES.get(part, part) for part in official.split("_"))
     name = official.replace("dinat_s_", "dinats_") if official.removeprefix("dinat_s_") in SIZES else official
     name = name.replace("dinat_s_large_384", "dinats_large_384").replace("_isotropic", "_iso")
     return "natten_" + "_".join(SIZES.get(part, part) for part in name.split("_"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("recording, run", [(r, run) for r in RECORDED for run in NOISE[r]])
+@pytest.mark.parametrize("recording, run, dtype", RUNS)
 def test_outputs_are_the_official_ones(recording, run, dtype):
     name, indices = RECORDED[recording]
     image, scheme = run.split("_")
@@ -58,7 +78,8 @@ def test_outputs_are_the_official_ones(recording, run, dtype):
     if run == "a_v1":
         assert np.abs(pre_logits.numpy() - recorded["pre_logits"]).max() <= 20 * stage_noise
     for i, tap in enumerate([stem[0], *maps]):
-        assert list(tap.shape) == recorded[prefix + "stage_shape"][i].tolist()
+        shape = [n for n in recorded[prefix + "stage_shape"][i].tolist() if n]  # [B, H, W, C], or [B, H * W, C]
+        assert list((tap if len(shape) == 4 else tap.flatten(1, 2)).shape) == shape
         assert np.abs(tap.flatten()[:64].numpy() - recorded[prefix + "stage_first64"][i]).max() <= 20 * stage_noise
         moments = [tap.double().mean(), tap.double().std(correction=0)]
         assert np.abs(np.array(moments) - recorded[prefix + "stage_stat"][i]).max() <= 20 * stage_noise
@@ -73,5 +94,5 @@ def test_names_and_shapes_are_the_official_ones(official):
 
 
 def test_every_official_variant_is_ours():
-    covered = {our_name(official) for official in KEYS}
-    assert covered == set(timm.list_models("natten_*")) - {"natten_dinat_pico"}
+    covered = {our_name(official).split(".")[0] for official in KEYS}
+    assert covered == set(timm.list_models([f"{family}_*" for family in FAMILIES])) - {"natten_dinat_pico"}

@@ -14,11 +14,10 @@ import torch
 from timm.layers import DropPath, LayerNorm, calculate_drop_path_rates, register_notrace_module
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..kernels.calling import Impl
 from ..layers.routing import BiLevelRoutingAttention2d, ConvRoutingAttention2d, LePEAttention2d, conv_nhwc, pointwise
-from .backbone import Backbone, Stage
+from .backbone import Backbone, Stage, at_least
 from .builder import build_backbone, imagenet_cfg
 from .checkpoint import checkpoint_filter_fn
 
@@ -91,16 +90,16 @@ class Downsample(nn.Sequential):
         return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+@register_notrace_module
 class PatchConv2d(nn.Conv2d):
-    """Convolution of patches that do not overlap; zeros complete the last ones. `[B, C, H, W]`."""
+    """Convolution of whole patches that do not overlap, at least one; `[B, C, H, W]`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        side = self.stride[0]
-        return super().forward(F.pad(input, (0, -input.shape[3] % side, 0, -input.shape[2] % side)))
+        return super().forward(at_least(self.kernel_size[0], input))
 
 
 def make_downsampling(layout: Layout, in_chans: int, channels: Sequence[int], *, device=None, dtype=None):
-    """What stands before each stage: the stem, then layers that halve the map, rounding up."""
+    """What stands before each stage: the stem, then layers that halve the map: "conv" rounds up, the others down."""
     dd = {"device": device, "dtype": dtype}
     pairs = list(pairwise(channels))
     first = channels[0]
@@ -230,7 +229,7 @@ class BiFormer(Backbone):
         fine = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(?:blocks\.)?(\d+)", None)]
         return {
             "stem": r"^downsample_layers\.0",
-            "blocks": r"^(?:stages|downsample_layers)\.(\d+)" if coarse else [*fine, (r"^(extra_)?norm", (99999,))],
+            "blocks": r"^(?:stages|downsample_layers)\.(\d+)" if coarse else [*fine, (r"^(?:extra_)?norm", (99999,))],
         }
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:

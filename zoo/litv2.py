@@ -11,12 +11,11 @@ from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_mo
 from timm.models import generate_default_cfgs, register_model
 from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
 from ..kernels.calling import Impl
 from ..layers.hilo import HiLo
-from .backbone import Backbone, Stage
+from .backbone import Backbone, Stage, at_least
 from .builder import build_backbone, imagenet_cfg
 from .checkpoint import checkpoint_filter_fn
 from .dinat_s import patch_stem
@@ -92,6 +91,7 @@ class DeformConv2d(nn.Conv2d):
         )
 
     def forward(self, input: Tensor) -> Tensor:
+        input = at_least(self.kernel_size[0], input)
         wide = torch.promote_types(input.dtype, torch.float32)  # torchvision has no bfloat16 on CPU, nor autocast
         offset, weight = self.conv_offset(input).to(wide), self.weight.to(wide)
         bias = None if self.bias is None else self.bias.to(wide)
@@ -99,10 +99,7 @@ class DeformConv2d(nn.Conv2d):
 
 
 class DeformMerging(nn.Module):
-    """Deformable token merging: `[B, H, W, dim]` to `[B, ceil(H / 2), ceil(W / 2), 2 * dim]` (arXiv:2105.14217).
-
-    Odd maps get a row or column of zeros, which is what the convolution sees outside of a map anyway.
-    """
+    """Deformable token merging: `[B, H, W, dim]` to `[B, H // 2, W // 2, 2 * dim]`, at least 1 (arXiv:2105.14217)."""
 
     def __init__(self, dim: int, *, device=None, dtype=None):
         super().__init__()
@@ -118,8 +115,7 @@ class DeformMerging(nn.Module):
         nn.init.zeros_(self.dconv.conv_offset.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2)).permute(0, 3, 1, 2)
-        return self.act_layer(self.norm_layer(self.dconv(x))).permute(0, 2, 3, 1)
+        return self.act_layer(self.norm_layer(self.dconv(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
 
 
 class LITv2(Backbone):

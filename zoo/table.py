@@ -5,6 +5,7 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.layers import Attention
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg_value, model_entrypoint
 from torch import nn
 
@@ -42,10 +43,15 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
   That happens below the size a model was designed for.
 - Models with dense attention (`natten_vitrpb_*`) take one input size: `img_size=`, later `model.set_input_size(...)`.
 - LITv2 and BiFormer take any size, too. HiLo's windows and BiFormer's regions are completed by zeros that take part in
-  the attention, as in the official detection code; where that code drops the last row or column of an odd map on the
-  way down, ours keeps it. `timm.create_model("litv2_s", alpha=0.5)` sets the share of low-frequency heads.
+  the attention, as in the official detection code. On the way down LITv2 and the STL models drop the last row or
+  column of odd maps, also as in the official code. `timm.create_model("litv2_s", alpha=0.5)` sets the share of
+  low-frequency heads.
+- Agent models learn position biases for one input size, the checkpoint's, or `img_size=`. Images of other sizes go
+  through with biases interpolated on the way; `model.set_input_size(...)` and loading interpolate them for good, by the
+  authors' rule. Their repository states no licence: the links below lead to the authors' own files.
 - `impl=` chooses the attention kernels (see [Operations](operations.md)); other knobs are in the docstrings of the
-  models: `DiNAT`, `NATIsotropic`, `LITv2`, `BiFormer` in `foveal.zoo`.
+  models in `foveal.zoo`: `DiNAT`, `NATIsotropic`, `LITv2`, `BiFormer`, `AgentDeiT`, `AgentPVT`, `AgentSwin`,
+  `AgentCSWin`.
 - `torch.compile(fullgraph=True)` and `torch.export` work; TorchScript refuses (tracing takes `impl="reference"`).
 
 A row is a released checkpoint, created as `model.tag`; the first of a model is its default. Multiply-accumulates
@@ -73,6 +79,8 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
             total += out.numel() * module.weight[0].numel()
         elif isinstance(module, RelativeAttention2d):
             total += 2 * (out.shape[1] * out.shape[2]) ** 2 * out.shape[3]
+        elif isinstance(module, Attention):
+            total += 2 * out.shape[1] ** 2 * out.shape[2]
         elif isinstance(module, NeighborhoodAttention2d):
             spans = [w * d for w, d in zip(module.window, module.dilation, strict=True)]
             grid = [max(n, span) for n, span in zip(out.shape[1:3], spans, strict=True)]

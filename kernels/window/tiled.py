@@ -57,7 +57,7 @@ def _rows(x: Tensor, rank: int, key_heads: int, fused: bool) -> Tensor:
     """
     counts, sizes = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
     batch, heads, d = x.shape[0], *x.shape[-2:]
-    windows, tokens = batch * prod(x.shape[i] for i in counts), prod(x.shape[i] for i in sizes)
+    windows, tokens = batch * prod([x.shape[i] for i in counts]), prod([x.shape[i] for i in sizes])
     if fused and heads == key_heads:
         order = (0, *counts, *sizes, 2 * rank + 1, 2 * rank + 2)
         return x.permute(order).reshape(windows, tokens, heads, d).transpose(1, 2)
@@ -83,7 +83,7 @@ def _block(bias: Tensor | None, combination: tuple[Run, ...], key_heads: int) ->
     rank = len(combination)
     for axis, r in enumerate(combination, 1):
         bias = bias.narrow(axis, r.slot, r.queries).narrow(axis + rank, r.key_slot, r.keys)
-    return bias.flatten(1 + rank).reshape(key_heads, -1, prod(r.keys for r in combination))
+    return bias.flatten(1 + rank).reshape(key_heads, -1, prod([r.keys for r in combination]))
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, lse: bool):
@@ -127,8 +127,8 @@ def attend(
     outs, lses = [], []
     for combination, q, k, v in boxes:
         block = _block(table, combination, key_heads)
-        fused = _is_fused((q, k, v), bias, prod(r.queries for r in combination), lse)
-        rows = (_rows(x, rank, key_heads, fused) for x in (q, k, v))
+        fused = _is_fused((q, k, v), bias, prod([r.queries for r in combination]), lse)
+        rows = [_rows(x, rank, key_heads, fused) for x in (q, k, v)]
         if fused:
             mask = None if block is None else block.to(q.dtype)[None]
             block_out, block_lse = F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale), None
