@@ -44,7 +44,8 @@ def check_inputs(
     sizes = hidden_states.shape[2:]
     if any(n % p or n == 0 for n, p in zip(sizes, config.patch_size, strict=True)):
         raise ValueError(
-            f"hidden_states has [T, H, W] = {list(sizes)}; each must be a multiple of patch_size={list(config.patch_size)}"
+            f"hidden_states has [T, H, W] = {list(sizes)}; each must be a multiple of patch_size="
+            f"{list(config.patch_size)}"
         )
     batch, grid = hidden_states.shape[0], [n // p for n, p in zip(sizes, config.patch_size, strict=True)]
     tokens = prod(grid)
@@ -72,13 +73,15 @@ def _check_conditions(config, batch, encoder_hidden_states, class_labels, encode
         )
     if (encoder_hidden_states is not None) != (conditioning in ("cross", "joint")):
         raise ValueError(
-            f"encoder_hidden_states must be given when conditioning='cross' or 'joint', and only then; it is {conditioning!r}"
+            f"encoder_hidden_states must be given when conditioning='cross' or 'joint', and only then; "
+            f"it is {conditioning!r}"
         )
     if encoder_hidden_states is not None:
         shape = encoder_hidden_states.shape
         if len(shape) != 3 or shape[0] != batch or shape[2] != config.text_dim:
             raise ValueError(
-                f"encoder_hidden_states has shape {_shape(encoder_hidden_states)}; expected [{batch}, L, {config.text_dim}]"
+                f"encoder_hidden_states has shape {_shape(encoder_hidden_states)}; "
+                f"expected [{batch}, L, {config.text_dim}]"
             )
     if encoder_attention_mask is not None and (
         encoder_hidden_states is None

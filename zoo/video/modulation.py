@@ -43,7 +43,7 @@ class Modulation(NamedTuple):
 
 
 class AdaLNSingle(nn.Module):
-    """One projection of the timestep for all blocks, and a table of offsets in each (PixArt-alpha, arXiv:2310.00426)."""
+    """One projection of the timestep for all blocks and a table of offsets in each (PixArt-alpha, arXiv:2310.00426)."""
 
     def __init__(self, dim: int):
         super().__init__()

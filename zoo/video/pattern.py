@@ -19,7 +19,7 @@ TYPES = ("dense", "window", "spatial", "temporal")
 
 @dataclass(frozen=True)
 class Text:
-    """Keys and values `[B, L, heads, d]` that every query sees, and which of them count: bool `[B, L]`, all when None."""
+    """Keys and values `[B, L, heads, d]` that every query sees; `mask` `[B, L]` says which count, all when None."""
 
     key: Tensor
     value: Tensor

@@ -34,7 +34,7 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
     """Diffusion transformer for videos `[B, C, T, H, W]`; an image is a video of one frame.
 
     Blocks follow Wan (adaLN-single, cross-attention without modulation) or, with `conditioning="joint"`, MM-DiT.
-    A new model returns zeros and its blocks do nothing: output projection, modulation and cross-attention start at zero.
+    A new model returns zeros: output projection, modulation and the output of cross-attention start at zero.
 
     Args:
         in_channels: channels C of the latents or pixels.
