@@ -51,7 +51,7 @@ class VideoAttnProcessor:
         if encoder_hidden_states is not None:
             text_query, text_key, text_value = attn.project_text(encoder_hidden_states)
             text = Text(text_key, text_value, attention_mask)
-        out = attend(attn.pattern, query, key, value, text=text, dense=dense)
+        out = self.see(attn, query, key, value, text)
         hidden_states = attn.output(out.flatten(1, 3), hidden_states)
         if text_query is None or text is None:
             return hidden_states, None
@@ -61,6 +61,11 @@ class VideoAttnProcessor:
         mask = key_mask(text, sum(x.shape[1] for x in keys[1:]))
         words = dense(text_query, torch.cat(keys, dim=1), torch.cat(values, dim=1), attn_mask=mask)
         return hidden_states, attn.output_text(words)
+
+    def see(self, attn: "VideoAttention", query: Tensor, key: Tensor, value: Tensor, text: Text | None) -> Tensor:
+        """What the video sees, `[B, T, H, W, heads, d]`; for processors that only change this."""
+        dense = partial(dispatch_attention_fn, backend=self._attention_backend)
+        return attend(attn.pattern, query, key, value, text=text, dense=dense)
 
 
 class VideoAttention(nn.Module, AttentionModuleMixin):

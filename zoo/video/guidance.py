@@ -1,0 +1,146 @@
+"""Guidance by chosen attention heads: SoftPAG, and the search for heads that serve an aim.
+
+Ahn et al., "Fine-Grained Perturbation Guidance via Attention Head Selection" (arXiv:2506.10978), after perturbed
+attention guidance (arXiv:2403.17377).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import VideoAttention, VideoAttnProcessor
+from .pattern import Text
+
+Heads = Mapping[int, Sequence[int]]  # layer -> its heads
+
+
+class SoftPAGProcessor(VideoAttnProcessor):
+    """Self-attention whose maps `A` become `(1 - u) A + u I`, head by head.
+
+    The output of a head is then `(1 - u) out + u value`, so no map is ever made. u = 0 is the plain processor, u = 1
+    perturbed attention guidance. Text tokens that attend along keep their own maps.
+
+    Args:
+        strength: u for each head of the layer.
+    """
+
+    def __init__(self, strength: Sequence[float]):
+        super().__init__()
+        self.strength = tuple(strength)
+
+    def see(self, attn: VideoAttention, query: Tensor, key: Tensor, value: Tensor, text: Text | None) -> Tensor:
+        out = super().see(attn, query, key, value, text)  # [B, T, H, W, heads, d]
+        strength = out.new_tensor(self.strength)[:, None]
+        return torch.lerp(out, value[:, -out.shape[1] :], strength)
+
+
+@contextmanager
+def processors(transformer: Any, replaced: Mapping[str, VideoAttnProcessor]) -> Iterator[None]:
+    """Attention processors `{"blocks.0.attn1.processor": …}` that hold inside and are taken back after."""
+    before = dict(transformer.attn_processors)
+    transformer.set_attn_processor(before | dict(replaced))
+    try:
+        yield
+    finally:
+        transformer.set_attn_processor(dict(before))
+
+
+def self_attention_names(transformer: Any) -> list[str]:
+    """Names of the processors of the layers' self-attention, in order."""
+    kind = "attn" if transformer.config.conditioning == "joint" else "attn1"
+    return [f"blocks.{layer}.{kind}.processor" for layer in range(len(transformer.blocks))]
+
+
+def check_heads(transformer: Any, heads: Heads, strength: float) -> None:
+    """Raises ValueError unless layers and heads exist and the strength is in 0..1."""
+    layers, count = len(transformer.blocks), transformer.config.num_attention_heads
+    for layer, chosen in heads.items():
+        if not 0 <= layer < layers or any(not 0 <= head < count for head in chosen):
+            raise ValueError(
+                f"pag_heads={{{layer}: {list(chosen)}}} must be within {layers} layers of {count} heads, from 0 on"
+            )
+    if not 0 <= strength <= 1:
+        raise ValueError(f"pag_strength={strength} must be in 0..1")
+
+
+@contextmanager
+def perturbed_heads(transformer: Any, heads: Heads, *, strength: float = 1.0) -> Iterator[None]:
+    """Inside, the chosen heads of a `VideoDiT` attend by `(1 - strength) A + strength I`.
+
+    Args:
+        transformer: the model.
+        heads: layer → heads, counted from 0.
+        strength: u, in 0..1.
+
+    Raises:
+        ValueError: a layer or head that does not exist, or a strength outside.
+    """
+    check_heads(transformer, heads, strength)
+    names, count = self_attention_names(transformer), transformer.config.num_attention_heads
+    replaced = {}
+    for layer, chosen in heads.items():
+        replaced[names[layer]] = SoftPAGProcessor([strength if head in chosen else 0.0 for head in range(count)])
+    with processors(transformer, replaced):
+        yield
+
+
+def guide(
+    cond: Tensor,
+    *,
+    uncond: Tensor | None = None,
+    scale: float = 1.0,
+    perturbed: Tensor | None = None,
+    pag_scale: float = 0.0,
+) -> Tensor:
+    """Classifier-free and perturbation guidance of velocities of equal shape.
+
+    `uncond + scale (cond - uncond) + pag_scale (cond - perturbed)`; what is None takes no part.
+    """
+    out = cond if uncond is None else uncond + scale * (cond - uncond)
+    return out if perturbed is None else out + pag_scale * (cond - perturbed)
+
+
+def hunt_heads(
+    score: Callable[[dict[int, list[int]]], float],
+    candidates: Sequence[tuple[int, int]],
+    *,
+    rounds: int = 1,
+    per_round: int = 3,
+) -> tuple[dict[int, list[int]], list[float]]:
+    """HeadHunter: in each round adds the heads that raise an aim most, each tried beside those already chosen.
+
+    Args:
+        score: heads → the aim, larger is better, such as the mean score of clips sampled with these heads and fixed
+            noise. It is called `len(candidates)` times or fewer in every round.
+        candidates: pairs (layer, head).
+        rounds: how often to choose.
+        per_round: heads to add at a time.
+
+    Returns:
+        The heads, and the aim they reached after each round.
+
+    Raises:
+        ValueError: more heads wanted than there are candidates.
+    """
+    if rounds * per_round > len(candidates):
+        raise ValueError(f"rounds={rounds} of per_round={per_round} need more than {len(candidates)} candidates")
+    chosen: list[tuple[int, int]] = []
+    reached = []
+    for _ in range(rounds):
+        left = [candidate for candidate in candidates if candidate not in chosen]
+        gains = {candidate: score(_by_layer([*chosen, candidate])) for candidate in left}
+        chosen += sorted(left, key=lambda candidate: -gains[candidate])[:per_round]
+        reached.append(score(_by_layer(chosen)))
+    return _by_layer(chosen), reached
+
+
+def _by_layer(chosen: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+    layers: dict[int, list[int]] = {}
+    for layer, head in sorted(chosen):
+        layers.setdefault(layer, []).append(head)
+    return layers
