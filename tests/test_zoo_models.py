@@ -44,7 +44,7 @@ SHALLOW = [
     pytest.param("natten_vitrpb_s", {"depth": 2}),
     pytest.param("litv2_s", {"depths": (1, 1), "num_heads": (2, 4), "windows": (2, 1)}),
     pytest.param("biformer_t", {"depths": (1, 1), "topks": (4, None)}),
-    pytest.param("biformer_stl_nchw", {"depths": (1, 1), "topks": (4, None)}),
+    pytest.param("biformer_stl_nchw", {"depths": (1, 1), "topks": (4, None)}, marks=pytest.mark.slow),
     pytest.param("natten_dinats_t", TWO_STAGES, marks=pytest.mark.slow),
     pytest.param("natten_dinat_iso_s", {"depth": 2}, marks=pytest.mark.slow),
 ]
