@@ -8,12 +8,14 @@ from .block_sparse import (
     routing_attention2d,
 )
 from .explain import explain
+from .low_rank import biased_attention
 from .neighborhood import merge_attentions, na1d, na1d_lse, na2d, na2d_lse, na3d, na3d_lse
 from .window import relative_bias, window_attention, window_attention_lse
 
 __all__ = [
     "BlockMask",
     "agent_attention",
+    "biased_attention",
     "block_sparse_attention",
     "block_sparse_attention_lse",
     "explain",

@@ -90,7 +90,7 @@ def agent_attention(
     queries, keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
     _check_bias("agent_bias", agent_bias, query, (heads, agents, keys), "[heads, agents, keys]")
     _check_bias("query_bias", query_bias, query, (heads, queries, agents), "[heads, queries, agents]")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    key_scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     attend = {"triton": library.attend, "tiled": tiled.attend, "reference": reference.attend}[choose(query, impl)]
     with without_autocast(query.device):
         return attend(
@@ -100,6 +100,6 @@ def agent_attention(
             agent,
             agent_bias=agent_bias,
             query_bias=query_bias,
-            scale=scale,
-            query_scale=scale if query_scale is None else float(query_scale),
+            scale=key_scale,
+            query_scale=key_scale if query_scale is None else float(query_scale),
         )

@@ -73,8 +73,7 @@ def summarize(
     batch, agents, heads, head_dim = agent.shape
     queries, keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
     sizes = dict(batch=batch, heads=heads, head_dim=head_dim, queries=queries, keys=keys, agents=agents)
-    biases = [0 if bias is None else bias.itemsize for bias in (agent_bias, query_bias)]
-    operands = dict(itemsize=query.itemsize, bias_itemsizes=(biases[0], biases[1]))
+    first, second = (0 if bias is None else bias.itemsize for bias in (agent_bias, query_bias))
     return {
         "queries": queries,
         "keys": keys,
@@ -82,6 +81,6 @@ def summarize(
         "dense_over_useful": round(queries * keys / (agents * (queries + keys)), 2),
         "forward_flops": forward_flops(**sizes),
         "backward_flops": backward_flops(**sizes),
-        "forward_bytes": forward_bytes(**sizes, **operands),
-        "backward_bytes": backward_bytes(**sizes, **operands),
+        "forward_bytes": forward_bytes(**sizes, itemsize=query.itemsize, bias_itemsizes=(first, second)),
+        "backward_bytes": backward_bytes(**sizes, itemsize=query.itemsize, bias_itemsizes=(first, second)),
     }
