@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from foveal.kernels.agent.plot import plot_agent_attention
 from foveal.kernels.neighborhood import make_axes
 from foveal.kernels.neighborhood.geometry import axis_bounds, visible_pairs
 from foveal.kernels.neighborhood.plot import (
@@ -17,6 +18,7 @@ from foveal.kernels.neighborhood.simulator import rank_tiles
 from matplotlib import colormaps, rc_context
 from matplotlib.colors import LightSource, ListedColormap
 from matplotlib.figure import Figure
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 IMAGES = Path(__file__).parent / "images"
 SECOND, THIRD = "#009e73", "#a45ea5"  # two more of Okabe and Ito's colours
@@ -139,11 +141,31 @@ def tile_bounds(path: Path) -> None:
     figure.savefig(path, facecolor="white")
 
 
+def discs(size: int = 48) -> torch.Tensor:
+    """Features `[size, size, 16]` of a picture: discs of two kinds on a ground, none of them quite even."""
+    generator = torch.Generator().manual_seed(4)
+    y, x = torch.meshgrid(*[torch.arange(size) + 0.5] * 2, indexing="ij")
+    kinds = torch.zeros(size, size, dtype=torch.int64)
+    for row, column, radius, kind in ((13, 13, 9, 1), (33, 35, 10, 1), (35, 12, 7, 2)):
+        kinds[(y - row) ** 2 + (x - column) ** 2 < radius**2] = kind
+    features = torch.randn(3, 16, generator=generator)[kinds]
+    uneven = interpolate(torch.randn(1, 16, 12, 12, generator=generator), (size, size), mode="bicubic")[0]
+    return 1.3 * features + 0.65 * uneven.permute(1, 2, 0)
+
+
+def agents(path: Path) -> None:
+    """Agent attention on features that are queries and keys alike, with 7x7 agents pooled from them."""
+    features = discs()
+    pooled = adaptive_avg_pool2d(features.permute(2, 0, 1), 7).flatten(1).mT
+    plot_agent_attention(features, features, pooled, token=(14, 12), path=path)
+
+
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     with rc_context({"font.size": 8, "font.family": "DejaVu Sans", "axes.edgecolor": "#868e96"}):
         hero(IMAGES / "hero.png")
         tile_bounds(IMAGES / "tile_bounds.png")
+    agents(IMAGES / "agents.png")
     plot_receptive_field((21, 21), window=7, path=IMAGES / "window.png")
     plot_receptive_field((27, 27), window=7, dilation=3, path=IMAGES / "dilation.png")
     plot_receptive_field((21, 21), window=9, stride=3, path=IMAGES / "stride.png")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from agent_matrix import Case, cases, check, make_inputs, run
 from foveal.kernels.agent import cost
+from foveal.kernels.agent.plot import attention_maps, plot_agent_attention
 from foveal.kernels.ops import agent_attention, explain
 from operator_matrix import LAYOUTS
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -166,3 +167,21 @@ def test_explain():
     assert found["agents"] == 9 and found["forward_flops"] == 4 * 2 * 4 * 9 * 96
     without = cost.forward_bytes(batch=1, heads=2, head_dim=4, queries=48, keys=48, agents=9, itemsize=4)
     assert found["forward_bytes"] - without == 4 * 2 * 48 * 9
+
+
+def test_pictures_show_the_weights_of_the_operator(tmp_path):
+    query, key, value = torch.randn(3, 1, 6, 9, 1, 4, dtype=torch.float64)
+    agent = torch.randn(1, 9, 1, 4, dtype=torch.float64)
+    token = (2, 7)
+    single = (query[0, ..., 0, :], key[0, ..., 0, :], agent[0, :, 0])
+    dense, weights, first, through = attention_maps(*single, token)
+    for x in (dense, weights, first, through):
+        assert x.sum().item() == pytest.approx(1)
+    expected = agent_attention(query, key, value, agent)[0, 2, 7, 0]
+    torch.testing.assert_close(through.flatten() @ value.view(-1, 4), expected)
+    picture = plot_agent_attention(*single, token=token, path=tmp_path / "agents.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"agent\.shape=\(8, 4\)"):
+        plot_agent_attention(*single[:2], single[2][:8], token=token, path=picture)
+    with pytest.raises(ValueError, match=r"token=\(6, 0\)"):
+        plot_agent_attention(*single, token=(6, 0), path=picture)

@@ -42,8 +42,8 @@ class Config(NamedTuple):
 
 # (device, kernel, element bytes) -> {head dim up to: size}
 SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
-    ("hopper", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(64, 32, 8, 2)},
-    ("hopper", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 8, 2), 256: Size(32, 32, 8, 1)},
+    ("hopper", "forward", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 8, 2)},
+    ("hopper", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 8, 2), 256: Size(16, 32, 8, 1)},
     ("hopper", "key", 2): {64: Size(64, 64, 8, 2), 128: Size(32, 64, 8, 2), 256: Size(32, 32, 8, 1)},
     ("hopper", "bias", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 8, 1), 256: Size(32, 32, 8, 1)},
     ("ampere", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(32, 64, 8, 1)},
