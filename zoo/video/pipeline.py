@@ -1,0 +1,598 @@
+"""VideoDiTPipeline: from noise to videos with a `VideoDiT`, a flow-matching scheduler and, for latents, a VAE.
+
+Notable: no text model is needed, and none of `transformers`; a model of pixels goes without VAE; frames that are given
+stay clean through timesteps of their own; causal models roll out chunk by chunk with a KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor
+
+from .conditions import prepare_conditions
+from .export import save_clips
+from .guidance import Heads, check_heads, guide, perturbed_heads
+from .kv_cache import KVCache
+from .segments import Segments, segmented
+from .transformer import VideoDiT
+from .vae import LatentSpace, decode, encode, latent_space
+
+OUTPUT_TYPES = ("np", "pt", "pil", "gif", "mp4", "latent")
+
+
+@dataclass
+class VideoDiTPipelineOutput(BaseOutput):
+    """Videos.
+
+    Attributes:
+        frames: of all videos, as `output_type` says: "np" `[B, T, H, W, C]` and "pt" `[B, T, C, H, W]` in 0..1, "pil"
+            a list of images for each, "gif" and "mp4" a path for each, "latent" `[B, C, T, H, W]` as the model sees it.
+    """
+
+    frames: Any
+
+
+class VideoDiTPipeline(DiffusionPipeline):
+    """Samples videos.
+
+    Args:
+        transformer: the model.
+        scheduler: with flow-matching sigmas, such as `FlowMatchEulerDiscreteScheduler(shift=s)` or
+            `UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=s)`.
+        vae: `AutoencoderKLWan`, `AutoencoderKLLTXVideo` or `AutoencoderTiny`; None: the model makes pixels.
+        text_encoder: called with a list of prompts, returns embeddings `[B, L, text_dim]` or (embeddings, bool mask
+            `[B, L]`); with a tokenizer, called as `transformers` models are. None: prompt_embeds must be given.
+        tokenizer: as those of `transformers`.
+        pixel_mean, pixel_std: per channel, what a model of pixels was trained on: (pixels in 0..1 - mean) / std.
+        sample_size: frames, height and width of a video when the call does not say.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 - as in every pipeline of diffusers
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
+
+    transformer: VideoDiT
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: Any
+
+    def __init__(
+        self,
+        transformer: VideoDiT,
+        scheduler: FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        pixel_mean: Sequence[float] | None = None,
+        pixel_std: Sequence[float] | None = None,
+        sample_size: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.register_to_config(
+            pixel_mean=None if pixel_mean is None else list(pixel_mean),
+            pixel_std=None if pixel_std is None else list(pixel_std),
+            sample_size=None if sample_size is None else list(sample_size),
+        )
+        self.video_processor = VideoProcessor(do_resize=True, do_normalize=False, resample="bilinear")
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """What the model's tensors are to pixels; without a VAE, the pixels themselves after normalisation."""
+        if self.vae is not None:
+            return latent_space(self.vae)
+        channels = self.transformer.config.in_channels
+        mean = tuple(self.config.pixel_mean or [0.5] * channels)
+        std = tuple(self.config.pixel_std or [0.5] * channels)
+        return LatentSpace(channels, 1, 1, mean, std)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1 and self.transformer.config.conditioning is not None
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    # inputs
+
+    def video_size(self, *sizes: int | None) -> tuple[int, ...]:
+        """Frames, height and width, those of sample_size where None.
+
+        Raises:
+            ValueError: there is no sample_size.
+        """
+        default = self.config.sample_size
+        if None in sizes and default is None:
+            names = ", ".join(
+                f"{name}={size}" for name, size in zip(("num_frames", "height", "width"), sizes, strict=True)
+            )
+            raise ValueError(f"{names} must be given: this pipeline has no sample_size")
+        return tuple(default[i] if size is None else size for i, size in enumerate(sizes))
+
+    def token_frames(self, frames: int, name: str) -> int:
+        """Frames of tokens of so many frames of a video.
+
+        Raises:
+            ValueError: naming the argument, that they do not fill latents and patches.
+        """
+        space, patch = self.latent_space, self.transformer.config.patch_size[0]
+        latents = space.frames(frames)
+        if frames < 1 or (frames - 1) % space.time or latents % patch:
+            rule = f"{space.time} * n + 1" if space.time > 1 else "n"
+            also = f" with a multiple of {patch} latent frames" if patch > 1 else ""
+            raise ValueError(f"{name}={frames} must be {rule} frames{also}")
+        return latents // patch
+
+    def check_inputs(
+        self,
+        *,
+        prompt: Any,
+        negative_prompt: Any,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        class_labels: Any,
+        image: Any,
+        video: Any,
+        height: int,
+        width: int,
+        num_frames: int,
+        segment_frames: Sequence[int] | None,
+        chunk_frames: int | None,
+        pag_scale: float,
+        pag_heads: Heads | None,
+        pag_strength: float,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raises ValueError, naming the argument, unless the call fits the model and itself."""
+        conditioning, patch = self.transformer.config.conditioning, self.transformer.config.patch_size
+        for name, value, size in (("height", height, patch[1]), ("width", width, patch[2])):
+            multiple = self.latent_space.space * size
+            if value < 1 or value % multiple:
+                raise ValueError(f"{name}={value} must be a multiple of {multiple}")
+        frames = self.token_frames(num_frames, "num_frames")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r} must be one of {OUTPUT_TYPES}")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}, accepted are {self._callback_tensor_inputs}"
+            )
+
+        texts = conditioning in ("cross", "joint")
+        if (class_labels is not None) != (conditioning == "class"):
+            raise ValueError(
+                f"class_labels must be given for a model of classes, and only then; it has {conditioning!r}"
+            )
+        for name, value, embeds in (
+            ("prompt", prompt, prompt_embeds),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds),
+        ):
+            if value is not None and embeds is not None:
+                raise ValueError(f"{name} and {name}_embeds must not be given both")
+            if not texts and (value is not None or embeds is not None):
+                raise ValueError(f"{name} needs a model of texts; conditioning={conditioning!r}")
+            if value is not None and not isinstance(value, str | list):
+                raise ValueError(f"{name} must be a string or a list of strings, got {type(value).__name__}")
+            if value is not None and self.text_encoder is None:
+                raise ValueError(f"{name} needs a text_encoder, which this pipeline lacks: give {name}_embeds")
+        if texts and prompt is None and prompt_embeds is None:
+            raise ValueError("prompt or prompt_embeds must be given")
+        if texts and self.do_classifier_free_guidance and self.text_encoder is None and negative_prompt_embeds is None:
+            raise ValueError(
+                f"guidance_scale={self._guidance_scale} needs negative_prompt_embeds, "
+                "or a text_encoder for the empty prompt"
+            )
+
+        if image is not None and video is not None:
+            raise ValueError("image and video must not be given both: image is the first frame, video several")
+        if segment_frames is not None:
+            if not texts or pag_scale or chunk_frames is not None:
+                raise ValueError("segment_frames needs a model of texts, and goes without pag_scale and chunk_frames")
+            if sum(segment_frames) != num_frames:
+                raise ValueError(f"segment_frames={list(segment_frames)} must add up to num_frames={num_frames}")
+        if chunk_frames is not None:
+            if not self.transformer.is_causal:
+                raise ValueError(f"chunk_frames={chunk_frames} needs a model whose layers are all causal in time")
+            if not 1 <= chunk_frames <= frames:
+                raise ValueError(f"chunk_frames={chunk_frames} must be in 1..{frames}, the frames of tokens")
+        if pag_scale and not pag_heads:
+            raise ValueError(f"pag_scale={pag_scale} needs pag_heads, layer -> heads")
+        check_heads(self.transformer, pag_heads or {}, pag_strength)
+
+    def encode_prompt(
+        self, prompt: str | Sequence[str], *, device: torch.device, max_sequence_length: int = 226
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings `[B, L, text_dim]` of B prompts and which words count, bool `[B, L]`, None for all."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        mask = None
+        if self.tokenizer is not None:
+            tokens = self.tokenizer(
+                prompts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
+            )
+            mask = tokens.attention_mask.to(device)
+            embeds = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+        else:
+            embeds = self.text_encoder(prompts)
+            if isinstance(embeds, tuple):
+                embeds, mask = embeds
+        embeds = embeds.to(device=device, dtype=self.transformer.dtype)
+        return embeds, None if mask is None else mask.to(device).bool()
+
+    def prepare_latents(
+        self,
+        shape: tuple[int, ...],
+        *,
+        generator: torch.Generator | list[torch.Generator] | None,
+        device: torch.device,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Noise in float32, drawn or as given.
+
+        Raises:
+            ValueError: latents of another shape, or not as many generators as videos.
+        """
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(f"generator is a list of {len(generator)}, there are {shape[0]} videos")
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if latents.shape != shape:
+            raise ValueError(f"latents has shape {list(latents.shape)}, expected {list(shape)}")
+        return latents.to(device=device, dtype=torch.float32)
+
+    def prepare_given(
+        self, image: Any, video: Any, *, height: int, width: int, batch: int, device: torch.device
+    ) -> Tensor | None:
+        """Frames that are given, as the model sees them, `[B, C, frames, H, W]`.
+
+        An image is repeated where a patch holds several frames.
+
+        Raises:
+            ValueError: frames that do not fill patches, or not as many images or videos as prompts.
+        """
+        if image is None and video is None:
+            return None
+        space, patch = self.latent_space, self.transformer.config.patch_size[0]
+        if image is not None:
+            first = self.video_processor.preprocess(image, height, width)  # [B, C, H, W] in 0..1
+            pixels = first.unsqueeze(2).repeat(1, 1, (patch - 1) * space.time + 1, 1, 1)
+        else:
+            pixels = self.video_processor.preprocess_video(video, height, width)
+            self.token_frames(pixels.shape[2], "frames of video")
+        name, count = ("image", len(pixels)) if image is not None else ("video", len(pixels))
+        if batch % count:
+            raise ValueError(f"{name} has {count} for {batch} videos; one, or one for each is accepted")
+        pixels = pixels.to(device=device, dtype=torch.float32)
+        given = self.normalise(pixels) if self.vae is None else encode(self.vae, pixels).to(device)
+        if given.shape[1] != self.transformer.config.in_channels:
+            raise ValueError(
+                f"{name} has {given.shape[1]} channels, the model in_channels={self.transformer.config.in_channels}"
+            )
+        return given.repeat_interleave(batch // count, dim=0)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Pixels `[B, C, T, H, W]` in 0..1 as a model of pixels sees them."""
+        mean, std = self._pixel_statistics(pixels)
+        return (pixels - mean) / std
+
+    def _pixel_statistics(self, like: Tensor) -> tuple[Tensor, ...]:
+        space = self.latent_space
+        return tuple(like.new_tensor(x).view(1, -1, 1, 1, 1) for x in (space.mean, space.std))
+
+    def set_timesteps(self, steps: int, sigmas: Sequence[float] | None, device: torch.device) -> Tensor:
+        """The scheduler's timesteps, 1000 to 0, and a fresh state.
+
+        Raises:
+            ValueError: sigmas for a scheduler that makes its own.
+        """
+        if sigmas is None:
+            self.scheduler.set_timesteps(steps, device=device)
+        elif "sigmas" not in signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(f"sigmas cannot be given to {type(self.scheduler).__name__}")
+        else:
+            self.scheduler.set_timesteps(sigmas=list(sigmas), device=device)
+        self.scheduler.set_begin_index(0)
+        return self.scheduler.timesteps
+
+    # sampling
+
+    def velocity(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        *,
+        cond: dict[str, Any],
+        uncond: dict[str, Any] | None,
+        step: int,
+        segments: Segments | None = None,
+        pag_scale: float = 0.0,
+        pag_heads: Heads | None = None,
+        pag_strength: float = 1.0,
+        caches: dict[str, KVCache] | None = None,
+    ) -> Tensor:
+        """The guided prediction of the model, `[B, C, T, H, W]` in float32."""
+        place = {
+            "step_index": step,
+            "sigma": float(self.scheduler.sigmas[step]),
+            "num_inference_steps": len(self.scheduler.timesteps),
+        }
+
+        def predict(name: str, condition: dict[str, Any], cache: str) -> Tensor:
+            with self.transformer.cache_context(name, **place):
+                return self.transformer(
+                    latents.to(self.transformer.dtype),
+                    timestep,
+                    **condition,
+                    kv_cache=None if caches is None else caches[cache],
+                    attention_kwargs=self._attention_kwargs,
+                    return_dict=False,
+                )[0].float()
+
+        with nullcontext() if segments is None else segmented(self.transformer, segments):
+            wanted = predict("cond", cond, "cond")
+        unwanted = None if uncond is None else predict("uncond", uncond, "uncond")
+        perturbed = None
+        if pag_scale and pag_heads:
+            with perturbed_heads(self.transformer, pag_heads, strength=pag_strength):
+                perturbed = predict("perturbed", cond, "cond")
+        return guide(wanted, uncond=unwanted, scale=self._guidance_scale, perturbed=perturbed, pag_scale=pag_scale)
+
+    def remember(self, latents: Tensor, *, conditions: dict[str, dict[str, Any]], caches: dict[str, KVCache]) -> None:
+        """Appends clean frames to the caches of a rollout."""
+        clean = latents.new_zeros(len(latents))
+        for name, condition in conditions.items():
+            caches[name].append = True
+            self.transformer(
+                latents.to(self.transformer.dtype),
+                clean,
+                **condition,
+                kv_cache=caches[name],
+                attention_kwargs=self._attention_kwargs,
+            )
+            caches[name].append = False
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | list[list[str]] | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        negative_prompt: str | list[str] | None = None,
+        image: Any = None,
+        video: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.0,
+        sigmas: Sequence[float] | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int = 226,
+        segment_frames: Sequence[int] | None = None,
+        chunk_frames: int | None = None,
+        pag_scale: float = 0.0,
+        pag_heads: Heads | None = None,
+        pag_strength: float = 1.0,
+        output_type: str = "np",
+        output_path: Any = None,
+        fps: int = 8,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> VideoDiTPipelineOutput | tuple:
+        """Sample.
+
+        Args:
+            prompt: of models of texts, one or a list. With segment_frames, the prompts of one video's segments, or a
+                list of such lists.
+            class_labels: of models of classes, one or several, int64.
+            negative_prompt: what guidance leads away from, one for all or one for each; the empty prompt when None.
+            image: the first frame, one for all or one for each; as `diffusers.image_processor` takes it.
+            video: the first frames, as `VideoProcessor.preprocess_video` takes it: `[B, T, C, H, W]` in 0..1, a list
+                of images, ….
+            height, width, num_frames: of the video in pixels and frames; those of the config's sample_size when None.
+            num_inference_steps: evaluations of the model, times two with guidance.
+            guidance_scale: of classifier-free guidance (arXiv:2207.12598); off up to 1 and for unconditional models.
+            sigmas: noise levels from 1 down, in place of num_inference_steps.
+            num_videos_per_prompt: videos of each prompt or label.
+            generator: one, or one for each video; the same gives the same videos.
+            latents: noise `[B, C, T, H, W]` of the model's own size.
+            prompt_embeds, negative_prompt_embeds: `[B, L, text_dim]`; with segment_frames `[B, segments, L, text_dim]`
+                for prompt_embeds.
+            prompt_attention_mask, negative_prompt_attention_mask: words that count, bool `[B, L]` (`[B, segments, L]`).
+            max_sequence_length: words of a prompt, with a tokenizer.
+            segment_frames: frames of each segment of the video that has a prompt of its own; see `segments`.
+            chunk_frames: token frames to make at a time, each chunk in sight of those before; for causal models.
+            pag_scale: of guidance away from perturbed heads; 0 is off. See `guidance`.
+            pag_heads: layer → heads to perturb.
+            pag_strength: how much, 0..1.
+            output_type: see `VideoDiTPipelineOutput`.
+            output_path: file of "gif" and "mp4"; several videos are numbered.
+            fps: frames a second of such files.
+            return_dict: else a tuple.
+            attention_kwargs: for attention processors.
+            callback_on_step_end: called as `(pipeline, step, timestep, tensors)` after each step; returns tensors to
+                go on with.
+            callback_on_step_end_tensor_inputs: those it gets: "latents" (in a rollout, the chunk's), "prompt_embeds",
+                "negative_prompt_embeds".
+
+        Returns:
+            `VideoDiTPipelineOutput`, or a tuple of its frames.
+
+        Raises:
+            ValueError: arguments that contradict the model or each other; see `check_inputs`.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        num_frames, height, width = self.video_size(num_frames, height, width)
+        self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
+        self._interrupt, self._current_timestep = False, None
+        self.check_inputs(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            class_labels=class_labels,
+            image=image,
+            video=video,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            segment_frames=segment_frames,
+            chunk_frames=chunk_frames,
+            pag_scale=pag_scale,
+            pag_heads=pag_heads,
+            pag_strength=pag_strength,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        device = self._execution_device
+
+        conditions, segments = prepare_conditions(
+            self,
+            prompt=prompt,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt=negative_prompt,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            max_sequence_length=max_sequence_length,
+            class_labels=class_labels,
+            segment_frames=segment_frames,
+            repeats=num_videos_per_prompt,
+            device=device,
+        )
+        batch = len(next((x for x in conditions["cond"].values() if x is not None), [None] * num_videos_per_prompt))
+        given = self.prepare_given(image, video, height=height, width=width, batch=batch, device=device)
+        space = self.latent_space
+        shape = (batch, self.transformer.config.in_channels, space.frames(num_frames))
+        shape += height // space.space, width // space.space
+        latents = self.prepare_latents(shape, generator=generator, device=device, latents=latents)
+        known = 0 if given is None else given.shape[2]
+        if known >= shape[2]:
+            raise ValueError(f"{known} frames are given of {shape[2]}; at least one patch of frames must be left")
+
+        guidance = {"segments": segments, "pag_scale": pag_scale, "pag_heads": pag_heads, "pag_strength": pag_strength}
+        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        caches, chunks = None, [latents]
+        if chunk_frames is not None:
+            caches = {name: KVCache() for name in conditions}
+            chunks = list(latents[:, :, known:].split(chunk_frames * self.transformer.config.patch_size[0], dim=2))
+            if given is not None:
+                self.remember(given, conditions=conditions, caches=caches)
+        steps = num_inference_steps if sigmas is None else len(sigmas)
+        self._num_timesteps = steps * len(chunks)
+        done = [] if given is None or caches is None else [given]
+        with self.progress_bar(total=self._num_timesteps) as progress:
+            for chunk in chunks:
+                fixed = given if caches is None else None
+                timesteps = self.set_timesteps(steps, sigmas, device)
+                for step, t in enumerate(timesteps):
+                    if self.interrupt:
+                        continue
+                    chunk = self.step(chunk, t, fixed, conditions, step=step, caches=caches, **guidance)
+                    chunk = self.call_back(*callback, progress.n, t, chunk, conditions)
+                    progress.update()
+                if caches is not None:
+                    self.remember(chunk, conditions=conditions, caches=caches)
+                done.append(chunk)
+        self._current_timestep = None
+
+        frames = self.finish(torch.cat(done, dim=2), output_type, output_path, fps)
+        self.maybe_free_model_hooks()
+        return VideoDiTPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def step(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        fixed: Tensor | None,
+        conditions: dict[str, dict[str, Any]],
+        **arguments: Any,
+    ) -> Tensor:
+        """One step of the scheduler; frames of `fixed` stand clean at the beginning, at timestep 0."""
+        self._current_timestep = t
+        timestep = t.expand(len(latents))
+        known = 0 if fixed is None else fixed.shape[2]
+        if fixed is not None:
+            latents = torch.cat([fixed, latents[:, :, known:]], dim=2)
+            patch = self.transformer.config.patch_size[0]
+            timestep = t.repeat(len(latents), latents.shape[2] // patch)
+            timestep[:, : known // patch] = 0
+        velocity = self.velocity(
+            latents, timestep, cond=conditions["cond"], uncond=conditions.get("uncond"), **arguments
+        )
+        latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+        return latents if fixed is None else torch.cat([fixed, latents[:, :, known:]], dim=2)
+
+    def call_back(
+        self,
+        callback: Callable[..., dict] | None,
+        names: Sequence[str],
+        step: int,
+        t: Tensor,
+        latents: Tensor,
+        conditions: dict[str, dict[str, Any]],
+    ) -> Tensor:
+        """Shows a step's tensors to the caller's function, and takes what it returns."""
+        if callback is None:
+            return latents
+        sides = {"prompt_embeds": conditions["cond"], "negative_prompt_embeds": conditions.get("uncond", {})}
+        tensors = {"latents": latents} | {name: side.get("encoder_hidden_states") for name, side in sides.items()}
+        returned = callback(self, step, t, {name: tensors[name] for name in names})
+        for name, side in sides.items():
+            if name in returned:
+                side["encoder_hidden_states"] = returned[name]
+        return returned.get("latents", latents)
+
+    def finish(self, latents: Tensor, output_type: str, output_path: Any, fps: int) -> Any:
+        """What the model made, as `output_type` says."""
+        if output_type == "latent":
+            return latents
+        if self.vae is None:
+            mean, std = self._pixel_statistics(latents)
+            pixels = (latents * std + mean).clamp(0, 1)
+        else:
+            pixels = decode(self.vae, latents)
+        if output_type in ("gif", "mp4"):
+            clips = self.video_processor.postprocess_video(pixels, "pil")
+            return save_clips(clips, output_path, kind=output_type, fps=fps)
+        return self.video_processor.postprocess_video(pixels, output_type)
