@@ -148,6 +148,11 @@ class _AgentAttention(nn.Module):
         local = self.get_submodule(self.conv_name)(as_map(value)).flatten(2).transpose(1, 2)
         return out.flatten(2) + F.pad(local, (0, 0, first, 0))
 
+    def attention_macs(self, shape: tuple[int, int]) -> int:
+        """Multiply-accumulates of the two passes for one image; `shape` is H and W, or tokens and dim."""
+        tokens = shape[0] if self.class_token else shape[0] * shape[1]
+        return 4 * self.num_agents * tokens * self.dim
+
     def train(self, mode: bool = True):
         self._kept = None
         return super().train(mode)

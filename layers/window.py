@@ -77,6 +77,12 @@ class WindowAttention2d(nn.Module):
         out = window_attention(query, key, value, window=window, shift=shift, bias=self.bias(window), impl=self.impl)
         return self.proj_drop(self.proj(out.flatten(3)))
 
+    def attention_macs(self, shape: tuple[int, int]) -> int:
+        """Multiply-accumulates of the attention for one map of this size, all windows whole."""
+        tokens = [min(self.window, n) for n in shape]
+        windows = [-(-n // w) for n, w in zip(shape, tokens, strict=True)]
+        return 2 * self.dim * windows[0] * windows[1] * (tokens[0] * tokens[1]) ** 2
+
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, window={self.window}, shift={self.shift}"
 

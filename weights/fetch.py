@@ -19,6 +19,7 @@ from .progress import reporter
 from .transfer import Progress, Transfer, cannot_write, discard, download
 
 _logger = logging.getLogger(__name__)
+BY_HAND = "if a browser gets the file, give its path: create_model(..., pretrained_cfg_overlay=dict(file=PATH))"
 
 
 def fetch(
@@ -104,7 +105,7 @@ def _from_mirrors(
         except Unavailable as error:
             _logger.info("%s", error)
             failures.append(str(error))
-    raise WeightsError(f"no source delivers {name}: " + " | ".join(failures)) from None
+    raise WeightsError(f"no source delivers {name}: {' | '.join(failures)}; {BY_HAND}") from None
 
 
 def _fetch_from_url(mirror: Mirror, path: Path, *, transfer: Transfer, report: Progress) -> None:
@@ -151,7 +152,7 @@ def _admit(candidate: Path, path: Path, mirror: Mirror, expected: str | None, *,
     try:
         load(candidate, container=mirror.container, suffix=path.suffix)
     except WeightsError as error:
-        raise WeightsError(f"{mirror.location} does not give weights; nothing was kept: {error}") from error
+        raise WeightsError(f"{mirror.location} does not give weights; nothing was kept: {error}; {BY_HAND}") from error
     try:
         if mirror.sha256 is None:
             pin(mirror.location, digest, size, commit)

@@ -50,11 +50,19 @@ class StripeBranch2d(nn.Module):
         x = x.permute(0, 1, 4, 2, 5, 3).reshape(batch, down * window[0], across * window[1], self.dim)
         return x[:, :rows, :columns]
 
+    def _window(self, rows: int, columns: int) -> tuple[int, int]:
+        split = max(rows, columns) if self.split is None else self.split
+        return (rows, min(split, columns)) if self.vertical else (min(split, rows), columns)
+
+    def attention_macs(self, shape: tuple[int, int]) -> int:
+        """Multiply-accumulates of the attention for one map of this size, all stripes whole."""
+        window = self._window(*shape)
+        stripes = -(-shape[0] // window[0]) * -(-shape[1] // window[1])
+        return 2 * self.dim * stripes * (window[0] * window[1]) ** 2
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Maps `[B, H, W, heads, d]` to `[B, H, W, dim]`."""
-        rows, columns = query.shape[1:3]
-        split = max(rows, columns) if self.split is None else self.split
-        window = (rows, min(split, columns)) if self.vertical else (min(split, rows), columns)
+        window = self._window(query.shape[1], query.shape[2])
         out = window_attention(query, key, value, window=window, impl=self.impl)
         return out.flatten(3) + self._positions(value.flatten(3), window)
 
@@ -94,8 +102,11 @@ class CSWinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))  # [B, H, W, 3, heads, d]
-        parts = qkv.chunk(len(self.attns), dim=4)
-        mixed = [attn(*part.unbind(3)) for attn, part in zip(self.attns, parts, strict=True)]
+        heads = self.num_heads // len(self.attns)
+        mixed = []
+        for i, attn in enumerate(self.attns):
+            part = qkv[..., i * heads : (i + 1) * heads, :]
+            mixed.append(attn(part[:, :, :, 0], part[:, :, :, 1], part[:, :, :, 2]))
         x = x + self.drop_path1(self.proj_drop(self.proj(torch.cat(mixed, dim=-1))))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 

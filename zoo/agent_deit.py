@@ -120,8 +120,8 @@ class AgentDeiT(VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Tables of positions and the class token."""
-        tables = {name for name, _ in self.named_parameters() if name.startswith("blocks") and name.endswith("_bias")}
-        return {"pos_embed", "cls_token"} | tables
+        leaves = ("weight", "bias")
+        return {n for n, p in self.named_parameters() if p.ndim > 1 and n.rsplit(".", 1)[-1] not in leaves}
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Make another input size native: axis biases and the position embedding are interpolated.

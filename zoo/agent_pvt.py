@@ -18,6 +18,7 @@ from .agent_checkpoint import add_positions, agent_cfg, checkpoint_filter_fn, re
 from .builder import build_backbone
 from .dinat import Block
 
+torch.fx.wrap("add_positions")  # it asks for shapes
 LayerNorm1e6 = partial(nn.LayerNorm, eps=1e-6)
 
 

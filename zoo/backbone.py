@@ -90,8 +90,9 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Relative position bias tables, as in the official recipes."""
-        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
+        """Tables of positions, as in the official recipes."""
+        leaves = ("weight", "bias")
+        return {n for n, p in self.named_parameters() if p.ndim > 1 and n.rsplit(".", 1)[-1] not in leaves}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
