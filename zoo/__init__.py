@@ -4,6 +4,7 @@ It needs torch and timm only; tasks, data and video models are imported on their
 """
 
 from . import agent_cswin, agent_deit, agent_pvt, agent_swin, biformer, dinat, dinat_s, litv2, nat_isotropic
+from .adapters import use_kernels
 
 __all__ = [
     "agent_cswin",
@@ -15,4 +16,5 @@ __all__ = [
     "dinat_s",
     "litv2",
     "nat_isotropic",
+    "use_kernels",
 ]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from ..adapters import use_kernels
 from ..data.loader import PADDING, mix_seed
 from ..data.names import unknown_name
 from .sharding import repeated_blocks, shard
@@ -46,7 +47,8 @@ class ClassificationTask(LightningModule):
     """Trains a timm model on `(images [B, C, H, W], targets [B] int64)`.
 
     Args:
-        model: `name` of a timm model, optional `pretrained` and `args` (further arguments of `timm.create_model`).
+        model: `name` of a timm model, optional `pretrained`, `args` (further arguments of `timm.create_model`) and
+            `use_kernels` (put its window attention on our kernels, see `foveal.zoo.use_kernels`).
         num_classes, in_chans: of the data.
         optimizer: arguments of `timm.optim.create_optimizer_v2`: `opt`, `lr`, `weight_decay`, `layer_decay`, ….
             The model's `no_weight_decay()` is obeyed.
@@ -103,6 +105,8 @@ class ClassificationTask(LightningModule):
         args |= {"num_classes": self.num_classes, "in_chans": self.in_chans}
         try:
             self.model = timm.create_model(name, pretrained=pretrained, **args)
+            if self.model_cfg.get("use_kernels"):
+                use_kernels(self.model)
         except (TypeError, ValueError, AssertionError) as error:
             raise ValueError(f"model.name={name!r} cannot be built with model.args={args}: {error}") from error
         if self.device_mesh is not None:
