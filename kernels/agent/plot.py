@@ -28,11 +28,11 @@ def attention_maps(
         softmax attention over keys `[H, W]`, the query's weights over agents `[agents]`, the weights over keys
         `[H, W]` of the agent that weighs most, and agent attention over keys `[H, W]`.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     keys, own = key.flatten(0, 1), query[token]
-    dense = (keys @ own * scale).softmax(0)
-    weights = (agent @ own * scale).softmax(0)
-    gather = (agent @ keys.mT * scale).softmax(-1)  # [agents, keys]
+    dense = (keys @ own * factor).softmax(0)
+    weights = (agent @ own * factor).softmax(0)
+    gather = (agent @ keys.mT * factor).softmax(-1)  # [agents, keys]
     maps = (dense, gather[weights.argmax()], weights @ gather)
     dense, first, through = (x.view(key.shape[:2]) for x in maps)
     return dense, weights, first, through
