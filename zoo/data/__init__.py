@@ -1,7 +1,9 @@
-"""Lightning data modules: digits, still and moving, image and video folders, and whatever timm can read."""
+"""Lightning data modules: digits, still and moving, image and video folders, latents, and whatever timm can read."""
 
 from .digits import Digits
 from .images import ImageFolder, TimmDataset
+from .latent_videos import VideoLatents
 from .moving_digits import MovingDigits
+from .videofolder import VideoFolder
 
-__all__ = ["Digits", "ImageFolder", "MovingDigits", "TimmDataset"]
+__all__ = ["Digits", "ImageFolder", "MovingDigits", "TimmDataset", "VideoFolder", "VideoLatents"]

@@ -54,7 +54,7 @@ def moving_clip(
 
 
 class MovingDigitClips(Dataset):
-    """Clip `i` shows scan `i % len(scans)`; its motion is drawn by PyTorch's generator, or follows from `fixed_seed`."""
+    """Clip `i` shows scan `i % len(scans)`; its motion is PyTorch's draw, or follows from `fixed_seed`."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class MovingDigits(VideoData):
         frames: of a clip.
         speed: see `moving_clip`.
         epoch_length: clips of an epoch.
-        val_length: held-out clips of validation and of the test.
+        val_length, test_length: held-out clips of validation and of the test.
         mean, std: of the pixels; they depend on the canvas.
 
     Raises:
@@ -113,6 +113,7 @@ class MovingDigits(VideoData):
         speed: int = 1,
         epoch_length: int = 8000,
         val_length: int = 360,
+        test_length: int = 1000,
         mean: float = MEAN,
         std: float = STD,
         seed: int = 0,
@@ -135,32 +136,26 @@ class MovingDigits(VideoData):
             shuffle=shuffle,
             num_workers=num_workers,
         )
-        self.speed, self.epoch_length, self.val_length = speed, epoch_length, val_length
+        self.speed, self.lengths = speed, {"train": epoch_length, "val": val_length, "test": test_length}
 
-    def clips(self, split: str, *, length: int, fixed_seed: int | None) -> MovingDigitClips:
-        """Clips of the scans of "train" or of the held-out "test"."""
-        from sklearn.datasets import load_digits
-
-        scans = (load_digits().images / 16).astype(np.float32)  # [1797, 8, 8]
-        parts = split_digits()
+    def _clips(self, split: str, parts: dict[str, tuple[list[int], list[int]]], scans: np.ndarray) -> MovingDigitClips:
         names = ("train", "val") if split == "train" else ("test",)
-        numbers = [number for name in names for number in parts[name][0]]
-        labels = [label for name in names for label in parts[name][1]]
         return MovingDigitClips(
-            scans[numbers],
-            labels,
-            length=length,
+            scans[[number for name in names for number in parts[name][0]]],
+            [label for name in names for label in parts[name][1]],
+            length=self.lengths[split],
             canvas=self.height,
             frames=self.frames,
             speed=self.speed,
             mean=self.mean[0],
             std=self.std[0],
-            fixed_seed=fixed_seed,
+            fixed_seed=None if split == "train" else 0,
         )
 
     def setup(self, stage: str | None = None) -> None:
         if self.datasets:
             return
-        self.datasets["train"] = self.clips("train", length=self.epoch_length, fixed_seed=None)
-        for split in ("val", "test"):
-            self.datasets[split] = self.clips("test", length=self.val_length, fixed_seed=0)
+        from sklearn.datasets import load_digits
+
+        scans, parts = (load_digits().images / 16).astype(np.float32), split_digits()  # [1797, 8, 8]
+        self.datasets = {split: self._clips(split, parts, scans) for split in ("train", "val", "test")}

@@ -43,6 +43,7 @@ class VideoData(SeededData):
 
     item = "videos"
     seeded_dataset = SeededVideos
+    vae: Any = None  # of diffusers, if the videos are its latents
 
     def __init__(
         self,
@@ -74,6 +75,11 @@ class VideoData(SeededData):
     def for_task(self) -> dict[str, Any]:
         return {"in_channels": self.channels, "num_classes": self.num_classes, "text_dim": self.text_dim}
 
+    @property
+    def for_pipeline(self) -> dict[str, Any]:
+        """Arguments of `VideoDiTPipeline` that only the data know."""
+        return {"pixel_mean": self.mean, "pixel_std": self.std, "sample_size": (self.frames, self.height, self.width)}
+
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (torch.tensor(v, device=like.device).view(-1, 1, 1, 1) for v in (self.mean, self.std))
         return mean, std
@@ -87,6 +93,10 @@ class VideoData(SeededData):
         """The way back of `normalize`; pixels are not cut to 0..1."""
         mean, std = self._statistics(videos)
         return videos.float() * std + mean
+
+    def pixels(self, videos: Tensor) -> Tensor:
+        """Videos as the model makes them → pixels `[…, C, T, H, W]` in 0..1."""
+        return self.denormalize(videos).clamp(0, 1)
 
     def dataset(self, split: str) -> Dataset:
         """The videos of "train", "val" or "test" by index, without order or augmentation by epoch."""

@@ -170,6 +170,8 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
     units = {
         "acc1": ("accuracy", 100, ".2f", " %"),
         "acc5": ("top-5", 100, ".2f", " %"),
+        "accuracy": ("accuracy of samples", 100, ".0f", " %"),
+        "frechet": ("Fréchet distance", 1, ".1f", ""),
         "loss": ("loss", 1, ".4f", ""),
     }
     lines = [f"[bold]{split}[/]"]
@@ -181,6 +183,9 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
         "curves.png",
         "predictions.png",
         "receptive_field.png",
+        "samples.gif",
+        "samples.png",
+        "pipeline",
         "metrics.csv",
         "checkpoints/last.ckpt",
         "config.yaml",

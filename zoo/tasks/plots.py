@@ -16,7 +16,7 @@ FONT = {"font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "font.family"
 TRAIN, VAL, WRONG, MUTED = "#0072b2", "#d55e00", "#c1440e", "#868e96"
 
 
-def _save(figure, path: Path) -> Path:
+def save_figure(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", facecolor="white")
     return path
@@ -59,7 +59,7 @@ def plot_curves(rows: Sequence[dict[str, float]], *, path: Path) -> Path:
             ax.set_xlabel("epoch")
             ax.grid(alpha=0.25, linewidth=0.6)
             ax.spines[["top", "right"]].set_visible(False)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _mark_best(ax, rows: Sequence[dict[str, float]]) -> None:
@@ -110,7 +110,7 @@ def plot_predictions(
             ax.spines[:].set(visible=True, color="#dee2e6" if right else WRONG, linewidth=0.6 if right else 2.0)
         shown = "no mistakes among them" if not wrong else f"{wrong} mistake{'s' * (wrong > 1)} first"
         figure.suptitle(f"Test accuracy {100 * accuracy:.2f} %; {len(images)} test images, {shown}", fontweight="bold")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 @torch.no_grad()
@@ -170,4 +170,4 @@ def plot_comparison(names: Sequence[str], values: Sequence[float], *, metric: st
         ax.margins(x=0.15)
         ax.grid(axis="x", alpha=0.25, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
-        return _save(figure, path)
+        return save_figure(figure, path)

@@ -36,8 +36,8 @@ class _Sample:
             self.items[place] = item
 
 
-class Report(Callback):
-    """Writes `metrics.csv` (a row an epoch), `curves.png`, `predictions.png` and `receptive_field.png`.
+class MetricTable(Callback):
+    """Writes `metrics.csv`, a row an epoch.
 
     The rows are part of the checkpoint: a resumed run goes on with the table of the run it continues.
 
@@ -48,7 +48,6 @@ class Report(Callback):
     def __init__(self, dirpath: str):
         self.dirpath = Path(dirpath)
         self.rows: list[dict[str, float]] = []
-        self._mistakes, self._right = _Sample(MOST_MISTAKES), _Sample(MOST_IMAGES)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -67,6 +66,18 @@ class Report(Callback):
         self.rows = [old for old in self.rows if old["epoch"] < row["epoch"]] + [row]
         if trainer.is_global_zero and not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             _write_csv(self.dirpath / "metrics.csv", self.rows)
+
+
+class Report(MetricTable):
+    """Writes `metrics.csv` (a row an epoch), `curves.png`, `predictions.png` and `receptive_field.png`.
+
+    Args:
+        dirpath: the run's folder.
+    """
+
+    def __init__(self, dirpath: str):
+        super().__init__(dirpath)
+        self._mistakes, self._right = _Sample(MOST_MISTAKES), _Sample(MOST_IMAGES)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.rows:

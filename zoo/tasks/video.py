@@ -142,6 +142,13 @@ class VideoDiffusionTask(LightningModule):
             "encoder_attention_mask": mask | dropped[:, None],
         }
 
+    def null_condition(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What takes the place of a condition that is left out."""
+        if "class_labels" in condition:
+            return {"class_labels": torch.full_like(condition["class_labels"], self.num_classes)}
+        text, mask = (condition[name] for name in ("encoder_hidden_states", "encoder_attention_mask"))
+        return {"encoder_hidden_states": torch.zeros_like(text), "encoder_attention_mask": torch.ones_like(mask)}
+
     def draw_time(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Training times `[B]` or `[B, F]`, F frames of patches, and what their errors count: 0 for given frames."""
         assert self.model is not None

@@ -1,0 +1,220 @@
+"""The report of a video run: metrics and curves, moving grids of samples on the way, judged samples at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from ..data.loader import mix_seed, seeded
+from ..data.video import VideoData
+from ..video import VideoDiT
+from ..video.pipeline import VideoDiTPipeline
+from .report import MetricTable
+from .video import VideoDiffusionTask
+from .video_metrics import ClipJudge, conditional_accuracy, fit_judge, frechet_distance
+from .video_plots import plot_strips, plot_video_curves, write_grid
+
+JUDGE_CLIPS, SAMPLE_BATCH = 4000, 50
+
+
+def collect(data: VideoData, split: str, *, most: int, seed: int = 0) -> dict[str, Any]:
+    """Videos `[N, C, T, H, W]` of a split with their labels or texts, N at most `most`, the same ones every time."""
+    dataset = data.dataset(split)
+    size = len(dataset)  # pyright: ignore[reportArgumentType]
+    picked = torch.linspace(0, size - 1, min(most, size)).long().tolist()
+    items = []
+    for index in picked:
+        with seeded(mix_seed(seed, index)):
+            items.append(dataset[index])
+    same = [item for item in items if item["video"].shape == items[0]["video"].shape]
+    return torch.utils.data.default_collate(same)
+
+
+def make_pipeline(task: VideoDiffusionTask, data: VideoData, *, whole: bool = False) -> VideoDiTPipeline:
+    """A pipeline around the task's model, which samples as the task trains.
+
+    Args:
+        whole: with all the weights of a sharded model in one copy; every rank has to ask.
+    """
+    model = task.model
+    assert model is not None
+    if whole and task.device_mesh is not None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+        model = VideoDiT.from_config(model.config)
+        if task.global_rank == 0:
+            model.load_state_dict(state)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=task.shift)
+    pipeline = VideoDiTPipeline(model, scheduler, vae=data.vae, **data.for_pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class VideoReport(MetricTable):
+    """Writes `metrics.csv`, `curves.png`, `samples/step_*.gif`, and at the end `samples.gif`, `samples.png`,
+    `metrics.json` and `pipeline/`, a folder for `VideoDiTPipeline.from_pretrained`.
+
+    Samples are made with the average of the weights when there is one: this callback comes after it.
+
+    Args:
+        dirpath: the run's folder.
+        sample_every: validations between two grids; 0: none before the end.
+        samples_per_class: of the grids; without classes four times as many in all.
+        steps, guidance_scale: of the sampler.
+        fps: of the GIFs.
+        judge_steps: batches that train a small 3-D CNN on the data, which says how many samples show their class and
+            in whose features the Fréchet distance to held-out videos is; 0: no judge. It needs classes.
+        judged: samples for it.
+    """
+
+    def __init__(
+        self,
+        dirpath: str,
+        sample_every: int = 1,
+        samples_per_class: int = 4,
+        steps: int = 25,
+        guidance_scale: float = 4.0,
+        fps: int = 8,
+        judge_steps: int = 0,
+        judged: int = 100,
+    ):
+        super().__init__(dirpath)
+        self.sample_every, self.samples_per_class, self.fps = sample_every, samples_per_class, fps
+        self.steps, self.guidance_scale = steps, guidance_scale
+        self.judge_steps, self.judged = judge_steps, judged
+        self._validations = 0
+
+    def _conditions(self, task: VideoDiffusionTask, data: VideoData, count: int) -> tuple[dict[str, Tensor], list[str]]:
+        """`count` conditions, and what they are called: every class in turn, or the texts of held-out videos."""
+        if task.conditioning == "class":
+            labels = torch.arange(count) % len(data.class_names)
+            return {"class_labels": labels}, [data.class_names[label] for label in labels.tolist()]
+        if task.conditioning is None:
+            return {}, [""] * count
+        held_out = collect(data, "val", most=count)
+        return task.condition(held_out), held_out["caption"]
+
+    def _generate(self, task: VideoDiffusionTask, data: VideoData, condition: dict[str, Tensor], count: int) -> Tensor:
+        """`count` videos `[N, C, T, H, W]` as the model makes them, on the CPU."""
+        pipeline, made, training = make_pipeline(task, data), [], task.training
+        null = task.null_condition(condition) if "encoder_hidden_states" in condition else {}
+        task.eval()
+        for start in range(0, count, SAMPLE_BATCH):
+            chosen = slice(start, min(start + SAMPLE_BATCH, count))
+            seeds = [mix_seed(0, i) for i in range(*chosen.indices(count))]
+            videos = pipeline(
+                class_labels=condition["class_labels"][chosen] if "class_labels" in condition else None,
+                prompt_embeds=condition["encoder_hidden_states"][chosen] if null else None,
+                prompt_attention_mask=condition["encoder_attention_mask"][chosen] if null else None,
+                negative_prompt_embeds=null["encoder_hidden_states"][chosen] if null else None,
+                negative_prompt_attention_mask=null["encoder_attention_mask"][chosen] if null else None,
+                num_videos_per_prompt=1 if condition else len(seeds),
+                num_inference_steps=self.steps,
+                guidance_scale=self.guidance_scale,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="latent",
+            )
+            made.append(videos.frames.cpu())
+        task.train(training)
+        return torch.cat(made)
+
+    def _grid(self, task: VideoDiffusionTask, data: VideoData, path: Path, title: str) -> None:
+        classes = min(len(data.class_names), 10) if task.conditioning == "class" else 4
+        count = classes * self.samples_per_class
+        condition, captions = self._conditions(task, data, count)
+        if task.conditioning == "class" and len(data.class_names) > classes:  # the first ones
+            labels = torch.arange(count) % classes
+            condition, captions = {"class_labels": labels}, [data.class_names[i] for i in labels.tolist()]
+        videos = self._generate(task, data, condition, count)
+        if not task.trainer.is_global_zero:
+            return
+        videos = data.pixels(videos)
+        shown = captions[:classes] if task.conditioning == "class" else captions
+        write_grid(videos, captions=shown, columns=classes, path=path, title=title, fps=self.fps)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not self.sample_every:
+            return
+        self._validations += 1
+        if self._validations % self.sample_every == 0 and _takes_part(pl_module):
+            path = self.dirpath / "samples" / f"step_{trainer.global_step:07d}.gif"
+            title = f"step {trainer.global_step:,}, guidance {self.guidance_scale:g}"
+            self._grid(pl_module, trainer.datamodule, path, title)  # pyright: ignore
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self.rows:
+            plot_video_curves(self.rows, path=self.dirpath / "curves.png")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run or not _takes_part(pl_module):  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        pipeline = make_pipeline(pl_module, trainer.datamodule, whole=True)  # pyright: ignore
+        if trainer.is_global_zero:
+            pipeline.save_pretrained(self.dirpath / "pipeline")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        task, data = pl_module, trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        metrics: dict[str, Any] = {}
+        if _takes_part(task) and self.judge_steps and data.num_classes:
+            with torch.inference_mode(False):  # the judge is trained here
+                metrics = self._judge(task, data)  # pyright: ignore[reportArgumentType]
+        for name in ("accuracy", "frechet"):
+            if self.judge_steps and data.num_classes:
+                task.log(f"test/{name}", metrics.get(name, 0.0), rank_zero_only=True)
+        title = f"generated, {self.steps} steps, guidance {self.guidance_scale:g}"
+        if _takes_part(task):
+            self._grid(task, data, self.dirpath / "samples.gif", title)  # pyright: ignore[reportArgumentType]
+        if not trainer.is_global_zero:
+            return
+        metrics |= {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("test/loss")}
+        self.dirpath.mkdir(parents=True, exist_ok=True)
+        (self.dirpath / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+    def _judge(self, task: VideoDiffusionTask, data: VideoData) -> dict[str, Any]:
+        train, real = collect(data, "train", most=JUDGE_CLIPS), collect(data, "test", most=10 * self.judged)
+        judge: ClipJudge = fit_judge(
+            train["video"], train["label"], steps=self.judge_steps, num_classes=data.num_classes
+        )
+        condition, captions = self._conditions(task, data, self.judged)
+        made = self._generate(task, data, condition, self.judged)
+        features = judge.features(real["video"])
+
+        def distance(videos: Tensor) -> float:
+            return frechet_distance(judge.features(videos), features)
+
+        same = torch.randperm(len(real["video"]), generator=torch.Generator().manual_seed(0))[: self.judged]
+        noise = torch.randn(made.shape, generator=torch.Generator().manual_seed(1))
+        metrics = {
+            "accuracy": conditional_accuracy(made, condition["class_labels"], judge=judge),
+            "accuracy of held-out videos": conditional_accuracy(real["video"], real["label"], judge=judge),
+            "frechet": distance(made),
+            f"frechet of {self.judged} held-out videos": distance(real["video"][same]),
+            "frechet of noise": distance(noise),
+            "frechet is": f"in the judge's features, {self.judged} videos against {len(features)} held-out ones",
+        }
+        classes = min(len(data.class_names), 10)
+        beside = torch.stack([real["video"][(real["label"] == label).nonzero()[0, 0]] for label in range(classes)])
+        title = f"{100 * metrics['accuracy']:.0f} % of {self.judged} show their class; Fréchet {metrics['frechet']:.1f}"
+        if task.global_rank == 0:
+            plot_strips(
+                data.pixels(made[:classes]),
+                data.pixels(beside),
+                captions=captions[:classes],
+                title=title,
+                path=self.dirpath / "samples.png",
+            )
+        return metrics
+
+
+def _takes_part(task: LightningModule) -> bool:
+    """Whether this rank samples: the first one does, and all do when they have to meet in a sharded forward pass."""
+    return task.global_rank == 0 or task.device_mesh is not None
