@@ -90,7 +90,7 @@ def _variant(kernel, grid: str, dtype: torch.dtype, head_dim: int, flags: str, p
     axes, bias, wide, group = GRIDS[grid], "bias" in flags, "wide" in flags, 1 + ("grouped" in flags)
     config = configs.choose(kernel, axes, head_dim=head_dim, itemsize=dtype.itemsize, wide=wide)
     fixed = dict(constants(axes, config, head_dim, precision), GROUP=group)
-    options = {"num_warps": fixed.pop("num_warps")}
+    options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
     if kernel != "bias":
         fixed["BIAS"] = bias
     if kernel == "window":

@@ -16,12 +16,12 @@ from .tile import LOG2E, NONE, bias_pointers, load, offset, place, sees, split, 
 
 @triton.jit
 def probabilities(
-    k, q, see, entry, keep, lse2, scale, BIAS: tl.constexpr, PRECISION: tl.constexpr
+    k, q, see, bias, lse2, scale, BIAS: tl.constexpr, PRECISION: tl.constexpr
 ):
     """Transposed probabilities `[keys, queries]` from logits and the base-2 log-sum-exp of the queries."""
     st = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
     if BIAS:
-        st += tl.load(entry, mask=see & keep[None, :], other=0.0).to(tl.float32) * LOG2E
+        st += bias.to(tl.float32) * LOG2E
     return tl.exp2(tl.where(see, st, float("-inf")) - lse2[None, :])
 
 
@@ -55,9 +55,15 @@ def window_kernel(
     chunks = tl.cdiv(packs * batches, chunk)
     part, key_head = tl.program_id(0) % chunks, tl.program_id(0) // chunks
     dbias = tl.zeros([PACK * KEYS, PACK * QUERIES], tl.float32)
+    i = tl.arange(0, PACK * QUERIES)
+    row, column = (i % QUERIES)[None, :], (i % KEYS)[:, None]
+    exists = (row < T) & (column < T)
+    bias = 0.0
+    if BIAS and GROUP == 1:
+        bias = tl.load(bias_pointers(bias_ptr, key_head, row, column, WINDOW, NONE), mask=exists, other=0.0)
     for step in range(part * chunk, tl.minimum(part * chunk + chunk, packs * batches)):
         batch = step // packs
-        row, where, keep, region = tile(step % packs * PACK, 0, lengths, PACK, QUERIES, WINDOW, SHIFT, NONE, NONE)
+        _, where, keep, region = tile(step % packs * PACK, 0, lengths, PACK, QUERIES, WINDOW, SHIFT, NONE, NONE)
         k = load(view(k_ptr, k_strides, batch, key_head), k_strides, where, keep, D, BLOCK_D, WIDE)
         v = load(view(v_ptr, v_strides, batch, key_head), v_strides, where, keep, D, BLOCK_D, WIDE)
         dk = tl.zeros([PACK * KEYS, BLOCK_D], tl.float32)
@@ -73,10 +79,9 @@ def window_kernel(
             dlse = view(dlse_ptr, dlse_strides, batch, head) + offset(where, dlse_strides, WIDE)
             delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - tl.load(dlse, mask=keep, other=0.0)
             tl.store(view(delta_ptr, lse_strides, batch, head) + at, delta, mask=keep)
-            entry = bias_ptr
-            if BIAS:
-                entry = bias_pointers(bias_ptr, head, row[None, :], row[:, None], WINDOW, NONE)
-            pt = probabilities(k, q, see, entry, keep, lse2, scale, BIAS, PRECISION)
+            if BIAS and GROUP > 1:
+                bias = tl.load(bias_pointers(bias_ptr, head, row, column, WINDOW, NONE), mask=exists, other=0.0)
+            pt = probabilities(k, q, see, bias, lse2, scale, BIAS, PRECISION)
             dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)
             dst = pt * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
             if DBIAS:
@@ -90,12 +95,9 @@ def window_kernel(
         store(view(dk_ptr, dk_strides, batch, key_head), dk_strides, where, keep, dk * scale, D, BLOCK_D, WIDE)
         store(view(dv_ptr, dk_strides, batch, key_head), dk_strides, where, keep, dv, D, BLOCK_D, WIDE)
     if DBIAS:
-        i = tl.arange(0, PACK * QUERIES)
         same = (i // QUERIES)[None, :] == (i // KEYS)[:, None]
-        exists = (i % QUERIES < T)[None, :] & (i % KEYS < T)[:, None]
         first = (tl.cast(part, tl.int64) * PACK + i // QUERIES) * key_heads + key_head
-        entry = partial_ptr + (first * (T * T))[None, :] + (i % QUERIES * T)[None, :] + (i % KEYS)[:, None]
-        tl.store(entry, dbias, mask=same & exists)
+        tl.store(partial_ptr + (first * (T * T))[None, :] + row * T + column, dbias, mask=same & exists)
 
 
 @triton.jit
@@ -212,10 +214,11 @@ def key_kernel(
                 lse2 = tl.load(view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
                 delta = tl.load(view(delta_ptr, lse_strides, batch, head) + at, mask=keep, other=0.0)
                 see = column_sees(key_region, region, seen, 1, KEYS, QUERIES, SHIFT)
-                entry = bias_ptr
+                bias = 0.0
                 if BIAS:
                     entry = bias_pointers(bias_ptr, head, row[None, :], column[:, None], WINDOW, HALO)
-                pt = probabilities(k, q, see, entry, keep, lse2, scale, BIAS, PRECISION)
+                    bias = tl.load(entry, mask=see & keep[None, :], other=0.0)
+                pt = probabilities(k, q, see, bias, lse2, scale, BIAS, PRECISION)
                 dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)
                 dst = pt * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
                 dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)

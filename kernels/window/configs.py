@@ -18,6 +18,7 @@ class Config(NamedTuple):
         pack: windows per tile.
         queries, keys: slots of each of them per tile, powers of two.
         warps: warps per program.
+        stages: depth of the load pipeline; the backward has no registers for more than one.
         wide: whether offsets inside a batch and head take 64 bits.
     """
 
@@ -25,6 +26,7 @@ class Config(NamedTuple):
     queries: int
     keys: int
     warps: int
+    stages: int
     wide: bool
 
 
@@ -81,6 +83,7 @@ def choose(kernel: Kernel, axes: tuple[Axis, ...], *, head_dim: int, itemsize: i
         queries=min(rows, max(tokens, MIN_TILE // pack)),
         keys=min(columns, max(keys, MIN_TILE // pack)),
         warps=warps,
+        stages=2 if kernel == "forward" else 1,
         wide=wide,
     )
     return config._replace(**{name: value for name, value in _overrides.items() if name != "rows"})

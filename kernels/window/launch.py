@@ -30,6 +30,7 @@ def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, pre
         WIDE=config.wide,
         PRECISION=precision,
         num_warps=config.warps,
+        num_stages=config.stages,
     )
 
 

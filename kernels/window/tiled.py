@@ -70,7 +70,7 @@ def _tokens(x: Tensor, box: Tensor, key_heads: int) -> Tensor:
     batch, *pairs, heads = box.shape[:-1]
     counts, sizes, rank = pairs[::2], pairs[1::2], len(pairs) // 2
     x = x.reshape(batch, *counts, key_heads, heads // key_heads, *sizes, *x.shape[3:])
-    order = [0, *(i for a in range(rank) for i in (1 + a, rank + 3 + a)), rank + 1, rank + 2]
+    order = [0, *[i for a in range(rank) for i in (1 + a, rank + 3 + a)], rank + 1, rank + 2]
     x = x.permute(*order, *range(2 * rank + 3, x.dim()))
     spatial = [c * s for c, s in zip(counts, sizes, strict=True)]
     return x.reshape(batch, *spatial, heads, *x.shape[2 * rank + 3 :])
@@ -90,7 +90,8 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float,
     """Output `[windows, heads, rows, d]` and, if asked for, log-sum-exp of dense attentions, in float32 at least."""
     dtype = q.dtype
     accumulate = torch.promote_types(dtype, torch.float32)
-    size, q, k, v = q.shape[:3], *(x.to(accumulate).flatten(0, 1) for x in (q, k, v))
+    size = q.shape[:3]
+    q, k, v = (x.to(accumulate).flatten(0, 1) for x in (q, k, v))
     logits = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
     if bias is not None:
         logits = (logits.unflatten(0, size[:2]) + bias.to(accumulate)).flatten(0, 1)
@@ -119,13 +120,13 @@ def attend(
     rank, heads, key_heads = len(axes), query.shape[-2], key.shape[-2]
     table = None
     if bias is not None:
-        table = bias.reshape(heads, *(a.window for a in axes), *(a.span for a in axes))
+        table = bias.reshape([heads, *[a.window for a in axes], *[a.span for a in axes]])
     shapes = [runs(a) for a in axes]
     query_cuts = [[(r.count, r.query, r.queries, a.window) for r in s] for s, a in zip(shapes, axes, strict=True)]
     key_cuts = [[(r.count, r.key, r.keys, a.window) for r in s] for s, a in zip(shapes, axes, strict=True)]
-    boxes = zip(product(*shapes), _boxes(query, query_cuts), *(_boxes(x, key_cuts) for x in (key, value)), strict=True)
+    boxes = [_boxes(query, query_cuts), _boxes(key, key_cuts), _boxes(value, key_cuts)]
     outs, lses = [], []
-    for combination, q, k, v in boxes:
+    for combination, q, k, v in zip(product(*shapes), *boxes, strict=True):
         block = _block(table, combination, key_heads)
         fused = _is_fused((q, k, v), bias, prod([r.queries for r in combination]), lse)
         rows = [_rows(x, rank, key_heads, fused) for x in (q, k, v)]
