@@ -16,7 +16,7 @@ from foveal.kernels.low_rank import (
 )
 from foveal.kernels.neighborhood import make_axes
 from foveal.kernels.neighborhood.geometry import mask
-from foveal.kernels.ops import biased_attention, na2d
+from foveal.kernels.ops import biased_attention, na2d, relative_bias, window_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -164,17 +164,18 @@ def test_neighborhood_attention_takes_widened_operands():
     assert_same(got, dense(query, key, value, bias.masked_fill(~seen, float("-inf"))))
 
 
-def test_windows_take_a_factorized_relative_table():
-    """Blocked windows of 3 x 5 with a learned table: factors of one window, tiled over the grid."""
-    query, key, value = double(3, 2, 6, 10, 2, 4)
-    table, window = double(2, 5, 9), (3, 5)
-    y, x = torch.meshgrid(torch.arange(3), torch.arange(5), indexing="ij")
-    index = [(c.flatten()[None] - c.flatten()[:, None]) + n - 1 for c, n in zip((y, x), window, strict=True)]
-    factors = factorize(table[:, index[0], index[1]])
-    query_factor, key_factor = (tile_factor(f, window=window, shape=(6, 10)) for f in (factors.query, factors.key))
-    wide = widen(query, key, query_factor, key_factor)
-    got = na2d(*wide, pad_head_dim(value, wide[0].shape[-1]), window=window, stride=window, scale=1.0)[..., :4]
-    torch.testing.assert_close(got, na2d(query, key, value, window=window, stride=window, bias=table))
+def test_windows_take_a_factorized_bias():
+    """A learned bias of a window: its factors, tiled over the grid."""
+    query, key, value = double(3, 2, 6, 12, 2, 4)
+    bias = relative_bias(double(2, 5, 7), window=(3, 4))
+    factors = factorize(bias)
+    query_factor, key_factor = (tile_factor(f, window=(3, 4), shape=(6, 12)) for f in (factors.query, factors.key))
+    wide_query, wide_key = widen(query, key, query_factor, key_factor)
+    wide_value = pad_head_dim(value, wide_key.shape[-1])
+    expected = window_attention(query, key, value, window=(3, 4), bias=bias)
+    wide = (wide_query, wide_key, wide_value)
+    assert_same(window_attention(*wide, window=(3, 4), scale=1.0)[..., :4], expected)
+    assert_same(na2d(*wide, window=(3, 4), stride=(3, 4), scale=1.0)[..., :4], expected)
 
 
 def test_gradients_reach_everything():
