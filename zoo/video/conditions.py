@@ -48,11 +48,13 @@ def prepare_conditions(
     embeds, mask = prompt_embeds, prompt_attention_mask
     if embeds is None and segment_frames is None:
         embeds, mask = pipe.encode_prompt(prompt, **encode_all)
-    elif embeds is None:
+    elif embeds is None and segment_frames is not None:
+        assert prompt is not None
+        count = len(segment_frames)
         videos = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], str) else prompt
         videos = [[texts] if isinstance(texts, str) else texts for texts in videos]
-        if any(len(texts) != len(segment_frames or ()) for texts in videos):
-            raise ValueError(f"prompt={prompt} must have {len(segment_frames or ())} texts for segment_frames")
+        if any(len(texts) != count for texts in videos):
+            raise ValueError(f"prompt={prompt} must have {count} texts for segment_frames")
         embeds, mask = pipe.encode_prompt([text for texts in videos for text in texts], **encode_all)
         embeds = embeds.unflatten(0, (len(videos), -1))  # [B, segments, L, text_dim]
         mask = None if mask is None else mask.unflatten(0, (len(videos), -1))

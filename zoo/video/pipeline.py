@@ -522,14 +522,14 @@ class VideoDiTPipeline(DiffusionPipeline):
         self._num_timesteps = steps * len(chunks)
         done = [] if given is None or caches is None else [given]
         with self.progress_bar(total=self._num_timesteps) as progress:
-            for chunk in chunks:
+            for turn, chunk in enumerate(chunks):
                 fixed = given if caches is None else None
                 timesteps = self.set_timesteps(steps, sigmas, device)
                 for step, t in enumerate(timesteps):
                     if self.interrupt:
                         continue
                     chunk = self.step(chunk, t, fixed, conditions, step=step, caches=caches, **guidance)
-                    chunk = self.call_back(*callback, progress.n, t, chunk, conditions)
+                    chunk = self.call_back(*callback, turn * steps + step, t, chunk, conditions)
                     progress.update()
                 if caches is not None:
                     self.remember(chunk, conditions=conditions, caches=caches)
