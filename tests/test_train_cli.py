@@ -51,10 +51,11 @@ def test_sweep_compares_its_jobs(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(sys, "argv", ["foveal-train", "-m", *arguments])
     train.main()
-    (folder,) = (tmp_path / "digits_dinat").iterdir()
+    (folder,) = (tmp_path / "sweeps").iterdir()
     rows = list(csv.DictReader((folder / "comparison.csv").open()))
     assert {row["overrides"].split()[-1] for row in rows} == {"task.optimizer.lr=0.001", "task.optimizer.lr=0.0"}
     values = [float(row["val/acc1"]) for row in rows]
+    assert all(0 < float(row["minutes"]) < 5 for row in rows)
     assert values == sorted(values, reverse=True)
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     for job in ("0", "1"):
@@ -62,6 +63,19 @@ def test_sweep_compares_its_jobs(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert (
         "Sweep so far" in said and "task.optimizer.lr=0.001" in said and "test=False" not in said.rsplit("Sweep", 1)[1]
+    )
+
+
+def test_sweep_over_experiments_has_one_folder(tmp_path, monkeypatch):
+    """Whose names differ; the jobs are compared in one table all the same."""
+    short = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1", "test=false")
+    experiments = "experiment=digits_dinat,digits_litv2"
+    monkeypatch.setattr(sys, "argv", ["foveal-train", "-m", *QUIET, *short, experiments, f"runs={tmp_path}"])
+    train.main()
+    (folder,) = (tmp_path / "sweeps").iterdir()
+    rows = list(csv.DictReader((folder / "comparison.csv").open()))
+    assert sorted(next(x for x in row["overrides"].split() if x.startswith("experiment")) for row in rows) == (
+        experiments.replace(",", " experiment=").split()
     )
 
 
