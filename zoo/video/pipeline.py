@@ -515,6 +515,8 @@ class VideoDiTPipeline(DiffusionPipeline):
         caches, chunks = None, [latents]
         if chunk_frames is not None:
             caches = {name: KVCache() for name in conditions}
+            for cache in caches.values():
+                cache.append = False  # only `remember` appends
             chunks = list(latents[:, :, known:].split(chunk_frames * self.transformer.config.patch_size[0], dim=2))
             if given is not None:
                 self.remember(given, conditions=conditions, caches=caches)

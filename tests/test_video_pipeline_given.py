@@ -1,0 +1,225 @@
+"""Frames that are given, rollout, and the way through autoencoders and files."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan, AutoencoderTiny
+from foveal.zoo.video.export import save_clips
+from foveal.zoo.video.vae import decode, encode, latent_space
+from PIL import Image
+from video_models import CALL, SIZE, scrambled, seeded, tiny_pipe
+
+CAUSAL = {"attention": [{"type": "dense", "causal": True}, {"type": "window", "window": [2, 1, 3], "causal": True}]}
+
+
+def wan(**config):
+    config = {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True],
+        "latents_mean": [0.1, -0.2, 0.3, 0.0],
+        "latents_std": [1.5, 0.5, 2.0, 1.0],
+    } | config
+    return scrambled(AutoencoderKLWan(**config))
+
+
+def ltx():
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False, False, False, False, False),
+        upsample_residual=(False, False, False, False),
+        upsample_factor=(1, 1, 1, 1),
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+        scaling_factor=0.5,
+    )
+    vae.latents_mean.copy_(torch.linspace(-1, 1, 8))
+    vae.latents_std.copy_(torch.linspace(0.5, 2, 8))
+    return vae.eval()
+
+
+def taesd():
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    ).eval()
+
+
+@pytest.mark.parametrize(("make", "channels", "time", "space"), [(wan, 4, 2, 4), (ltx, 8, 4, 4), (taesd, 4, 1, 4)])
+def test_latents_are_normalised_by_the_autoencoder_s_own_numbers(make, channels, time, space):
+    vae = make()
+    found = latent_space(vae)
+    assert (found.channels, found.time, found.space) == (channels, time, space)
+    video = torch.rand(2, 3, 2 * time + 1, 16, 8, generator=seeded())
+    latents = encode(vae, video)
+    assert latents.shape == (2, channels, found.frames(2 * time + 1), 16 // space, 8 // space)
+    with torch.no_grad():
+        if make is taesd:
+            raw = torch.stack([vae.encode(2 * frame - 1).latents for frame in video.unbind(2)], dim=2)
+            expected = (raw - 0.25) * 0.5
+            back = torch.stack([vae.decode(frame).sample for frame in raw.unbind(2)], dim=2)
+        else:
+            raw = vae.encode(2 * video - 1).latent_dist.mode()
+            mean, std = (torch.as_tensor(x).view(1, -1, 1, 1, 1) for x in (found.mean, found.std))
+            expected = (raw - mean) / std
+            back = vae.decode(raw).sample
+    torch.testing.assert_close(latents, expected)
+    torch.testing.assert_close(decode(vae, latents), (back / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_factor_of_ltx_scales_and_that_of_wan_2_2_counts_patches():
+    found = latent_space(ltx())
+    torch.testing.assert_close(torch.tensor(found.std), torch.linspace(0.5, 2, 8) / 0.5)
+    patched = wan(in_channels=12, out_channels=12, patch_size=2, is_residual=True)
+    assert latent_space(patched).space == 8
+    with pytest.raises(TypeError, match=r"vae must be one of AutoencoderKLWan, .*, got Identity"):
+        latent_space(torch.nn.Identity())
+
+
+@pytest.fixture
+def latent_pipe():
+    return tiny_pipe("class", vae=wan(), in_channels=4, patch_size=(1, 2, 2))
+
+
+def test_latents_become_pixels(latent_pipe, tmp_path):
+    call = CALL | {"class_labels": [1, 2], "height": 16, "width": 24, "num_frames": 5}
+    latents = latent_pipe(**call, generator=seeded(), output_type="latent").frames
+    assert latents.shape == (2, 4, 3, 4, 6)
+    video = latent_pipe(**call, generator=seeded(), output_type="pt").frames
+    assert video.shape == (2, 5, 3, 16, 24)
+    assert torch.equal(video, decode(latent_pipe.vae, latents).transpose(1, 2))
+    with pytest.raises(ValueError, match=r"num_frames=4 must be 2 \* n \+ 1 frames"):
+        latent_pipe(**call | {"num_frames": 4})
+    with pytest.raises(ValueError, match="width=12 must be a multiple of 8"):
+        latent_pipe(**call | {"width": 12})
+    latent_pipe.save_pretrained(tmp_path)
+    again = type(latent_pipe).from_pretrained(tmp_path)
+    assert torch.allclose(again(**call, generator=seeded(), output_type="pt").frames, video, atol=1e-5)
+
+
+def test_a_given_image_stays_as_the_first_latent(latent_pipe):
+    image = Image.fromarray((torch.rand(16, 24, 3, generator=seeded(2)) * 255).byte().numpy())
+    call = CALL | {"class_labels": [1, 2], "height": 16, "width": 24, "num_frames": 5, "output_type": "latent"}
+    latents = latent_pipe(**call, image=image, generator=seeded()).frames
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None, :, None] / 255
+    torch.testing.assert_close(latents[:, :, :1], encode(latent_pipe.vae, pixels).expand(2, -1, -1, -1, -1))
+    free = latent_pipe(**call, generator=seeded()).frames
+    assert not torch.allclose(latents[:, :, 1:], free[:, :, 1:], atol=1e-3), "what is given changes what follows"
+
+
+def test_given_frames_are_clean_at_timestep_zero():
+    pipe = tiny_pipe("class")
+    video = torch.rand(1, 2, 1, 8, 8, generator=seeded(2))
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: calls.append((args[0].clone(), args[1])))
+    made = pipe(class_labels=1, num_inference_steps=3, video=video, generator=seeded(), output_type="pt").frames
+    torch.testing.assert_close(made[:, :2], video)
+    given = ((video - 0.2) / 0.4).transpose(1, 2)
+    assert len(calls) == 6
+    for hidden_states, timestep in calls:
+        torch.testing.assert_close(hidden_states[:, :, :2], given)
+        assert timestep.shape == (1, 4) and not timestep[:, :2].any() and (timestep[:, 2:] == timestep[0, 3]).all()
+    assert calls[0][1][0, 3] == 1000
+
+
+def test_an_image_fills_the_first_patch():
+    pipe = tiny_pipe("class", patch_size=(2, 4, 4))
+    image = torch.rand(1, 1, 8, 8, generator=seeded(2))
+    made = pipe(class_labels=1, num_inference_steps=1, image=image, output_type="pt").frames
+    torch.testing.assert_close(made[:, :2], image[:, None].expand(1, 2, 1, 8, 8))
+    with pytest.raises(ValueError, match="frames of video=1 must be n frames with a multiple of 2 latent frames"):
+        pipe(class_labels=1, num_inference_steps=1, video=image[:, None])
+
+
+def test_each_video_may_have_an_image_of_its_own():
+    pipe = tiny_pipe("class")
+    images = torch.rand(2, 1, 8, 8, generator=seeded(2))
+    made = pipe(class_labels=[1, 2], num_inference_steps=1, image=images, output_type="pt").frames
+    torch.testing.assert_close(made[:, 0], images)
+    with pytest.raises(ValueError, match="image has 2 for 3 videos"):
+        pipe(class_labels=[1, 2, 3], num_inference_steps=1, image=images)
+
+
+def test_a_rollout_in_one_chunk_is_a_plain_call():
+    pipe = tiny_pipe("class", **CAUSAL)
+    call = CALL | {"class_labels": [1, 2], "output_type": "latent"}
+    plain = pipe(**call, generator=seeded()).frames
+    torch.testing.assert_close(pipe(**call, generator=seeded(), chunk_frames=4).frames, plain)
+
+
+def test_a_rollout_continues_as_a_call_that_sees_the_past():
+    """For a causal model, chunk 2 with a cache is what a call with chunk 1 given makes, chunk after chunk."""
+    pipe = tiny_pipe("class", **CAUSAL)
+    call = CALL | {"class_labels": [1, 2], "num_frames": 6}
+    noise = torch.randn(2, 1, 6, 8, 8, generator=seeded())
+    rolled = pipe(**call, latents=noise, chunk_frames=2, output_type="latent").frames
+    first = pipe(**call | {"num_frames": 2}, latents=noise[:, :, :2], output_type="latent").frames
+    torch.testing.assert_close(rolled[:, :, :2], first)
+    for frames in (2, 4):
+        # what is given goes through pixels, so normalisation is undone by hand and nothing is clamped
+        pixels = (rolled[:, :, :frames] * 0.4 + 0.2).transpose(1, 2)
+        until = call | {"num_frames": frames + 2}
+        seen = pipe(**until, latents=noise[:, :, : frames + 2], video=pixels, output_type="latent").frames
+        torch.testing.assert_close(rolled[:, :, frames : frames + 2], seen[:, :, frames:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_rollout_starts_from_what_is_given_and_a_chunk_may_be_short():
+    pipe = tiny_pipe("class", **CAUSAL)
+    video = torch.rand(1, 1, 1, 8, 8, generator=seeded(2))
+    steps = []
+    call = CALL | {"class_labels": 1, "video": video, "generator": seeded(), "output_type": "pt", "chunk_frames": 2}
+    made = pipe(**call, callback_on_step_end=lambda p, step, t, tensors: steps.append(step) or {}).frames
+    torch.testing.assert_close(made[:, :1], video)
+    assert made.shape == (1, *SIZE[:1], 1, 8, 8) and steps == [0, 1, 2, 3]
+    assert pipe.num_timesteps == 4
+
+
+def test_gifs_and_films_hold_the_frames(tmp_path):
+    av = pytest.importorskip("av")
+    pipe = tiny_pipe("class")
+    call = CALL | {"class_labels": [1, 2]}
+    wanted = (pipe(**call, generator=seeded()).frames[..., 0] * 255).round()  # [2, T, H, W]
+    gifs = pipe(**call, generator=seeded(), output_type="gif", output_path=tmp_path / "new" / "clip.gif", fps=10).frames
+    assert [path.name for path in gifs] == ["clip_0.gif", "clip_1.gif"]
+    for path, clip in zip(gifs, wanted, strict=True):
+        with Image.open(path) as gif:
+            assert gif.n_frames == SIZE[0] and gif.info["duration"] == 100 and gif.info["loop"] == 0
+            for i in range(SIZE[0]):
+                gif.seek(i)
+                np.testing.assert_array_equal(np.asarray(gif.convert("L")), clip[i])
+    films = pipe(**call, generator=seeded(), output_type="mp4", output_path=tmp_path / "clip", fps=10).frames
+    assert [path.name for path in films] == ["clip_0.mp4", "clip_1.mp4"]
+    with av.open(str(films[0])) as film:
+        frames = np.stack([frame.to_ndarray(format="gray") for frame in film.decode(video=0)])
+        assert film.streams.video[0].average_rate == 10
+    assert frames.shape == wanted[0].shape
+    assert np.abs(frames - wanted[0]).mean() < 5  # compressed
+
+
+def test_odd_sizes_and_wrong_paths_of_files(tmp_path):
+    av = pytest.importorskip("av")
+    frames = [Image.new("RGB", (5, 7), (200, 30, 90))] * 3
+    (path,) = save_clips([frames], tmp_path / "odd.mp4", kind="mp4")
+    with av.open(str(path)) as film:
+        (stream,) = film.streams.video
+        assert (stream.width, stream.height, stream.frames) == (6, 8, 3)
+    (path,) = save_clips([frames], None, kind="gif")
+    assert path.is_file() and path.suffix == ".gif"
+    with pytest.raises(ValueError, match=r"output_path='.*odd.mp4' must end in .gif"):
+        save_clips([frames], tmp_path / "odd.mp4", kind="gif")
+    with pytest.raises(ValueError, match="kind='webm' must be one of"):
+        save_clips([frames], None, kind="webm")
