@@ -4,7 +4,7 @@ Functions here take queries `[B, T, H, W, heads, d]` and keys of the same grid, 
 rollout continues. Causal means causal in time and frame by frame: tokens of one frame see each other.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ class Pattern:
 
 
 def _per_axis(layer: object, name: str, value: Any) -> tuple[int, ...]:
-    values = (value,) * 3 if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * 3
     if len(values) != 3 or not all(type(x) is int and x >= 1 for x in values):
         raise ValueError(
             f"attention={layer!r}: {name}={value!r} must be one integer from 1 on, or one for each of t, h, w"

@@ -1,0 +1,195 @@
+"""Every kind of attention of VideoDiT against its definition: all logits, a mask, a softmax, in float64."""
+
+import pytest
+import torch
+from foveal.zoo.video.attention import VideoAttention
+from foveal.zoo.video.pattern import Pattern
+from foveal.zoo.video.positions import default_axes, grid_positions, rotary_embedding
+from torch.nn import functional as F
+from video_helpers import draw, inputs, make, visible
+
+HEADS, SIZE = 2, 12
+DIM = HEADS * SIZE
+LAYERS = [
+    {"type": "dense"},
+    {"type": "spatial"},
+    {"type": "temporal"},
+    {"type": "window", "window": (3, 3, 3)},
+    {"type": "window", "window": (2, 4, 3), "stride": (2, 2, 1)},
+    {"type": "window", "window": (2, 2, 3), "dilation": (2, 2, 1)},
+    {"type": "window", "window": (4, 2, 3), "stride": (2, 1, 3), "dilation": (2, 1, 1)},
+    {"type": "window", "window": (9, 9, 9), "stride": (7, 1, 1), "dilation": (3, 3, 1)},
+]
+GRIDS = [(5, 4, 6), (1, 5, 4), (3, 2, 1)]
+
+
+def name(value: object) -> str:
+    if isinstance(value, dict):
+        return "-".join(str(x).replace(", ", "") for x in value.values())
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def module(pattern: Pattern | None, **options) -> VideoAttention:
+    torch.manual_seed(0)
+    layer = VideoAttention(DIM, heads=HEADS, head_dim=SIZE, pattern=pattern, **options).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def turn(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """RoPE as multiplication of complex numbers; x `[B, S, heads, d]`."""
+    angles = []
+    for axis, channels in enumerate(default_axes(SIZE)):
+        angles += [positions[:, axis].double() / 10000.0 ** (2 * i / channels) for i in range(channels // 2)]
+    angle = torch.stack(angles, dim=-1)[:, None]  # [S, 1, d / 2]
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+
+
+def heads(x: torch.Tensor, linear: torch.nn.Linear, norm: torch.nn.RMSNorm | None) -> torch.Tensor:
+    x = F.linear(x, linear.weight, linear.bias).unflatten(-1, (HEADS, SIZE))
+    return x if norm is None else x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+
+
+def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) / SIZE**0.5
+    weights = logits.masked_fill(~keep, float("-inf")).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
+
+
+@pytest.mark.parametrize("text", [None, "seen", "masked"])
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("grid", GRIDS, ids=name)
+@pytest.mark.parametrize("layer", LAYERS, ids=name)
+def test_equals_the_definition(layer, grid, causal, text):
+    layer = layer | {"causal": causal}
+    attention = module(Pattern.from_config(layer), text="none" if text is None else "full")
+    tokens, words = grid[0] * grid[1] * grid[2], 0 if text is None else 3
+    positions = grid_positions(grid)
+    x, prompt = draw(2, tokens, DIM), draw(2, words, DIM, seed=1) if words else None
+    count = torch.ones(2, words, dtype=torch.bool)
+    if text == "masked":
+        count = torch.tensor([[True, False, True], [False] * 3])
+    rope = rotary_embedding(positions, axes=default_axes(SIZE), theta=10000.0, dtype=torch.float64)
+    out, out_text = attention(x, prompt, count if text == "masked" else None, rope, grid)
+
+    q, k = (
+        turn(heads(x, linear, norm), positions)
+        for linear, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k))
+    )
+    v = heads(x, attention.to_v, None)
+    see = visible(layer, grid)[None, None].expand(2, 1, -1, -1)
+    if prompt is None:
+        assert out_text is None
+        expected = softmax_attention(q, k, v, see)
+    else:
+        text_q = heads(prompt, attention.add_q_proj, attention.norm_added_q)
+        text_k = heads(prompt, attention.add_k_proj, attention.norm_added_k)
+        text_v = heads(prompt, attention.add_v_proj, None)
+        k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)
+        keep_text = count[:, None, None].expand(2, 1, tokens, words)
+        expected = softmax_attention(q, k, v, torch.cat([keep_text, see], dim=-1))
+        keep = torch.cat([count, torch.full((2, tokens), not causal)], dim=-1)[:, None, None]
+        of_text = softmax_attention(text_q, k, v, keep)
+        if causal and text == "masked":  # nothing to attend to: what comes out is finite and seen by nobody
+            assert out_text[1].isfinite().all()
+            of_text, out_text = of_text[:1], out_text[:1]
+        torch.testing.assert_close(out_text, attention.to_add_out(of_text), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(out, attention.to_out[0](expected), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_cross_attention_equals_the_definition(masked):
+    attention = module(None)
+    x, prompt = draw(2, 7, DIM), draw(2, 3, DIM, seed=1)
+    count = torch.tensor([[True, False, True], [False, False, True]]) if masked else torch.ones(2, 3, dtype=torch.bool)
+    out, _ = attention(x, prompt, count if masked else None)
+    q, k = heads(x, attention.to_q, attention.norm_q), heads(prompt, attention.to_k, attention.norm_k)
+    expected = softmax_attention(q, k, heads(prompt, attention.to_v, None), count[:, None, None])
+    torch.testing.assert_close(out, attention.to_out[0](expected), rtol=1e-10, atol=1e-10)
+
+
+def test_gate_multiplies_every_head():
+    plain, gated = module(Pattern()), module(Pattern(), gated=True)
+    gated.load_state_dict(plain.state_dict() | {k: v for k, v in gated.state_dict().items() if "gate" in k})
+    plain.to_out[0] = gated.to_out[0] = torch.nn.Identity()
+    grid, x = (2, 2, 3), draw(1, 12, DIM)
+    rope = rotary_embedding(grid_positions(grid), axes=default_axes(SIZE), theta=10000.0, dtype=torch.float64)
+    gate = 2 / (1 + torch.exp(-F.linear(x, gated.to_gate_logits.weight, gated.to_gate_logits.bias)))
+    expected = plain(x, rotary_emb=rope, grid=grid)[0] * gate.repeat_interleave(SIZE, dim=-1)
+    torch.testing.assert_close(gated(x, rotary_emb=rope, grid=grid)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"text": "full"}, {"pattern": None}], ids=["self", "joint", "cross"])
+def test_fused_projections_change_nothing(options):
+    attention = module(**({"pattern": Pattern()} | options))
+    grid, x = (2, 2, 3), draw(1, 12, DIM)
+    prompt = None if not options else draw(1, 3, DIM, seed=1)
+    rope = rotary_embedding(grid_positions(grid), axes=default_axes(SIZE), theta=10000.0, dtype=torch.float64)
+    before = attention(x, prompt, None, rope, grid)
+    attention.fuse_projections()
+    attention.to_k = None  # the fused weights are the ones in use
+    for a, b in zip(before, attention(x, prompt, None, rope, grid), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("sliding", "must be one of"),
+        ({"window": 3}, "must be one of"),
+        ({"type": "window"}, "needs a window"),
+        ({"type": "dense", "window": 3}, "dense takes"),
+        ({"type": "window", "window": (3, 3)}, r"window=\(3, 3\)"),
+        ({"type": "window", "window": 0}, "window=0"),
+        ({"type": "window", "window": 3, "stride": 4}, r"stride=\(4, 4, 4\)"),
+        ({"type": "window", "window": 3, "dilation": 1.5}, "dilation=1.5"),
+        ({"type": "dense", "causal": 1}, "causal=1"),
+    ],
+)
+def test_wrong_layers_are_named(layer, message):
+    with pytest.raises(ValueError, match=message):
+        Pattern.from_config(layer)
+
+
+def test_rope_splits_heads_as_documented():
+    assert default_axes(64) == (24, 20, 20)
+    assert default_axes(32) == (12, 10, 10)
+    assert [sum(default_axes(n)) for n in range(2, 130, 2)] == list(range(2, 130, 2))
+
+
+@pytest.mark.parametrize("attention", ["dense", {"type": "window", "window": 3}, "temporal"], ids=name)
+def test_only_differences_of_positions_count(attention):
+    model = make(attention=[attention])
+    given = inputs(model)
+    positions = grid_positions((3, 3, 4))
+    out = model(**given).sample
+    moved = model(**given, positions=positions + torch.tensor([11, -4, 0.5])).sample
+    torch.testing.assert_close(moved, out, rtol=1e-9, atol=1e-10)
+    stretched = model(**given, positions=positions * 2).sample
+    assert not torch.allclose(stretched, out, rtol=1e-3)
+
+
+def test_every_video_can_have_positions_of_its_own():
+    model = make()
+    given = inputs(model)
+    positions = torch.stack([grid_positions((3, 3, 4)), grid_positions((3, 3, 4)) * 3])
+    both = model(**given, positions=positions).sample
+    for i in range(2):
+        one = {k: v[i : i + 1] for k, v in given.items()}
+        torch.testing.assert_close(both[i : i + 1], model(**one, positions=positions[i]).sample, rtol=1e-9, atol=1e-10)
+
+
+def test_dense_attention_knows_tokens_by_position_alone():
+    model = make(patch_size=(1, 1, 1))
+    given = inputs(model, size=(3, 2, 2))
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+
+    def shuffled(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(2)[..., order].unflatten(2, (3, 2, 2))
+
+    expected = shuffled(model(**given).sample)
+    given["hidden_states"] = shuffled(given["hidden_states"])
+    positions = grid_positions((3, 2, 2))[order]
+    torch.testing.assert_close(model(**given, positions=positions).sample, expected, rtol=1e-9, atol=1e-10)
