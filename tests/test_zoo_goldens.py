@@ -13,7 +13,7 @@ import torch
 from golden_weights import image_a, image_b, load_synthetic
 
 GOLDENS = Path(__file__).with_name("goldens")
-FAMILIES = ("natten", "litv2", "biformer")  # goldens/*_outputs.json, goldens/*_keys.json.xz and models of these names
+FAMILIES = ("natten", "litv2", "biformer", "agent")  # goldens/FAMILY_{outputs.json,keys.json.xz}, models FAMILY_*
 NOISE, KEYS = {}, {}
 for family in FAMILIES:
     NOISE |= json.loads((GOLDENS / f"{family}_outputs.json").read_text())
@@ -25,17 +25,29 @@ RECORDED = {  # recording: our model, stages whose outputs were recorded after t
     "litv2_s": ("litv2_s", (0, 1, 2, 3)),
     "biformer_tiny": ("biformer_t", (0, 1, 2, 3)),
     "biformer_stl_nchw": ("biformer_stl_nchw", (0, 1, 2, 3)),
+    "agent_deit_tiny": ("agent_deit_t", (2, 5, 8, 11)),
+    "agent_pvt_tiny": ("agent_pvt_t", (0, 1, 2, 3)),
+    "agent_swin_tiny": ("agent_swin_t", (0, 1, 2, 3)),
+    "agent_cswin_tiny": ("agent_cswin_t", (0, 1, 2, 3)),
 }
 HARD = ("biformer_tiny", "biformer_stl_nchw")  # choose regions: rounding flips close choices, so float64 only
+
+
+def slow(recording: str, run: str, dtype: str) -> bool:
+    """What runs on request only: weak weights, and a second dtype of what takes long."""
+    natten, agent = recording.startswith(("dinat", "nat")), recording.startswith("agent")
+    return (not natten and run.endswith("v1")) or (agent and dtype == "fp64")
+
+
 RUNS = [
     pytest.param(recording, run, dtype, id=f"{recording}-{run}-{name}",
-                 marks=[pytest.mark.slow] if run.endswith("v1") and not recording.startswith(("dinat", "nat")) else [])
+                 marks=[pytest.mark.slow] if slow(recording, run, name) else [])
     for recording in RECORDED
     for run in NOISE[recording]
     for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64))
     if name == "fp64" or recording not in HARD
 ]  # fmt: skip
-SIZES = {"mini": "m", "tiny": "t", "small": "s", "base": "b", "large": "l"}
+SIZES = {"mini": "m", "tiny": "t", "small": "s", "medium": "m", "base": "b", "large": "l"}
 NAMES = {
     "dinat_large_21k": "natten_dinat_l",
     "dinat_large_21k_11x11": "natten_dinat_l_11x11_384",
@@ -52,6 +64,9 @@ def our_name(official: str) -> str:
         return re.sub(r"_alpha(\d)\.(\d)", r".ziplab_alpha\1\2_in1k", official)
     if official.startswith("biformer"):
         return "_".join(SIZES.get(part, part) for part in official.split("_"))
+    if official.startswith("agent"):
+        family, backbone, size, *pixels = official.split("_")
+        return "_".join([family, backbone, f"{SIZES[size]}.leap_in1k", *pixels])
     name = official.replace("dinat_s_", "dinats_") if official.removeprefix("dinat_s_") in SIZES else official
     name = name.replace("dinat_s_large_384", "dinats_large_384").replace("_isotropic", "_iso")
     return "natten_" + "_".join(SIZES.get(part, part) for part in name.split("_"))
@@ -65,9 +80,12 @@ def test_outputs_are_the_official_ones(recording, run, dtype):
     x = (image_a if image == "a" else image_b)(shape).to(dtype)
     model = load_synthetic(timm.create_model(name).to(dtype), scheme)
     stem = []
-    model.patch_embed.register_forward_hook(lambda module, args, out: stem.append(out))
+    first = model.get_submodule(model.pretrained_cfg["first_conv"].split(".")[0])
+    first.register_forward_hook(lambda module, args, out: stem.append(out))
+    tokens = {"output_fmt": "NLC", "return_prefix_tokens": True}  # class tokens are part of what was recorded
+    layout = tokens if model.output_fmt == "NLC" else {"output_fmt": "NHWC"}
     with torch.inference_mode():
-        features, maps = model.forward_intermediates(x, indices=list(indices), output_fmt="NHWC")
+        features, maps = model.forward_intermediates(x, indices=list(indices), **layout)
         logits = model.forward_head(features)
         pre_logits = model.forward_head(features, pre_logits=True)
 
@@ -77,9 +95,10 @@ def test_outputs_are_the_official_ones(recording, run, dtype):
     assert np.abs(logits.numpy() - recorded[prefix + "logits"]).max() <= 20 * noise
     if run == "a_v1":
         assert np.abs(pre_logits.numpy() - recorded["pre_logits"]).max() <= 20 * stage_noise
+    maps = [torch.cat(tap[::-1], dim=1) if isinstance(tap, tuple) else tap for tap in maps]
     for i, tap in enumerate([stem[0], *maps]):
         shape = [n for n in recorded[prefix + "stage_shape"][i].tolist() if n]  # [B, H, W, C], or [B, H * W, C]
-        assert list((tap if len(shape) == 4 else tap.flatten(1, 2)).shape) == shape
+        assert list((tap if len(shape) == tap.dim() else tap.flatten(1, 2)).shape) == shape
         assert np.abs(tap.flatten()[:64].numpy() - recorded[prefix + "stage_first64"][i]).max() <= 20 * stage_noise
         moments = [tap.double().mean(), tap.double().std(correction=0)]
         assert np.abs(np.array(moments) - recorded[prefix + "stage_stat"][i]).max() <= 20 * stage_noise
@@ -89,10 +108,12 @@ def test_outputs_are_the_official_ones(recording, run, dtype):
 def test_names_and_shapes_are_the_official_ones(official):
     model = timm.create_model(our_name(official), device="meta")
     ours = {key: list(value.shape) for key, value in model.state_dict().items()}
-    theirs = {key: shape for key, shape in KEYS[official].items() if not key.endswith("relative_position_index")}
+    buffers = ("relative_position_index", "attn_mask")
+    theirs = {key: shape for key, shape in KEYS[official].items() if not key.endswith(buffers)}
     assert ours == theirs
 
 
 def test_every_official_variant_is_ours():
     covered = {our_name(official).split(".")[0] for official in KEYS}
-    assert covered == set(timm.list_models([f"{family}_*" for family in FAMILIES])) - {"natten_dinat_pico"}
+    ours = set(timm.list_models([f"{family}_*" for family in FAMILIES]))
+    assert covered == {name for name in ours if not name.endswith("_pico")}
