@@ -146,7 +146,11 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
 
 
 def run(
-    case: Case, inputs: Inputs, impl: str, operator: Callable = block_sparse_attention_lse, mask: BlockMask | None = None
+    case: Case,
+    inputs: Inputs,
+    impl: str,
+    operator: Callable = block_sparse_attention_lse,
+    mask: BlockMask | None = None,
 ) -> dict[str, Tensor]:
     """Forward and backward of the public operator (or of `operator`, e.g. compiled): out, lse and every gradient."""
     mask = make_mask(case, inputs["query"].device) if mask is None else mask

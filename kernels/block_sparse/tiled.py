@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from math import prod
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ LOGIT_BYTES = 1 << 20  # of one dense attention; what a chunk works on should st
 CHUNK_BYTES = 1 << 20, 4 << 20  # the least and the most
 PART_BYTES = 1 << 20  # laid out box by box at a time,
 PART_RATIO = 1 / 8  # or this much of query, key and value if that is more
-COMPILED_CHUNKS = 8  # in a compiled graph, where the number of chunks must not depend on the number of tokens
+COMPILED_PARTS = 8  # at most, of heads: in a compiled graph nothing may depend on the number of tokens
 
 
 def attend(
@@ -67,8 +68,11 @@ def _tracing() -> bool:
 def _parts(x: _Operands) -> list[tuple[slice, slice]]:
     """Batch entries and key heads that are laid out box by box at a time."""
     batch, key_heads = x.key.shape[0], x.key.shape[-2]
-    if _tracing() or not batch:
-        return [(slice(0, batch), slice(0, key_heads))]
+    if _tracing():
+        parts = min(index(key_heads), COMPILED_PARTS)
+        return [(slice(None), slice(key_heads * i // parts, key_heads * (i + 1) // parts)) for i in range(parts)]
+    if not batch:
+        return [(slice(None), slice(0, key_heads))]
     total = (x.query.numel() + 2 * x.key.numel()) * x.query.itemsize
     most = max(1, int(max(PART_BYTES, PART_RATIO * total) / total * batch * key_heads))  # pairs of entry and head
     entries, heads = max(1, most // key_heads), min(most, key_heads)
@@ -213,8 +217,6 @@ def _clear(x: Tensor, exists: Tensor | None, count: int, group: int) -> Tensor:
 
 def _splits(plan: _Plan, most: int, copies: int) -> int:
     """Into how many chunks units are split, of which `copies` of keys and logits are held at a time."""
-    if _tracing():
-        return COMPILED_CHUNKS
     (units, rows, d), size = plan.query.shape, plan.key.element_size()
     keys = most * plan.key.shape[1] + (0 if plan.extra_key is None else plan.extra_key.shape[1])
     unit = copies * size * keys * (d + _rows_at_a_time(rows, keys))
@@ -240,9 +242,9 @@ def _chunks(plan: _Plan, kv_num: Tensor, kv_idx: Tensor, bias: Tensor | None, co
     full = look and bias is None and plan.key_exists is None and bool(listed.all())
     number = torch.where(listed, idx, 0).long()
     where = torch.where(listed, head[:, None] * key_boxes + number, plan.key.shape[0] - 1)
-    splits = _splits(plan, most, copies)
+    splits = 1 if _tracing() else _splits(plan, most, copies)
     for i in range(splits):
-        part = slice(units * i // splits, units * (i + 1) // splits)
+        part = slice(units * i // splits, units * (i + 1) // splits) if splits > 1 else slice(None)
         longest = int(num[part].max()) if look and not full and units else most
         added = None
         if not full:
@@ -264,8 +266,6 @@ def _added(plan: _Plan, listed: Tensor, number: Tensor, bias: Tensor | None) -> 
 
 def _rows_at_a_time(rows: int, keys: int) -> int:
     """Queries of a unit whose logits are held at a time: parts as even as can be."""
-    if _tracing() or not rows:
-        return rows
     parts = math.ceil(rows * max(keys, 1) * 4 / LOGIT_BYTES)
     return max(min(rows, 64), math.ceil(rows / parts))
 
@@ -277,6 +277,13 @@ def _take(x: Tensor, extra: Tensor | None, chunk: _Chunk) -> Tensor:
     if extra is not None:
         taken = torch.cat([taken, extra.index_select(0, chunk.heads)], 1)
     return taken.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _row_slices(rows: int, keys: int) -> list[slice]:
+    if _tracing():
+        return [slice(None)]
+    step = _rows_at_a_time(rows, keys)
+    return [slice(first, first + step) for first in range(0, rows, step)]
 
 
 def _logits(q: Tensor, k: Tensor, added: Tensor | None) -> Tensor:
@@ -301,9 +308,8 @@ def _forward(plan: _Plan, kv_num, kv_idx, bias, scale: float) -> tuple[Tensor, T
         if k.shape[1] == 0:
             out[chunk.units], lse[chunk.units] = 0, -math.inf
             continue
-        step = _rows_at_a_time(plan.query.shape[1], k.shape[1])
-        for first in range(0, plan.query.shape[1], step) if not _tracing() else (0,):
-            rows = (chunk.units, slice(first, first + step))
+        for part in _row_slices(plan.query.shape[1], k.shape[1]):
+            rows = (chunk.units, part)
             logits = _logits(plan.query[rows].to(accumulate) * (scale * LOG2_E), k, chunk.added)
             highest = logits.amax(-1, keepdim=True)
             if chunk.added is not None:
@@ -332,9 +338,8 @@ def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, gr
     for chunk in _chunks(plan, kv_num, kv_idx, bias, 4):
         k, v = _take(plan.key, plan.extra_key, chunk), _take(plan.value, plan.extra_value, chunk)
         sums = torch.zeros_like(k), torch.zeros_like(v)
-        step = _rows_at_a_time(plan.query.shape[1], k.shape[1])
-        for first in range(0, plan.query.shape[1], step) if not _tracing() else (0,):
-            rows = (chunk.units, slice(first, first + step))
+        for part in _row_slices(plan.query.shape[1], k.shape[1]):
+            rows = (chunk.units, part)
             q = plan.query[rows].to(accumulate) * (scale * LOG2_E)
             grad = grad_out[rows].to(accumulate)
             weights = _logits(q, k, chunk.added).sub_(base[rows][..., None]).exp2_()

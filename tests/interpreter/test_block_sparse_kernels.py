@@ -1,0 +1,161 @@
+"""The Triton kernels of block-sparse attention, run by Triton's interpreter on the CPU."""
+
+from dataclasses import replace
+from itertools import islice
+from math import prod
+from random import Random
+
+import pytest
+import torch
+from block_sparse_matrix import TENSORS, Case, cases, check, make_inputs, make_mask, run
+from foveal.kernels.block_sparse import configs
+from foveal.kernels.block_sparse.configs import Size
+from foveal.kernels.block_sparse.mask import box_of_token
+from foveal.kernels.ops import block_sparse_attention, block_sparse_attention_lse, routing_attention2d
+from torch.utils.flop_counter import FlopCounterMode
+
+CASES = 160
+CHUNK = 40
+SIZES = [Size(rows, columns, 4, 1) for rows, columns in ((16, 16), (32, 16), (16, 32), (32, 32), (64, 32), (64, 64))]
+
+
+def affordable(case: Case) -> bool:
+    """The interpreter takes about ten milliseconds a program: few boxes."""
+    return case.batch * case.heads * (case.query_boxes + case.key_boxes) <= 40 and prod(case.shape) <= 100
+
+
+def affordable_cases(seed: int) -> list[Case]:
+    return list(islice(filter(affordable, cases(10**6, seed)), CASES))
+
+
+def forced(case: Case) -> dict:
+    """A launch that this case alone would not take: any tile size, 64-bit offsets."""
+    random = Random(case.seed)
+    return dict(size=random.choice(SIZES), wide=random.random() < 0.3)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, CHUNK))
+def test_random_cases_match_the_reference(first):
+    for case in affordable_cases(seed=1)[first : first + CHUNK]:
+        with configs.override(**forced(case)):
+            check(case, torch.float32, "triton")
+
+
+def test_half_precision_keeps_the_error_rule():
+    for case in affordable_cases(seed=2)[:12]:
+        check(case, torch.float16, "triton")
+
+
+FULL = Case(
+    shape=(7, 10),
+    key_shape=(5, 9),
+    query_block=(4, 5),
+    key_block=(3, 5),
+    most=3,
+    bias=True,
+    kv_len=True,
+    heads=2,
+    key_heads=1,
+    extra=3,
+)
+
+
+def test_pinned_tiles_are_right():
+    """The launches that users get: no override; boxes of a whole tile, and long ones."""
+    whole = Case(shape=(16, 16), key_shape=(16, 16), query_block=(8, 8), key_block=(8, 8), most=3, heads=1, key_heads=1)
+    long = Case(shape=(150,), key_shape=(150,), query_block=(75,), key_block=(50,), most=2, heads=1, key_heads=1)
+    for case in (FULL, whole, long, replace(whole, bias=True, kv_len=True, q_len=True)):
+        check(case, torch.float32, "triton")
+
+
+def test_gradients_are_the_same_bits_every_time():
+    inputs = make_inputs(FULL, torch.float32)
+    first, second = run(FULL, inputs, "triton"), run(FULL, inputs, "triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_empty_lists():
+    inputs = make_inputs(replace(FULL, extra=0), torch.float32)
+    mask = make_mask(FULL)._replace(kv_num=torch.zeros(1, 1, FULL.query_boxes, dtype=torch.int32))
+    out, lse = block_sparse_attention_lse(**inputs, mask=mask, impl="triton")
+    assert (out == 0).all() and (lse == float("-inf")).all()
+    inputs = [inputs[n] for n in TENSORS[:3]]
+    assert all(
+        (g == 0).all() for g in torch.autograd.grad((out, lse), inputs, (out.detach() + 1, lse.detach() * 0 + 1))
+    )
+
+
+def test_what_is_not_listed_is_not_read():
+    """NaN outside the listed boxes, past the ends of ragged boxes and in queries that do not exist reaches nothing."""
+    case = replace(FULL, q_len=True)
+    mask, inputs = make_mask(case), make_inputs(case, torch.float32)
+    mask = mask._replace(kv_num=mask.kv_num.clamp(max=1), kv_idx=mask.kv_idx.clamp(min=0) % 2)
+    clean = run(case, inputs, "triton", mask=mask)
+    poisoned = {n: x.detach().clone() for n, x in inputs.items()}
+    box, place = box_of_token(case.key_shape, case.key_block, torch.device("cpu"))
+    dead = ((box >= 2) | (place >= mask.kv_len[box])).view(case.key_shape)
+    box, place = box_of_token(case.shape, case.query_block, torch.device("cpu"))
+    absent = (place >= mask.q_len[box]).view(case.shape)
+    assert dead.any() and absent.any()
+    poisoned["key"][:, dead] = poisoned["value"][:, dead] = poisoned["query"][:, absent] = float("nan")
+    dirty = run(case, {n: x.requires_grad_() for n, x in poisoned.items()}, "triton", mask=mask)
+    assert all(torch.equal(clean[name], dirty[name]) for name in clean)
+
+
+def library_arguments(case: Case, dtype=torch.float32, requires_grad: bool = True) -> tuple:
+    inputs, mask = make_inputs(case, dtype), make_mask(case)
+    tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
+    lists = (mask.kv_num, mask.kv_idx, mask.bias, mask.q_len, mask.kv_len, *(mask.inverse or (None, None)))
+    return *tensors, *lists, list(case.query_block), list(case.key_block), 0.5
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("case", [FULL, replace(FULL, inverse=True, extra=0, bias=False, layout="fused")])
+def test_opcheck(case, requires_grad):
+    arguments = library_arguments(case, requires_grad=requires_grad)
+    torch.library.opcheck(torch.ops.foveal.block_sparse_forward, arguments, atol=1e-4, rtol=1e-4)
+
+
+def test_opcheck_of_the_backward():
+    query, key, value, *rest = library_arguments(FULL, requires_grad=False)
+    out, lse = torch.ops.foveal.block_sparse_forward(query, key, value, *rest)
+    arguments = (query, key, value, out, lse, torch.randn_like(out), torch.randn_like(lse), *rest)
+    torch.library.opcheck(
+        torch.ops.foveal.block_sparse_backward,
+        arguments,
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_compiled_and_exported_as_one_operator():
+    torch._dynamo.reset()
+    query, key, value = torch.randn(3, 1, 14, 14, 2, 8)
+    compiled = torch.compile(routing_attention2d, fullgraph=True, backend="aot_eager")
+    found = compiled(query, key, value, topk=3, impl="triton")
+    torch.testing.assert_close(found, routing_attention2d(query, key, value, topk=3, impl="reference"))
+
+    class Model(torch.nn.Module):
+        def forward(self, query, key, value):
+            return routing_attention2d(query, key, value, topk=3, impl="triton")
+
+    program = torch.export.export(Model(), (query, key, value))
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "foveal.block_sparse_forward.default" in targets
+
+
+def test_flops_are_counted_as_if_lists_were_full():
+    case = replace(FULL, key_heads=2)
+    inputs = make_inputs(case, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        out = block_sparse_attention(**inputs, mask=make_mask(case), impl="triton")
+        out.sum().backward()
+    pairs = 2 * 4 * 20 * (3 * 15 + 3)  # heads, query boxes, their tokens, listed and extra keys
+    assert counter.get_total_flops() == (4 + 10) * 8 * pairs
+
+
+def test_second_derivatives_are_refused():
+    query, key, value = (x.requires_grad_() for x in torch.randn(3, 1, 14, 14, 1, 8))
+    out = routing_attention2d(query, key, value, topk=2, impl="triton")
+    with pytest.raises(RuntimeError, match=r"double backward|differentiate"):
+        (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+        torch.autograd.grad(gradient.sum(), query)
