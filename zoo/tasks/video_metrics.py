@@ -182,7 +182,6 @@ class FrechetVideoDistance(FrechetInceptionDistance):
     ):
         super().__init__(_Frozen(extractor, num_features), reset_real_features=reset_real_features, normalize=True)
         self.name, self.size = f"fvd[{name}]", ""
-        self.set_dtype(torch.float64)
 
     def update(self, clips: Tensor, real: bool) -> None:
         """Adds clips `[N, C, T, H, W]`."""
