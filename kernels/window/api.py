@@ -70,7 +70,7 @@ def _axes_of(query: Tensor, key: Tensor, value: Tensor, window, shift, halo) -> 
 
 
 def _check_bias(bias: Tensor, query: Tensor, axes: tuple[Axis, ...]) -> None:
-    expected = (query.shape[-2], prod(a.window for a in axes), prod(a.span for a in axes))
+    expected = (query.shape[-2], prod([a.window for a in axes]), prod([a.span for a in axes]))
     if tuple(bias.shape) != expected:
         raise ValueError(f"bias.shape={tuple(bias.shape)} must be [heads, window tokens, key tokens] = {expected}")
     if bias.device != query.device or not bias.dtype.is_floating_point:

@@ -26,18 +26,18 @@ def _boxes(x: Tensor, cuts: list[list[Cut]], axis: int = 0) -> list[Tensor]:
     if axis == len(cuts):
         return [x]
     dim = 1 + 2 * axis  # axes before this one are split in two already
-    lengths = [(count - 1) * step + size for count, _, size, step in cuts[axis]]
-    if sum(lengths) == x.shape[dim] and cuts[axis][0][2] <= cuts[axis][0][3]:
-        parts = x.split(lengths, dim)  # the gradient of a split is one concatenation
-    else:
-        parts = [x.narrow(dim, cut[1], length) for cut, length in zip(cuts[axis], lengths, strict=True)]
     found = []
-    for part, (count, _, size, step) in zip(parts, cuts[axis], strict=True):
-        if count == 1 or size == step:
-            split = part.unflatten(dim, (count, size))
-        else:
-            split = part.unfold(dim, size, step).movedim(-1, dim + 1)
-        found += _boxes(split, cuts, axis + 1)
+    if all(size <= step for _, _, size, step in cuts[axis]):  # stretches follow one another: no halo
+        ends = [first for _, first, _, _ in cuts[axis][1:]] + [x.shape[dim]]
+        lengths = [end - first for end, (_, first, _, _) in zip(ends, cuts[axis], strict=True)]
+        for part, (count, _, size, _) in zip(x.split(lengths, dim), cuts[axis], strict=True):  # its gradient: one cat
+            single = isinstance(count, int) and count == 1
+            split = part.unsqueeze(dim) if single else part.unflatten(dim, (-1, size))
+            found += _boxes(split, cuts, axis + 1)
+        return found
+    for count, first, size, step in cuts[axis]:
+        part = x.narrow(dim, first, (count - 1) * step + size)
+        found += _boxes(part.unfold(dim, size, step).movedim(-1, dim + 1), cuts, axis + 1)
     return found
 
 
