@@ -131,7 +131,7 @@ class AgentPVT(NumberedBackbone):
     def _embed(self, index: int, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to the map that stage `index` takes, positions included."""
         x = self.get_submodule(f"patch_embed{index + 1}")(x)
-        return add_positions(x, self.get_parameter(f"pos_embed{index + 1}"), self._native_grids[index])
+        return add_positions(x, getattr(self, f"pos_embed{index + 1}"), self._native_grids[index])
 
     def patch_embed(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Images `[B, in_chans, H, W]` to the map that the first stage takes."""
