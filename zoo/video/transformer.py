@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
@@ -163,6 +164,15 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
     def is_causal(self) -> bool:
         """Whether no frame sees a later one, so that a rollout with a `KVCache` is possible."""
         return all(pattern.causal or not pattern.remembers for pattern in self.patterns)
+
+    def enable_cache(self, config: Any) -> None:
+        """Switch on one of diffusers' caches across steps; see `diffusers.CacheMixin.enable_cache`."""
+        TransformerBlockRegistry.register(VideoDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+        TransformerBlockRegistry.register(
+            JointVideoDiTBlock,
+            TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
+        )
+        super().enable_cache(config)
 
     @apply_lora_scale("attention_kwargs")
     def forward(

@@ -1,0 +1,246 @@
+"""VideoDiT keeps diffusers' conventions: what their model tests ask of a transformer."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.training_utils import EMAModel
+from foveal.zoo.video import KVCache, VideoDiT
+from foveal.zoo.video.attention import VideoAttnProcessor
+from foveal.zoo.video.blocks import JointVideoDiTBlock, VideoDiTBlock
+from torch._dynamo.testing import CompileCounter
+from video_helpers import CONDITIONS, inputs, make
+
+LAYERS = ["dense", {"type": "window", "window": [2, 3, 3], "causal": True}, "spatial", "temporal"]
+every_condition = pytest.mark.parametrize("conditioning", CONDITIONS)
+
+
+def call(model: VideoDiT, **options) -> torch.Tensor:
+    given = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs(model, **options).items()}
+    return model(**given).sample
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@every_condition
+def test_saves_loads_and_rebuilds_from_config(conditioning, tmp_path):
+    model = make(attention=LAYERS, num_layers=4, **CONDITIONS[conditioning])
+    model.save_pretrained(tmp_path)
+    loaded = VideoDiT.from_pretrained(tmp_path, torch_dtype=torch.float64)
+    assert not loaded.training
+    torch.testing.assert_close(call(loaded), call(model), rtol=1e-12, atol=1e-12)  # sums depend on alignment
+    rebuilt = VideoDiT.from_config(VideoDiT.load_config(tmp_path)).double().eval()
+    rebuilt.load_state_dict(model.state_dict())
+    torch.testing.assert_close(call(rebuilt), call(model), rtol=1e-12, atol=1e-12)
+    assert json.loads((tmp_path / "config.json").read_text())["attention"] == LAYERS
+
+
+def test_saves_shards_and_variants_and_loads_in_half(tmp_path):
+    model = make().float()
+    model.save_pretrained(tmp_path, max_shard_size="20KB", variant="fp16")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert all(".fp16" in path.name for path in shards)
+    assert torch.equal(call(VideoDiT.from_pretrained(tmp_path, variant="fp16")), call(model))
+    half = VideoDiT.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert call(half).dtype == torch.bfloat16
+    torch.testing.assert_close(call(half).float(), call(model), rtol=0.1, atol=0.1 * call(model).std().item())
+    with pytest.raises(OSError, match="no file named"):
+        VideoDiT.from_pretrained(tmp_path)
+
+
+def test_returns_the_same_twice_and_as_a_tuple():
+    model = make(attention=LAYERS, num_layers=4)
+    assert torch.equal(call(model), call(model))
+    assert torch.equal(model(**inputs(model), return_dict=False)[0], call(model))
+
+
+@every_condition
+def test_gradient_checkpointing_changes_no_gradient(conditioning):
+    model = make(attention=LAYERS, num_layers=4, **CONDITIONS[conditioning]).train()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        runs = []
+        handle = model.blocks[1].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        call(model).square().mean().backward()
+        handle.remove()
+        found.append(([p.grad.clone() for p in model.parameters()], len(runs)))
+    (plain, once), (again, twice) = found
+    assert (once, twice) == (1, 2)
+    torch.testing.assert_close(again, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_layerwise_casting_keeps_norms_and_embeddings():
+    model = make(**CONDITIONS["class"]).float()
+    expected = call(model)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert model.blocks[0].attn1.to_q.weight.dtype == torch.float8_e4m3fn
+    kept = ("patch_embed", "time_embed", "class_embed", "modulation", "norm_q")
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in kept):
+            assert parameter.dtype == torch.float32, name
+    out = call(model)
+    assert out.isfinite().all()
+    assert (out - expected).norm() < 0.5 * expected.norm()
+
+
+@every_condition
+def test_a_training_step_lowers_the_loss_and_ema_follows(conditioning):
+    model = VideoDiT(
+        in_channels=2, num_layers=2, num_attention_heads=2, attention_head_dim=12, **CONDITIONS[conditioning]
+    )
+    ema = EMAModel(model.parameters(), decay=0.5)
+    given = {k: v.float() if v.is_floating_point() else v for k, v in inputs(model).items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = (model(**given).sample - given["hidden_states"].flip(0)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.step(model.parameters())
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    averaged = copy.deepcopy(model)
+    ema.copy_to(averaged.parameters())
+    assert not torch.equal(averaged.proj_out.weight, model.proj_out.weight)
+
+
+class Halved(VideoAttnProcessor):
+    """A processor of a user's: half of what attention gives, times what the caller says."""
+
+    def __call__(self, *args, strength: float = 1.0, **options):
+        out, text = super().__call__(*args, **options)
+        return out * 0.5 * strength, text
+
+
+@every_condition
+def test_attention_processors_can_be_replaced(conditioning):
+    model = make(**CONDITIONS[conditioning])
+    name = "attn" if conditioning == "joint" else "attn1"
+    assert f"blocks.0.{name}.processor" in model.attn_processors
+    out = call(model)
+    model.set_attn_processor(Halved())
+    assert not torch.allclose(call(model), out, rtol=1e-3)
+    twice = model(**inputs(model), attention_kwargs={"strength": 2.0}).sample
+    torch.testing.assert_close(twice, out, rtol=1e-10, atol=1e-10)
+    model.set_attn_processor(dict.fromkeys(model.attn_processors, VideoAttnProcessor()))
+    assert torch.equal(call(model), out)
+
+
+def test_dense_layers_take_the_attention_backend_of_diffusers():
+    model = make(attention=["dense", {"type": "dense", "causal": True}, "spatial"], num_layers=3).float()
+    out = call(model)
+    model.set_attention_backend("_native_math")
+    assert all(p._attention_backend == "_native_math" for p in model.attn_processors.values())
+    torch.testing.assert_close(call(model), out, rtol=1e-4, atol=1e-4)
+    try:
+        model.set_attention_backend("_native_cudnn")  # cannot do float32 on CPU: proof that the backend is asked
+        with pytest.raises(RuntimeError, match="No viable backend"):
+            call(model)
+    finally:
+        model.set_attention_backend("native")  # of the process, too
+
+
+@every_condition
+def test_fused_projections_give_the_same(conditioning):
+    model = make(**CONDITIONS[conditioning])
+    out = call(model)
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(call(model), out, rtol=1e-10, atol=1e-10)
+    model.unfuse_qkv_projections()
+    assert torch.equal(call(model), out)
+
+
+@every_condition
+def test_first_block_cache_skips_the_other_blocks(conditioning):
+    model = make(num_layers=3, **CONDITIONS[conditioning])
+    out = call(model)
+    model.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    runs = []
+    model.blocks[2].mlp.register_forward_hook(lambda *_: runs.append(1))
+    with torch.no_grad(), model.cache_context("cond"):
+        torch.testing.assert_close(call(model), out, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(call(model), out, rtol=1e-8, atol=1e-8)
+    assert len(runs) == 1
+    model.disable_cache()
+    assert torch.equal(call(model), out)
+
+
+def test_pyramid_attention_broadcast_finds_the_layers():
+    model = make(**CONDITIONS["cross"])
+    out, runs = call(model), []
+    model.blocks[1].attn1.to_out[0].register_forward_hook(lambda *_: runs.append(1))
+    options = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (-1, 1001)}
+    model.enable_cache(PyramidAttentionBroadcastConfig(**options, current_timestep_callback=lambda: 500))
+    with torch.no_grad(), model.cache_context("cond"):
+        torch.testing.assert_close(call(model), out, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(call(model), out, rtol=1e-10, atol=1e-10)
+    assert len(runs) == 1
+
+
+@every_condition
+def test_compiles_into_one_graph(conditioning):
+    model = make(attention=LAYERS, num_layers=4, gated_attention=True, **CONDITIONS[conditioning])
+    given = inputs(model)
+    if model.config.text_dim:
+        given["encoder_attention_mask"] = torch.tensor([[True] * 4, [True, False, True, False]])
+    expected = model(**given).sample
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**given).sample, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_another_resolution_compiles_once_more_at_most():
+    model = make(attention=["dense", {"type": "window", "window": [2, 2, 3]}, "spatial"], num_layers=3)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for size in ((3, 6, 8), (3, 10, 12), (3, 14, 10), (3, 16, 22)):
+        given = inputs(model, size=size)
+        torch.testing.assert_close(compiled(**given).sample, model(**given).sample, rtol=1e-9, atol=1e-10)
+    assert counter.frame_count <= 2
+
+
+def test_repeated_blocks_compile_by_themselves():
+    for conditioning, block in (("class", VideoDiTBlock), ("joint", JointVideoDiTBlock)):
+        torch._dynamo.reset()
+        model = make(attention=["dense", {"type": "window", "window": 3}], num_layers=6, **CONDITIONS[conditioning])
+        expected, counter = call(model), CompileCounter()
+        model.compile_repeated_blocks(fullgraph=True, backend=counter)
+        torch.testing.assert_close(call(model), expected, rtol=1e-9, atol=1e-10)
+        assert all(type(x) is block for x in model.blocks)
+        assert counter.frame_count <= 3  # one a pattern, and the last joint block
+
+
+def test_rollout_needs_no_gradient_and_moves_no_parameters():
+    model = make(attention=[{"type": "dense", "causal": True}]).train()
+    cache = KVCache()
+    call_with = inputs(model) | {"kv_cache": cache}
+    model(**call_with)
+    assert not cache.layer(0).key.requires_grad
+
+
+def test_lora_layers_come_and_go():
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    model = make(**CONDITIONS["cross"])
+    out = call(model)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_out.0"], init_lora_weights=False))
+    tuned = call(model)
+    assert not torch.allclose(tuned, out, rtol=1e-3)
+    off = model(**inputs(model), attention_kwargs={"scale": 0.0}).sample
+    torch.testing.assert_close(off, out, rtol=1e-10, atol=1e-10)
+    model.disable_adapters()
+    torch.testing.assert_close(call(model), out, rtol=1e-10, atol=1e-10)
+    model.delete_adapters("default")
+    torch.testing.assert_close(call(model), out, rtol=1e-10, atol=1e-10)
