@@ -265,6 +265,7 @@ BROKEN = {
     "height=6 must be a multiple of 4": {"height": 6},
     "num_frames=0 must be n frames": {"num_frames": 0},
     "output_type='jpg'": {"output_type": "jpg"},
+    "output_path='a.gif' must end in .mp4": {"output_type": "mp4", "output_path": "a.gif"},
     "class_labels must be given": {"class_labels": None},
     r"class_labels=\[11\] must be integers of 0..10": {"class_labels": 11},
     "prompt needs a model of texts": {"prompt": "rain"},

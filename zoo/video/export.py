@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,9 @@ def save_mp4(frames: list[Image.Image], path: str | Path, *, fps: int = 8) -> Pa
     """Frames of equal size to H.264 in MP4, as browsers show it.
 
     An odd last row or column is repeated, since the format stores colours at half resolution.
-
-    Raises:
-        ImportError: PyAV is not installed.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("MP4 files need PyAV: pip install av; output_type='gif' works without") from error
+    import av
+
     pixels = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])  # [T, H, W, 3]
     height, width = pixels.shape[1:3]
     pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -39,6 +35,21 @@ def save_mp4(frames: list[Image.Image], path: str | Path, *, fps: int = 8) -> Pa
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return Path(path)
+
+
+def check_path(path: str | Path | None, kind: str) -> None:
+    """Whether files of a kind can be written to a path.
+
+    Raises:
+        ValueError: a kind other than "gif" and "mp4", or a path with another suffix.
+        ImportError: films need PyAV and it is not installed.
+    """
+    if kind not in SUFFIXES:
+        raise ValueError(f"kind={kind!r} must be one of {SUFFIXES}")
+    if path is not None and Path(path).suffix not in ("", f".{kind}"):
+        raise ValueError(f"output_path={str(path)!r} must end in .{kind}")
+    if kind == "mp4" and find_spec("av") is None:
+        raise ImportError("MP4 files need PyAV: pip install 'foveal[video]'; output_type='gif' works without")
 
 
 def save_clips(clips: list[list[Image.Image]], path: str | Path | None, *, kind: str, fps: int = 8) -> list[Path]:
@@ -55,15 +66,10 @@ def save_clips(clips: list[list[Image.Image]], path: str | Path | None, *, kind:
         The paths, in order.
 
     Raises:
-        ValueError: another kind, or a path with another suffix.
+        ValueError, ImportError: see `check_path`.
     """
-    if kind not in SUFFIXES:
-        raise ValueError(f"kind={kind!r} must be one of {SUFFIXES}")
-    if path is None:
-        path = Path(tempfile.mkdtemp(prefix="foveal-")) / f"clip.{kind}"
-    path = Path(path)
-    if path.suffix not in ("", f".{kind}"):
-        raise ValueError(f"output_path={str(path)!r} must end in .{kind}")
+    check_path(path, kind)
+    path = Path(tempfile.mkdtemp(prefix="foveal-")) / f"clip.{kind}" if path is None else Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     save = save_gif if kind == "gif" else save_mp4
     names = [path.stem] if len(clips) == 1 else [f"{path.stem}_{i}" for i in range(len(clips))]

@@ -21,15 +21,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
+from .checks import check_call
 from .conditions import prepare_conditions
 from .export import save_clips
-from .guidance import Heads, check_heads, guide, perturbed_heads
+from .guidance import Heads, guide, perturbed_heads
 from .kv_cache import KVCache
 from .segments import Segments, segmented
 from .transformer import VideoDiT
 from .vae import LatentSpace, decode, encode, latent_space
-
-OUTPUT_TYPES = ("np", "pt", "pil", "gif", "mp4", "latent")
 
 
 @dataclass
@@ -154,83 +153,6 @@ class VideoDiTPipeline(DiffusionPipeline):
             also = f" with a multiple of {patch} latent frames" if patch > 1 else ""
             raise ValueError(f"{name}={frames} must be {rule} frames{also}")
         return latents // patch
-
-    def check_inputs(
-        self,
-        *,
-        prompt: Any,
-        negative_prompt: Any,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        class_labels: Any,
-        image: Any,
-        video: Any,
-        height: int,
-        width: int,
-        num_frames: int,
-        segment_frames: Sequence[int] | None,
-        chunk_frames: int | None,
-        pag_scale: float,
-        pag_heads: Heads | None,
-        pag_strength: float,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-    ) -> None:
-        """Raises ValueError, naming the argument, unless the call fits the model and itself."""
-        conditioning, patch = self.transformer.config.conditioning, self.transformer.config.patch_size
-        for name, value, size in (("height", height, patch[1]), ("width", width, patch[2])):
-            multiple = self.latent_space.space * size
-            if value < 1 or value % multiple:
-                raise ValueError(f"{name}={value} must be a multiple of {multiple}")
-        frames = self.token_frames(num_frames, "num_frames")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r} must be one of {OUTPUT_TYPES}")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}, accepted are {self._callback_tensor_inputs}"
-            )
-
-        texts = conditioning in ("cross", "joint")
-        if (class_labels is not None) != (conditioning == "class"):
-            raise ValueError(
-                f"class_labels must be given for a model of classes, and only then; it has {conditioning!r}"
-            )
-        for name, value, embeds in (
-            ("prompt", prompt, prompt_embeds),
-            ("negative_prompt", negative_prompt, negative_prompt_embeds),
-        ):
-            if value is not None and embeds is not None:
-                raise ValueError(f"{name} and {name}_embeds must not be given both")
-            if not texts and (value is not None or embeds is not None):
-                raise ValueError(f"{name} needs a model of texts; conditioning={conditioning!r}")
-            if value is not None and not isinstance(value, str | list):
-                raise ValueError(f"{name} must be a string or a list of strings, got {type(value).__name__}")
-            if value is not None and self.text_encoder is None:
-                raise ValueError(f"{name} needs a text_encoder, which this pipeline lacks: give {name}_embeds")
-        if texts and prompt is None and prompt_embeds is None:
-            raise ValueError("prompt or prompt_embeds must be given")
-        if texts and self.do_classifier_free_guidance and self.text_encoder is None and negative_prompt_embeds is None:
-            raise ValueError(
-                f"guidance_scale={self._guidance_scale} needs negative_prompt_embeds, "
-                "or a text_encoder for the empty prompt"
-            )
-
-        if image is not None and video is not None:
-            raise ValueError("image and video must not be given both: image is the first frame, video several")
-        if segment_frames is not None:
-            if not texts or pag_scale or chunk_frames is not None:
-                raise ValueError("segment_frames needs a model of texts, and goes without pag_scale and chunk_frames")
-            if sum(segment_frames) != num_frames:
-                raise ValueError(f"segment_frames={list(segment_frames)} must add up to num_frames={num_frames}")
-        if chunk_frames is not None:
-            if not self.transformer.is_causal:
-                raise ValueError(f"chunk_frames={chunk_frames} needs a model whose layers are all causal in time")
-            if not 1 <= chunk_frames <= frames:
-                raise ValueError(f"chunk_frames={chunk_frames} must be in 1..{frames}, the frames of tokens")
-        if pag_scale and not pag_heads:
-            raise ValueError(f"pag_scale={pag_scale} needs pag_heads, layer -> heads")
-        check_heads(self.transformer, pag_heads or {}, pag_strength)
 
     def encode_prompt(
         self, prompt: str | Sequence[str], *, device: torch.device, max_sequence_length: int = 226
@@ -458,14 +380,15 @@ class VideoDiTPipeline(DiffusionPipeline):
             `VideoDiTPipelineOutput`, or a tuple of its frames.
 
         Raises:
-            ValueError: arguments that contradict the model or each other; see `check_inputs`.
+            ValueError: arguments that contradict the model or each other; see `checks.check_call`.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         num_frames, height, width = self.video_size(num_frames, height, width)
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
         self._interrupt, self._current_timestep = False, None
-        self.check_inputs(
+        check_call(
+            self,
             prompt=prompt,
             negative_prompt=negative_prompt,
             prompt_embeds=prompt_embeds,
@@ -482,6 +405,7 @@ class VideoDiTPipeline(DiffusionPipeline):
             pag_heads=pag_heads,
             pag_strength=pag_strength,
             output_type=output_type,
+            output_path=output_path,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         device = self._execution_device
