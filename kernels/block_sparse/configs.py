@@ -38,22 +38,22 @@ class Config(NamedTuple):
 
 # (device, kernel, element bytes) -> {head dim up to: size}
 SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
-    ("hopper", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(64, 32, 8, 2)},
-    ("hopper", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 8, 2), 256: Size(32, 32, 8, 1)},
+    ("hopper", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 8, 2), 256: Size(64, 32, 8, 2)},
+    ("hopper", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 8, 2), 256: Size(16, 32, 8, 1)},
     ("hopper", "key", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 8, 2), 256: Size(32, 32, 8, 1)},
-    ("hopper", "forward", 4): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("hopper", "forward", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("hopper", "query", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
     ("hopper", "key", 4): {64: Size(32, 16, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
     ("ampere", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 8, 2), 256: Size(64, 32, 8, 1)},
     ("ampere", "query", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 8, 1), 256: Size(32, 32, 8, 1)},
     ("ampere", "key", 2): {64: Size(64, 32, 8, 2), 128: Size(64, 32, 8, 1), 256: Size(32, 32, 8, 1)},
-    ("ampere", "forward", 4): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("ampere", "forward", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("ampere", "query", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("ampere", "key", 4): {64: Size(32, 16, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
     ("small", "forward", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 4, 1), 256: Size(32, 16, 8, 1)},
     ("small", "query", 2): {64: Size(32, 32, 4, 1), 128: Size(32, 16, 4, 1), 256: Size(16, 16, 4, 1)},
     ("small", "key", 2): {64: Size(64, 32, 4, 1), 128: Size(32, 32, 4, 1), 256: Size(16, 16, 4, 1)},
-    ("small", "forward", 4): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("small", "forward", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("small", "query", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("small", "key", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
 }
