@@ -101,7 +101,7 @@ def _select(x: _Operands, batch: slice, heads: slice) -> _Operands:
         t = t if t.shape[0] == 1 else t[batch]
         return t if t.shape[1] == 1 else t[:, heads.start * group : heads.stop * group]
 
-    return _Operands(*grids, *map(lists, x[5:8]), *x[8:])  # pyright: ignore[reportArgumentType]
+    return _Operands(*grids, *map(lists, x[5:8]), *x[8:])  # pyright: ignore[reportCallIssue]
 
 
 def _divides(shape: Sequence[int], block: Sequence[int]) -> bool:
@@ -324,7 +324,7 @@ def _forward(plan: _Plan, kv_num, kv_idx, bias, scale: float) -> tuple[Tensor, T
     return out, lse
 
 
-def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, grad_lse) -> tuple[Tensor | None, ...]:
+def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, grad_lse) -> list:
     """Gradients of query (units), key, value (boxes), extra key and extra value."""
     accumulate = lse.dtype
     grad_query = torch.empty_like(plan.query)
@@ -357,7 +357,7 @@ def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, gr
     for grad in grads[::2]:
         if grad is not None:
             grad.mul_(1 / LOG2_E)
-    return grad_query, *grads
+    return [grad_query, *grads]
 
 
 class _Attention(torch.autograd.Function):
@@ -400,7 +400,7 @@ class _Attention(torch.autograd.Function):
                 for t in (grad_out, lse[..., None], grad_lse[..., None])
             )
             found = _backward(plan, x.kv_num, x.kv_idx, x.bias, ctx.scale, grad, base[..., 0], sub[..., 0])
-            to = [None if g is None else _heads(g, *part, key_heads) for g in grads]
+            to: list = [None if g is None else _heads(g, *part, key_heads) for g in grads]
             _unbox(found[0], to[0], blocks[0], plan.group)
             for total, target in zip(found[1:3], to[1:3], strict=True):
                 _unbox(total[:-1], target, blocks[1], 1)
