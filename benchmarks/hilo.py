@@ -125,7 +125,9 @@ def main(
         if only not in case:
             continue
         x = torch.randn(images, side, side, DIM, device=where)
-        made = {name: partial(call, make, x) for name, make in providers.items()}
+        made: dict[str, Callable[[], Callable[[], object]]] = {
+            name: partial(call, make, x) for name, make in providers.items()
+        }
         measured = harness.measure(made, where, rounds, what=case)
         rows += [row | {"case": case, "mode": "forward"} for row in measured]
     print_table(rows)
