@@ -15,7 +15,6 @@ import pytest
 import timm
 import torch
 from foveal.zoo.table import our_models
-from timm.layers import get_channel_dim, get_spatial_dim
 from timm.models import (
     get_arch_pretrained_cfgs,
     get_model_input_config,
@@ -37,33 +36,48 @@ NARROW = {  # arguments by module of the zoo
     "nat_isotropic": ISOTROPIC,
     "litv2": {"embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4)},
     "biformer": {"embed_dim": 16, "depths": (2, 1, 2, 1), "head_dim": 8},
-}
+    "agent_deit": {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2, "agent_blocks": 2},
+    "agent_pvt": {"img_size": 64, "embed_dims": (16, 32, 48, 64), "depths": (2, 1, 1, 1), "num_heads": (1, 2, 3, 4)},
+    "agent_swin": {"img_size": 64, "embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4),
+                   "agent_blocks": (2, 1, 1, 0)},
+    "agent_cswin": {"img_size": 64, "embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4)},
+}  # fmt: skip
 TWO_STAGES = {"depths": (2, 1), "num_heads": (1, 2), "dilations": (2, 1)}
 SHALLOW = [
     pytest.param("natten_dinat_s", TWO_STAGES),
     pytest.param("natten_vitrpb_s", {"depth": 2}),
     pytest.param("litv2_s", {"depths": (1, 1), "num_heads": (2, 4), "windows": (2, 1)}),
     pytest.param("biformer_t", {"depths": (1, 1), "topks": (4, None)}),
+    pytest.param("agent_deit_s", {"depth": 2, "agent_blocks": 1}),
+    pytest.param("agent_cswin_t", {"depths": (1, 1), "num_heads": (2, 4), "num_agents": (9, None)}),
     pytest.param("biformer_stl_nchw", {"depths": (1, 1), "topks": (4, None)}, marks=pytest.mark.slow),
+    pytest.param(
+        "agent_swin_t",
+        {"depths": (1, 2), "num_heads": (1, 2), "num_agents": (9, 9), "agent_blocks": (1, 0), "window": 3},
+        marks=pytest.mark.slow,
+    ),
+    pytest.param("agent_pvt_t", {"depths": (1, 1, 1, 1)}, marks=pytest.mark.slow),
     pytest.param("natten_dinats_t", TWO_STAGES, marks=pytest.mark.slow),
     pytest.param("natten_dinat_iso_s", {"depth": 2}, marks=pytest.mark.slow),
 ]
 ONE_OF_EACH = ["natten_dinat_s", "natten_nat_b", "natten_dinats_t", "natten_dinat_iso_s", "natten_vitrpb_s",
-               "litv2_s", "biformer_t", "biformer_stl_nchw"]  # fmt: skip
-SAMPLED = [*ONE_OF_EACH, "natten_dinat_pico"]
+               "litv2_s", "biformer_t", "biformer_stl_nchw", "agent_deit_s", "agent_pvt_t", "agent_swin_t",
+               "agent_cswin_t"]  # fmt: skip
+PICO = ["natten_dinat_pico", "agent_swin_pico"]
+SAMPLED = [*ONE_OF_EACH, *PICO]
 EVERY = [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
 def create(name: str, **kwargs) -> torch.nn.Module:
     """The narrow version of a model; its weights follow a fixed seed."""
-    narrow = {} if name == "natten_dinat_pico" else NARROW[model_entrypoint(name).__module__.split(".")[-1]]
+    narrow = {} if name in PICO else NARROW[model_entrypoint(name).__module__.split(".")[-1]]
     torch.manual_seed(0)
     return timm.create_model(name, **(narrow | kwargs))
 
 
 def image(model: torch.nn.Module, side: int = 64, batch: int = 1) -> torch.Tensor:
-    cfg = model.pretrained_cfg
-    size = cfg["input_size"][1:] if cfg["fixed_input_size"] else (side, side)
+    fixed = "natten_vitrpb" in model.pretrained_cfg["architecture"]
+    size = model.pretrained_cfg["input_size"][1:] if fixed else (side, side)
     return torch.randn(batch, model.in_chans, *size, generator=torch.Generator().manual_seed(1))
 
 
@@ -76,7 +90,13 @@ def side_of(name: str, n: int, reduction: int) -> int:
 
 
 def flexible(names: list[str]) -> list[str]:
-    return [name for name in names if not timm.get_pretrained_cfg_value(name, "fixed_input_size")]
+    return [name for name in names if not name.startswith("natten_vitrpb")]
+
+
+def as_map(features: torch.Tensor) -> torch.Tensor:
+    """`[B, H, W, C]` of features, whose class token is dropped if they are the tokens of a square map."""
+    side = math.isqrt(features.shape[1])
+    return features[:, 1:].unflatten(1, (side, side)) if features.dim() == 3 else features
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -130,18 +150,18 @@ def test_heads_and_pooling(name):
     model = create(name).eval()
     x = image(model)
     features = model.forward_features(x)
-    rows, columns = get_spatial_dim(model.output_fmt)
-    reduction = model.feature_info[-1]["reduction"]
-    assert features.shape[get_channel_dim(model.output_fmt)] == model.num_features
-    assert features.shape[rows] == features.shape[columns] == math.ceil(x.shape[-1] / reduction)
+    side = math.ceil(x.shape[-1] / model.feature_info[-1]["reduction"])
+    assert model.output_fmt == ("NHWC" if features.dim() == 4 else "NLC")
+    assert as_map(features).shape == (1, side, side, model.num_features)
     pooled = model.forward_head(features, pre_logits=True)
     assert pooled.shape == (1, model.head_hidden_size)
     model.reset_classifier(0)
     assert model.num_classes == 0 and torch.equal(model(x), pooled)
     model.reset_classifier(0, "")
     assert torch.equal(model(x), features)
-    model.reset_classifier(7, "catavgmax")
-    assert model(x).shape == (1, 7) and model.head_hidden_size == 2 * model.num_features
+    pool, times = ("catavgmax", 2) if model.output_fmt == "NHWC" else ("avgmax", 1)
+    model.reset_classifier(7, pool)
+    assert model(x).shape == (1, 7) and model.head_hidden_size == times * model.num_features
     assert model.get_classifier().out_features == 7
     assert create(name, num_classes=0).eval()(x).shape == pooled.shape
     assert create(name, num_classes=0, global_pool="").eval()(x).shape == features.shape
@@ -154,7 +174,7 @@ def test_new_head_keeps_pooling_device_dtype_mode_and_frozen_trunk(name):
     model.reset_classifier(0)
     assert not any(p.requires_grad for p in model.parameters())
     model.reset_classifier(3)
-    assert model.global_pool.pool_type == "max"
+    assert getattr(model.global_pool, "pool_type", model.global_pool) == "max"
     assert {(p.device.type, p.dtype) for p in model.head.parameters()} == {("meta", torch.float64)}
     assert not any(module.training for module in model.modules())
 
@@ -171,9 +191,9 @@ def test_intermediates(name):
     nhwc = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
     assert all(torch.equal(a.permute(0, 2, 3, 1), b) for a, b in zip(maps, nhwc, strict=True))
     *_, last = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
-    torch.testing.assert_close(last.permute(0, 2, 3, 1), features)
-    with pytest.raises(ValueError, match="NLC"):
-        model.forward_intermediates(x, output_fmt="NLC")
+    torch.testing.assert_close(last.permute(0, 2, 3, 1), as_map(features))
+    with pytest.raises(ValueError, match="NCL"):
+        model.forward_intermediates(x, output_fmt="NCL")
 
 
 @pytest.mark.parametrize("name", SAMPLED)
@@ -209,7 +229,7 @@ def test_hooks_and_fx_extract_the_same_features(name):
                             for cls in ("getter", "hook", "fx"))  # fmt: skip
     x = image(getter)
     for a, b, c in zip(getter(x), hooks(x), graph(x), strict=True):
-        assert torch.equal(a.permute(0, 2, 3, 1), b) and torch.equal(b, c)
+        assert torch.equal(a.permute(0, 2, 3, 1), as_map(b)) and torch.equal(b, c)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -230,9 +250,9 @@ def test_fx_trace_computes_exactly_the_same(name):
 def test_any_size(name, size):
     model = create(name).eval()
     x = torch.randn(2, model.in_chans, *size)
-    features = model.forward_features(x)
+    (features,) = model.forward_intermediates(x, indices=1, intermediates_only=True)
     reduction = model.feature_info[-1]["reduction"]
-    assert list(features.shape[1:3]) == [side_of(name, n, reduction) for n in size]
+    assert list(features.shape[2:]) == [side_of(name, n, reduction) for n in size]
     assert model(x).isfinite().all()
     torch.testing.assert_close(model(x[1:]), model(x)[1:], rtol=1e-4, atol=1e-5)
 
@@ -256,7 +276,8 @@ def test_parameter_groups(name):
     model = create(name)
     names = {n for n, _ in model.named_parameters()}
     tables = model.no_weight_decay()
-    assert tables == {n for n in names if n.endswith(".rpb")} and bool(tables) == name.startswith("natten_")
+    positions = {n for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith((".weight", ".bias"))}
+    assert tables == positions and bool(tables) == name.startswith(("natten_", "agent_"))
     stem = model.pretrained_cfg["first_conv"] + ".weight"
     for coarse in (False, True):
         groups = group_parameters(model, model.group_matcher(coarse), reverse=True)
@@ -318,7 +339,7 @@ def test_materialises_from_the_meta_device(name):
         assert torch.isclose(spread, wanted, rtol=0.5, atol=0.02), key
 
 
-@pytest.mark.parametrize("name", ["natten_dinat_s", "litv2_s", "biformer_t"])
+@pytest.mark.parametrize("name", ["natten_dinat_s", "litv2_s", "biformer_t", "agent_deit_s", "agent_cswin_t"])
 def test_bfloat16_stays_bfloat16(name):
     model = create(name, dtype=torch.bfloat16).eval()
     assert model(image(model).bfloat16()).dtype == torch.bfloat16
@@ -355,8 +376,8 @@ def test_drop_path_grows_to_its_rate():
 def test_registration_is_quiet_light_and_takes_no_name_of_timm():
     code = (
         "import sys, timm; names, modules = set(timm.list_models()), set(timm.list_modules()); import foveal.zoo;"
-        "ours = set(timm.list_models()) - names; assert len(ours) >= 31, ours;"
-        "assert set(timm.list_modules()) - modules >= {'biformer', 'dinat', 'dinat_s', 'litv2', 'nat_isotropic'};"
+        "ours = set(timm.list_models()) - names; assert len(ours) >= 45, ours;"
+        "assert set(timm.list_modules()) - modules >= {'agent_deit', 'biformer', 'dinat', 'litv2'};"
         "from timm.models import model_entrypoint as e;"
         "assert all(e(n).__module__.startswith('foveal.zoo.') for n in ours);"
         "assert not any(e(n).__module__.startswith('foveal') for n in names);"
