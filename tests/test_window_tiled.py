@@ -147,11 +147,8 @@ def test_compile(case):
     check(case, torch.float32, "tiled", operator=compiled(False)[0])
 
 
-@pytest.mark.parametrize(
-    "shapes",
-    [((16,), (24,), (44,)), pytest.param(((16, 24), (20, 33), (32, 18)), marks=pytest.mark.slow)],
-    ids=["1d", "2d"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shapes", [((16,), (24,), (44,)), ((16, 24), (20, 33), (32, 18))], ids=["1d", "2d"])
 def test_compile_dynamic_does_not_recompile(shapes):
     """Sizes of one kind: the window divides them."""
     torch._dynamo.reset()

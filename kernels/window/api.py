@@ -179,4 +179,4 @@ def relative_bias(table: Tensor, *, window: Sequence[int], halo: PerAxis[int] = 
         )
     for axis, (w, h) in enumerate(zip(window, halos, strict=True), 1):
         table = table.unfold(axis, w + 2 * h, 1)  # from the last query of the axis to the first
-    return table.flip(*range(1, 1 + len(window))).flatten(1 + len(window)).flatten(1, -2)
+    return table.flip(tuple(range(1, 1 + len(window)))).flatten(1 + len(window)).flatten(1, -2)

@@ -44,11 +44,10 @@ def window_kernel(
     PACK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DBIAS: tl.constexpr,
 ):
-    """All gradients of windows of at most `QUERIES` = `KEYS` tokens without a halo.
+    """All gradients of windows of at most `QUERIES` = `KEYS` tokens without a halo, and delta.
 
     A program takes `chunk` packs of one key head. With `DBIAS` (and one query head a key head) it leaves the sum of its
-    dS in `partial_ptr`, `[chunks, PACK, heads, T, T]`; a bias without it gets delta for `bias_kernel`. delta has the
-    strides of lse, dQ those of out.
+    dS in `partial_ptr`, `[chunks, PACK, heads, T, T]`. delta has the strides of lse, dQ those of out.
     """
     T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     counts = windows(lengths, WINDOW)
@@ -79,8 +78,7 @@ def window_kernel(
             lse2 = tl.load(view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
             dlse = view(dlse_ptr, dlse_strides, batch, head) + offset(where, dlse_strides, WIDE)
             delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - tl.load(dlse, mask=keep, other=0.0)
-            if BIAS and not DBIAS:
-                tl.store(view(delta_ptr, lse_strides, batch, head) + at, delta, mask=keep)
+            tl.store(view(delta_ptr, lse_strides, batch, head) + at, delta, mask=keep)
             if BIAS and GROUP > 1:
                 bias = tl.load(bias_pointers(bias_ptr, head, row, column, WINDOW, NONE), mask=exists, other=0.0)
             pt = probabilities(k, q, see, bias, lse2, scale, BIAS, PRECISION)

@@ -58,9 +58,7 @@ def tile(
     """Slot, place, existence and region of the rows of a tile."""
     SPAN: tl.constexpr = (WINDOW[0] + 2 * HALO[0], WINDOW[1] + 2 * HALO[1], WINDOW[2] + 2 * HALO[2])
     i = tl.arange(0, PACK * SIZE)
-    window, slot = first_window, first_slot + i
-    if PACK > 1:
-        window, slot = first_window + i // SIZE, first_slot + i % SIZE
+    window, slot = first_window + i // SIZE, first_slot + i % SIZE
     counts = windows(n, WINDOW)
     position, keep, region = place(split(window, counts), split(slot, SPAN), n, WINDOW, SHIFT, HALO, MARGIN)
     keep &= (slot < SPAN[0] * SPAN[1] * SPAN[2]) & (window < counts[0] * counts[1] * counts[2])
