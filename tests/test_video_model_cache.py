@@ -100,3 +100,6 @@ def test_errors_say_why():
     model(**inputs(model, batch=1), kv_cache=cache)
     with pytest.raises(ValueError, match="kv_cache holds frames of"):
         model(**inputs(model, batch=2), kv_cache=cache)
+    model.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="kv_cache cannot append"):
+        model(**inputs(model, batch=1), kv_cache=cache)

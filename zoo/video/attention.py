@@ -82,6 +82,7 @@ class VideoAttention(nn.Module, AttentionModuleMixin):
         eps: of the RMS norms of queries and keys.
     """
 
+    processor: Any
     _default_processor_cls = VideoAttnProcessor
     _available_processors = (VideoAttnProcessor,)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .kv_cache import KVCache
@@ -60,6 +61,8 @@ def check_inputs(
         )
     if kv_cache is not None and not model.is_causal:
         raise ValueError(f"kv_cache needs causal layers; attention={config.attention} has others")
+    if kv_cache is not None and kv_cache.append and model.gradient_checkpointing and torch.is_grad_enabled():
+        raise ValueError("kv_cache cannot append under gradient checkpointing, which calls every layer twice")
     _check_conditions(config, batch, encoder_hidden_states, class_labels, encoder_attention_mask)
 
 

@@ -197,6 +197,7 @@ def _pad_frames(x: Tensor, before: int, after: int) -> Tensor:
 
 def _masked_text(query: Tensor, text: Text) -> tuple[Tensor, Tensor]:
     """Attention `[B, T, H, W, heads, d]` to the words that count and its log-sum-exp, tiny where none does."""
+    assert text.mask is not None
     accumulate = torch.promote_types(query.dtype, torch.float32)
     q, k = query.to(accumulate) * query.shape[-1] ** -0.5, text.key.to(accumulate)
     logits = torch.einsum("bthwnd,blnd->bthwnl", q, k)

@@ -102,7 +102,7 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         self.patch_embed = nn.Linear(in_channels * prod(patch_size), dim)
         self.time_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, dim)
-        self.class_embed = nn.Embedding(num_classes + 1, dim) if conditioning == "class" else None
+        self.class_embed = None if num_classes is None else nn.Embedding(num_classes + 1, dim)
         self.text_embed = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh") if text_dim else None
         self.modulation_proj = nn.Linear(dim, 6 * dim) if modulation == "adaln_single" else None
 
@@ -231,12 +231,12 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
             positions, axes=self.rope_axes, theta=self.config.rope_theta, dtype=wide(tokens.dtype)
         )
         embedding = self.embed_time(timestep, tokens.dtype)  # [B, M, dim], M = 1, frames or tokens
-        if self.class_embed is not None:
+        if self.class_embed is not None and class_labels is not None:
             embedding = embedding + self.class_embed(class_labels)[:, None]
         if self.config.modulation == "td_ln":
             tokens = (tokens.unflatten(1, (embedding.shape[1], -1)) + embedding[:, :, None]).flatten(1, 2)
         conditioning = self.condition(timestep, embedding)
-        if self.text_embed is not None:
+        if self.text_embed is not None and encoder_hidden_states is not None:
             encoder_hidden_states = self.text_embed(encoder_hidden_states.to(dtype))  # [B, L, dim]
 
         # layers
@@ -264,6 +264,7 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
     def run(self, block: nn.Module, *args: Any) -> Any:
         """Call a block, under gradient checkpointing when that is on."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
+            assert self._gradient_checkpointing_func is not None
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)
 
