@@ -145,6 +145,16 @@ def test_an_image_fills_the_first_patch():
         pipe(class_labels=1, num_inference_steps=1, video=image[:, None])
 
 
+def test_given_frames_are_brought_to_size():
+    pipe = tiny_pipe("class")
+    call = {"class_labels": 1, "num_inference_steps": 1, "height": 12, "width": 20, "output_type": "pt"}
+    image = torch.rand(1, 1, 12, 20, generator=seeded(2))
+    torch.testing.assert_close(pipe(**call, image=image).frames[:, 0], image)
+    torch.testing.assert_close(pipe(**call, video=image[:, None]).frames[:, 0], image)
+    grey = pipe(**call, image=Image.new("L", (33, 47), 51)).frames[:, 0]
+    torch.testing.assert_close(grey, torch.full((1, 1, 12, 20), 0.2))
+
+
 def test_each_video_may_have_an_image_of_its_own():
     pipe = tiny_pipe("class")
     images = torch.rand(2, 1, 8, 8, generator=seeded(2))

@@ -88,7 +88,8 @@ class VideoDiTPipeline(DiffusionPipeline):
             pixel_std=None if pixel_std is None else list(pixel_std),
             sample_size=None if sample_size is None else list(sample_size),
         )
-        self.video_processor = VideoProcessor(do_resize=True, do_normalize=False, resample="bilinear")
+        # sizes are checked against model and VAE, so the processor need not round them
+        self.video_processor = VideoProcessor(vae_scale_factor=1, do_normalize=False, resample="bilinear")
 
     @property
     def latent_space(self) -> LatentSpace:
