@@ -207,7 +207,7 @@ def test_compiles_into_one_graph():
 @pytest.mark.slow
 @every_condition
 def test_compiles_into_one_graph_under_every_condition(conditioning):
-    check_one_graph(conditioning, LAYERS, "inductor")
+    check_one_graph(conditioning, LAYERS, "aot_eager")
 
 
 def test_another_resolution_compiles_once_more_at_most():
