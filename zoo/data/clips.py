@@ -78,21 +78,22 @@ def read_clip(path: Path, *, times: np.ndarray) -> Tensor:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             zero, base = stream.start_time or 0, float(stream.time_base or 0)
-            half = 0.5 / float(stream.average_rate or stream.guessed_rate)  # of a frame: clocks are rounded
+            duration = 1 / float(stream.average_rate or stream.guessed_rate)
+            slack = 0.1 * duration  # clocks are rounded
             if times[0] > 1:
-                container.seek(zero + int((times[0] - half) / base), stream=stream)  # the key frame before
+                container.seek(zero + int((times[0] - slack) / base), stream=stream)  # the key frame before
             before = None
             for frame in container.decode(stream):
                 if frame.pts is None:
                     continue
                 now = (frame.pts - zero) * base
-                while before is not None and len(shown) < len(times) and times[len(shown)] + half < now:
+                while before is not None and len(shown) < len(times) and times[len(shown)] + slack < now:
                     shown.append(before.to_ndarray(format="rgb24"))
                 before = frame
                 last = now
                 if len(shown) == len(times):
                     break
-            while before is not None and len(shown) < len(times) and times[len(shown)] <= last + 3 * half:
+            while before is not None and len(shown) < len(times) and times[len(shown)] < last + duration + slack:
                 shown.append(before.to_ndarray(format="rgb24"))
     except (av.error.FFmpegError, OSError, IndexError) as error:
         raise UnreadableVideo(f"{path} cannot be decoded: {error}") from error

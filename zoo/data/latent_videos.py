@@ -17,32 +17,44 @@ from .video import Item, VideoData
 DESCRIPTION = "latents.json"
 
 
-def read_entries(root: Path) -> dict[str, dict[str, Any]]:
-    """Every clip of a cache by key: its shard, split, label, caption and shape. Half-written shards do not count."""
-    entries: dict[str, dict[str, Any]] = {}
+def read_keys(root: Path) -> dict[str, str]:
+    """Every tensor of a cache and the shard it is in. Half-written shards have another suffix and do not count."""
+    keys = {}
     for shard in sorted(root.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
-            for key, entry in json.loads(file.metadata()["entries"]).items():
-                entries[key] = {**entry, "shard": shard.name}
-    return entries
+            keys |= dict.fromkeys(file.keys(), shard.name)
+    return keys
 
 
 class LatentClips(Dataset):
-    """Latents of a cache, opened when they are asked for."""
+    """Clips of a cache, read when they are asked for."""
 
-    def __init__(self, root: Path, entries: list[tuple[str, dict[str, Any]]]):
-        self.root, self.entries = root, entries
+    def __init__(self, root: Path, clips: list[dict[str, Any]], shards: dict[str, str]):
+        self.root, self.clips, self.shards = root, clips, shards
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.clips)
+
+    def tensor(self, name: str) -> Tensor:
+        with safe_open(self.root / self.shards[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Of the latents, `(C, T, H, W)`, from the shard's header."""
+        name = f"{self.clips[index]['key']}.latents"
+        with safe_open(self.root / self.shards[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
 
     def __getitem__(self, index: int) -> Item:
-        key, entry = self.entries[index]
-        with safe_open(self.root / entry["shard"], framework="pt") as file:
-            item = {"video": file.get_tensor(f"{key}.latents").float()}
-            if f"{key}.text" in file.keys():  # noqa: SIM118 - a file is no dict
-                item |= {name: file.get_tensor(f"{key}.{name}") for name in ("text", "text_mask")}
-        return {**item, "label": entry["label"], "caption": entry["caption"]}
+        clip = self.clips[index]
+        item = {
+            "video": self.tensor(f"{clip['key']}.latents").float(),
+            "label": clip["label"],
+            "caption": clip["caption"],
+        }
+        if clip["text"]:
+            item |= {name: self.tensor(f"{clip['text']}.{name}") for name in ("text", "text_mask")}
+        return item
 
 
 class VideoLatents(VideoData):
@@ -71,17 +83,20 @@ class VideoLatents(VideoData):
         if root is None:
             raise ValueError("data.root is not set: pass the folder that python -m foveal.zoo.data.latents wrote")
         if not (Path(root) / DESCRIPTION).is_file():
-            raise FileNotFoundError(f"data.root={root!r} is no cache of latents: it has no {DESCRIPTION}")
-        self.root, description = Path(root), json.loads((Path(root) / DESCRIPTION).read_text())
-        entries = read_entries(self.root)
-        by_split: dict[str, list[tuple[str, dict[str, Any]]]] = {split: [] for split in ("train", "val", "test")}
-        for key, entry in sorted(entries.items()):
-            by_split[entry["split"]].append((key, entry))
-        if not by_split["train"]:
+            raise FileNotFoundError(
+                f"data.root={root!r} is no cache of latents: it has no {DESCRIPTION}, which is written at the end"
+            )
+        description = json.loads((Path(root) / DESCRIPTION).read_text())
+        clips: dict[str, list[dict[str, Any]]] = {split: [] for split in ("train", "val", "test")}
+        for clip in description["clips"]:
+            clips[clip["split"]].append(clip)
+        if not clips["train"]:
             raise ValueError(f"data.root={root!r} holds no latents to train on")
-        by_split["val"] = by_split["val"] or by_split["test"] or by_split["train"][:1]
-        by_split["test"] = by_split["test"] or by_split["val"]
-        channels, frames, height, width = by_split["train"][0][1]["shape"]
+        clips["val"] = clips["val"] or clips["test"] or clips["train"][:1]
+        clips["test"] = clips["test"] or clips["val"]
+        shards = read_keys(Path(root))
+        self.parts = {split: LatentClips(Path(root), some, shards) for split, some in clips.items()}
+        channels, frames, height, width = self.parts["train"].shape(0)
         super().__init__(
             batch_size=batch_size,
             channels=channels,
@@ -96,7 +111,7 @@ class VideoLatents(VideoData):
             shuffle=shuffle,
             num_workers=num_workers,
         )
-        self.by_split, self.class_names = by_split, description["classes"]
+        self.class_names = description["classes"]
         self.vae_folder, self.pixel_size = vae or description["vae"], tuple(description["sample_size"])
         self._vae: Any = None
 
@@ -118,11 +133,10 @@ class VideoLatents(VideoData):
         return torch.cat([decode(self.vae, one).cpu() for one in whole.split(1)]).unflatten(0, videos.shape[:-4])
 
     def setup(self, stage: str | None = None) -> None:
-        if not self.datasets:
-            self.datasets = {split: LatentClips(self.root, entries) for split, entries in self.by_split.items()}
+        self.datasets = dict(self.parts)
 
     def _sampler(self, split: str, **options: Any) -> BucketSampler:
-        shapes = [tuple(entry["shape"]) for _, entry in self.by_split[split]]
+        shapes = [self.parts[split].shape(i) for i in range(len(self.parts[split]))]
         number = {shape: i for i, shape in enumerate(sorted(set(shapes)))}
         return BucketSampler([number[shape] for shape in shapes], **options)
 

@@ -4,7 +4,8 @@
 
 writes `OUT/*.safetensors` with the latents of every clip, each under a key that is the hash of the file's bytes, the
 autoencoder's configuration and weights, and how the clip was cut: what was encoded before, also by a run that was
-killed, is not encoded again. `data=latents data.root=OUT` trains on them.
+killed, is not encoded again. `OUT/latents.json`, written at the end, lists the clips with their classes and captions as
+the folder has them now. `data=latents data.root=OUT` trains on them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from safetensors.torch import save_file
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from .buckets import nearest_bucket
 from .clips import UnreadableVideo, cover, read_clip
-from .latent_videos import DESCRIPTION, load_vae, read_entries
+from .latent_videos import DESCRIPTION, load_vae, read_keys
 from .videofolder import Video, VideoFolder, read_embedding
 
 
@@ -34,13 +36,16 @@ def file_hash(path: Path) -> str:
 
 
 def vae_hash(folder: Path) -> str:
-    """sha256 of an autoencoder's configuration and weights."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    if not any(path.suffix == ".safetensors" for path in files):
+    """sha256 of an autoencoder's configuration and weights, wherever it lies."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         raise FileNotFoundError(
             f"--vae={str(folder)!r} holds no .safetensors: pass the folder of a diffusers autoencoder"
         )
-    return hashlib.sha256("".join(path.name + file_hash(path) for path in files).encode()).hexdigest()
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
+    parts = [json.dumps(config, sort_keys=True), *(file_hash(path) for path in files)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def clip_key(file: str, vae: str, transform: dict[str, Any]) -> str:
@@ -50,29 +55,31 @@ def clip_key(file: str, vae: str, transform: dict[str, Any]) -> str:
 
 
 class ShardWriter:
-    """Collects clips and writes `size` of them at a time; a shard appears whole, under its last name, or not at all."""
+    """Collects tensors of `size` clips and writes them; a shard appears whole, under its last name, or not at all."""
 
     def __init__(self, root: Path, *, size: int):
-        self.root, self.size = root, size
+        self.root, self.size, self.clips = root, size, 0
         self.tensors: dict[str, Tensor] = {}
-        self.entries: dict[str, dict[str, Any]] = {}
+        self.known = set(read_keys(root))
 
-    def add(self, key: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.entries[key] = entry
+    def add(self, key: str, tensors: dict[str, Tensor]) -> None:
         self.tensors |= {f"{key}.{name}": value.contiguous() for name, value in tensors.items()}
-        if len(self.entries) >= self.size:
+        self.known |= {f"{key}.{name}" for name in tensors}
+
+    def clip_done(self) -> None:
+        self.clips += 1
+        if self.clips >= self.size:
             self.flush()
 
     def flush(self) -> None:
-        if not self.entries:
-            return
-        name = hashlib.sha256("".join(sorted(self.entries)).encode()).hexdigest()[:16]
-        partial = self.root / f"{name}.partial"
-        save_file(self.tensors, partial, metadata={"entries": json.dumps(self.entries)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(self.root / f"{name}.safetensors")
-        self.tensors, self.entries = {}, {}
+        if self.tensors:
+            name = hashlib.sha256("".join(sorted(self.tensors)).encode()).hexdigest()[:16]
+            partial = self.root / f"{name}.partial"
+            save_file(self.tensors, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(self.root / f"{name}.safetensors")
+        self.tensors, self.clips = {}, 0
 
 
 def clip_starts(video: Video, *, frames: int, gap: float, clips: int) -> list[float]:
@@ -84,15 +91,15 @@ def clip_starts(video: Video, *, frames: int, gap: float, clips: int) -> list[fl
 
 
 def encode_folder(
-    data: VideoFolder, root: Path, *, vae: Any, vae_id: str, clips: int = 1, shard: int = 64
+    data: VideoFolder, root: Path, *, vae: Any, vae_folder: Path, clips: int = 1, shard: int = 64
 ) -> Iterator[str | None]:
-    """Encodes the clips of a folder that a cache does not hold yet.
+    """Encodes the clips of a folder that a cache does not hold yet, and lists all of the folder's.
 
     Args:
         data: the folder; its `options` say how clips are cut.
         root: of the cache.
         vae: an autoencoder of `zoo.video.vae`.
-        vae_id: hash of its configuration and weights.
+        vae_folder: where it was loaded from.
         clips: of each video, evenly spaced.
         shard: clips of a file.
 
@@ -102,28 +109,43 @@ def encode_folder(
     from ..video.vae import encode
 
     root.mkdir(parents=True, exist_ok=True)
-    done, writer, options = read_entries(root), ShardWriter(root, size=shard), data.options
+    identity, options, listed = vae_hash(vae_folder), data.options, []
+    writer = ShardWriter(root, size=shard)
     for video in data.readable():
         assert video.info is not None
         height, width = options["sizes"][nearest_bucket(video.info.height, video.info.width, options["sizes"])]
         gap = options["stride"] / (options["fps"] or video.info.fps)
+        item: dict[str, Any] = {"split": video.split, "label": video.label, "caption": video.caption, "text": None}
+        if video.embedding is not None:
+            item["text"] = clip_key(file_hash(video.embedding), "text", {"length": options["text_length"]})
+            if f"{item['text']}.text" not in writer.known:
+                writer.add(item["text"], read_embedding(video.embedding, length=options["text_length"]))
         file, failed = file_hash(video.path), None
         for start in clip_starts(video, frames=data.frames, gap=gap, clips=clips):
             times = [round(start + i * gap, 6) for i in range(data.frames)]
-            key = clip_key(file, vae_id, {"times": times, "height": height, "width": width})
-            if key in done:
-                continue
-            try:
-                pixels = cover(read_clip(video.path, times=torch.tensor(times).numpy()), height=height, width=width)
-            except UnreadableVideo as error:
-                failed = str(error)
-                break
-            latents = encode(vae, pixels[None])[0].to(torch.bfloat16).cpu()
-            text = {} if video.embedding is None else read_embedding(video.embedding, length=options["text_length"])
-            entry = {"split": video.split, "label": video.label, "caption": video.caption, "shape": list(latents.shape)}
-            writer.add(key, entry, {"latents": latents, **text})
+            key = clip_key(file, identity, {"times": times, "height": height, "width": width})
+            if f"{key}.latents" not in writer.known:
+                try:
+                    pixels = cover(read_clip(video.path, times=np.array(times)), height=height, width=width)
+                except UnreadableVideo as error:
+                    failed = str(error)
+                    break
+                writer.add(key, {"latents": encode(vae, pixels[None])[0].to(torch.bfloat16).cpu()})
+                writer.clip_done()
+            listed.append({"key": key, **item})
         yield failed
     writer.flush()
+    description = {
+        "vae": str(vae_folder.resolve()),
+        "vae_sha256": identity,
+        "classes": data.class_names,
+        "text_dim": data.text_dim,
+        "sample_size": [data.frames, *options["sizes"][0]],
+        "clips": listed,
+    }
+    partial = root / f"{DESCRIPTION}.partial"
+    partial.write_text(json.dumps(description, indent=1) + "\n")
+    partial.replace(root / DESCRIPTION)
 
 
 def main(
@@ -156,20 +178,12 @@ def main(
         text_length=text_length,
         num_workers=0,
     )
-    model, identity = load_vae(vae).to(device), vae_hash(vae)
-    description = {
-        "vae": str(vae.resolve()),
-        "vae_sha256": identity,
-        "classes": data.class_names,
-        "text_dim": data.text_dim,
-        "sample_size": [frames, *sizes[0]],
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-    work = encode_folder(data, out, vae=model, vae_id=identity, clips=clips, shard=shard)
+    model = load_vae(vae).to(device)
+    work = encode_folder(data, out, vae=model, vae_folder=vae, clips=clips, shard=shard)
     failed = [reason for reason in track(work, description="encoding", total=len(data.listed)) if reason]
     failed = data.skipped + failed
-    typer.echo(f"{len(read_entries(out))} clips in {out}; {len(failed)} videos left out")
+    count = len(json.loads((out / DESCRIPTION).read_text())["clips"])
+    typer.echo(f"{count} clips in {out}; {len(failed)} videos left out")
     for reason in failed:
         typer.echo(f"  {reason}")
 

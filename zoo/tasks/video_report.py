@@ -201,14 +201,14 @@ class VideoReport(MetricTable):
             "frechet of noise": distance(noise),
             "frechet is": f"in the judge's features, {self.judged} videos against {len(features)} held-out ones",
         }
-        classes = min(len(data.class_names), 10)
-        beside = torch.stack([real["video"][(real["label"] == label).nonzero()[0, 0]] for label in range(classes)])
+        first = {label: i for i, label in reversed(list(enumerate(real["label"].tolist())))}
+        shown = [label for label in sorted(first) if label < self.judged][:10]  # clip i was made for class i at first
         title = f"{100 * metrics['accuracy']:.0f} % of {self.judged} show their class; Fréchet {metrics['frechet']:.1f}"
         if task.global_rank == 0:
             plot_strips(
-                data.pixels(made[:classes]),
-                data.pixels(beside),
-                captions=captions[:classes],
+                data.pixels(made[shown]),
+                data.pixels(real["video"][[first[label] for label in shown]]),
+                captions=[captions[label] for label in shown],
                 title=title,
                 path=self.dirpath / "samples.png",
             )

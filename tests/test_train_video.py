@@ -1,0 +1,316 @@
+"""The video task: its loss, its conditions, resumption, and what a run leaves behind."""
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+import torch
+from foveal import train
+from foveal.zoo.data.loader import mix_seed
+from foveal.zoo.tasks.ema import ema_update
+from foveal.zoo.tasks.video import VALIDATION_TIMES, VideoDiffusionTask
+from foveal.zoo.video.flow import sample_time
+from foveal.zoo.video.pipeline import VideoDiTPipeline
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
+from test_train_resume import ROOT, finish, kill_at
+from train_helpers import QUIET, configure, differences
+
+TINY = (
+    "experiment=moving_digits",
+    "model.args={num_layers:1,num_attention_heads:1,attention_head_dim:16}",
+    "data.batch_size=8",
+    "data.epoch_length=48",
+    "data.val_length=12",
+    "data.test_length=20",
+    "task.scheduler.warmup_steps=2",
+    "callbacks.report.sample_every=0",
+    "callbacks.report.judge_steps=0",
+    "trainer.max_epochs=3",
+    "logger=none",
+)
+
+
+OFTEN = ("callbacks=video_steps", "callbacks.last_step.every_n_train_steps=3")
+
+
+def tiny(run_dir, *overrides: str):
+    return configure(run_dir, *TINY, *overrides, tiny=False)
+
+
+def fit(config, *callbacks: Callback, checkpoint=None):
+    trainer, task, data = train.build(config)
+    trainer.callbacks = [*callbacks, *trainer.callbacks]
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    return trainer, task, data
+
+
+def task_alone(*, conditioning="class", **options) -> VideoDiffusionTask:
+    """A tiny task outside a trainer, its zero-initialised output made random."""
+    args = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 16}
+    model = {"preset": "nano", "conditioning": conditioning, "args": args}
+    data = {"in_channels": 1, "num_classes": 10, "text_dim": 6}
+    task = VideoDiffusionTask(model=model, **data, optimizer={"opt": "adamw", "lr": 1e-3}, **options)
+    task.configure_model()
+    task.log = lambda *args, **kwargs: None
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in task.model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return task
+
+
+def a_batch(size: int = 6) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "video": torch.randn(size, 1, 6, 12, 12, generator=generator),
+        "label": torch.arange(size) % 10,
+        "text": torch.randn(size, 3, 6, generator=generator),
+        "text_mask": torch.tensor([[True, True, False]] * size),
+        "real": torch.ones(size, dtype=torch.bool),
+    }
+
+
+def test_training_loss_is_the_error_of_the_velocity():
+    task, batch = task_alone(shift=2.0, condition_dropout=0.5, seed=4), a_batch()
+    task.on_train_batch_start(batch, 3)
+    loss = task.training_step(batch, 3)
+    torch.manual_seed(mix_seed(4, 0, 0, 3))
+    t = sample_time((6,), shift=2.0)
+    labels = torch.where(torch.rand(6) < 0.5, 10, batch["label"])
+    noise, at = torch.randn_like(batch["video"]), t.view(-1, 1, 1, 1, 1)
+    assert 0 < (labels == 10).sum() < 6
+    x = (1 - at) * batch["video"] + at * noise
+    predicted = task.model(x, 1000 * t, class_labels=labels).sample
+    torch.testing.assert_close(loss, (predicted - (noise - batch["video"])).square().mean())
+    assert task.training_step(batch, 3) != loss  # other noise
+
+
+def test_steps_follow_from_seed_rank_and_batch():
+    task, batch = task_alone(), a_batch()
+    losses = []
+    for index in (0, 1, 0):
+        task.on_train_batch_start(batch, index)
+        losses.append(float(task.training_step(batch, index)))
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_conditions_are_dropped_at_their_rate():
+    batch = a_batch(4000)
+    torch.manual_seed(0)
+    labels = task_alone().condition(batch, dropout=0.1)["class_labels"]
+    dropped = labels == 10
+    assert 0.08 < dropped.float().mean() < 0.12
+    assert torch.equal(labels[~dropped], batch["label"][~dropped])
+    text = task_alone(conditioning="cross")
+    told = text.condition(batch, dropout=0.1)
+    dropped = (told["encoder_hidden_states"] == 0).all(dim=(1, 2))
+    assert 0.08 < dropped.float().mean() < 0.12
+    assert told["encoder_attention_mask"][dropped].all()  # zeros are seen, or attention would have nothing
+    assert torch.equal(told["encoder_attention_mask"][~dropped], batch["text_mask"][~dropped])
+    null = text.null_condition(told)
+    assert torch.equal(null["encoder_hidden_states"][dropped], told["encoder_hidden_states"][dropped])
+    assert task_alone(conditioning=None).condition(batch, dropout=0.5) == {}
+
+
+@pytest.mark.parametrize("conditioning", [None, "class", "cross", "joint"])
+def test_every_conditioning_trains(conditioning):
+    task, batch = task_alone(conditioning=conditioning), a_batch()
+    task.training_step(batch, 0).backward()
+    missing = [name for name, p in task.model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not missing
+
+
+def test_given_first_frames_are_clean_and_have_no_loss():
+    task, batch = task_alone(first_frame=1.0), a_batch()
+    t, weight = task.draw_time(batch["video"])
+    assert t.shape == weight.shape == (6, 3)  # patches of two frames
+    assert not t[:, 0].any() and not weight[:, 0].any() and (weight[:, 1:] == 1).all()
+    assert torch.equal(t[:, 1], t[:, 2]) and (t[:, 1] > 0).all()
+    t, weight = task_alone(first_frame=0.5).draw_time(a_batch(1000)["video"])
+    assert 0.45 < (weight[:, 0] == 0).float().mean() < 0.55
+    t, _ = task_alone(time_per="frame").draw_time(batch["video"])
+    assert t.shape == (6, 3) and t.unique().numel() == 18
+    task.training_step(batch, 0).backward()
+
+
+def test_validation_loss_is_at_fixed_times_and_leaves_padding_out():
+    task, batch = task_alone(), a_batch()
+    task.eval()
+    values = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        for metric in task.metrics.values():
+            metric.reset()
+        task.validation_step(batch, 2)
+        values.append({name: float(m.compute()) for name, m in task.metrics.items() if name.startswith("val")})
+    assert values[0] == values[1]
+    noise = torch.randn(batch["video"].shape, generator=torch.Generator().manual_seed(mix_seed(0, 2)))
+    expected = []
+    for time in VALIDATION_TIMES:
+        x = (1 - time) * batch["video"] + time * noise
+        predicted = task.model(x, torch.full((6,), 1000 * time), class_labels=batch["label"]).sample
+        expected.append(float((predicted - (noise - batch["video"])).square().mean()))
+    assert values[0]["val_loss_9"] == pytest.approx(expected[-1], rel=1e-5)
+    assert values[0]["val_loss"] == pytest.approx(sum(expected) / 5, rel=1e-5)
+    batch["real"][4:] = False
+    batch["video"][4:] = 1e6
+    task.metrics["val_loss"].reset()
+    task.validation_step(batch, 2)
+    assert float(task.metrics["val_loss"].compute()) < 10
+
+
+def test_average_warms_up():
+    average, current = [torch.zeros(3)], [torch.ones(3)]
+    for n, decay in ((1, 2 / 11), (90, 0.9)):
+        value = [average[0].clone()]
+        ema_update(value, current, torch.tensor(n), decay=0.9, warmup=True)
+        torch.testing.assert_close(value[0], torch.full((3,), 1 - decay))
+    value = [average[0].clone()]
+    ema_update(value, current, torch.tensor(1), decay=0.9)
+    torch.testing.assert_close(value[0], torch.full((3,), 0.1))
+
+
+class Crash(Exception):
+    pass
+
+
+class CrashAt(Callback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise Crash
+
+
+def end_state(run_dir) -> dict:
+    state = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    state["callbacks"] = {key: value for key, value in state["callbacks"].items() if "ModelCheckpoint" not in key}
+    return state
+
+
+@pytest.mark.parametrize("crash", [7, 16])
+def test_resumed_run_ends_with_the_same_bits(tmp_path, crash):
+    """18 steps, a checkpoint every 3; in the middle of an epoch, and in the last one."""
+    fit(tiny(tmp_path / "whole"))
+    with pytest.raises(Crash):
+        fit(tiny(tmp_path / "cut", *OFTEN), CrashAt(crash))
+    checkpoint = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == crash // 3 * 3
+    fit(tiny(tmp_path / "cut", *OFTEN), checkpoint=checkpoint)
+    ours, theirs = end_state(tmp_path / "cut"), end_state(tmp_path / "whole")
+    assert ours["global_step"] == 18 and differences(ours, theirs) == []
+    assert (tmp_path / "cut" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
+
+
+def test_what_a_run_leaves_behind(tmp_path):
+    judged = ("callbacks.report.judge_steps=5", "callbacks.report.judged=10", "callbacks.report.sample_every=1")
+    short = ("callbacks.report.steps=2", "callbacks.report.samples_per_class=1", "trainer.max_epochs=1")
+    value = train.train(tiny(tmp_path, *judged, *short))
+    (row,) = csv.DictReader((tmp_path / "metrics.csv").open())
+    assert float(row["val/loss"]) == pytest.approx(value)
+    assert {"train/loss", "val/loss_t0.1", "val/loss_t0.9", "lr", "step"} <= row.keys()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {"accuracy", "accuracy of held-out videos", "frechet", "frechet of noise", "test/loss"} <= metrics.keys()
+    for name in ("samples.gif", "samples/step_0000006.gif"):
+        with Image.open(tmp_path / name) as grid:
+            assert grid.n_frames == 6 and grid.width > 10 * 64 and grid.info["loop"] == 0
+    saved = VideoDiTPipeline.from_pretrained(tmp_path / "pipeline")
+    assert (saved.scheduler.config.shift, list(saved.config.sample_size)) == (2.0, [6, 12, 12])
+    assert (saved.config.pixel_mean, saved.config.pixel_std) == ([0.1365], [0.2942])
+    average = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    weights = {f"model.{name}": value for name, value in saved.transformer.state_dict().items()}
+    assert weights and all(torch.equal(average[name], value) for name, value in weights.items())
+    for name in ("curves.png", "samples.png"):
+        assert matplotlib.image.imread(tmp_path / name)[60:, :, :3].std() > 0.05, name
+
+
+def test_bf16_trains_on_cpu(tmp_path):
+    _, task, _ = fit(tiny(tmp_path, "trainer.precision=bf16-mixed", "trainer.max_epochs=1"))
+    assert {p.dtype for p in task.model.parameters()} == {torch.float32}
+    assert task.metrics["val_loss"].dtype == torch.float32
+
+
+MISTAKES = [
+    (["model.preset=nanno"], "model.preset='nanno' is not known: did you mean 'nano'"),
+    (["model.args={depth:3}"], "model.preset='nano' cannot be built with model.args="),
+    (["model.conditioning=cross"], "model.conditioning='cross' needs data with embedded text"),
+    (["task.scheduler.name=cosin"], "task.scheduler.name='cosin' is not known: did you mean 'cosine'"),
+    (["task.time_per=clip"], "task.time_per='clip' is not known"),
+    (["task.condition_dropout=2"], "task.condition_dropout=2 must be between 0 and 1"),
+    (["data.canvas=13"], "must be a multiple"),
+    (["data=videofolder"], "data.root is not set"),
+    (["data=videofolder", "data.root=/no/such/folder"], "data.root='/no/such/folder' is not a folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_mistakes_get_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+    fast = ["experiment=moving_digits", "trainer.fast_dev_run=true", f"runs={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["foveal-train", *fast, *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setenv("FOVEAL_ONE_SENTENCE", "0")
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    said = [line for line in lines if line.startswith("foveal-train: ")]
+    assert len(said) == 1 and sentence in said[0], lines
+
+
+def initial_and_trained(config) -> tuple[dict, dict, VideoDiffusionTask]:
+    _, task, _ = train.build(config)
+    start = {name: value.clone() for name, value in task.model.state_dict().items()}
+    _, task, _ = fit(config)
+    return start, task.model.state_dict(), task
+
+
+@pytest.mark.slow
+def test_two_processes_average_their_gradients(tmp_path):
+    """One step of plain SGD on two ranks moves by the mean of the gradients of each rank's own noise and clips."""
+    plain = ("task.optimizer.opt=momentum", "task.optimizer.lr=1.0", "task.optimizer.weight_decay=0.0")
+    plain += ("~task.optimizer.betas", "++task.optimizer.momentum=0.9", "task.scheduler=null", "callbacks.ema=null")
+    plain += ("callbacks.best=null", "callbacks.last=null", "callbacks.report=null", "trainer.gradient_clip_val=null")
+    step = ("trainer.limit_train_batches=1", "trainer.max_epochs=1", "trainer.limit_val_batches=0", "data.batch_size=4")
+    config = tiny(tmp_path, *plain, *step, "trainer.strategy=ddp_spawn", "trainer.devices=2")
+    start, trained, task = initial_and_trained(config)
+    data = train.build(tiny(tmp_path, "data.batch_size=8"))[2]
+    data.setup()
+    whole = next(iter(data.train_dataloader()))
+    gradients = []
+    for rank in range(2):
+        task.model.load_state_dict(start)
+        task.model.zero_grad()
+        mine = {name: value[rank::2] for name, value in whole.items()}
+        torch.manual_seed(mix_seed(0, rank, 0, 0))
+        t, weight = task.draw_time(mine["video"])
+        condition = task.condition(mine, dropout=task.condition_dropout)
+        task.loss(mine["video"], torch.randn_like(mine["video"]), t, weight, condition).backward()
+        gradients.append({name: p.grad.clone() for name, p in task.model.named_parameters() if p.grad is not None})
+    moved = {name: start[name] - trained[name] for name in gradients[0]}
+    assert max(float(value.abs().max()) for value in moved.values()) > 1e-3
+    for name, value in moved.items():
+        torch.testing.assert_close(value, (gradients[0][name] + gradients[1][name]) / 2, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(10))
+def test_killed_run_ends_like_an_uninterrupted_one(tmp_path, attempt):
+    options = [*QUIET, *TINY[:-1], "+logger.csv.flush_logs_every_n_steps=1", "trainer.log_every_n_steps=1"]
+    command = [sys.executable, str(ROOT / "train.py"), *options, *OFTEN, "test=false", "ckpt_path=auto"]
+
+    def start(runs):
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*command, f"runs={runs}"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    finish(start(tmp_path / "whole"))
+    assert kill_at(start(tmp_path / "cut"), tmp_path / "cut", random.SystemRandom().randrange(2, 18))
+    finish(start(tmp_path / "cut"))
+    (ours,), (theirs,) = (list((tmp_path / name).glob("*/*")) for name in ("cut", "whole"))
+    assert differences(end_state(ours), end_state(theirs)) == []

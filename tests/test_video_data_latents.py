@@ -1,0 +1,149 @@
+"""The cache of latents: what is in it, that nothing is encoded twice, that a killed run goes on, training on it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from foveal.zoo.data import VideoFolder, VideoLatents
+from foveal.zoo.data.clips import cover, read_clip
+from foveal.zoo.data.latent_videos import load_vae, read_keys
+from foveal.zoo.data.latents import clip_key, encode_folder, vae_hash
+from foveal.zoo.video.vae import encode
+from test_video_data_folder import truncate, write_video
+
+OPTIONS = {"frames": 5, "sizes": [[16, 24]], "num_workers": 0}
+CLASSES = ("jump", "run")
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    small = {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True],
+    }
+    AutoencoderKLWan(**small, latents_mean=[0.1] * 4, latents_std=[0.5] * 4).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("videos")
+    for split, count in (("train", 3), ("val", 1)):
+        for k, name in enumerate(CLASSES):
+            for i in range(count):
+                write_video(root / split / name / f"{i}.mp4", frames=10, blue=60 * i + 30 * k)
+    return root
+
+
+def make(videos: Path, root: Path, vae: Path, **more) -> list[str]:
+    data = VideoFolder(root=str(videos), **OPTIONS)
+    return [reason for reason in encode_folder(data, root, vae=load_vae(vae), vae_folder=vae, **more) if reason]
+
+
+def state(root: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in root.glob("*.safetensors")}
+
+
+def test_a_cache_holds_what_the_autoencoder_makes_of_the_clips(videos, vae, tmp_path):
+    assert make(videos, tmp_path, vae, shard=4) == []
+    assert len(read_keys(tmp_path)) == 6 and len(state(tmp_path)) == 2  # two of the eight files have the same bytes
+    data = VideoLatents(root=str(tmp_path), batch_size=2, num_workers=0)
+    assert data.for_task == {"in_channels": 4, "num_classes": 2, "text_dim": None} and data.class_names == list(CLASSES)
+    data.setup()
+    batches = list(data.train_dataloader())
+    assert [batch["video"].shape for batch in batches] == [(2, 4, 3, 4, 6)] * 3
+    assert sorted(torch.cat([batch["label"] for batch in batches]).tolist()) == [0, 0, 0, 1, 1, 1]
+    assert sum(len(batch["video"]) for batch in data.val_dataloader()) == 2
+    times = torch.linspace(0.25, 0.65, 5).numpy()  # the middle of a second
+    pixels = cover(read_clip(videos / "val" / "run" / "0.mp4", times=times), height=16, width=24)
+    expected = encode(load_vae(vae), pixels[None])[0]
+    mine = [data.datasets["val"][i] for i in range(2)]
+    (ours,) = [item["video"] for item in mine if item["label"] == 1]
+    torch.testing.assert_close(ours, expected.bfloat16().float())
+    decoded = data.pixels(torch.stack([item["video"] for item in mine]))
+    assert decoded.shape == (2, 3, 5, 16, 24) and decoded.min() >= 0 and decoded.max() <= 1
+
+
+def test_nothing_is_encoded_twice(videos, vae, tmp_path):
+    make(videos, tmp_path, vae)
+    before = state(tmp_path)
+    make(videos, tmp_path, vae)
+    assert state(tmp_path) == before
+    make(videos, tmp_path, vae, clips=2)  # their first and last second: two new ones of each
+    assert len(read_keys(tmp_path)) == 18 and before.items() <= state(tmp_path).items()
+
+
+def test_keys_follow_the_bytes_the_autoencoder_and_the_cut(vae, tmp_path):
+    one = clip_key("a", "b", {"times": [0.0], "height": 1})
+    assert one == clip_key("a", "b", {"height": 1, "times": [0.0]})
+    others = [("c", "b", {"times": [0.0], "height": 1}), ("a", "c", {"times": [0.0], "height": 1})]
+    others += [("a", "b", {"times": [0.5], "height": 1}), ("a", "b", {"times": [0.0], "height": 2})]
+    assert len({one, *(clip_key(*other) for other in others)}) == 5
+    copy = tmp_path / "vae"
+    load_vae(vae).save_pretrained(copy)
+    assert vae_hash(copy) == vae_hash(vae)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"latents_mean": [0.2] * 4}))
+    assert vae_hash(copy) != vae_hash(vae)
+
+
+def test_a_killed_command_goes_on_where_it_was(videos, vae, tmp_path):
+    command = [sys.executable, "-m", "foveal.zoo.data.latents", str(videos), str(tmp_path), "--vae", str(vae)]
+    command += ["--frames", "5", "--size", "16x24", "--shard", "1", "--device", "cpu"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(state(tmp_path)) < 2 and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    before = state(tmp_path)
+    assert 2 <= len(before) < 6 and not (tmp_path / "latents.json").exists()
+    (tmp_path / "half.partial").write_bytes(b"half")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"8 clips in {tmp_path}".replace("\n", "") in done.stdout.replace("\n", "") and "100%" in done.stdout
+    assert before.items() <= state(tmp_path).items() and len(state(tmp_path)) == 6
+    whole = tmp_path / "whole"
+    make(videos, whole, vae)
+    assert read_keys(whole).keys() == read_keys(tmp_path).keys()
+    assert (whole / "latents.json").read_text() == (tmp_path / "latents.json").read_text()
+
+
+def test_broken_videos_are_said(videos, vae, tmp_path):
+    for i in range(2):
+        write_video(tmp_path / "in" / "train" / "a" / f"{i}.mp4", frames=10)
+    truncate(tmp_path / "in" / "train" / "a" / "1.mp4")
+    (reason,) = make(tmp_path / "in", tmp_path / "out", vae)
+    assert "1.mp4" in reason and len(read_keys(tmp_path / "out")) == 1
+
+
+def test_errors(vae, tmp_path):
+    with pytest.raises(ValueError, match=r"data\.root is not set"):
+        VideoLatents(root=None)
+    with pytest.raises(FileNotFoundError, match=r"is no cache of latents: it has no latents\.json"):
+        VideoLatents(root=str(tmp_path))
+    (tmp_path / "latents.json").write_text(
+        '{"vae": "", "classes": [], "text_dim": null, "sample_size": [1, 1, 1], "clips": []}'
+    )
+    with pytest.raises(ValueError, match="holds no latents to train on"):
+        VideoLatents(root=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
+        load_vae(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(ValueError, match="holds a AutoencoderKL; accepted are AutoencoderKLWan"):
+        load_vae(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no \.safetensors"):
+        vae_hash(tmp_path)
