@@ -73,28 +73,30 @@ def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
     """Every kernel on every grid that takes it; the flags at head dim 32 only, the rest with a bias.
 
     Args:
-        device: which table of sizes; all devices share one.
+        device: which table of sizes.
         tf32: whether matrix units take float32 as TF32 only, see `launching.precision`.
     """
     for dtype in TYPES:
         precision = "tf32x3" if tf32 and dtype == torch.float32 else "ieee"
         for grid, axes in GRIDS.items():
             for head_dim in HEAD_DIMS:
-                one = configs.in_one_pass(axes, head_dim=head_dim, itemsize=dtype.itemsize)
-                for kernel in ("forward", "window") if one else ("forward", "query", "key", "bias"):
+                one = configs.in_one_pass(axes, head_dim=head_dim, itemsize=dtype.itemsize, device=device)
+                for kernel in ("forward", "window", "bias") if one else ("forward", "query", "key", "bias"):
                     for flags in FLAGS if head_dim == 32 and kernel != "bias" else FLAGS[1:2]:
-                        yield _variant(kernel, grid, dtype, head_dim, flags, precision)
+                        yield _variant(kernel, grid, dtype, head_dim, flags, device, precision)
 
 
-def _variant(kernel, grid: str, dtype: torch.dtype, head_dim: int, flags: str, precision: str) -> Variant:
+def _variant(
+    kernel, grid: str, dtype: torch.dtype, head_dim: int, flags: str, device: Device, precision: str
+) -> Variant:
     axes, bias, wide, group = GRIDS[grid], "bias" in flags, "wide" in flags, 1 + ("grouped" in flags)
-    config = configs.choose(kernel, axes, head_dim=head_dim, itemsize=dtype.itemsize, wide=wide)
+    config = configs.choose(kernel, axes, head_dim=head_dim, itemsize=dtype.itemsize, device=device, wide=wide)
     fixed = dict(constants(axes, config, head_dim, precision), GROUP=group)
     options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
     if kernel != "bias":
         fixed["BIAS"] = bias
     if kernel == "window":
-        fixed["DBIAS"] = bias and group == 1
+        fixed["DBIAS"] = bias and group == 1 and configs.sums_bias(config)
     if not bias:
         fixed["bias_ptr"] = None
     if kernel == "window" and not fixed["DBIAS"]:

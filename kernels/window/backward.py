@@ -46,8 +46,8 @@ def window_kernel(
 ):
     """All gradients of windows of at most `QUERIES` = `KEYS` tokens without a halo, and delta.
 
-    A program takes `chunk` packs of one key head. With `DBIAS` (and one query head a key head) it leaves the sum of its
-    dS in `partial_ptr`, `[chunks, PACK, heads, T, T]`. delta has the strides of lse, dQ those of out.
+    A program takes `chunk` packs of one key head. With `DBIAS` (one query head a key head) it leaves the sum of its dS
+    in `partial_ptr`, `[chunks, PACK, heads, T, T]`. delta has the strides of lse, dQ those of out.
     """
     T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     counts = windows(lengths, WINDOW)
@@ -58,9 +58,6 @@ def window_kernel(
     i = tl.arange(0, PACK * QUERIES)
     row, column = (i % QUERIES)[None, :], (i % KEYS)[:, None]
     exists = (row < T) & (column < T)
-    bias = 0.0
-    if BIAS and GROUP == 1:
-        bias = tl.load(bias_pointers(bias_ptr, key_head, row, column, WINDOW, NONE), mask=exists, other=0.0)
     for step in range(part * chunk, tl.minimum(part * chunk + chunk, packs * batches)):
         batch = step // packs
         _, where, keep, region = tile(step % packs * PACK, 0, lengths, PACK, QUERIES, WINDOW, SHIFT, NONE, NONE)
@@ -79,7 +76,8 @@ def window_kernel(
             dlse = view(dlse_ptr, dlse_strides, batch, head) + offset(where, dlse_strides, WIDE)
             delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - tl.load(dlse, mask=keep, other=0.0)
             tl.store(view(delta_ptr, lse_strides, batch, head) + at, delta, mask=keep)
-            if BIAS and GROUP > 1:
+            bias = 0.0
+            if BIAS:  # kept in cache, not in registers
                 bias = tl.load(bias_pointers(bias_ptr, head, row, column, WINDOW, NONE), mask=exists, other=0.0)
             pt = probabilities(k, q, see, bias, lse2, scale, BIAS, PRECISION)
             dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)

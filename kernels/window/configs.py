@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from math import prod
 from typing import Literal, NamedTuple
 
+from ..launching import Device
 from .geometry import Axis
 
 Kernel = Literal["forward", "window", "query", "key", "bias"]
@@ -32,7 +33,8 @@ class Config(NamedTuple):
 
 # (element bytes) -> {head dim up to: (rows of a tile of queries, of keys, warps)}
 FORWARD = {2: {64: (64, 64, 4), 128: (64, 32, 4), 256: (32, 32, 4)}, 4: {32: (32, 32, 4), 256: (16, 16, 4)}}
-BACKWARD = {2: {64: (64, 64, 8), 128: (32, 32, 4), 256: (16, 16, 4)}, 4: {32: (32, 32, 8), 256: (16, 16, 4)}}
+BACKWARD = {2: {32: (64, 64, 8), 128: (32, 32, 4), 256: (16, 16, 4)}, 4: {32: (32, 32, 8), 256: (16, 16, 4)}}
+SMALL_BACKWARD = {2: {128: (32, 32, 4), 256: (16, 16, 4)}, 4: {256: (16, 16, 4)}}  # less memory a program, or AMD
 
 _overrides: dict[str, object] = {}
 
@@ -65,9 +67,12 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def choose(kernel: Kernel, axes: tuple[Axis, ...], *, head_dim: int, itemsize: int, wide: bool) -> Config:
+def choose(
+    kernel: Kernel, axes: tuple[Axis, ...], *, head_dim: int, itemsize: int, device: Device, wide: bool
+) -> Config:
     """Launch parameters of one kernel: as many windows as fill a tile, or as many slots of one window as fit."""
-    table = (FORWARD if kernel == "forward" else BACKWARD)[itemsize]
+    small = device == "small" or (device == "ampere" and kernel == "key")
+    table = (FORWARD if kernel == "forward" else SMALL_BACKWARD if small else BACKWARD)[itemsize]
     rows, columns, warps = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
     if isinstance(forced := _overrides.get("rows"), int):
         rows = columns = forced
@@ -89,8 +94,13 @@ def choose(kernel: Kernel, axes: tuple[Axis, ...], *, head_dim: int, itemsize: i
     return config._replace(**{name: value for name, value in _overrides.items() if name != "rows"})
 
 
-def in_one_pass(axes: tuple[Axis, ...], *, head_dim: int, itemsize: int) -> bool:
+def in_one_pass(axes: tuple[Axis, ...], *, head_dim: int, itemsize: int, device: Device) -> bool:
     """Whether one kernel computes all gradients: a window owns its keys and fits into a tile."""
-    config = choose("window", axes, head_dim=head_dim, itemsize=itemsize, wide=False)
+    config = choose("window", axes, head_dim=head_dim, itemsize=itemsize, device=device, wide=False)
     tokens = prod(a.window for a in axes)
     return not any(a.halo for a in axes) and config.queries == config.keys >= tokens
+
+
+def sums_bias(config: Config) -> bool:
+    """Whether the one pass also sums the gradient of the bias: registers hold that of windows of few tokens only."""
+    return config.queries < 64

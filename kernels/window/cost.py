@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor
 
 from ..calling import PerAxis
@@ -66,10 +67,16 @@ def summarize(
         "backward_bytes": 4 * queries + 4 * keys + lse + 2 * table,
     }
     if impl == "triton":
+        from ..launching import device_class
         from . import configs
 
-        config = configs.choose("forward", axes, head_dim=head_dim, itemsize=query.itemsize, wide=False)
+        size = dict(
+            head_dim=head_dim,
+            itemsize=query.itemsize,
+            device=device_class(query.device) if torch.cuda.is_available() else "hopper",
+        )
+        config = configs.choose("forward", axes, **size, wide=False)
         summary["forward_tile"] = f"{config.pack} windows of {config.queries} queries by {config.keys} keys"
-        one = configs.in_one_pass(axes, head_dim=head_dim, itemsize=query.itemsize)
+        one = configs.in_one_pass(axes, **size)
         summary["backward_passes"] = "one, over windows" if one else "queries, then keys"
     return summary

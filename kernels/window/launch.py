@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launching import grid_strides, needs_wide, padded, precision
+from ..launching import device_class, grid_strides, needs_wide, padded, precision
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel, window_kernel
 from .forward import forward_kernel
@@ -42,10 +42,11 @@ class _Call:
         self.batch, self.heads, self.head_dim, self.key_heads = query.shape[0], *query.shape[-2:], key.shape[-2]
         self.lengths = padded([a.length for a in axes], 1)
         self.windows, self.tokens = prod(a.windows for a in axes), prod(a.window for a in axes)
-        self.wide, self.itemsize, self.precision = needs_wide(*tensors), query.element_size(), precision(query)
+        self.wide, self.precision = needs_wide(*tensors), precision(query)
+        self.size = dict(head_dim=query.shape[-1], itemsize=query.element_size(), device=device_class(query.device))
 
     def configure(self, kernel: configs.Kernel) -> tuple[configs.Config, dict]:
-        config = configs.choose(kernel, self.axes, head_dim=self.head_dim, itemsize=self.itemsize, wide=self.wide)
+        config = configs.choose(kernel, self.axes, **self.size, wide=self.wide)
         group = self.heads // self.key_heads
         return config, dict(constants(self.axes, config, self.head_dim, self.precision), GROUP=group)
 
@@ -105,10 +106,10 @@ def backward(
     saved = call.strided(query, key, value, out, grad_out, lse, grad_lse)
     partial = None
     with torch.cuda.device_of(query):
-        if configs.in_one_pass(axes, head_dim=call.head_dim, itemsize=call.itemsize):
+        if configs.in_one_pass(axes, **call.size):
             config, fixed = call.configure("window")
             packs = triton.cdiv(call.windows, config.pack) * call.batch
-            summed = bias is not None and call.heads == call.key_heads
+            summed = bias is not None and call.heads == call.key_heads and configs.sums_bias(config)
             chunk = triton.cdiv(packs * call.heads, PROGRAMS) if summed else 1
             chunks = triton.cdiv(packs, chunk)
             if summed:

@@ -117,7 +117,9 @@ def attend(
     lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Output `[B, *spatial, heads, head_dim]` and, unless `lse` is off, natural log-sum-exp `[B, *spatial, heads]`."""
-    rank, heads, key_heads = len(axes), query.shape[-2], key.shape[-2]
+    rank, heads, key_heads, dtype = len(axes), query.shape[-2], key.shape[-2], query.dtype
+    if any(a.halo for a in axes):  # gradients of keys that several windows see are summed in float32
+        query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     table = None
     if bias is not None:
         table = bias.reshape([heads, *[a.window for a in axes], *[a.span for a in axes]])
@@ -139,4 +141,4 @@ def attend(
         if block_lse is not None:
             lses.append(_tokens(block_lse, q, key_heads))
     counts = [len(s) for s in shapes]
-    return _join(outs, counts), _join(lses, counts) if lses else None
+    return _join(outs, counts).to(dtype), _join(lses, counts) if lses else None
