@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.calling import Impl
 from ..kernels.ops import agent_attention
 
 AXIS_BIASES = {"ah_bias": (3, 0), "aw_bias": (4, 1), "ha_bias": (2, 0), "wa_bias": (3, 1)}  # its axis, the grid's axis
@@ -40,7 +41,7 @@ class _AgentAttention(nn.Module):
         class_token: bool = False,
         table_size: int = 7,
         conv_name: str = "dwc",
-        impl: str = "auto",
+        impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -53,7 +54,8 @@ class _AgentAttention(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads, self.num_agents = dim, num_heads, num_agents
         self.grid_size, self.class_token = (grid_size[0], grid_size[1]), class_token
-        self.conv_name, self.impl = conv_name, impl
+        self.conv_name = conv_name
+        self.impl: Impl = impl
         (rows, columns), side = self.grid_size, table_size
         self.an_bias = nn.Parameter(torch.empty(num_heads, num_agents, side, side, **dd))
         self.na_bias = nn.Parameter(torch.empty(num_heads, num_agents, side, side, **dd))
@@ -214,7 +216,7 @@ class AgentAttention2d(_AgentAttention):
         proj_drop: float = 0.0,
         table_size: int = 7,
         conv_name: str = "dwc",
-        impl: str = "auto",
+        impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -274,5 +276,6 @@ class AgentBranch2d(_AgentAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Maps `[B, H, W, heads, d]` to `[B, H, W, heads * d]`."""
-        tokens = (x.flatten(1, 2) for x in (query, key, value))
-        return self._attend(*tokens, (query.shape[1], query.shape[2])).view(*query.shape[:3], self.dim)
+        grid_size = (query.shape[1], query.shape[2])
+        out = self._attend(query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2), grid_size)
+        return out.view(*query.shape[:3], self.dim)

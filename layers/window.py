@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..kernels.calling import Impl
 from ..kernels.ops import relative_bias, window_attention
 
 
@@ -38,7 +39,7 @@ class WindowAttention2d(nn.Module):
         shift: int = 0,
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
-        impl: str = "auto",
+        impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -48,7 +49,8 @@ class WindowAttention2d(nn.Module):
         if not 0 <= shift < window:
             raise ValueError(f"shift={shift} must lie in [0, window={window})")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.dim, self.num_heads, self.window, self.shift, self.impl = dim, num_heads, window, shift, impl
+        self.dim, self.num_heads, self.window, self.shift = dim, num_heads, window, shift
+        self.impl: Impl = impl
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads, **dd))
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)

@@ -86,12 +86,12 @@ class _DaViTBlock(SpatialBlock):
         qkv = attn.qkv(padded).unflatten(-1, (3, attn.num_heads, -1))
         out = window_attention(*qkv.unbind(-3), window=self.window_size, scale=attn.scale)
         out = attn.proj(_crop(out.flatten(-2), size, (0, 0)))
-        x = shortcut + self.drop_path1(out.flatten(1, 2))
+        x = shortcut + self.drop_path1(out.flatten(1, 2))  # pyright: ignore[reportOptionalCall]
         x = self.cpe2(x.transpose(1, 2).unflatten(2, size))
         if self.mlp is None:
             return x
         x = x.flatten(2).transpose(1, 2)
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))  # pyright: ignore[reportOptionalCall]
         return x.transpose(1, 2).unflatten(2, size)
 
 

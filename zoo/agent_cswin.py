@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, register_notrace_module, to_2tuple
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -186,7 +186,7 @@ class AgentCSWin(NumberedBackbone):
         if not len(depths) == len(num_heads) == len(num_agents):
             raise ValueError(f"depths={depths}, num_heads={num_heads} and num_agents={num_agents} must be equally long")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        size = to_2tuple(img_size)
+        size = (img_size, img_size) if isinstance(img_size, int) else img_size
         split = max(1, min(size) // 32) if split is None else split
         channels = [embed_dim * 2**i for i in range(len(depths))]
         reductions = [4 * 2**i for i in range(len(depths))]
@@ -194,7 +194,7 @@ class AgentCSWin(NumberedBackbone):
         last = len(depths) - 1
         drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
 
-        def make_branches(stage: int) -> list[nn.Module]:
+        def make_branches(stage: int) -> Sequence[nn.Module]:
             dim, agents = channels[stage], num_agents[stage]
             if agents is not None:
                 shared = {"num_heads": num_heads[stage], "num_agents": agents, "conv_name": "get_v"}

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from timm.layers import to_2tuple
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
@@ -75,7 +74,7 @@ class AgentDeiT(VisionTransformer):
         device=None,
         dtype=None,
     ):
-        rows, columns = to_2tuple(img_size)
+        rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
         agent_blocks = depth if agent_blocks is None else agent_blocks
 
         def make_block(*, depth: int, **arguments) -> Block:
@@ -144,6 +143,7 @@ class AgentDeiT(VisionTransformer):
         x = self.patch_embed(x)
         grid_size = (x.shape[1], x.shape[2])
         positions = resample_positions(self.pos_embed, self.patch_embed.grid_size, grid_size, prefix=1)
+        assert self.cls_token is not None
         tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
         return self.pos_drop(tokens + positions), grid_size
 

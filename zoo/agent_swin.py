@@ -7,7 +7,7 @@ official checkpoints.
 from collections.abc import Sequence
 
 import torch
-from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from timm.models._input import update_model_input_size
 from timm.models.swin_transformer import PatchMerging
@@ -76,7 +76,7 @@ class AgentSwin(Backbone):
                 "must be equally long"
             )
         dd = {"device": device, "dtype": dtype}
-        size = to_2tuple(img_size)
+        size = (img_size, img_size) if isinstance(img_size, int) else img_size
         window = max(7, min(size) // 32) if window is None else window
         channels = [embed_dim * 2**i for i in range(len(depths))]
         self._reductions = [4 * 2**i for i in range(len(depths))]
@@ -128,7 +128,7 @@ class AgentSwin(Backbone):
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make another input size native: the axis biases of agent attention are interpolated, windows stay."""
-        size = to_2tuple(img_size)
+        size = (img_size, img_size) if isinstance(img_size, int) else img_size
         set_agent_grids(self.layers, stage_grids(size, self._reductions[: len(self.layers)]))
         update_model_input_size(self, size)
 

@@ -47,8 +47,8 @@ def widen(
 
     Args:
         query, key: `[B, *spatial, heads, head_dim]`, each on a grid of its own.
-        query_factor: `[heads or 1, queries, rank]`, with queries in the C order of their grid; any floating dtype, cast to
-            that of query. In half precision factors are rounded as query and key are: keep them small.
+        query_factor: `[heads or 1, queries, rank]`, with queries in the C order of their grid; any floating dtype,
+            cast to that of query. In half precision factors are rounded as query and key are: keep them small.
         key_factor: `[heads or 1, keys, rank]`.
         scale: factor on query . key; head_dim ** -0.5 when None. It does not scale the bias.
 

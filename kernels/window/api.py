@@ -154,7 +154,9 @@ def window_attention_lse(
         output `[B, *spatial, heads, head_dim]` and log-sum-exp `[B, *spatial, heads]`, the latter float32, or float64
         for float64 inputs.
     """
-    return _attend(query, key, value, window, shift, halo, bias, scale, impl, lse=True)
+    out, lse = _attend(query, key, value, window, shift, halo, bias, scale, impl, lse=True)
+    assert lse is not None
+    return out, lse
 
 
 def relative_bias(table: Tensor, *, window: Sequence[int], halo: PerAxis[int] = 0) -> Tensor:

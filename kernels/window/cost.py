@@ -70,13 +70,10 @@ def summarize(
         from ..launching import device_class
         from . import configs
 
-        size = dict(
-            head_dim=head_dim,
-            itemsize=query.itemsize,
-            device=device_class(query.device) if torch.cuda.is_available() else "hopper",
-        )
-        config = configs.choose("forward", axes, **size, wide=False)
+        device = device_class(query.device) if torch.cuda.is_available() else "hopper"
+        itemsize = query.itemsize
+        config = configs.choose("forward", axes, head_dim=head_dim, itemsize=itemsize, device=device, wide=False)
         summary["forward_tile"] = f"{config.pack} windows of {config.queries} queries by {config.keys} keys"
-        one = configs.in_one_pass(axes, **size)
+        one = configs.in_one_pass(axes, head_dim=head_dim, itemsize=itemsize, device=device)
         summary["backward_passes"] = "one, over windows" if one else "queries, then keys"
     return summary

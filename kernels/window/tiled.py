@@ -131,12 +131,13 @@ def attend(
     for combination, q, k, v in zip(product(*shapes), *boxes, strict=True):
         block = _block(table, combination, key_heads)
         fused = _is_fused((q, k, v), bias, prod([r.queries for r in combination]), lse)
-        rows = [_rows(x, rank, key_heads, fused) for x in (q, k, v)]
+        q_rows, k_rows, v_rows = [_rows(x, rank, key_heads, fused) for x in (q, k, v)]
         if fused:
             mask = None if block is None else block.to(q.dtype)[None]
-            block_out, block_lse = F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale), None
+            block_out = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, attn_mask=mask, scale=scale)
+            block_lse = None
         else:
-            block_out, block_lse = _softmax(*rows, block, scale, lse)
+            block_out, block_lse = _softmax(q_rows, k_rows, v_rows, block, scale, lse)
         outs.append(_tokens(block_out, q, key_heads))
         if block_lse is not None:
             lses.append(_tokens(block_lse, q, key_heads))
