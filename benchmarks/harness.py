@@ -1,7 +1,7 @@
 """What the benchmarks share: turns of timed calls, peak memory, and the CSV that records them.
 
 A row is one metric of one provider on one case. Providers run in turns, round by round, so a busy machine slows them
-alike. Memory is the peak of a call less what it returns: it counts neither inputs nor results.
+alike; each timed call follows one that is not, so that caches and thread pools are its own. Memory is the peak of a call less what it returns: it counts neither inputs nor results.
 """
 
 import csv
@@ -90,6 +90,7 @@ def measure(
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            call()
             times[name].append(1e3 * seconds(call, device))
     for name, call in calls.items():
         low, middle, high = np.percentile(times[name], (20, 50, 80))
