@@ -1,7 +1,8 @@
 """What the benchmarks share: turns of timed calls, peak memory, and the CSV that records them.
 
 A row is one metric of one provider on one case. Providers run in turns, round by round, so a busy machine slows them
-alike; each timed call follows one that is not, so that caches and thread pools are its own. Memory is the peak of a call less what it returns: it counts neither inputs nor results.
+alike; each timed call follows one that is not, so that caches and thread pools are its own. Memory is the peak of a
+call less what it returns: it counts neither inputs nor results.
 """
 
 import csv
