@@ -14,7 +14,7 @@ from random import Random
 import operator_matrix
 import torch
 from foveal.kernels.ops import agent_attention
-from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out
+from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
 
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 11, 13, 16, 17, 31, 33, 48, 70, 150)
@@ -78,10 +78,7 @@ def cases(n: int, seed: int) -> Iterator[Case]:
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> Inputs:
     """Tensor arguments by name, None where the case has none: leaves that require gradients, values set by the seed."""
-    generator = torch.Generator().manual_seed(case.seed)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
+    randn = seeded_randn(case.seed, dtype, device)
 
     def tokens(shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         return lay_out(case.layout, randn, case.batch, shape, (case.heads,) * 3, case.head_dim)

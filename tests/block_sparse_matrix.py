@@ -16,7 +16,7 @@ import torch
 from foveal.kernels.block_sparse import mask as masks
 from foveal.kernels.block_sparse import reference
 from foveal.kernels.ops import BlockMask, block_sparse_attention_lse
-from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out
+from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
 
 LENGTHS = {1: (1, 2, 5, 8, 13, 24, 37, 64, 90), 2: (1, 2, 3, 4, 6, 7, 9, 11, 13), 3: (1, 2, 3, 4, 5, 6)}
@@ -129,11 +129,7 @@ def make_mask(case: Case, device: str | torch.device = "cpu", inverse: bool | No
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> Inputs:
     """Tensor arguments by name, None where the case has none: leaves that require gradients, values set by the seed."""
-    generator = torch.Generator().manual_seed(case.seed)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
-
+    randn = seeded_randn(case.seed, dtype, device)
     counts = (case.heads, case.key_heads, case.key_heads)
     query, key, value = lay_out(case.layout, randn, case.batch, case.shape, counts, case.head_dim)
     if case.key_shape != case.shape:

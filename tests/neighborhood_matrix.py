@@ -15,7 +15,7 @@ import operator_matrix
 import torch
 from foveal.kernels.neighborhood import geometry
 from foveal.kernels.ops import na1d_lse, na2d_lse, na3d_lse
-from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out
+from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
 
 OPERATORS = {1: na1d_lse, 2: na2d_lse, 3: na3d_lse}
@@ -104,11 +104,7 @@ def cases(rank: int, n: int, seed: int) -> Iterator[Case]:
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> Inputs:
     """Tensor arguments by name, None where the case has none: leaves that require gradients, values set by the seed."""
-    generator = torch.Generator().manual_seed(case.seed)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
-
+    randn = seeded_randn(case.seed, dtype, device)
     counts = (case.heads, case.key_heads, case.key_heads)
     grids = lay_out(case.layout, randn, case.batch, case.shape, counts, case.head_dim)
     tensors: Inputs = dict(zip(TENSORS, (*grids, None, None, None), strict=True))

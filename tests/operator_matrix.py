@@ -9,6 +9,16 @@ LAYOUTS = ("contiguous", "heads_first", "channels_first", "fused", "expanded", "
 Inputs = dict[str, Tensor | None]
 
 
+def seeded_randn(seed: int, dtype: torch.dtype, device: str | torch.device) -> Callable[..., Tensor]:
+    """`torch.randn` of given sizes whose values follow from the seed, rounded from float64 whatever the dtype."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    return randn
+
+
 def lay_out(
     layout: str, randn: Callable[..., Tensor], batch: int, shape: Sequence[int], counts: Sequence[int], head_dim: int
 ) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import operator_matrix
 import torch
 from foveal.kernels.ops import window_attention_lse
 from foveal.kernels.window import Axis, geometry
-from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out
+from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
 
 LENGTHS = {1: (1, 2, 5, 8, 13, 16, 31, 48, 97), 2: (1, 2, 3, 5, 7, 8, 11, 14, 16), 3: (1, 2, 3, 4, 5, 7)}
@@ -82,11 +82,7 @@ def cases(rank: int, n: int, seed: int) -> Iterator[Case]:
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> Inputs:
     """Tensor arguments by name, None where the case has none: leaves that require gradients, values set by the seed."""
-    generator = torch.Generator().manual_seed(case.seed)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
-
+    randn = seeded_randn(case.seed, dtype, device)
     counts = (case.heads, case.key_heads, case.key_heads)
     query, key, value = lay_out(case.layout, randn, case.batch, case.shape, counts, case.head_dim)
     if case.padded:

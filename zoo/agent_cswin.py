@@ -268,15 +268,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_agent_cswin(variant: str, pretrained: bool, **kwargs) -> AgentCSWin:
-    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
-    return build_backbone(
-        AgentCSWin,
-        variant,
-        pretrained,
-        filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build_backbone(AgentCSWin, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model

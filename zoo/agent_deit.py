@@ -212,15 +212,7 @@ default_cfgs = generate_default_cfgs({name: agent_cfg(name, **(FIRST | cfg)) for
 
 
 def _create_agent_deit(variant: str, pretrained: bool, **kwargs) -> AgentDeiT:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_backbone(
-        AgentDeiT,
-        variant,
-        pretrained,
-        filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build_backbone(AgentDeiT, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model

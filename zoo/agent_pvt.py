@@ -189,15 +189,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_agent_pvt(variant: str, pretrained: bool, **kwargs) -> AgentPVT:
-    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
-    return build_backbone(
-        AgentPVT,
-        variant,
-        pretrained,
-        filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build_backbone(AgentPVT, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model

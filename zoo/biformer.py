@@ -263,15 +263,7 @@ default_cfgs = generate_default_cfgs({name: _cfg(name) for name in CHECKPOINTS})
 
 
 def _create_biformer(variant: str, pretrained: bool, **kwargs) -> BiFormer:
-    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
-    return build_backbone(
-        BiFormer,
-        variant,
-        pretrained,
-        filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build_backbone(BiFormer, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -5,7 +5,7 @@ manifest knows where the file is and what its hash must be, so no other download
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -39,13 +39,18 @@ def build_backbone(
     pretrained: bool,
     *,
     filter_fn: Callable,
-    feature_cfg: dict,
+    out_indices: int | Sequence[int] | None = None,
     pretrained_cfg=None,
     pretrained_cfg_overlay: dict | None = None,
     cache_dir: str | os.PathLike | None = None,
     **kwargs,
 ) -> ModelT:
-    """`timm.models.build_model_with_cfg`, with "foveal:" sources fetched and verified by `foveal.weights`."""
+    """`timm.models.build_model_with_cfg`, with "foveal:" sources fetched and verified by `foveal.weights`.
+
+    With `features_only` and no `out_indices`, models with `depths` hand out every stage, others their last three maps.
+    """
+    if out_indices is None:
+        out_indices = tuple(range(len(kwargs["depths"]))) if "depths" in kwargs else 3
     overlay = dict(pretrained_cfg_overlay or {})
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
@@ -61,7 +66,7 @@ def build_backbone(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=filter_fn,
-        feature_cfg=feature_cfg,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         cache_dir=cache_dir,
         **kwargs,
     )

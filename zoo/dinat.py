@@ -245,15 +245,7 @@ default_cfgs = generate_default_cfgs({name: _cfg(name, **overrides) for name, ov
 
 
 def _create_dinat(variant: str, pretrained: bool, **kwargs) -> DiNAT:
-    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
-    return build_backbone(
-        DiNAT,
-        variant,
-        pretrained,
-        filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build_backbone(DiNAT, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 MINI = {"embed_dim": 64, "depths": (3, 4, 6, 5), "num_heads": (2, 4, 8, 16), "mlp_ratio": 3.0}

@@ -61,15 +61,7 @@ default_cfgs = generate_default_cfgs({name: _cfg(name, **overrides) for name, ov
 
 
 def _create_dinats(variant: str, pretrained: bool, **kwargs) -> DiNATs:
-    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
-    return build_backbone(
-        DiNATs,
-        variant,
-        pretrained,
-        filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **({"mlp_ratio": 4.0} | kwargs),
-    )
+    return build_backbone(DiNATs, variant, pretrained, filter_fn=checkpoint_filter_fn, **({"mlp_ratio": 4.0} | kwargs))
 
 
 @register_model

@@ -237,15 +237,7 @@ default_cfgs = generate_default_cfgs({name: _cfg(name, **overrides) for name, ov
 def _create_litv2(variant: str, pretrained: bool, **kwargs) -> LITv2:
     tag = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg")).tag
     kwargs = {"alpha": ALPHAS.get(tag or "", 0.9)} | kwargs
-    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
-    return build_backbone(
-        LITv2,
-        variant,
-        pretrained,
-        filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build_backbone(LITv2, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -178,15 +178,7 @@ default_cfgs = generate_default_cfgs({name: _cfg(name, **overrides) for name, ov
 
 
 def _create_isotropic(variant: str, pretrained: bool, **kwargs) -> NATIsotropic:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_backbone(
-        NATIsotropic,
-        variant,
-        pretrained,
-        filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build_backbone(NATIsotropic, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 SMALL = {"embed_dim": 384, "num_heads": 12}
