@@ -19,7 +19,7 @@ from foveal.zoo.tasks.launch import (
     resolve_run,
     write_record,
 )
-from foveal.zoo.tasks.sweep import record_job
+from foveal.zoo.tasks.sweep import metric_mode, record_job
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -84,9 +84,10 @@ def _job(config: DictConfig) -> float:
         if job.mode == RunMode.RUN:
             return train(config)
         config.run_dir = job.runtime.output_dir
+        mode = metric_mode(config)
         start = monotonic()
         value = train(config)
-        record_job(job, metric=config.metric, value=value, minutes=(monotonic() - start) / 60)
+        record_job(job, metric=config.metric, mode=mode, value=value, minutes=(monotonic() - start) / 60)
         return value
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from foveal import train
 from foveal.weights.manifest import Entry, lookup
 from foveal.zoo.data import Digits
 from foveal.zoo.tasks.export import accuracy_on_test, export_run
+from foveal.zoo.tasks.sweep import record_job
+from omegaconf import OmegaConf
 from train_helpers import QUIET, TINY_VIT, configure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +67,23 @@ def test_sweep_compares_its_jobs(tmp_path, monkeypatch, capsys):
     assert (
         "Sweep so far" in said and "task.optimizer.lr=0.001" in said and "test=False" not in said.rsplit("Sweep", 1)[1]
     )
+
+
+def test_the_least_comes_first_where_less_is_better(tmp_path, capsys):
+    for number, value in enumerate((0.5, math.nan, 0.25, 0.75)):
+        job = OmegaConf.create(
+            {
+                "sweep": {"dir": str(tmp_path)},
+                "job": {"num": number},
+                "overrides": {"task": ["test=false", f"seed={number}"]},
+            }
+        )
+        record_job(job, metric="val/loss", mode="min", value=value, minutes=1.0)
+    rows = list(csv.DictReader((tmp_path / "comparison.csv").open()))
+    assert [row["job"] for row in rows] == ["2", "0", "3", "1"]
+    table = capsys.readouterr().out.rsplit("Sweep so far", 1)[1]
+    assert table.index("seed=2") < table.index("seed=0") < table.index("seed=3") < table.index("seed=1")
+    assert matplotlib.image.imread(tmp_path / "comparison.png")[:, :, :3].std() > 0.05
 
 
 def test_sweep_over_experiments_has_one_folder(tmp_path, monkeypatch):

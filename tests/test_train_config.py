@@ -10,6 +10,7 @@ import pytest
 import yaml
 from foveal import train
 from foveal.zoo.tasks.launch import check_targets, resolve_run
+from foveal.zoo.tasks.sweep import metric_mode
 from hydra import compose, initialize_config_module
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
@@ -57,7 +58,7 @@ def test_no_logic_in_yaml(path):
 def test_every_choice_of_every_group_composes():
     for path in FILES:
         group = path.parent.relative_to(CONFIGS).as_posix()
-        if group not in (".", "sweep", "experiment"):
+        if group not in (".", "sweep", "experiment", "debug/of_task"):
             needed = {"timm": ["model.name=vit_tiny_patch16_224"] if group == "model" else []}.get(path.stem, [])
             config = composed(f"{group}={path.stem}", *needed)
             if group == "data" and path.stem == "timm":
@@ -91,6 +92,45 @@ def test_untrusted_targets_are_refused(target, key):
         check_targets(config)
     with pytest.raises(ValueError, match="_target_"):
         train.build(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mode"),
+    [
+        ([], "max"),
+        (["sweep=families"], "max"),
+        (["experiment=moving_digits"], "min"),
+        (["experiment=moving_digits", "metric=test/loss"], "min"),
+        (["experiment=moving_digits", "metric=test/accuracy", "metric_mode=max"], "max"),
+        (["metric=val/loss", "metric_mode=min"], "min"),
+        (["metric=val/acc1", "callbacks.best=null", "callbacks=early_stopping"], "max"),
+        (["debug=fast"], "max"),
+        (["debug=overfit"], "min"),
+        (["debug=overfit", "experiment=moving_digits"], "min"),
+    ],
+    ids=" ".join,
+)
+def test_sweeps_go_the_way_of_the_monitored_metric(arguments, mode):
+    assert metric_mode(composed(*arguments)) == mode
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_can_be_swept(name):
+    config = composed(f"experiment={name}")
+    assert metric_mode(config) == {"val/acc1": "max", "val/loss": "min"}[config.metric]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["metric=val/loss"], "metric='val/loss' is monitored by no callback"),
+        (["callbacks.best=null"], "metric='val/acc1' is monitored by no callback"),
+        (["metric_mode=less"], "metric_mode='less' is not known: pass metric_mode=max or metric_mode=min"),
+    ],
+)
+def test_a_sweep_without_a_direction_is_refused(arguments, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        metric_mode(composed(*arguments))
 
 
 def test_targets_inside_lists_are_seen():

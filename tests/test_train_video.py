@@ -237,6 +237,31 @@ def test_bf16_trains_on_cpu(tmp_path):
     assert task.metrics["val_loss"].dtype == torch.float32
 
 
+def test_overfits_eight_clips(tmp_path):
+    """Loss of the first step against that of the last: noise, times and clips are the same in all."""
+    losses = []
+
+    class Recorder(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append(float(outputs["loss"]))
+
+    quiet = ("callbacks.report=null", "callbacks.last=null", "logger=none", "trainer.limit_val_batches=0")
+    fit(configure(tmp_path, "experiment=moving_digits", "debug=overfit", *quiet, tiny=False), Recorder())
+    assert len(losses) == 100
+    assert losses[-1] < 0.01 * losses[0]
+
+
+def test_a_sweep_puts_the_least_loss_first(tmp_path, monkeypatch):
+    short = ("trainer.max_epochs=1", "trainer.limit_train_batches=3", "callbacks.report=null", "callbacks.last=null")
+    sweep = ("task.optimizer.lr=0.0,1e-2", "test=false", f"runs={tmp_path}")
+    monkeypatch.setattr(sys, "argv", ["foveal-train", "-m", *QUIET, *TINY, *short, *sweep])
+    train.main()
+    (folder,) = (tmp_path / "sweeps").iterdir()
+    best, worst = csv.DictReader((folder / "comparison.csv").open())
+    assert (best["job"], worst["job"]) == ("1", "0")
+    assert float(best["val/loss"]) < float(worst["val/loss"])
+
+
 MISTAKES = [
     (["model.preset=nanno"], "model.preset='nanno' is not known: did you mean 'nano'"),
     (["model.args={depth:3}"], "model.preset='nano' cannot be built with model.args="),

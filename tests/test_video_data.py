@@ -50,6 +50,13 @@ def test_faster_digits():
     assert speeds >= {1, 2} and max(speeds) == 2
 
 
+def test_without_shuffle_a_clip_is_the_same_in_every_epoch():
+    data = MovingDigits(epoch_length=64, shuffle=False)
+    first, second = batches(data), batches(data, epoch=1)
+    assert len(first) == 2 and all(torch.equal(a["video"], b["video"]) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(batches(MovingDigits(epoch_length=64), epoch=1)[0]["video"], first[0]["video"])
+
+
 def test_batches_are_normalised_and_follow_the_seed():
     data = MovingDigits(epoch_length=640, seed=3)
     first = batches(data)

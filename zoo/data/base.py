@@ -20,7 +20,8 @@ class SeededData(LightningDataModule):
     Args:
         batch_size: items of one step on one device.
         seed: order and augmentation follow from it.
-        shuffle: new order in every epoch; off, training is in file order (to overfit a few samples on purpose).
+        shuffle: new order in every epoch; off, training is in file order and with the same augmentation every time (to
+            overfit a few samples on purpose).
         num_workers: processes that load; 0 loads in the training process.
     """
 

@@ -61,4 +61,4 @@ class BucketSampler(EpochSampler):
     def __iter__(self) -> Iterator[tuple[int, int | None]]:
         for batch in self._batches()[self.skip_batches :]:
             for index, real in batch[self.rank :: self.world]:
-                yield index, self.epoch if real else None
+                yield index, self.epoch_of_items if real else None

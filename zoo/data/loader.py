@@ -71,7 +71,8 @@ class EpochSampler(Sampler):
 
     The batches of all ranks together are the batches one process with the whole batch size would see, in the same
     order. Evaluation (`shuffle=False`) covers every item exactly once over all ranks; ranks that run out early get
-    items marked as padding by `epoch=None`, so every rank makes the same number of steps.
+    items marked as padding by `epoch=None`, so every rank makes the same number of steps. The epoch is always 0 there,
+    so that a sample is the same each time, down to its augmentation.
 
     Args:
         size: items in the dataset.
@@ -90,6 +91,10 @@ class EpochSampler(Sampler):
         """Called by Lightning before each epoch."""
         self.epoch = epoch
 
+    @property
+    def epoch_of_items(self) -> int:
+        return self.epoch if self.shuffle else 0
+
     def __len__(self) -> int:
         if self.shuffle:
             return self.size // (self.batch_size * self.world) * self.batch_size
@@ -102,7 +107,7 @@ class EpochSampler(Sampler):
             order = np.arange(self.size)
         mine = order[self.rank :: self.world][: len(self)]
         for index in mine[self.skip_batches * self.batch_size :]:
-            yield int(index), self.epoch
+            yield int(index), self.epoch_of_items
         for _ in range(len(self) - len(mine)):
             yield int(order[0]), None
 

@@ -146,12 +146,13 @@ def first_stage(model: nn.Module, image: Tensor) -> tuple[list[int], list[dict[s
     return grid, [{name: getattr(layer, name) for name in names} for layer in stage]
 
 
-def plot_comparison(names: Sequence[str], values: Sequence[float], *, metric: str, path: Path) -> Path:
+def plot_comparison(names: Sequence[str], values: Sequence[float], *, metric: str, mode: str, path: Path) -> Path:
     """Draws one dot per job of a sweep, best first, on an axis that shows their differences.
 
     Args:
         names, values: of the jobs.
         metric: what the values are.
+        mode: "max" or "min", the better direction.
         path: where the PNG goes.
     """
     from matplotlib import rc_context
@@ -165,7 +166,7 @@ def plot_comparison(names: Sequence[str], values: Sequence[float], *, metric: st
             ax.annotate(
                 f"{value:.4g}", (value, row), xytext=(7, 0), textcoords="offset points", va="center", color=MUTED
             )
-        ax.set(xlabel=metric, ylim=(len(values) - 0.5, -0.5))
+        ax.set(xlabel=f"{metric} ({'more' if mode == 'max' else 'less'} is better)", ylim=(len(values) - 0.5, -0.5))
         ax.set_yticks(range(len(names)), names)
         ax.margins(x=0.15)
         ax.grid(axis="x", alpha=0.25, linewidth=0.6)

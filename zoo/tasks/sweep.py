@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 from filelock import FileLock
 from hydra.conf import HydraConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from .plots import plot_comparison
+
+
+def metric_mode(config: DictConfig) -> str:
+    """Whether jobs with more ("max") or less ("min") of `config.metric` are better.
+
+    As `config.metric_mode` says, else as the callback that monitors the same quantity, of whatever split, does:
+    `test/acc1` goes the way of a checkpoint of the best `val/acc1`.
+
+    Raises:
+        ValueError: neither says it.
+    """
+    accepted = "pass metric_mode=max or metric_mode=min"
+    if config.metric_mode is not None:
+        if config.metric_mode not in ("max", "min"):
+            raise ValueError(f"metric_mode={config.metric_mode!r} is not known: {accepted}")
+        return config.metric_mode
+    quantity = config.metric.split("/")[-1]
+    for callback in (config.callbacks or {}).values():
+        if callback and "mode" in callback and str(callback.get("monitor")).split("/")[-1] == quantity:
+            return callback.mode
+    raise ValueError(
+        f"metric={config.metric!r} is monitored by no callback that says whether more is better: {accepted}"
+    )
 
 
 def _what_differs(rows: list[dict[str, str]]) -> list[str]:
@@ -21,12 +46,13 @@ def _what_differs(rows: list[dict[str, str]]) -> list[str]:
     return [name or f"job {row['job']}" for name, row in zip(names, rows, strict=True)]
 
 
-def record_job(job: HydraConf, *, metric: str, value: float, minutes: float) -> None:
+def record_job(job: HydraConf, *, metric: str, mode: str, value: float, minutes: float) -> None:
     """Adds a job to the sweep's `comparison.csv`, redraws `comparison.png` and prints the table, best first.
 
     Args:
         job: Hydra's configuration of the job that ended.
-        metric, value: what is compared; larger is better.
+        metric, value: what is compared; jobs that diverged to NaN come last.
+        mode: "max" or "min", the better direction.
         minutes: that the job took.
     """
     folder = Path(job.sweep.dir)
@@ -38,13 +64,15 @@ def record_job(job: HydraConf, *, metric: str, value: float, minutes: float) -> 
                 rows = list(csv.DictReader(file))
         result = {metric: f"{value:.6g}", "minutes": f"{minutes:.2f}"}
         rows.append({"job": str(job.job.num), "overrides": " ".join(job.overrides.task)} | result)
-        rows.sort(key=lambda row: -float(row[metric]))
+        sign = 1 if mode == "min" else -1
+        rows.sort(key=lambda row: (math.isnan(float(row[metric])), sign * float(row[metric])))
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         names = _what_differs(rows)
-        plot_comparison(names, [float(row[metric]) for row in rows], metric=metric, path=folder / "comparison.png")
+        values = [float(row[metric]) for row in rows]
+        plot_comparison(names, values, metric=metric, mode=mode, path=folder / "comparison.png")
     table = Table(title="Sweep so far")
     for column in ("job", "what differs", metric, "minutes"):
         table.add_column(column)

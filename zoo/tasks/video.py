@@ -47,6 +47,8 @@ class VideoDiffusionTask(LightningModule):
         first_frame: chance that the first frame of patches is given: clean, with time 0 and no loss.
         condition_dropout: chance that class or text is left out, for classifier-free guidance. A dropped class is the
             null class, a dropped text is zeros.
+        new_noise: draw times, noise and dropped conditions anew in every epoch; off, a batch has the same ones each
+            time (to learn a few samples by heart: only then does the loss go to zero).
         gradient_checkpointing: recompute the blocks in the backward pass.
         compile: `enabled`, `mode` and `fullgraph` for `torch.compile` of each repeated block.
         seed: of the run.
@@ -70,6 +72,7 @@ class VideoDiffusionTask(LightningModule):
         time_per: str = "video",
         first_frame: float = 0.0,
         condition_dropout: float = 0.1,
+        new_noise: bool = True,
         gradient_checkpointing: bool = False,
         compile: Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -96,7 +99,8 @@ class VideoDiffusionTask(LightningModule):
             first_frame,
             condition_dropout,
         )
-        self.gradient_checkpointing, self.compile_cfg, self.seed = gradient_checkpointing, dict(compile or {}), seed
+        self.new_noise, self.seed = new_noise, seed
+        self.gradient_checkpointing, self.compile_cfg = gradient_checkpointing, dict(compile or {})
         self.model: VideoDiT | None = None
         self.train_loss = MeanMetric()
         names = [
@@ -176,7 +180,8 @@ class VideoDiffusionTask(LightningModule):
         self.train_loss.reset()  # not called when a run is resumed inside an epoch
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        seed = mix_seed(self.seed, self.global_rank, self.current_epoch, batch_idx)
+        epoch = self.current_epoch if self.new_noise else 0
+        seed = mix_seed(self.seed, self.global_rank, epoch, batch_idx)
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
