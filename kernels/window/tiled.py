@@ -23,6 +23,8 @@ FUSED_TRAINING = 128
 
 def _boxes(x: Tensor, cuts: list[list[Cut]], axis: int = 0) -> list[Tensor]:
     """All boxes of `[B, *spatial, heads, d]`, each `[B, (count, size) per axis, heads, d]`, the last axis fastest."""
+    if axis == 0 and all(len(c) == 1 and c[0][2] <= c[0][3] for c in cuts):  # the windows divide the grid
+        return [x.view(x.shape[0], *[n for ((count, _, size, _),) in cuts for n in (count, size)], *x.shape[-2:])]
     if axis == len(cuts):
         return [x]
     dim = 1 + 2 * axis  # axes before this one are split in two already
