@@ -21,8 +21,8 @@ from .mask import BlockMask, boxes
 
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
 LOGIT_BYTES = 1 << 20  # of one dense attention; what a chunk works on should stay in cache
-CHUNK_BYTES = 1 << 20, 4 << 20  # the least and the most
-PART_BYTES = 1 << 20  # laid out box by box at a time,
+CHUNK_BYTES = 2 << 20, 4 << 20  # the least and the most
+PART_BYTES = 4 << 20  # laid out box by box at a time,
 PART_RATIO = 1 / 8  # or this much of query, key and value if that is more
 COMPILED_PARTS = 8  # at most, of heads: in a compiled graph nothing may depend on the number of tokens
 
