@@ -210,6 +210,36 @@ def test_compiles_into_one_graph_under_every_condition(conditioning):
     check_one_graph(conditioning, LAYERS, "aot_eager")
 
 
+class ExactTimesteps(torch.nn.Module):
+    """The sinusoids of `diffusers.models.embeddings.Timesteps(256, True, 0)` in float64."""
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        angles = timestep.double()[:, None] * 10000 ** -(torch.arange(128, dtype=torch.float64) / 128)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+@pytest.mark.slow
+@every_condition
+def test_inductor_is_as_near_to_float64_as_eager(conditioning):
+    """All that separates compiled and eager is the sinusoid of the timestep, which diffusers computes in float32 also in
+    float64 models: at angles up to 1,000 the last bit of a frequency is worth 6e-5, and inductor rounds `exp` another
+    way. Below timestep 1 nothing of it is left; above, both must be equally near to the sinusoid in float64.
+    """
+    model = make(attention=LAYERS, num_layers=4, gated_attention=True, **CONDITIONS[conditioning])
+    given, exact = inputs(model), copy.deepcopy(model)
+    exact.time_frequencies = ExactTimesteps()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        for largest, bound in ((1.0, 1e-6), (1000.0, 2e-4)):
+            call_with = given | {"timestep": given["timestep"] * largest / 1000}
+            expected = exact(**call_with).sample
+            errors = [
+                float((found(**call_with).sample - expected).abs().max() / expected.abs().max())
+                for found in (model, compiled)
+            ]
+            assert max(errors) < bound and errors[1] <= 2 * errors[0] + 1e-6
+
+
 def test_another_resolution_compiles_once_more_at_most():
     model = make(attention=["dense", {"type": "window", "window": [2, 2, 3]}])
     counter = CompileCounter()
