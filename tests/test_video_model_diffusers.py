@@ -221,9 +221,11 @@ class ExactTimesteps(torch.nn.Module):
 @pytest.mark.slow
 @every_condition
 def test_inductor_is_as_near_to_float64_as_eager(conditioning):
-    """All that separates compiled and eager is the sinusoid of the timestep, which diffusers computes in float32 also in
-    float64 models: at angles up to 1,000 the last bit of a frequency is worth 6e-5, and inductor rounds `exp` another
-    way. Below timestep 1 nothing of it is left; above, both must be equally near to the sinusoid in float64.
+    """All that separates compiled and eager is the sinusoid of the timestep.
+
+    diffusers computes it in float32 even in float64 models: at angles up to 1,000 the last bit of a frequency is worth
+    6e-5, and inductor rounds `exp` another way. Below timestep 1 nothing of it is left; above, both must be about as
+    near to the sinusoid in float64.
     """
     model = make(attention=LAYERS, num_layers=4, gated_attention=True, **CONDITIONS[conditioning])
     given, exact = inputs(model), copy.deepcopy(model)
