@@ -14,6 +14,7 @@ from random import Random
 import operator_matrix
 import torch
 from foveal.kernels.neighborhood import geometry
+from foveal.kernels.neighborhood.api import dispatch
 from foveal.kernels.ops import na1d_lse, na2d_lse, na3d_lse
 from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
@@ -162,3 +163,21 @@ def errors(
 def check(case: Case, dtype: torch.dtype, impl: str, **kwargs) -> None:
     """Assert that `impl` keeps the error rule on this case, naming the case and everything that breaks it."""
     operator_matrix.assert_exact(errors(case, dtype, impl, **kwargs), f"{impl} in {dtype} on {case!r}")
+
+
+def check_part(case: Case, dtype: torch.dtype, impl: str) -> None:
+    """Assert that queries which are a random box of the case's grid get what they get among all queries."""
+    random = Random(f"part/{case.seed}")
+    boxes = [sorted(random.sample(range(length + 1), 2)) for length in case.shape]
+    box = (slice(None), *(slice(*queries) for queries in boxes))
+    axes = tuple(a._replace(queries=tuple(queries)) for a, queries in zip(case.axes, boxes, strict=True))
+    inputs = make_inputs(case, dtype)
+
+    def attend(axes, impl, inputs, box):
+        return dispatch(**inputs | {"query": inputs["query"][box]}, axes=axes, scale=case.scale, impl=impl)
+
+    got = gradients(inputs, *attend(axes, impl, inputs, box), seed=case.seed + 1)
+    exact = as_leaves(inputs, torch.float64)
+    out, lse = attend(case.axes, "reference", exact, ...)
+    found = operator_matrix.errors(got, gradients(exact, out[box], lse[box], seed=case.seed + 1), None, dtype)
+    operator_matrix.assert_exact(found, f"{impl} in {dtype} on the box {boxes} of {case!r}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from foveal.kernels.neighborhood import tiled_plan
 from foveal.kernels.ops import na1d, na2d, na2d_lse, na3d
-from neighborhood_matrix import LAYOUTS, OPERATORS, Case, cases, check, gradients, make_inputs, run
+from neighborhood_matrix import LAYOUTS, OPERATORS, Case, cases, check, check_part, gradients, make_inputs, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,6 +25,13 @@ STRIDED = Case((9, 16), (4, 8), (3, 4), (2, 1), (True, False), batch=2, seed=1)
 def test_random_cases(rank, dtype):
     for case in cases(rank, 300, seed=0):
         check(case, dtype, "tiled")
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_queries_that_are_a_part_of_the_grid(rank, impl):
+    for case in cases(rank, 60, seed=9):
+        check_part(case, torch.float64, impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -17,7 +17,8 @@ GRIDS = {
     "7x7": (Axis(56, 7), Axis(56, 7)),  # small windows: every tile is masked
     "18x24x24": (Axis(30, 18), Axis(48, 24), Axis(80, 24)),  # large windows: wholly visible tiles, then masked ones
 }
-FLAGS = ("", "bias, extra", "wide, grouped", "ones")  # wide: 64-bit offsets; grouped: two query heads a key head
+# wide: 64-bit offsets; grouped: two query heads a key head; part: queries that are a box of the grid
+FLAGS = ("", "bias, extra", "wide, grouped", "ones", "part")
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
 
@@ -59,6 +60,8 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
         elif name == "lengths":
             signature[name] = ("constexpr",) * (3 - rank) + ("i32",) * rank
             values.update({(i, j): 1 for j in range(3 - rank)})
+        elif name in ("start", "counts"):
+            signature[name] = ("i32",) * 3
         elif ones and name in ("batches", "heads", "key_heads"):
             signature[name], values[name] = "constexpr", 1
         else:
@@ -102,11 +105,14 @@ def _window_variants(
     for flags in FLAGS if head_dim == 64 and len(axes) == 2 else FLAGS[: 4 - len(axes)]:
         full, wide, ones = "bias" in flags, "wide" in flags, "ones" in flags
         fixed = dict(constants(axes, config._replace(wide=wide), head_dim, precision), BIAS=full, GROUP=1 + wide)
+        fixed["PART"] = "part" in flags
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
         if kernel != "key":
             fixed |= dict(EXTRA=full or ones, EXTRA_KEYS=EXTRA_KEYS)
         if not full:
             fixed["bias_ptr"] = None
+        if not fixed["PART"]:
+            fixed |= dict(start=None, counts=None)
         source = _source(KERNELS[kernel], TYPES[dtype], head_dim, len(axes), fixed, ones)
         yield Variant(kernel, grid, TYPES[dtype], head_dim, flags, config, source, options)
 
@@ -114,7 +120,7 @@ def _window_variants(
 def _token_variants(dtype, head_dim: int, precision: str) -> Iterator[Variant]:
     """The kernels that walk all tokens."""
     axes = GRIDS["7x7"]
-    fixed = dict(token_constants(axes, head_dim, dtype.itemsize), GROUP=1)
+    fixed = dict(token_constants(axes, head_dim, dtype.itemsize), GROUP=1, start=None, counts=None)
     for flags in ("bias", "bias, ones"):
         source = _source(bias_kernel, TYPES[dtype], head_dim, len(axes), fixed, "ones" in flags)
         yield Variant("bias", "7x7", TYPES[dtype], head_dim, flags, None, source, {})

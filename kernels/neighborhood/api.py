@@ -79,7 +79,7 @@ def make_axes(
     return axes
 
 
-def _check_bias(axes: tuple[Axis, ...], query: Tensor, bias: Tensor) -> None:
+def check_bias(axes: tuple[Axis, ...], query: Tensor, bias: Tensor) -> None:
     if any(axis.window % 2 == 0 for axis in axes):
         raise ValueError(f"window={[a.window for a in axes]} must be odd on every axis when bias is given")
     expected = (query.shape[-2], *(2 * axis.window - 1 for axis in axes))
@@ -95,8 +95,34 @@ def _attend(
     check_grids(rank, query, key, value)
     axes = make_axes(query.shape[1:-2], window=window, stride=stride, dilation=dilation, causal=causal)
     if bias is not None:
-        _check_bias(axes, query, bias)
+        check_bias(axes, query, bias)
     check_extra(key, extra_key, extra_value)
+    return dispatch(
+        query,
+        key,
+        value,
+        axes=axes,
+        bias=bias,
+        scale=scale,
+        extra_key=extra_key,
+        extra_value=extra_value,
+        impl=impl,
+    )
+
+
+def dispatch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    axes: tuple[Axis, ...],
+    bias: Tensor | None,
+    scale: float | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    impl: Impl,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of checked arguments by the implementation that `impl` names."""
     attend = {"triton": library.attend, "tiled": tiled.attend, "reference": reference.attend}[choose(query, impl)]
     with without_autocast(query.device):
         return attend(

@@ -18,6 +18,7 @@ from .tile import (
     load_tile,
     local,
     offset,
+    part,
     program,
     row_bounds,
     shift,
@@ -41,26 +42,27 @@ def query_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, do_ptr, do_strides,
     lse_ptr, lse_strides, dlse_ptr, dlse_strides, delta_ptr, dq_ptr,
     bias_ptr, extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
-    lengths, heads, extra, scale,
+    lengths, start, counts, heads, extra, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr, EXTRA: tl.constexpr, INNER: tl.constexpr, BORDER: tl.constexpr,
+    BIAS: tl.constexpr, EXTRA: tl.constexpr, PART: tl.constexpr, INNER: tl.constexpr, BORDER: tl.constexpr,
     DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dQ, and delta for the other kernels. `delta` has the strides of lse, dQ those of out; see `forward_kernel`."""
-    batch, head, group, n, first = program(tl.program_id(0), lengths, heads, QUERIES, DILATION)
-    if (first[0] >= n[0]) | (first[1] >= n[1]) | (first[2] >= n[2]):
+    batch, head, group, n, first = program(tl.program_id(0), counts if PART else lengths, heads, QUERIES, DILATION)
+    n, begin, nq, origin = part(group, n, lengths, start, counts, DILATION, PART)
+    if (first[0] >= nq[0]) | (first[1] >= nq[1]) | (first[2] >= nq[2]):
         return
-    q_ptr, q_sp = group_view(q_ptr, q_strides, batch, head, group, DILATION, WIDE)
+    q_ptr, q_sp = group_view(q_ptr, q_strides, batch, head, origin, DILATION, WIDE)
     k_ptr, k_sp = group_view(k_ptr, k_strides, batch, head // GROUP, group, DILATION, WIDE)
     v_ptr, v_sp = group_view(v_ptr, v_strides, batch, head // GROUP, group, DILATION, WIDE)
-    out_ptr, out_sp = group_view(out_ptr, out_strides, batch, head, group, DILATION, WIDE)
-    dq_ptr, _ = group_view(dq_ptr, out_strides, batch, head, group, DILATION, WIDE)
-    do_ptr, do_sp = group_view(do_ptr, do_strides, batch, head, group, DILATION, WIDE)
-    lse_ptr, lse_sp = group_view(lse_ptr, lse_strides, batch, head, group, DILATION, WIDE)
-    dlse_ptr, dlse_sp = group_view(dlse_ptr, dlse_strides, batch, head, group, DILATION, WIDE)
-    delta_ptr, _ = group_view(delta_ptr, lse_strides, batch, head, group, DILATION, WIDE)
+    out_ptr, out_sp = group_view(out_ptr, out_strides, batch, head, origin, DILATION, WIDE)
+    dq_ptr, _ = group_view(dq_ptr, out_strides, batch, head, origin, DILATION, WIDE)
+    do_ptr, do_sp = group_view(do_ptr, do_strides, batch, head, origin, DILATION, WIDE)
+    lse_ptr, lse_sp = group_view(lse_ptr, lse_strides, batch, head, origin, DILATION, WIDE)
+    dlse_ptr, dlse_sp = group_view(dlse_ptr, dlse_strides, batch, head, origin, DILATION, WIDE)
+    delta_ptr, _ = group_view(delta_ptr, lse_strides, batch, head, origin, DILATION, WIDE)
     k_desc, v_desc = k_ptr, v_ptr
     if DESCRIPTOR:
         k_desc = describe(k_ptr, k_sp, n, D, KEYS, BLOCK_D)
@@ -68,33 +70,38 @@ def query_kernel(
 
     q_steps, k_steps = local(QUERIES), local(KEYS)
     row = shift(first, q_steps)
-    keep = inside(row, n)
-    q = load_tile(q_ptr, q_ptr, first, q_steps, q_sp, q_strides[5], n, D, QUERIES, BLOCK_D, False, True)
-    do = load_tile(do_ptr, do_ptr, first, q_steps, do_sp, do_strides[5], n, D, QUERIES, BLOCK_D, False, True)
-    out = load_tile(out_ptr, out_ptr, first, q_steps, out_sp, 1, n, D, QUERIES, BLOCK_D, False, True)
+    keep = inside(row, nq)
+    q = load_tile(q_ptr, q_ptr, first, q_steps, q_sp, q_strides[5], nq, D, QUERIES, BLOCK_D, False, True)
+    do = load_tile(do_ptr, do_ptr, first, q_steps, do_sp, do_strides[5], nq, D, QUERIES, BLOCK_D, False, True)
+    out = load_tile(out_ptr, out_ptr, first, q_steps, out_sp, 1, nq, D, QUERIES, BLOCK_D, False, True)
     lse2 = tl.load(lse_ptr + offset(row, lse_sp), mask=keep, other=float("inf")) * LOG2E
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     delta -= tl.load(dlse_ptr + offset(row, dlse_sp), mask=keep, other=0.0)
     tl.store(delta_ptr + offset(row, lse_sp), delta, mask=keep)
 
-    lo, hi = row_bounds(row, n, WINDOW, STRIDE, CAUSAL, False)
+    position = shift(row, begin)
+    lo, hi = row_bounds(row, n, begin, nq, WINDOW, STRIDE, CAUSAL, False, PART)
     BIAS_STRIDES: tl.constexpr = ((2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1), 2 * WINDOW[2] - 1, 1)
     bias_row = row[0]
     factor = scale * LOG2E
     if BIAS:
         bias_ptr += head * (2 * WINDOW[0] - 1) * BIAS_STRIDES[0]
-        bias_row = offset((WINDOW[0] - 1 - row[0], WINDOW[1] - 1 - row[1], WINDOW[2] - 1 - row[2]), BIAS_STRIDES)
+        bias_row = offset(
+            (WINDOW[0] - 1 - position[0], WINDOW[1] - 1 - position[1], WINDOW[2] - 1 - position[2]), BIAS_STRIDES
+        )
         factor = LOG2E
 
-    starts, counts, inner, inner_counts = spans(first, n, QUERIES, KEYS, WINDOW, STRIDE, CAUSAL, False)
+    starts, visits, inner, inner_visits = spans(
+        first, n, begin, nq, QUERIES, KEYS, WINDOW, STRIDE, CAUSAL, False, PART
+    )
 
     dq = tl.zeros([QUERIES[0] * QUERIES[1] * QUERIES[2], BLOCK_D], tl.float32)
     for MASKED in tl.static_range(1 - INNER, 1 + BORDER):
-        for t in tl.range(0, tile_count(counts, inner_counts, MASKED), num_stages=STAGES):
-            origin = tile_origin(t, starts, counts, inner, inner_counts, KEYS, MASKED, INNER)
-            column = shift(origin, k_steps)
-            k = load_tile(k_ptr, k_desc, origin, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
-            v = load_tile(v_ptr, v_desc, origin, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
+        for t in tl.range(0, tile_count(visits, inner_visits, MASKED), num_stages=STAGES):
+            corner = tile_origin(t, starts, visits, inner, inner_visits, KEYS, MASKED, INNER)
+            column = shift(corner, k_steps)
+            k = load_tile(k_ptr, k_desc, corner, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
+            v = load_tile(v_ptr, v_desc, corner, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
             s = logits_tile(
                 q, k, column, lo, hi, bias_ptr, bias_row, scale,
                 QUERIES, KEYS, BIAS, BIAS_STRIDES, MASKED, PRECISION,
@@ -130,17 +137,18 @@ def key_step(dk, dv, q, do, lse2, delta, st, v, factor, PRECISION: tl.constexpr)
 def key_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides,
     lse_ptr, lse_strides, delta_ptr, dk_ptr, dv_ptr, dk_strides, bias_ptr,
-    lengths, key_heads, scale,
+    lengths, start, counts, key_heads, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr, INNER: tl.constexpr, BORDER: tl.constexpr,
+    BIAS: tl.constexpr, PART: tl.constexpr, INNER: tl.constexpr, BORDER: tl.constexpr,
     DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dK and dV of a tile of keys, over the queries that see it, of every query head that shares the key head."""
     batch, key_head, group, n, first = program(tl.program_id(0), lengths, key_heads, KEYS, DILATION)
     if (first[0] >= n[0]) | (first[1] >= n[1]) | (first[2] >= n[2]):
         return
+    n, begin, nq, origin = part(group, n, lengths, start, counts, DILATION, PART)
     k_ptr, k_sp = group_view(k_ptr, k_strides, batch, key_head, group, DILATION, WIDE)
     v_ptr, v_sp = group_view(v_ptr, v_strides, batch, key_head, group, DILATION, WIDE)
     k_steps, q_steps = local(KEYS), local(QUERIES)
@@ -148,43 +156,45 @@ def key_kernel(
     k = load_tile(k_ptr, k_ptr, first, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, False, True)
     v = load_tile(v_ptr, v_ptr, first, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, False, True)
 
-    lo, hi = row_bounds(row, n, WINDOW, STRIDE, CAUSAL, True)
+    lo, hi = row_bounds(row, n, begin, nq, WINDOW, STRIDE, CAUSAL, True, PART)
     TABLE_STRIDES: tl.constexpr = ((2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1), 2 * WINDOW[2] - 1, 1)
     BIAS_STRIDES: tl.constexpr = (-(2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1), -(2 * WINDOW[2] - 1), -1)
     bias_row = row[0]
     factor = scale * LOG2E
     if BIAS:
         bias_row = offset((WINDOW[0] - 1 + row[0], WINDOW[1] - 1 + row[1], WINDOW[2] - 1 + row[2]), TABLE_STRIDES)
+        if PART:
+            bias_row -= offset(begin, TABLE_STRIDES)
         factor = LOG2E
 
-    starts, counts, inner, inner_counts = spans(first, n, KEYS, QUERIES, WINDOW, STRIDE, CAUSAL, True)
+    starts, visits, inner, inner_visits = spans(first, n, begin, nq, KEYS, QUERIES, WINDOW, STRIDE, CAUSAL, True, PART)
 
     dk = tl.zeros([KEYS[0] * KEYS[1] * KEYS[2], BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS[0] * KEYS[1] * KEYS[2], BLOCK_D], tl.float32)
     for g in range(GROUP):
         head = key_head * GROUP + g
-        head_q, q_sp = group_view(q_ptr, q_strides, batch, head, group, DILATION, WIDE)
-        head_do, do_sp = group_view(do_ptr, do_strides, batch, head, group, DILATION, WIDE)
-        head_lse, lse_sp = group_view(lse_ptr, lse_strides, batch, head, group, DILATION, WIDE)
-        head_delta, _ = group_view(delta_ptr, lse_strides, batch, head, group, DILATION, WIDE)
+        head_q, q_sp = group_view(q_ptr, q_strides, batch, head, origin, DILATION, WIDE)
+        head_do, do_sp = group_view(do_ptr, do_strides, batch, head, origin, DILATION, WIDE)
+        head_lse, lse_sp = group_view(lse_ptr, lse_strides, batch, head, origin, DILATION, WIDE)
+        head_delta, _ = group_view(delta_ptr, lse_strides, batch, head, origin, DILATION, WIDE)
         head_bias = bias_ptr
         if BIAS:
             head_bias = bias_ptr + head * (2 * WINDOW[0] - 1) * TABLE_STRIDES[0]
         q_desc, do_desc = head_q, head_do
         if DESCRIPTOR:
-            q_desc = describe(head_q, q_sp, n, D, QUERIES, BLOCK_D)
-            do_desc = describe(head_do, do_sp, n, D, QUERIES, BLOCK_D)
+            q_desc = describe(head_q, q_sp, nq, D, QUERIES, BLOCK_D)
+            do_desc = describe(head_do, do_sp, nq, D, QUERIES, BLOCK_D)
         for MASKED in tl.static_range(1 - INNER, 1 + BORDER):
-            for t in tl.range(0, tile_count(counts, inner_counts, MASKED), num_stages=STAGES):
-                origin = tile_origin(t, starts, counts, inner, inner_counts, QUERIES, MASKED, INNER)
-                column = shift(origin, q_steps)
+            for t in tl.range(0, tile_count(visits, inner_visits, MASKED), num_stages=STAGES):
+                corner = tile_origin(t, starts, visits, inner, inner_visits, QUERIES, MASKED, INNER)
+                column = shift(corner, q_steps)
                 q = load_tile(
-                    head_q, q_desc, origin, q_steps, q_sp, q_strides[5], n, D, QUERIES, BLOCK_D, DESCRIPTOR, MASKED
+                    head_q, q_desc, corner, q_steps, q_sp, q_strides[5], nq, D, QUERIES, BLOCK_D, DESCRIPTOR, MASKED
                 )
                 do = load_tile(
-                    head_do, do_desc, origin, q_steps, do_sp, do_strides[5], n, D, QUERIES, BLOCK_D, DESCRIPTOR, MASKED
+                    head_do, do_desc, corner, q_steps, do_sp, do_strides[5], nq, D, QUERIES, BLOCK_D, DESCRIPTOR, MASKED
                 )
-                keep = inside(column, n)
+                keep = inside(column, nq)
                 lse2 = tl.load(head_lse + offset(column, lse_sp), mask=keep, other=float("inf")) * LOG2E
                 delta = tl.load(head_delta + offset(column, lse_sp), mask=keep, other=0.0)
                 st = logits_tile(
@@ -263,9 +273,9 @@ def extra_kernel(
 @triton.jit
 def bias_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides, lse_ptr, delta_ptr, lse_strides,
-    bias_ptr, partial_ptr, lengths, batches, heads, chunk, scale,
+    bias_ptr, partial_ptr, lengths, start, counts, batches, heads, chunk, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
-    WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr, PART: tl.constexpr,
 ):
     """Partial table gradients `[chunks, heads, table]` (float32): a program takes one table entry, that is one offset
     from query to key, and one chunk of all queries of all batches."""
@@ -278,27 +288,29 @@ def bias_kernel(
     part = pid // TABLE // heads
     ox, oy, oz = entry // (NY * NZ) - WINDOW[0] + 1, entry // NZ % NY - WINDOW[1] + 1, entry % NZ - WINDOW[2] + 1
     bias = tl.load(bias_ptr + head * TABLE + entry).to(tl.float32)
-    tokens = lengths[0] * lengths[1] * lengths[2]
+    grid = counts if PART else lengths  # of queries
+    tokens = grid[0] * grid[1] * grid[2]
     total = tl.cast(batches, tl.int64) * tokens
     d = tl.arange(0, BLOCK_D)
     acc = tl.zeros([QUERIES], tl.float32)
     for begin in range(0, chunk, QUERIES):
         t = part.to(tl.int64) * chunk + begin + tl.arange(0, QUERIES)
         batch = t // tokens
-        query = token((t % tokens).to(tl.int32), lengths)
+        query = token((t % tokens).to(tl.int32), grid)
+        place = shift(query, start) if PART else query
         see = (begin + tl.arange(0, QUERIES) < chunk) & (t < total)
-        see &= sees(query[0], ox, lengths[0], 0, WINDOW, STRIDE, DILATION, CAUSAL)
-        see &= sees(query[1], oy, lengths[1], 1, WINDOW, STRIDE, DILATION, CAUSAL)
-        see &= sees(query[2], oz, lengths[2], 2, WINDOW, STRIDE, DILATION, CAUSAL)
-        key = shift(query, (ox * DILATION[0], oy * DILATION[1], oz * DILATION[2]))
+        see &= sees(place[0], ox, lengths[0], 0, WINDOW, STRIDE, DILATION, CAUSAL)
+        see &= sees(place[1], oy, lengths[1], 1, WINDOW, STRIDE, DILATION, CAUSAL)
+        see &= sees(place[2], oz, lengths[2], 2, WINDOW, STRIDE, DILATION, CAUSAL)
+        key = shift(place, (ox * DILATION[0], oy * DILATION[1], oz * DILATION[2]))
         load = see[:, None] & (d < D)[None, :]
         q = row_vectors(q_ptr, q_strides, batch, query, head, d, load).to(tl.float32)
         k = row_vectors(k_ptr, k_strides, batch, key, head // GROUP, d, load).to(tl.float32)
         v = row_vectors(v_ptr, v_strides, batch, key, head // GROUP, d, load).to(tl.float32)
         do = row_vectors(do_ptr, do_strides, batch, query, head, d, load).to(tl.float32)
-        place = row_offset(lse_strides, batch, query, head)
-        lse = tl.load(lse_ptr + place, mask=see, other=float("inf"))
-        delta = tl.load(delta_ptr + place, mask=see, other=0.0)
+        where = row_offset(lse_strides, batch, query, head)
+        lse = tl.load(lse_ptr + where, mask=see, other=float("inf"))
+        delta = tl.load(delta_ptr + where, mask=see, other=0.0)
         p = tl.exp2((tl.sum(q * k, 1) * scale + bias - lse) * LOG2E)
         acc += tl.where(see, p * (tl.sum(do * v, 1) - delta), 0.0)
     tl.store(partial_ptr + (part.to(tl.int64) * heads + head) * TABLE + entry, tl.sum(acc, 0))
@@ -312,7 +324,8 @@ def sees(
     """Whether queries at grid coordinates of axis `A` see the key `step` positions further in their group."""
     group = query % DILATION[A]
     position = query // DILATION[A]
-    lo, hi = bounds(position, (length - group + DILATION[A] - 1) // DILATION[A], A, WINDOW, STRIDE, CAUSAL, False)
+    n = (length - group + DILATION[A] - 1) // DILATION[A]
+    lo, hi = bounds(position, n, 0, n, A, WINDOW, STRIDE, CAUSAL, False, False)
     return (position + step >= lo) & (position + step < hi)
 
 

@@ -18,7 +18,7 @@ from .geometry import Axis
 
 def visible_pairs(axes: Sequence[Axis], *, extra: int = 0) -> int:
     """(query, key) pairs of one head of one batch entry: those of the window and `extra` keys a query."""
-    return geometry.visible_pairs(tuple(axes)) + prod(axis.length for axis in axes) * extra
+    return geometry.visible_pairs(tuple(axes)) + prod(map(geometry.query_count, axes)) * extra
 
 
 def forward_flops(axes: Sequence[Axis], *, batch: int, heads: int, head_dim: int, extra: int = 0) -> int:
@@ -39,10 +39,10 @@ def backward_flops(axes: Sequence[Axis], *, batch: int, heads: int, head_dim: in
 
 
 def _operand_bytes(axes, batch, heads, key_heads, head_dim, itemsize, extra, bias) -> tuple[int, int, int, int]:
-    tokens = batch * prod(axis.length for axis in axes)
-    one_query = tokens * heads * head_dim * itemsize
-    one_key = (tokens + batch * extra) * (key_heads or heads) * head_dim * itemsize
-    lse = tokens * heads * 4
+    queries, keys = (batch * prod(map(count, axes)) for count in (geometry.query_count, lambda axis: axis.length))
+    one_query = queries * heads * head_dim * itemsize
+    one_key = (keys + batch * extra) * (key_heads or heads) * head_dim * itemsize
+    lse = queries * heads * 4
     table = heads * prod(2 * axis.window - 1 for axis in axes) * 4 if bias else 0
     return one_query, one_key, lse, table
 

@@ -11,6 +11,7 @@ from .tile import (
     load_tile,
     local,
     offset,
+    part,
     program,
     row_bounds,
     shift,
@@ -68,19 +69,21 @@ def softmax_step(acc, m, l, s, v, factor, PRECISION: tl.constexpr):
 def forward_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr, lse_strides,
     bias_ptr, extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
-    lengths, heads, extra, scale,
+    lengths, start, counts, heads, extra, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr, EXTRA: tl.constexpr, INNER: tl.constexpr, BORDER: tl.constexpr,
+    BIAS: tl.constexpr, EXTRA: tl.constexpr, PART: tl.constexpr, INNER: tl.constexpr, BORDER: tl.constexpr,
     DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Strides are of `[B, X, Y, Z, heads, head_dim]` (extra: `[B, tokens, heads, head_dim]`), `GROUP` query heads
-    share a key head, and `INNER`/`BORDER` say whether any key tile is wholly seen / not wholly seen."""
-    batch, head, group, n, first = program(tl.program_id(0), lengths, heads, QUERIES, DILATION)
-    if (first[0] >= n[0]) | (first[1] >= n[1]) | (first[2] >= n[2]):
+    share a key head, and `INNER`/`BORDER` say whether any key tile is wholly seen / not wholly seen. With `PART` the
+    queries are the box of `counts` tokens from `start` on."""
+    batch, head, group, n, first = program(tl.program_id(0), counts if PART else lengths, heads, QUERIES, DILATION)
+    n, begin, nq, origin = part(group, n, lengths, start, counts, DILATION, PART)
+    if (first[0] >= nq[0]) | (first[1] >= nq[1]) | (first[2] >= nq[2]):
         return
-    q_ptr, q_sp = group_view(q_ptr, q_strides, batch, head, group, DILATION, WIDE)
+    q_ptr, q_sp = group_view(q_ptr, q_strides, batch, head, origin, DILATION, WIDE)
     k_ptr, k_sp = group_view(k_ptr, k_strides, batch, head // GROUP, group, DILATION, WIDE)
     v_ptr, v_sp = group_view(v_ptr, v_strides, batch, head // GROUP, group, DILATION, WIDE)
     k_desc, v_desc = k_ptr, v_ptr
@@ -90,32 +93,37 @@ def forward_kernel(
 
     q_steps, k_steps = local(QUERIES), local(KEYS)
     row = shift(first, q_steps)
-    q = load_tile(q_ptr, q_ptr, first, q_steps, q_sp, q_strides[5], n, D, QUERIES, BLOCK_D, False, True)
-    lo, hi = row_bounds(row, n, WINDOW, STRIDE, CAUSAL, False)
+    q = load_tile(q_ptr, q_ptr, first, q_steps, q_sp, q_strides[5], nq, D, QUERIES, BLOCK_D, False, True)
+    position = shift(row, begin)
+    lo, hi = row_bounds(row, n, begin, nq, WINDOW, STRIDE, CAUSAL, False, PART)
     BIAS_STRIDES: tl.constexpr = ((2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1), 2 * WINDOW[2] - 1, 1)
     bias_row = row[0]
     factor = scale * LOG2E
     if BIAS:
         bias_ptr += head * (2 * WINDOW[0] - 1) * BIAS_STRIDES[0]
-        bias_row = offset((WINDOW[0] - 1 - row[0], WINDOW[1] - 1 - row[1], WINDOW[2] - 1 - row[2]), BIAS_STRIDES)
+        bias_row = offset(
+            (WINDOW[0] - 1 - position[0], WINDOW[1] - 1 - position[1], WINDOW[2] - 1 - position[2]), BIAS_STRIDES
+        )
         factor = LOG2E
 
-    starts, counts, inner, inner_counts = spans(first, n, QUERIES, KEYS, WINDOW, STRIDE, CAUSAL, False)
+    starts, visits, inner, inner_visits = spans(
+        first, n, begin, nq, QUERIES, KEYS, WINDOW, STRIDE, CAUSAL, False, PART
+    )
 
     acc = tl.zeros([QUERIES[0] * QUERIES[1] * QUERIES[2], BLOCK_D], tl.float32)
     m = tl.full([QUERIES[0] * QUERIES[1] * QUERIES[2]], float("-inf"), tl.float32)
     l = tl.zeros([QUERIES[0] * QUERIES[1] * QUERIES[2]], tl.float32)
 
     for MASKED in tl.static_range(1 - INNER, 1 + BORDER):
-        for t in tl.range(0, tile_count(counts, inner_counts, MASKED), num_stages=STAGES):
-            origin = tile_origin(t, starts, counts, inner, inner_counts, KEYS, MASKED, INNER)
-            column = shift(origin, k_steps)
-            k = load_tile(k_ptr, k_desc, origin, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
+        for t in tl.range(0, tile_count(visits, inner_visits, MASKED), num_stages=STAGES):
+            corner = tile_origin(t, starts, visits, inner, inner_visits, KEYS, MASKED, INNER)
+            column = shift(corner, k_steps)
+            k = load_tile(k_ptr, k_desc, corner, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
             s = logits_tile(
                 q, k, column, lo, hi, bias_ptr, bias_row, scale,
                 QUERIES, KEYS, BIAS, BIAS_STRIDES, MASKED, PRECISION,
             )
-            v = load_tile(v_ptr, v_desc, origin, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
+            v = load_tile(v_ptr, v_desc, corner, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
             acc, m, l = softmax_step(acc, m, l, s, v, factor, PRECISION)
     if EXTRA:
         extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + (head // GROUP).to(tl.int64) * extra_k_strides[2]
@@ -127,9 +135,9 @@ def forward_kernel(
             s = tl.where((e + tl.arange(0, EXTRA_KEYS) < extra)[None, :], s * (scale * LOG2E), float("-inf"))
             acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
 
-    keep = inside(row, n)
-    out_ptr, out_sp = group_view(out_ptr, out_strides, batch, head, group, DILATION, WIDE)
-    lse_ptr, lse_sp = group_view(lse_ptr, lse_strides, batch, head, group, DILATION, WIDE)
+    keep = inside(row, nq)
+    out_ptr, out_sp = group_view(out_ptr, out_strides, batch, head, origin, DILATION, WIDE)
+    lse_ptr, lse_sp = group_view(lse_ptr, lse_strides, batch, head, origin, DILATION, WIDE)
     d = tl.arange(0, BLOCK_D)
     out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offset(row, out_sp)[:, None] + d[None, :], out, mask=keep[:, None] & (d < D)[None, :])

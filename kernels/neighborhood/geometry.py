@@ -8,6 +8,7 @@ n = ceil((L - g) / d) positions. Rules: arXiv:2504.16922 (window, stride, causal
 and, through `triton.jit`, the kernels.
 """
 
+from collections import Counter
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -25,6 +26,7 @@ class Axis(NamedTuple):
         stride: queries that share one window, 1 <= stride <= window.
         dilation: distance between neighbouring keys, >= 1.
         causal: whether a query sees no key after itself.
+        queries: coordinates [first, last) of the queries where they are a part of the axis; all of it when None.
     """
 
     length: int
@@ -32,6 +34,7 @@ class Axis(NamedTuple):
     stride: int = 1
     dilation: int = 1
     causal: bool = False
+    queries: tuple[int, int] | None = None
 
 
 def window_bounds(p, n, window, stride, causal):
@@ -81,24 +84,35 @@ def group_length(length, dilation, group):
     return (length - group + dilation - 1) // dilation
 
 
+def query_range(axis: Axis) -> tuple[int, int]:
+    """Coordinates [first, last) of the queries."""
+    return (0, axis.length) if axis.queries is None else axis.queries
+
+
+def query_count(axis: Axis) -> int:
+    """Number of queries."""
+    first, last = query_range(axis)
+    return last - first
+
+
 def axis_bounds(axis: Axis, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """First and last visible key coordinate of every query coordinate, both int64 `[length]` and inclusive."""
-    i = torch.arange(axis.length, device=device)
+    """First and last visible key coordinate of every query, both int64 `[queries]` and inclusive."""
+    i = torch.arange(*query_range(axis), device=device)
     group, p = i % axis.dilation, i // axis.dilation
     lo, hi = window_bounds(p, group_length(axis.length, axis.dilation, group), axis.window, axis.stride, axis.causal)
     return lo * axis.dilation + group, (hi - 1) * axis.dilation + group
 
 
 def axis_mask(axis: Axis, device: torch.device | None = None) -> Tensor:
-    """Visibility on one axis: bool `[query, key]`, both of `axis.length`."""
+    """Visibility on one axis: bool `[queries, length]`."""
     first, last = axis_bounds(axis, device)
     key = torch.arange(axis.length, device=device)
-    same_group = key % axis.dilation == (key % axis.dilation)[:, None]
+    same_group = key % axis.dilation == (torch.arange(*query_range(axis), device=device) % axis.dilation)[:, None]
     return same_group & (key >= first[:, None]) & (key <= last[:, None])
 
 
 def mask(axes: tuple[Axis, ...], device: torch.device | None = None) -> Tensor:
-    """Visibility of every key for every query of the flattened grid: bool `[tokens, tokens]`, C order."""
+    """Visibility of every key for every query of the flattened grid: bool `[queries, tokens]`, C order."""
     full = torch.ones(1, 1, dtype=torch.bool, device=device)
     for axis in axes:
         full = torch.kron(full.to(torch.uint8), axis_mask(axis, device).to(torch.uint8)).bool()
@@ -106,42 +120,39 @@ def mask(axes: tuple[Axis, ...], device: torch.device | None = None) -> Tensor:
 
 
 def relative_index(axes: tuple[Axis, ...], device: torch.device | None = None) -> Tensor:
-    """Entry of the flattened bias table for every (query, key) pair: int64 `[tokens, tokens]`, C order.
+    """Entry of the flattened bias table for every (query, key) pair: int64 `[queries, tokens]`, C order.
 
     Per axis the entry is (key - query) / dilation + window - 1; pairs that do not see each other hold 0.
     """
     index = torch.zeros(1, 1, dtype=torch.int64, device=device)
     for axis in axes:
-        p = torch.arange(axis.length, device=device) // axis.dilation
-        offset = (p[None, :] - p[:, None] + axis.window - 1).clamp(0, 2 * axis.window - 2)
-        size, n = index.shape[0], axis.length
+        key = torch.arange(axis.length, device=device) // axis.dilation
+        query = torch.arange(*query_range(axis), device=device) // axis.dilation
+        offset = (key[None, :] - query[:, None] + axis.window - 1).clamp(0, 2 * axis.window - 2)
         index = index[:, None, :, None] * (2 * axis.window - 1) + offset[None, :, None, :]
-        index = index.reshape(size * n, size * n)
+        index = index.flatten(2).flatten(0, 1)
     return index.masked_fill(~mask(axes, device), 0)
 
 
 def key_counts(axis: Axis) -> Tensor:
-    """How many keys each query of one axis sees: int64 `[length]`."""
+    """How many keys each query of one axis sees: int64 `[queries]`."""
     first, last = axis_bounds(axis)
     return (last - first) // axis.dilation + 1
 
 
-def group_sizes(axis: Axis) -> tuple[tuple[int, int], ...]:
-    """The lengths of the dilation groups of an axis, at most two of them, and how many groups have each."""
-    longer = axis.length % axis.dilation
-    sizes = (
-        (group_length(axis.length, axis.dilation, 0), longer),
-        (group_length(axis.length, axis.dilation, axis.dilation - 1), axis.dilation - longer),
-    )
-    return tuple(size for size in sizes if size[1])
+def group_sizes(axis: Axis) -> tuple[tuple[int, int, int, int], ...]:
+    """The dilation groups of an axis that differ: length, positions [begin, end) of queries, and how many are alike."""
+    ends = (axis.length, *query_range(axis))
+    alike = Counter(tuple(group_length(i, axis.dilation, group) for i in ends) for group in range(axis.dilation))
+    return tuple((n, begin, end, groups) for (n, begin, end), groups in alike.items())
 
 
 @lru_cache(maxsize=4096)
 def axis_pairs(axis: Axis) -> int:
     """Number of (query, key) pairs of one axis, on Python integers: it works under fake tensors, too."""
     pairs = 0
-    for n, groups in group_sizes(axis):
-        for p in range(n):
+    for n, begin, end, groups in group_sizes(axis):
+        for p in range(begin, end):
             lo, hi = window_bounds(p, n, axis.window, axis.stride, axis.causal)
             pairs += groups * (hi - lo)
     return pairs
@@ -174,12 +185,15 @@ def tile_walk(axis: Axis, rows: int, columns: int, *, inverse: bool = False, ali
     """
     bounds = inverse_bounds if inverse else window_bounds
     total, visited, inner = 0, 0, 0
-    for n, groups in group_sizes(axis):
-        for first in range(0, n, rows):
+    for n, begin, end, groups in group_sizes(axis):
+        low, high, row, last_row = (begin, end, 0, n) if inverse else (0, n, begin, end)
+        for first in range(row, last_row, rows):
             lo_first, hi_first = bounds(first, n, axis.window, axis.stride, axis.causal)
-            lo_last, hi_last = bounds(min(first + rows, n) - 1, n, axis.window, axis.stride, axis.causal)
+            lo_last, hi_last = bounds(min(first + rows, last_row) - 1, n, axis.window, axis.stride, axis.causal)
+            lo_first, lo_last = max(lo_first, low), max(lo_last, low)
+            hi_first, hi_last = min(hi_first, high), min(hi_last, high)
             start = lo_first // columns * columns if aligned else lo_first
             total += groups
-            visited += groups * -(-(hi_last - start) // columns)
+            visited += groups * max(-(-(hi_last - start) // columns), 0)
             inner += groups * max((hi_first - start) // columns - -(-(lo_last - start) // columns), 0)
     return TileWalk(total, visited, inner)

@@ -19,7 +19,7 @@ from ..launching import (
 from . import configs
 from .backward import bias_kernel, extra_kernel, key_kernel, query_kernel
 from .forward import forward_kernel
-from .geometry import Axis
+from .geometry import Axis, query_count, query_range
 
 EXTRA_KEYS = 16
 # The kernels that walk all tokens: programs to aim for, enough to fill any device several times over, and the fewest
@@ -37,7 +37,21 @@ def window_constants(axes: tuple[Axis, ...], head_dim: int) -> dict:
         STRIDE=padded([a.stride for a in axes], 1),
         DILATION=padded([a.dilation for a in axes], 1),
         CAUSAL=padded([a.causal for a in axes], False),
+        PART=is_part(axes),
     )
+
+
+def is_part(axes: tuple[Axis, ...]) -> bool:
+    """Whether queries are a part of the grid."""
+    return any(a.queries is not None for a in axes)
+
+
+def grids(axes: tuple[Axis, ...]) -> tuple:
+    """Lengths of the grid, and of the queries where they are a part of it the start and the lengths."""
+    lengths = padded([a.length for a in axes], 1)
+    if not is_part(axes):
+        return lengths, None, None
+    return lengths, padded([query_range(a)[0] for a in axes], 0), padded([query_count(a) for a in axes], 1)
 
 
 def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, precision: str) -> dict:
@@ -75,10 +89,11 @@ def extra_constants(head_dim: int, itemsize: int, precision: str) -> dict:
     )
 
 
-def programs(axes: tuple[Axis, ...], tile: tuple[int, ...], batch_heads: int) -> int:
-    """Programs of a kernel whose rows are tiled by `tile`: tiles of the longest dilation group, for every group."""
+def programs(axes: tuple[Axis, ...], tile: tuple[int, ...], batch_heads: int, *, keys: bool = False) -> int:
+    """Programs of a kernel whose rows, queries or `keys`, are tiled by `tile`: tiles of the longest dilation group, for
+    every group."""
     tiles = prod(
-        a.dilation * triton.cdiv(triton.cdiv(a.length, a.dilation), t)
+        a.dilation * triton.cdiv(triton.cdiv(a.length if keys else query_count(a), a.dilation), t)
         for a, t in zip(axes, tile[3 - len(axes) :], strict=True)
     )
     return tiles * batch_heads
@@ -129,7 +144,7 @@ def forward(
             extra_k.stride()[:4],
             extra_v,
             extra_v.stride()[:4],
-            padded([a.length for a in axes], 1),
+            *grids(axes),
             heads,
             0 if extra_key is None else extra_key.shape[1],
             scale,
@@ -168,7 +183,7 @@ def backward(
     extra = 0 if extra_key is None else extra_key.shape[1]
     extra_k, extra_v = (query, query) if extra_key is None else (extra_key, extra_value)
     table = bias if bias is None else bias.contiguous()
-    lengths, group = padded([a.length for a in axes], 1), heads // key_heads
+    group = heads // key_heads
     q, k, v, do = ((x, grid_strides(x, rank)) for x in (query, key, value, grad_out))
     triton.set_allocator(device_scratch)
     with torch.cuda.device_of(query):
@@ -191,7 +206,7 @@ def backward(
             extra_k.stride()[:4],
             extra_v,
             extra_v.stride()[:4],
-            lengths,
+            *grids(axes),
             heads,
             extra,
             scale,
@@ -202,7 +217,9 @@ def backward(
             **constants(axes, config, head_dim, precision(query)),
         )
         config = configure("key", axes, (query, grad_out), (query, key, value, grad_out))
-        key_kernel[(programs(axes, config.keys, batch * key_heads),)](
+        if any(query_count(a) < a.dilation for a in axes):  # no descriptor of a dilation group without queries
+            config = config._replace(descriptor=False)
+        key_kernel[(programs(axes, config.keys, batch * key_heads, keys=True),)](
             *q,
             *k,
             *v,
@@ -214,7 +231,7 @@ def backward(
             dv,
             grid_strides(dk, rank),
             table,
-            lengths,
+            *grids(axes),
             key_heads,
             scale,
             GROUP=group,
@@ -231,7 +248,7 @@ def backward(
 def bias_gradient(q, k, v, do, lse, delta, table, bias: Tensor, axes: tuple[Axis, ...], scale: float) -> Tensor:
     """Gradient of the relative position table: partial sums of chunks of queries, added by torch in a fixed order."""
     query, heads, entries = q[0], bias.shape[0], prod(bias.shape[1:])
-    total = query.shape[0] * prod(a.length for a in axes)
+    total = query.shape[0] * prod(map(query_count, axes))
     chunk = max(MIN_CHUNK, triton.cdiv(total, triton.cdiv(PROGRAMS, heads * entries)))
     chunks = triton.cdiv(total, chunk)
     partial = torch.empty(chunks, heads, entries, dtype=torch.float32, device=query.device)
@@ -245,7 +262,7 @@ def bias_gradient(q, k, v, do, lse, delta, table, bias: Tensor, axes: tuple[Axis
         grid_strides(lse, len(axes)),
         table,
         partial,
-        padded([a.length for a in axes], 1),
+        *grids(axes),
         query.shape[0],
         heads,
         chunk,
@@ -259,7 +276,7 @@ def bias_gradient(q, k, v, do, lse, delta, table, bias: Tensor, axes: tuple[Axis
 def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, axes: tuple[Axis, ...], scale: float):
     """Gradients of the extra keys and values: partial sums of chunks of queries, added by torch in a fixed order."""
     query, (batch, extra, key_heads, head_dim) = q[0], extra_key.shape
-    tokens = prod(a.length for a in axes)
+    tokens = prod(map(query_count, axes))
     blocks = triton.cdiv(extra, EXTRA_KEYS) * key_heads * batch
     chunk = max(MIN_CHUNK, triton.cdiv(tokens, triton.cdiv(PROGRAMS, blocks)))
     chunks = triton.cdiv(tokens, chunk)
@@ -277,7 +294,7 @@ def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, ax
         extra_value.stride()[:4],
         dk,
         dv,
-        padded([a.length for a in axes], 1),
+        padded([query_count(a) for a in axes], 1),
         batch,
         key_heads,
         extra,

@@ -3,6 +3,9 @@
 Rows are queries and columns keys in the forward and dQ kernels; in the dK/dV kernel rows are keys and columns queries,
 and the inverse windows take the place of the windows. Every grid is treated as three-dimensional; a 1-D or 2-D grid has
 leading axes of length 1. `TILE`, `WINDOW`, `STRIDE`, `DILATION` and `CAUSAL` are 3-tuples of constants.
+
+With `PART` the queries are a box of the grid, a tensor of their own: they are counted from the first query of their
+dilation group on, which lies `begin` positions into the group.
 """
 
 from types import FunctionType
@@ -25,40 +28,51 @@ _group_length = _device(geometry.group_length)
 
 @triton.jit
 def bounds(
-    position, n, A: tl.constexpr,
-    WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr,
+    row, n, begin, queries, A: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr, PART: tl.constexpr,
 ):
-    """Columns [lo, hi) that rows at `position` of axis `A` see; positions past the end count as the last one."""
-    position = tl.minimum(position, n - 1)
+    """Columns [lo, hi) that rows of axis `A` see; rows past the end count as the last one.
+
+    `queries` of the group's `n` positions, from `begin` on, are queries; without `PART` all are.
+    """
     if INVERSE:
-        lo, hi = _inverse_bounds(position, n, WINDOW[A], STRIDE[A], CAUSAL[A])
+        lo, hi = _inverse_bounds(tl.minimum(row, n - 1), n, WINDOW[A], STRIDE[A], CAUSAL[A])
+        if PART:
+            lo, hi = tl.maximum(lo - begin, 0), tl.minimum(hi - begin, queries)
+    elif PART:
+        lo, hi = _window_bounds(begin + tl.minimum(row, queries - 1), n, WINDOW[A], STRIDE[A], CAUSAL[A])
     else:
-        lo, hi = _window_bounds(position, n, WINDOW[A], STRIDE[A], CAUSAL[A])
+        lo, hi = _window_bounds(tl.minimum(row, n - 1), n, WINDOW[A], STRIDE[A], CAUSAL[A])
     return lo, hi
 
 
 @triton.jit
-def row_bounds(row, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr):
+def row_bounds(
+    row, n, begin, queries,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr, PART: tl.constexpr,
+):
     """Columns that rows see, per axis: 3-tuples of the first and of one past the last."""
-    lo_x, hi_x = bounds(row[0], n[0], 0, WINDOW, STRIDE, CAUSAL, INVERSE)
-    lo_y, hi_y = bounds(row[1], n[1], 1, WINDOW, STRIDE, CAUSAL, INVERSE)
-    lo_z, hi_z = bounds(row[2], n[2], 2, WINDOW, STRIDE, CAUSAL, INVERSE)
+    lo_x, hi_x = bounds(row[0], n[0], begin[0], queries[0], 0, WINDOW, STRIDE, CAUSAL, INVERSE, PART)
+    lo_y, hi_y = bounds(row[1], n[1], begin[1], queries[1], 1, WINDOW, STRIDE, CAUSAL, INVERSE, PART)
+    lo_z, hi_z = bounds(row[2], n[2], begin[2], queries[2], 2, WINDOW, STRIDE, CAUSAL, INVERSE, PART)
     return (lo_x, lo_y, lo_z), (hi_x, hi_y, hi_z)
 
 
 @triton.jit
 def span(
-    row, n, A: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr,
+    row, n, begin, queries, A: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr, PART: tl.constexpr,
 ):
     """Column tiles that a tile of rows touches on one axis.
 
     Returns the first column, the number of column tiles from there on, and the range (index, number) of those among
     them in which every row sees every column.
     """
-    lo_first, hi_first = bounds(row, n, A, WINDOW, STRIDE, CAUSAL, INVERSE)
-    lo_last, hi_last = bounds(row + ROWS[A] - 1, n, A, WINDOW, STRIDE, CAUSAL, INVERSE)
+    lo_first, hi_first = bounds(row, n, begin, queries, A, WINDOW, STRIDE, CAUSAL, INVERSE, PART)
+    lo_last, hi_last = bounds(row + ROWS[A] - 1, n, begin, queries, A, WINDOW, STRIDE, CAUSAL, INVERSE, PART)
     count = tl.cdiv(hi_last - lo_first, COLUMNS[A])
+    if PART:  # keys that no query of the box sees
+        count = tl.maximum(count, 0)
     inner = tl.cdiv(lo_last - lo_first, COLUMNS[A])
     inner_count = tl.maximum((hi_first - lo_first) // COLUMNS[A] - inner, 0)
     return lo_first, count, inner, inner_count
@@ -66,13 +80,19 @@ def span(
 
 @triton.jit
 def spans(
-    first, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr,
+    first, n, begin, queries, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr, PART: tl.constexpr,
 ):
     """`span` of all axes: 3-tuples of first columns, tile counts, first inner tiles and inner tile counts."""
-    start_x, count_x, inner_x, inner_nx = span(first[0], n[0], 0, ROWS, COLUMNS, WINDOW, STRIDE, CAUSAL, INVERSE)
-    start_y, count_y, inner_y, inner_ny = span(first[1], n[1], 1, ROWS, COLUMNS, WINDOW, STRIDE, CAUSAL, INVERSE)
-    start_z, count_z, inner_z, inner_nz = span(first[2], n[2], 2, ROWS, COLUMNS, WINDOW, STRIDE, CAUSAL, INVERSE)
+    start_x, count_x, inner_x, inner_nx = span(
+        first[0], n[0], begin[0], queries[0], 0, ROWS, COLUMNS, WINDOW, STRIDE, CAUSAL, INVERSE, PART
+    )
+    start_y, count_y, inner_y, inner_ny = span(
+        first[1], n[1], begin[1], queries[1], 1, ROWS, COLUMNS, WINDOW, STRIDE, CAUSAL, INVERSE, PART
+    )
+    start_z, count_z, inner_z, inner_nz = span(
+        first[2], n[2], begin[2], queries[2], 2, ROWS, COLUMNS, WINDOW, STRIDE, CAUSAL, INVERSE, PART
+    )
     starts, counts = (start_x, start_y, start_z), (count_x, count_y, count_z)
     return starts, counts, (inner_x, inner_y, inner_z), (inner_nx, inner_ny, inner_nz)
 
@@ -103,6 +123,26 @@ def program(pid, lengths, heads, TILE: tl.constexpr, DILATION: tl.constexpr):
     ny = _group_length(lengths[1], DILATION[1], gy)
     nz = _group_length(lengths[2], DILATION[2], gz)
     return pid // heads, pid % heads, (gx, gy, gz), (nx, ny, nz), (x, y, z)
+
+
+@triton.jit
+def part(group, n, lengths, start, counts, DILATION: tl.constexpr, PART: tl.constexpr):
+    """Of a dilation group: its length, the position of its first query, how many queries it has, and where the first
+    lies among the queries, which are `counts` tokens from `start` on; without `PART` the whole group of `n`."""
+    if PART:
+        nx, bx, mx, ox = _axis_part(group[0], lengths[0], start[0], counts[0], DILATION[0])
+        ny, by, my, oy = _axis_part(group[1], lengths[1], start[1], counts[1], DILATION[1])
+        nz, bz, mz, oz = _axis_part(group[2], lengths[2], start[2], counts[2], DILATION[2])
+        return (nx, ny, nz), (bx, by, bz), (mx, my, mz), (ox, oy, oz)
+    else:
+        return n, (0, 0, 0), n, group
+
+
+@triton.jit
+def _axis_part(group, length, start, count, DILATION: tl.constexpr):
+    begin = _group_length(start, DILATION, group)
+    end = _group_length(start + count, DILATION, group)
+    return _group_length(length, DILATION, group), begin, end - begin, begin * DILATION + group - start
 
 
 @triton.jit

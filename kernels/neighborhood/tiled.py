@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from . import tiled_plan
-from .geometry import Axis
+from .geometry import Axis, query_count
 from .tiled_plan import Chunk, Plan, Sizes
 
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
@@ -72,13 +72,25 @@ def _make_plan(query: Tensor, key: Tensor, extra_key: Tensor | None, axes: tuple
     group, d = index(query.shape[-2] // key.shape[-2]), index(query.shape[-1])
     if not tiled_plan.tracing():
         dtype = torch.promote_types(query.dtype, torch.float32)
-        known = tuple((a.window, a.stride, a.causal, tiled_plan.positions(a)) for a in axes)
+        known = tuple(
+            (a.window, a.stride, a.causal, tiled_plan.positions(a), tiled_plan.query_positions(a) if a.queries else 0)
+            for a in axes
+        )
         most = MEMORY_RATIO * 2 * (query.numel() + key.numel()) * query.dtype.itemsize / dtype.itemsize
         cut = tiled_plan.choose_cut(known, group, d, extra, most)
         return tiled_plan.cached_plan(axes, cut, extra, dtype, query.device)
     # Lengths may be symbolic: they do not choose the cut, and the tables join the graph.
-    axes = tuple(Axis(a.length, index(a.window), index(a.stride), index(a.dilation), a.causal) for a in axes)
-    known = tuple((a.window, a.stride, a.causal, a.window if a.window == tiled_plan.positions(a) else 0) for a in axes)
+    axes = tuple(Axis(a.length, index(a.window), index(a.stride), index(a.dilation), *a[4:]) for a in axes)
+    known = tuple(
+        (
+            a.window,
+            a.stride,
+            a.causal,
+            a.window if a.window == tiled_plan.positions(a) else 0,
+            index(tiled_plan.query_positions(a)) if a.queries else 0,
+        )
+        for a in axes
+    )
     return tiled_plan.make_plan(axes, tiled_plan.choose_cut(known, group, d, index(extra)), extra, query.device)
 
 
@@ -90,7 +102,7 @@ def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int) -> tupl
     in_out = 2 * (group + 1) * key_heads * d * rows.query.dtype.itemsize  # bytes per token
     if tiled_plan.tracing():  # the number of chunks must not depend on the number of tokens
         return index(-(-unit * key_heads // (COMPILED_RATIO * in_out * plan.queries))), 1
-    tokens = batch * math.prod([axis.length for axis in plan.axes])
+    tokens = batch * math.prod([query_count(axis) for axis in plan.axes])
     units = max(1, int(min(CACHE_BYTES, MEMORY_RATIO * in_out * tokens) // unit))
     if units < key_heads:
         return max(1, batch * plan.tiles), math.ceil(key_heads / units)

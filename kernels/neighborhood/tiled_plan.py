@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map_only
 
-from .geometry import Axis, group_length, window_bounds
+from .geometry import Axis, group_length, query_count, query_range, window_bounds
 
 TILES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128)
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -37,7 +37,7 @@ def tracing() -> bool:
 class AxisTiles(NamedTuple):
     """Tables of one axis, a row per tile; t queries and k keys a tile."""
 
-    query: Tensor  # [n, t] coordinates
+    query: Tensor  # [n, t] coordinates, counted from the first query
     key: Tensor  # [n, k] coordinates
     first: Tensor  # [n, t] first slot of the box that a query sees
     last: Tensor  # [n, t] the slot after the last
@@ -99,11 +99,14 @@ class Sizes(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def box_length(window: int, stride: int, causal: bool, tile: int) -> int:
-    """Keys that the windows of `tile` queries hold together, at most, on an axis of any length."""
+def box_length(window: int, stride: int, causal: bool, tile: int, anywhere: bool = False) -> int:
+    """Keys that the windows of `tile` queries hold together, at most, on an axis of any length.
+
+    Tiles begin at multiples of their size or, with `anywhere`, at any position.
+    """
     n = 2 * window + (stride + 1) * tile  # every phase of tile and stride comes, away from the end
     longest = window
-    for first in range(0, n - tile + 1, tile):
+    for first in range(0, n - tile + 1, 1 if anywhere else tile):
         lo, _ = window_bounds(first, n, window, stride, causal)
         _, hi = window_bounds(first + tile - 1, n, window, stride, causal)
         longest = max(longest, hi - lo)
@@ -129,12 +132,13 @@ class Cut(NamedTuple):
 
 @torch.compiler.assume_constant_result  # a search to run, not to trace
 def choose_cut(
-    axes: tuple[tuple[int, int, bool, int], ...], group: int, head_dim: int, extra: int, most: float = math.inf
+    axes: tuple[tuple[int, int, bool, int, int], ...], group: int, head_dim: int, extra: int, most: float = math.inf
 ) -> Cut:
     """The cut with the least cost per query.
 
     Args:
-        axes: (window, stride, causal, positions) per axis, positions 0 where the length is not known.
+        axes: (window, stride, causal, positions, positions of queries where they are a part) per axis; 0 where the
+            length is not known or the queries are no part.
         group: query heads that share a key head: they stack up to rows of a product.
         most: numbers that one tile of one key head may take in the backward, where any tile keeps to that.
     """
@@ -143,13 +147,14 @@ def choose_cut(
 
 @lru_cache(maxsize=512)
 def _choose_cut(
-    axes: tuple[tuple[int, int, bool, int], ...], group: int, head_dim: int, extra: int, most: float
+    axes: tuple[tuple[int, int, bool, int, int], ...], group: int, head_dim: int, extra: int, most: float
 ) -> Cut:
     options = []  # per axis: queries, keys, and how much of the tiles is queries
-    for window, stride, causal, n in axes:
-        sizes = sorted({t for t in (*TILES, stride, window, n) if 1 <= t <= 128 and (t <= n or not n)})
-        keys = [min(box_length(window, stride, causal, t), n or sys.maxsize) for t in sizes]
-        options.append([(t, k, n / (-(-n // t) * t) if n else 1.0) for t, k in zip(sizes, keys, strict=True)])
+    for window, stride, causal, n, part in axes:
+        rows = part or n
+        sizes = sorted({t for t in (*TILES, stride, window, rows) if 1 <= t <= 128 and (t <= rows or not rows)})
+        keys = [min(box_length(window, stride, causal, t, part > 0), n or sys.maxsize) for t in sizes]
+        options.append([(t, k, rows / (-(-rows // t) * t) if rows else 1.0) for t, k in zip(sizes, keys, strict=True)])
 
     def cost(choice: tuple[tuple[int, int, float], ...]) -> tuple[float, float]:
         tile, box, used = (prod(x) for x in zip(*choice, strict=True))
@@ -167,18 +172,29 @@ def positions(axis: Axis) -> int:
     return -(-axis.length // axis.dilation)
 
 
+def query_positions(axis: Axis) -> int:
+    """Positions of queries in the dilation group that has most of them."""
+    return -(-query_count(axis) // axis.dilation)
+
+
 def _axis_tiles(axis: Axis, tile: int, box: int, device: torch.device) -> AxisTiles:
-    length, window, stride, dilation, causal = axis
-    count = -(-positions(axis) // tile)  # tiles of each dilation group
+    length, window, stride, dilation, causal, _ = axis
+    first, last = query_range(axis)
+    count = -(-query_positions(axis) // tile)  # tiles of each dilation group
     row = torch.arange(count * dilation, device=device)[:, None]
-    group, n = row // count, group_length(length, dilation, row // count)  # [tiles, 1]
-    p = row % count * tile + torch.arange(tile, device=device)
-    valid, p = p < n, torch.minimum(p, n - 1)
+    group = row // count  # [tiles, 1]
+    begin, end = group_length(first, dilation, group), group_length(last, dilation, group)
+    p = begin + row % count * tile + torch.arange(tile, device=device)
+    valid = p < end
+    if axis.queries is not None:  # a group without queries repeats one of another group
+        group = torch.where(begin < end, group, first % dilation)
+        end = group_length(last, dilation, group)
+    n, p = group_length(length, dilation, group), torch.minimum(p, end - 1)
     lo, hi = window_bounds(p, n, window, stride, causal)
     start = torch.minimum(lo[:, :1], n - box).clamp(min=0)
     key = start + torch.arange(box, device=device)
     key = (key * dilation + group).clamp(max=length - 1)  # a box longer than its group ends in keys that nobody sees
-    return AxisTiles(p * dilation + group, key, lo - start, hi - start, start - p + window - 1, valid)
+    return AxisTiles(p * dilation + group - first, key, lo - start, hi - start, start - p + window - 1, valid)
 
 
 def _outer(combine: Callable[[Tensor, Tensor], Tensor], parts: list[Tensor]) -> Tensor:
@@ -206,7 +222,7 @@ def tokens(plan: Plan, rows: list[Tensor], name: str) -> Tensor:
     parts, stride = [], 1
     for axis, table, row in zip(reversed(plan.axes), reversed(plan.tables), reversed(rows), strict=True):
         parts.append(getattr(table, name).index_select(0, row) * stride)
-        stride = stride * axis.length
+        stride = stride * (query_count(axis) if name == "query" else axis.length)
     return _outer(torch.add, parts[::-1])
 
 
@@ -248,7 +264,7 @@ def make_plan(axes: tuple[Axis, ...], cut: Cut, extra: int, device: torch.device
     """Cut the grid into tiles; lengths may be symbolic, a box may be longer than its axis."""
     tile, box = cut
     tables = tuple(_axis_tiles(a, t, k, device) for a, t, k in zip(axes, tile, box, strict=True))
-    grid = tuple(-(-positions(a) // t) * a.dilation for a, t in zip(axes, tile, strict=True))
+    grid = tuple(-(-query_positions(a) // t) * a.dilation for a, t in zip(axes, tile, strict=True))
     dense = all(a.window * a.dilation == a.length and not a.causal for a in axes)
     return Plan(axes, tables, grid, tile, box, extra, dense, None)
 
@@ -273,13 +289,15 @@ def cached_plan(axes: tuple[Axis, ...], cut: Cut, extra: int, dtype: torch.dtype
 
 def _chunk(plan: Plan, sizes: Sizes, splits: tuple[int, int], i: int, device: torch.device) -> list[Chunk]:
     """The i-th part of the tiles of all the batch, as one chunk for each part of the key heads."""
-    grid, total = prod([axis.length for axis in plan.axes]), sizes.batch * plan.tiles
+    queries, keys = prod([query_count(axis) for axis in plan.axes]), prod([axis.length for axis in plan.axes])
+    total = sizes.batch * plan.tiles
     tiles = torch.arange(total * i // splits[0], total * (i + 1) // splits[0], device=device)
     batch, tile = tiles // plan.tiles, tiles % plan.tiles
     rows = tile_rows(plan, tile)
-    query, key = (tokens(plan, rows, name) + batch[:, None] * grid for name in ("query", "key"))
+    query = tokens(plan, rows, "query") + batch[:, None] * queries
+    key = tokens(plan, rows, "key") + batch[:, None] * keys
     if plan.extra:
-        extra = sizes.batch * grid + batch[:, None] * plan.extra + torch.arange(plan.extra, device=device)
+        extra = sizes.batch * keys + batch[:, None] * plan.extra + torch.arange(plan.extra, device=device)
         key = torch.cat([key, extra], 1)
     kind = None if plan.classes is None else plan.classes.of_tile.index_select(0, tile)
     chunks = []

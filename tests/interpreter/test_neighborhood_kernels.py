@@ -10,7 +10,7 @@ import torch
 from foveal.kernels.neighborhood import configs
 from foveal.kernels.neighborhood.configs import Size
 from foveal.kernels.ops import na2d, na2d_lse
-from neighborhood_matrix import TENSORS, Case, cases, check, make_inputs, run
+from neighborhood_matrix import TENSORS, Case, cases, check, check_part, make_inputs, run
 from torch.utils.flop_counter import FlopCounterMode
 
 CASES = 300
@@ -42,6 +42,13 @@ def test_random_cases_match_the_reference(rank, first):
     for case in affordable_cases(rank, seed=1)[first : first + CHUNK]:
         with configs.override(**forced(case)):
             check(case, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_queries_that_are_a_part_of_the_grid(rank):
+    for case in affordable_cases(rank, seed=3)[:8]:
+        with configs.override(**forced(case)):
+            check_part(case, torch.float32, "triton")
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
