@@ -1,0 +1,107 @@
+"""`python -m benchmarks`, from the root of a checkout."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import compare as comparison
+from . import floors, records
+from . import report as pages
+from .benchmark import dtype_name
+from .runner import Runner
+from .suites import SUITES, of_suite
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console(width=150)
+Suite = Annotated[str, typer.Option(help=f"{', '.join(SUITES)}, or all")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+Only = Annotated[
+    str,
+    typer.Option(help="measure what holds these words (with a minus: does not hold) in its kernel, case, dtype, "
+                      "mode or provider, also what the default leaves out on this device"),
+]  # fmt: skip
+Strict = Annotated[bool, typer.Option("--strict", help="exit with 1 when something became slower")]
+
+
+def _device(name: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _say(regressions: list[comparison.Change], strict: bool) -> None:
+    for change in regressions:
+        console.print(f"[red]regression[/]: {change}")
+    if regressions and strict:
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    suite: Suite = "kernels",
+    device: Device = "auto",
+    only: Only = "",
+    rounds: Annotated[int, typer.Option(help="timed calls of each provider")] = 9,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves it to torch")] = 0,
+    results: Annotated[Path, typer.Option(help="folder of the CSV files and pictures")] = records.RESULTS,
+    strict: Strict = False,
+) -> None:
+    """Measure, print each case as it is done, and keep the rows; exits with 1 when results were wrong."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, announces every use
+    if threads:
+        torch.set_num_threads(threads)
+    outcome = Runner(_device(device), only, rounds, results, console).run(of_suite(suite))
+    if not outcome.rows and not outcome.refused:
+        raise typer.BadParameter(f"nothing matches --suite {suite} --only {only!r}")
+    _say(outcome.regressions, strict)
+    if outcome.refused:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_(suite: Suite = "all", device: Device = "auto") -> None:
+    """What there is on this device: cases, whose shapes they have, and providers."""
+    where = _device(device)
+    table = Table("suite", "kernel", "case", "dtype", "shapes of", "providers")
+    for benchmark in of_suite(suite):
+        for case in benchmark.cases(where, everything=True):
+            names = benchmark.makers(case, benchmark.modes[0], where, everything=True)
+            table.add_row(benchmark.suite, case.kernel, case.name, dtype_name(case), case.source, ", ".join(names))
+    console.print(table)
+
+
+@app.command()
+def compare(old: Path, new: Path, strict: Strict = False) -> None:
+    """Ratios new/old of the rows that two CSV files share."""
+    for path in (old, new):
+        if not path.exists():
+            raise typer.BadParameter(f"{path} does not exist")
+    changes = list(comparison.changes(records.read(old), records.read(new)))
+    table = Table("kernel", "case", "dtype", "mode", "provider", "metric", "old", "new", "unit", "new/old")
+    for change in changes:
+        row = change.new
+        values = (f"{change.old.p50:.4g}", f"{row.p50:.4g}", row.unit, f"{change.ratio:.2f}x")
+        table.add_row(row.kernel, row.case, row.dtype, row.mode, row.provider, row.metric, *values)
+    console.print(table)
+    _say([change for change in changes if change.is_regression], strict)
+
+
+@app.command()
+def roofline() -> None:
+    """The floors of every kernel on an H200, as the READMEs under `kernels/` hold them."""
+    for operator in floors.OPERATORS:
+        typer.echo(f"kernels/{operator.folder}/README.md\n\n{floors.table(operator)}\n")
+
+
+@app.command()
+def report(page: Annotated[Path, typer.Argument(help="docs/benchmarks.md")]) -> None:
+    """Write the page of stored results anew, and its pictures beside it under images/benchmarks."""
+    page.write_text(pages.markdown(), encoding="utf-8")
+    pages.draw(page.parent / "images" / "benchmarks")
+
+
+if __name__ == "__main__":
+    app()

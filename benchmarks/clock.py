@@ -1,0 +1,71 @@
+"""Turns of timed calls, and peak memory.
+
+Providers run in turns, round by round, so a busy machine slows them alike; each timed call follows one that is not, so
+that caches and thread pools are its own. Memory is the peak of a call less what it returns: it counts neither inputs
+nor results.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from .benchmark import Call, Metric
+
+
+def seconds(call: Call, device: torch.device) -> float:
+    if device.type == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    torch.empty(64 << 20, dtype=torch.int32, device=device).zero_()  # empty the L2 cache
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1e3
+
+
+def extra_bytes(call: Call, device: torch.device) -> int:
+    """Peak of memory during a call less what the call returns."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        peak, after = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        del result
+        return peak - before - (after - before)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    now = peak = 0
+    records = profile.profiler.kineto_results.events()  # allocations and, negative, frees
+    for record in sorted((e for e in records if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += record.nbytes()
+        peak = max(peak, now)
+    kept = sum(x.untyped_storage().nbytes() for x in (result if isinstance(result, tuple) else (result,)))
+    return peak - kept
+
+
+def measure(
+    calls: dict[str, Call], device: torch.device, rounds: int, tick: Callable[[int], None] = lambda done: None
+) -> Iterator[Metric]:
+    """Time (ms) and memory (MiB) of each provider.
+
+    Args:
+        calls: by the name of a provider, its call, already called once.
+        device: that the calls run on.
+        rounds: timed calls of each.
+        tick: told after each round how many are done.
+    """
+    times = {name: [] for name in calls}
+    for done in range(rounds):
+        tick(done)
+        for name, call in calls.items():
+            call()
+            times[name].append(1e3 * seconds(call, device))
+    for name, call in calls.items():
+        low, middle, high = map(float, np.percentile(times[name], (20, 50, 80)))
+        yield Metric(name, "time", "ms", middle, low, high)
+        yield Metric(name, "memory", "MiB", extra_bytes(call, device) / 2**20)

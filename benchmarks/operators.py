@@ -1,0 +1,146 @@
+"""Benchmarks of attention operators: tensors in, a tensor out, held to the float64 reference before they are timed.
+
+The error rule is that of the tests: half precision may have 1.5 times (gradients: twice) the error of the same
+computation done eagerly in that dtype, float32 a relative error of 1e-5.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tests.operator_matrix import as_leaves, errors, gradients
+
+from . import figures
+from .benchmark import Benchmark, Call, Maker, Metric, Work, WrongResultError, dtype_name
+from .peers import Attend, compiled
+from .records import Row
+
+Tensors = dict[str, Tensor]
+MOST_REFERENCE_LOGITS = 1 << 25  # past these a crop of the case is checked
+
+
+def randn(device: torch.device, dtype: torch.dtype, seed: int = 0) -> Callable[..., Tensor]:
+    """`torch.randn` of given sizes whose values follow from the seed; on the meta device there are none."""
+    if device.type == "meta":
+        return partial(torch.empty, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    return partial(torch.randn, generator=generator, device=device, dtype=dtype)
+
+
+def bind(function: Attend, mode: str, tensors: Tensors, gradient: Tensor) -> Call:
+    """A call without arguments that does the forward, or forward and backward."""
+    if mode == "forward":
+        return torch.no_grad()(partial(function, **tensors))
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+
+    def both() -> tuple[Tensor, ...]:
+        out = function(**leaves)
+        # dense attention takes no bias
+        grads = torch.autograd.grad(out, tuple(leaves.values()), gradient, allow_unused=True)
+        return out.detach(), *(grad for grad in grads if grad is not None)
+
+    return both
+
+
+class Operator(Benchmark):
+    """A subclass says what the operator is, on what, and against what.
+
+    Attributes:
+        cost: its `cost.py`.
+        folder: under `kernels/`, with the README that holds its floors.
+    """
+
+    suite = "kernels"
+    cost: ClassVar[ModuleType]
+    folder: ClassVar[str]
+
+    @abstractmethod
+    def inputs(self, case: Any, device: torch.device) -> Tensors:
+        """Tensor arguments by name, query first; all take part in the backward."""
+
+    @abstractmethod
+    def arguments(self, case: Any) -> dict:
+        """Keyword arguments other than tensors and `impl`."""
+
+    @abstractmethod
+    def function(self, case: Any) -> Callable[..., Tensor]:
+        """The public function."""
+
+    @abstractmethod
+    def eager(self, case: Any, device: torch.device) -> Attend:
+        """The same without our operator, in plain PyTorch, every step in the dtype of the inputs."""
+
+    @abstractmethod
+    def peers(self, case: Any, mode: str, device: torch.device) -> dict[str, Callable[[], Attend]]:
+        """By name, what makes the function of the tensors."""
+
+    @abstractmethod
+    def crop(self, case: Any) -> Any:
+        """A case as like this as possible whose reference is quick."""
+
+    def scaling(self, device: torch.device) -> Sequence[Any]:
+        """Cases that differ in the number of tokens only."""
+        return ()
+
+    def ours(self, case: Any, impl: str = "auto") -> Attend:
+        return partial(self.function(case), **self.arguments(case), impl=impl)
+
+    def definition(self, case: Any, given: Tensors) -> Attend:
+        """The function of float64 tensors that ours must equal on `given`."""
+        return self.ours(case, impl="reference")
+
+    def verify(self, case: Any, device: torch.device) -> None:
+        small = self.crop(case)
+        given = as_leaves(self.inputs(small, device))
+        exact = as_leaves(given, torch.float64)
+        found = gradients(given, self.ours(small)(**given), None, 1)
+        truth = gradients(exact, self.definition(small, given)(**exact), None, 1)
+        yardstick = None
+        if case.dtype.itemsize < 4:
+            yardstick = gradients(given, self.eager(small, device)(**given), None, 1)
+        for name, (error, allowed) in errors(found, truth, yardstick, case.dtype).items():
+            if not error <= allowed:
+                what = name if name == "out" else f"the gradient of {name}"
+                raise WrongResultError(
+                    f"{case.kernel} {case.name} {dtype_name(case)}: {what} is off by {error:.2g} where {allowed:.2g} "
+                    "is allowed; no numbers from wrong results"
+                )
+
+    def same_result(self, provider: str) -> bool:
+        return not provider.startswith("dense")
+
+    def makers(self, case: Any, mode: str, device: torch.device, *, everything: bool = False) -> dict[str, Maker]:
+        ours = {"foveal": partial(self.ours, case), "foveal compiled": lambda: compiled(self.ours(case))}
+        return {
+            name: partial(self._call, make, case, mode, device)
+            for name, make in (ours | self.peers(case, mode, device)).items()
+        }
+
+    def _call(self, make: Callable[[], Attend], case: Any, mode: str, device: torch.device) -> Call:
+        function = make()
+        tensors = self.inputs(case, device)
+        gradient = randn(device, case.dtype, seed=1)(tensors["query"].shape)
+        return bind(function, mode, tensors, gradient)
+
+    def work(self, case: Any, mode: str) -> Work:
+        tensors = self.inputs(case, torch.device("meta"))
+        summary = self.cost.summarize(**tensors, **self.arguments(case), impl=None)
+        passes = ("forward",) if mode == "forward" else ("forward", "backward")
+        return Work(*(sum(summary[f"{name}_{what}"] for name in passes) for what in ("flops", "bytes")))
+
+    def derive(self, case: Any, mode: str, measured: Sequence[Metric], device: torch.device) -> Iterator[Metric]:
+        """Memory over that of query, key, value and output."""
+        tensors = self.inputs(case, torch.device("meta"))
+        size = sum(tensors[name].nbytes for name in ("query", "key", "value")) + tensors["query"].nbytes
+        for metric in measured:
+            if metric.metric == "memory":
+                yield Metric(metric.provider, "memory ratio", "x", metric.p50 * 2**20 / size)
+
+    def plot(self, rows: Sequence[Row], path: Path) -> None:
+        figures.bars(rows, path, title=self.title)

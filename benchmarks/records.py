@@ -1,0 +1,117 @@
+"""The CSV of a benchmark: one row a metric, with what it was measured on.
+
+Metrics that were repeated have a median and the 20th and 80th percentile, others a value in `p50` only.
+"""
+
+import csv
+import datetime
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the CSV; the fields are its columns."""
+
+    kernel: str
+    provider: str
+    mode: str
+    metric: str
+    unit: str
+    case: str
+    dtype: str
+    p20: float | None
+    p50: float
+    p80: float | None
+    config: str
+    device: str
+    torch: str
+    triton: str
+    date: str
+    commit: str
+
+    @property
+    def subject(self) -> tuple[str, ...]:
+        """What was measured: one provider on one case in one mode."""
+        return self.kernel, self.case, self.dtype, self.mode, self.provider
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+NUMBERS = ("p20", "p50", "p80")
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a CSV; none when there is no such file.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} has the columns {reader.fieldnames}; expected {list(COLUMNS)}")
+        return [Row(**line | {x: float(line[x]) if line[x] else None for x in NUMBERS}) for line in reader]
+
+
+def write(rows: Iterable[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            numbers = {x: "" if getattr(row, x) is None else f"{getattr(row, x):.5g}" for x in NUMBERS}
+            writer.writerow(asdict(row) | numbers)
+
+
+def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """The old rows with those of the same subject replaced by the new ones."""
+    measured = {row.subject for row in new}
+    return [row for row in old if row.subject not in measured] + list(new)
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def name_of(device: torch.device) -> str:
+    """What the device is called; of a CPU also how many threads torch takes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
+    return f"{models[0] if models else platform.processor()} (CPU threads: {torch.get_num_threads()})"
+
+
+def file_of(benchmark: str, device_name: str, results: Path = RESULTS) -> Path:
+    """Where the rows of a benchmark on a device are."""
+    return results / f"{benchmark}_{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.csv"
+
+
+def environment(device: torch.device, rounds: int) -> dict[str, str]:
+    """The columns that say what was measured on."""
+    revision = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return {
+        "config": f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, median of {rounds} rounds",
+        "device": name_of(device),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "date": datetime.date.today().isoformat(),
+        "commit": revision.stdout.strip(),
+    }

@@ -1,0 +1,27 @@
+"""The registry: every benchmark there is, by suite."""
+
+from ..benchmark import Benchmark
+from ..operators import Operator
+from .agent import Agent
+from .hilo import HiLoLayer
+from .models import Models
+from .neighborhood import Neighborhood
+from .routing import Routing
+from .scaling import Scaling
+from .video import Video
+from .window import Window
+
+OPERATORS: tuple[Operator, ...] = (Neighborhood(), Window(), Routing(), Agent())
+REGISTRY: tuple[Benchmark, ...] = (*OPERATORS, HiLoLayer(), Scaling(OPERATORS), Models(), Video())
+SUITES = tuple(dict.fromkeys(benchmark.suite for benchmark in REGISTRY))
+
+
+def of_suite(suite: str) -> list[Benchmark]:
+    """Benchmarks of a suite, or all of them for "all".
+
+    Raises:
+        ValueError: no such suite.
+    """
+    if suite not in (*SUITES, "all"):
+        raise ValueError(f"suite={suite!r} must be one of {(*SUITES, 'all')}")
+    return [benchmark for benchmark in REGISTRY if suite in ("all", benchmark.suite)]

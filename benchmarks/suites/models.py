@@ -1,0 +1,146 @@
+"""Whole backbones against those people would use instead: images a second and peak memory, inference and training.
+
+All models of one size run in turns with random weights. Memory of inference is the peak of a call beyond the parameters
+and the input; that of a training step also holds gradients. The attention of ours is held to its reference by the tests
+of each model family.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import foveal.zoo  # noqa: F401  registers the models
+import timm
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..benchmark import Benchmark, Maker, Metric
+from ..figures import in_order, select
+from ..records import Row
+
+SMALL = ("natten_dinat_m", "litv2_s", "biformer_t", "agent_swin_t")  # near Swin-T in size
+OURS = (*SMALL, "natten_dinat_s", "biformer_s")
+PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "swin_small_patch4_window7_224", "convnext_small")
+PEERS += ("vit_small_patch16_224",)
+QUICK = (*SMALL, *PEERS[:2])  # what a CPU measures unless asked for more
+RIVALS = dict.fromkeys(OURS, PEERS[0]) | {"natten_dinat_s": PEERS[2]}  # Swin of about the same FLOPs
+SIZES = (224, 384, 512, 1024)
+BATCHES = {"cpu": {224: 8, 384: 4, 512: 2, 1024: 1}, "cuda": {224: 128, 384: 48, 512: 24, 1024: 6}}
+
+
+@dataclass(frozen=True)
+class Case:
+    size: int
+    batch: int
+    dtype: torch.dtype
+    kernel = "backbone"
+    source = "ImageNet and dense tasks"
+
+    @property
+    def name(self) -> str:
+        return str(self.size)
+
+
+def build(name: str, size: int) -> nn.Module:
+    """The model with random weights, for images of this size where windows or biases depend on it."""
+    needs_size = name.startswith(("swin", "agent", "vit"))
+    return timm.create_model(name, **({"img_size": size} if needs_size else {}))
+
+
+def inference(model: nn.Module, images: Tensor, precision: Callable) -> Callable[[], Tensor]:
+    model.eval()
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        with precision():
+            return model(images)
+
+    return call
+
+
+def training(model: nn.Module, images: Tensor, precision: Callable) -> Callable[[], Tensor]:
+    """Forward, cross entropy, backward and a step of AdamW."""
+    model.train()
+    labels = torch.arange(len(images), device=images.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def call() -> Tensor:
+        with precision():
+            loss = cross_entropy(model(images).float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return call
+
+
+def short(name: str) -> str:
+    return name.replace("_patch4_window7_224", "").replace("_patch16_224", "")
+
+
+class Models(Benchmark):
+    name = "backbones"
+    suite = "models"
+    title = "Backbones"
+    our_names = tuple(name + suffix for name in OURS for suffix in ("", " compiled"))
+    rivals = {x + suffix: y + suffix for x, y in RIVALS.items() for suffix in ("", " compiled")}
+    modes = ("inference", "training step")
+
+    def cases(self, device: torch.device, *, everything: bool = False) -> Iterator[Case]:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        for size in SIZES if everything or device.type != "cpu" else (224, 512):
+            yield Case(size, BATCHES[device.type][size], dtype)
+
+    def makers(self, case: Case, mode: str, device: torch.device, *, everything: bool = False) -> dict[str, Maker]:
+        quick = device.type == "cpu" and not everything
+        if quick and mode != "inference":
+            return {}
+        mixed = partial(torch.autocast, device.type, torch.bfloat16)
+        precision = nullcontext if case.dtype == torch.float32 else mixed
+        step = inference if mode == "inference" else training
+
+        def make(name: str, compiled: bool) -> Callable[[], Tensor]:
+            model = build(name, case.size).to(device)
+            images = torch.randn(case.batch, 3, case.size, case.size, device=device)
+            return step(torch.compile(model, dynamic=False) if compiled else model, images, precision)
+
+        names = QUICK if quick else (*OURS, *PEERS)
+        made = {name: partial(make, name, False) for name in names}
+        return made if quick else made | {f"{name} compiled": partial(make, name, True) for name in names}
+
+    def derive(self, case: Case, mode: str, measured: Sequence[Metric], device: torch.device) -> Iterator[Metric]:
+        """Images a second."""
+        for m in measured:
+            if m.metric == "time":
+                middle, low, high = (1e3 * case.batch / x for x in (m.p50, m.p80, m.p20))
+                yield Metric(m.provider, "images/s", "1/s", middle, low, high)
+
+    def plot(self, rows: Sequence[Row], path: Path) -> None:
+        """Bars of images a second and of memory, a line of panels a size and mode."""
+        groups = in_order((r.mode, r.case) for r in rows)
+        bars_of = {group: in_order(r.provider for r in rows if (r.mode, r.case) == group) for group in groups}
+        heights = [1.0 + 0.24 * len(bars_of[group]) for group in groups]
+        figure = Figure(figsize=(10, sum(heights)), layout="constrained")
+        panels = figure.subplots(len(groups), 2, squeeze=False, height_ratios=heights)
+        for line, (mode, size) in zip(panels, groups, strict=True):
+            for axes, metric, label in zip(
+                line, ("images/s", "memory"), ("images a second", "MiB a call"), strict=True
+            ):
+                found = {
+                    provider: row.p50 for (case, provider), row in select(rows, metric, mode).items() if case == size
+                }
+                names = [name for name in bars_of[mode, size] if name in found][::-1]
+                colors = ["#c1440e" if name in self.our_names else "#56789a" for name in names]
+                drawn = axes.barh([short(name) for name in names], [found[name] for name in names], color=colors)
+                axes.bar_label(drawn, [f"{found[n]:.3g}" for n in names], padding=3, fontsize=8)
+                axes.set_title(f"{mode} at {size}x{size}: {label}", fontsize=10)
+                axes.tick_params(labelsize=8)
+                axes.margins(x=0.12, y=0.02)
+                axes.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(f"{self.title}, {rows[0].dtype}; ours in red\n{rows[0].device}", fontsize=11)
+        figure.savefig(path, dpi=150)
