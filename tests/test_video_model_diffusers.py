@@ -271,17 +271,68 @@ def test_rollout_needs_no_gradient_and_moves_no_parameters():
     assert not cache.layer(0).key.requires_grad
 
 
-def test_lora_layers_come_and_go():
+def tuned(model: VideoDiT, *, rank: int = 2, seed: int = 1) -> VideoDiT:
+    """The model with random LoRA layers in every linear layer of its blocks that a user would choose."""
     peft = pytest.importorskip("peft")
-    pytest.importorskip("transformers")
-    model = make(**CONDITIONS["cross"])
-    out = call(model)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_out.0"], init_lora_weights=False))
-    tuned = call(model)
-    assert not torch.allclose(tuned, out, rtol=1e-3)
+    names = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "to_add_out", "mlp.up", "mlp.down"]
+    ends = tuple(f".{name}" for name in names)
+    targets = [name for name, _ in model.named_modules() if name.startswith("blocks.") and name.endswith(ends)]
+    torch.manual_seed(seed)
+    model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False))
+    return model
+
+
+@every_condition
+def test_lora_layers_come_and_go(conditioning):
+    model = make(**CONDITIONS[conditioning])
+    out, names = call(model), set(model.state_dict())
+    tuned(model)
+    with_lora = call(model)
+    assert not torch.allclose(with_lora, out, rtol=1e-3)
     off = model(**inputs(model), attention_kwargs={"scale": 0.0}).sample
     torch.testing.assert_close(off, out, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(call(model), with_lora, rtol=1e-10, atol=1e-10)
+    model.fuse_lora()
+    torch.testing.assert_close(call(model), with_lora, rtol=1e-10, atol=1e-10)
+    model.unfuse_lora()
     model.disable_adapters()
     torch.testing.assert_close(call(model), out, rtol=1e-10, atol=1e-10)
-    model.delete_adapters("default")
+    model.unload_lora()
+    assert set(model.state_dict()) == names
     torch.testing.assert_close(call(model), out, rtol=1e-10, atol=1e-10)
+
+
+def test_lora_files_load_and_swap(tmp_path):
+    outs = []
+    for seed in (1, 2):
+        model = tuned(make(**CONDITIONS["class"]), rank=2 * seed, seed=seed)
+        model.save_lora_adapter(tmp_path / str(seed))
+        outs.append(call(model))
+    files = [path / "pytorch_lora_weights.safetensors" for path in (tmp_path / "1", tmp_path / "2")]
+    assert all(file.stat().st_size < 100_000 for file in files)
+    model = make(**CONDITIONS["class"])
+    model.enable_lora_hotswap(target_rank=4)
+    model.load_lora_adapter(files[0], prefix=None, adapter_name="style")
+    torch.testing.assert_close(call(model), outs[0], rtol=1e-10, atol=1e-10)
+    layers = [id(module) for module in model.modules()]
+    model.load_lora_adapter(files[1], prefix=None, adapter_name="style", hotswap=True)
+    torch.testing.assert_close(call(model), outs[1], rtol=1e-10, atol=1e-10)
+    assert [id(module) for module in model.modules()] == layers
+    with pytest.raises(ValueError, match="Adapter name other not found"):
+        model.save_lora_adapter(tmp_path, adapter_name="other")
+
+
+def test_only_lora_layers_are_tuned():
+    model = tuned(make(**CONDITIONS["class"]))
+    model.enable_gradient_checkpointing()
+    call(model.train()).square().mean().backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained and all("lora_" in name for name in trained)
+
+
+@pytest.mark.slow
+def test_lora_layers_compile_into_the_same_graph():
+    model = tuned(make(**CONDITIONS["class"]))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**inputs(model)).sample, call(model), rtol=1e-9, atol=1e-10)

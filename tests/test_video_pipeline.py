@@ -44,7 +44,7 @@ def test_loading_needs_no_transformers_and_takes_a_dtype(tmp_path):
     tiny_pipe().save_pretrained(tmp_path)
     code = f"""
 import sys
-sys.modules["transformers"] = None  # importing it raises ImportError
+sys.modules["transformers"] = sys.modules["peft"] = None  # importing them raises ImportError; peft needs the other
 import torch
 from foveal.zoo.video import VideoDiTPipeline
 pipe = VideoDiTPipeline.from_pretrained({str(tmp_path)!r}, torch_dtype=torch.bfloat16)
