@@ -62,10 +62,11 @@ def _readable(name: str, value: int | float | str) -> str:
 
 
 def _operators() -> dict[str, Callable]:
-    """The public operators that offer a choice of implementation."""
+    """The public operators of one process that offer a choice of implementation."""
     ops = import_module(".ops", __package__)
     functions = {name: getattr(ops, name) for name in ops.__all__ if name != "explain"}
-    return {name: f for name, f in functions.items() if "impl" in inspect.signature(f).parameters}
+    parameters = {name: inspect.signature(f).parameters for name, f in functions.items()}
+    return {name: f for name, f in functions.items() if "impl" in parameters[name] and "mesh" not in parameters[name]}
 
 
 def _find(operator: Callable | str) -> tuple[str, Callable, ModuleType, ModuleType]:

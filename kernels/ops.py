@@ -9,7 +9,17 @@ from .block_sparse import (
 )
 from .explain import explain
 from .low_rank import biased_attention
-from .neighborhood import merge_attentions, na1d, na1d_lse, na2d, na2d_lse, na3d, na3d_lse
+from .neighborhood import (
+    merge_attentions,
+    na1d,
+    na1d_lse,
+    na2d,
+    na2d_lse,
+    na3d,
+    na3d_lse,
+    sharded_neighborhood_attention,
+    sharded_neighborhood_attention_lse,
+)
 from .window import relative_bias, window_attention, window_attention_lse
 
 __all__ = [
@@ -28,6 +38,8 @@ __all__ = [
     "na3d_lse",
     "relative_bias",
     "routing_attention2d",
+    "sharded_neighborhood_attention",
+    "sharded_neighborhood_attention_lse",
     "window_attention",
     "window_attention_lse",
 ]

@@ -1,11 +1,11 @@
 """Ahead-of-time compilation of the neighborhood kernels: every kernel, dtype and pinned size, without a device."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from triton.compiler import ASTSource
 
+from ..aot import TYPES, Variant, source
 from ..launching import Device
 from . import configs
 from .backward import bias_kernel, extra_kernel, key_kernel, query_kernel
@@ -19,54 +19,23 @@ GRIDS = {
 }
 # wide: 64-bit offsets; grouped: two query heads a key head; part: queries that are a box of the grid
 FLAGS = ("", "bias, extra", "wide, grouped", "ones", "part")
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
 
 
-class Variant(NamedTuple):
-    """A kernel with all that fixes its machine code; `source` and `options` are what `triton.compile` takes."""
-
-    kernel: str
-    grid: str
-    dtype: str
-    head_dim: int
-    flags: str
-    config: configs.Config | None
-    source: ASTSource
-    options: dict
+FLOATS = {"lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "bias_ptr"}
 
 
 def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: bool = False) -> ASTSource:
-    """Arguments as a contiguous call would specialise them: aligned pointers, strides divisible by 16, constant ones.
-
-    With `ones`, there is one batch and one head.
-    """
-    signature, values, attributes = {}, {}, {}
-    float32 = {"lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "bias_ptr"}
-    if kernel is extra_kernel:
-        float32 |= {"dk_ptr", "dv_ptr"}
-    for i, name in enumerate(kernel.arg_names):
-        if name in fixed:
-            signature[name], values[name] = "constexpr", fixed[name]
-        elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in float32 else f"*{dtype}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name.endswith("_strides"):
-            count = 5 if "lse" in name else 4 if name.startswith("extra") else 6
-            signature[name] = ("i32",) * (count - 1) + ("constexpr",)
-            values[(i, count - 1)] = 1
-            if count != 5 and head_dim % 8 == 0:
-                attributes.update({(i, j): [["tt.divisibility", 16]] for j in range(count - 1)})
-        elif name == "lengths":
-            signature[name] = ("constexpr",) * (3 - rank) + ("i32",) * rank
-            values.update({(i, j): 1 for j in range(3 - rank)})
-        elif name in ("start", "counts"):
-            signature[name] = ("i32",) * 3
-        elif ones and name in ("batches", "heads", "key_heads"):
-            signature[name], values[name] = "constexpr", 1
-        else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-    return ASTSource(kernel, signature, values, attributes)
+    """Arguments as a contiguous call gives them; with `ones`, there is one batch and one head."""
+    floats = FLOATS | {"dk_ptr", "dv_ptr"} if kernel is extra_kernel else FLOATS
+    aligned = 16 if head_dim % 8 == 0 else 0
+    integers: dict = dict.fromkeys(("batches", "heads", "key_heads"), 1) if ones else {}
+    integers |= {"lengths": (1,) * (3 - rank) + (0,) * rank, "start": (0,) * 3, "counts": (0,) * 3}
+    for name in kernel.arg_names:
+        if name.endswith("_strides"):
+            outer = (0,) * 4 if "lse" in name else (aligned,) * (3 if name.startswith("extra") else 5)
+            integers[name] = (*outer, 1)
+    return source(kernel, dtype, fixed, pointers=dict.fromkeys(floats, "fp32"), integers=integers)
 
 
 def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
@@ -113,8 +82,8 @@ def _window_variants(
             fixed["bias_ptr"] = None
         if not fixed["PART"]:
             fixed |= dict(start=None, counts=None)
-        source = _source(KERNELS[kernel], TYPES[dtype], head_dim, len(axes), fixed, ones)
-        yield Variant(kernel, grid, TYPES[dtype], head_dim, flags, config, source, options)
+        made = _source(KERNELS[kernel], TYPES[dtype], head_dim, len(axes), fixed, ones)
+        yield Variant(kernel, grid, TYPES[dtype], head_dim, flags, config.queries, config.keys, made, options)
 
 
 def _token_variants(dtype, head_dim: int, precision: str) -> Iterator[Variant]:
@@ -122,10 +91,10 @@ def _token_variants(dtype, head_dim: int, precision: str) -> Iterator[Variant]:
     axes = GRIDS["7x7"]
     fixed = dict(token_constants(axes, head_dim, dtype.itemsize), GROUP=1, start=None, counts=None)
     for flags in ("bias", "bias, ones"):
-        source = _source(bias_kernel, TYPES[dtype], head_dim, len(axes), fixed, "ones" in flags)
-        yield Variant("bias", "7x7", TYPES[dtype], head_dim, flags, None, source, {})
+        made = _source(bias_kernel, TYPES[dtype], head_dim, len(axes), fixed, "ones" in flags)
+        yield Variant("bias", "7x7", TYPES[dtype], head_dim, flags, (), (), made, {})
     fixed = dict(extra_constants(head_dim, dtype.itemsize, precision), GROUP=1)
     options = {"num_warps": fixed.pop("num_warps")}
     for flags in ("extra", "extra, ones"):
-        source = _source(extra_kernel, TYPES[dtype], head_dim, len(axes), fixed, "ones" in flags)
-        yield Variant("extra", "7x7", TYPES[dtype], head_dim, flags, None, source, options)
+        made = _source(extra_kernel, TYPES[dtype], head_dim, len(axes), fixed, "ones" in flags)
+        yield Variant("extra", "7x7", TYPES[dtype], head_dim, flags, (), (), made, options)

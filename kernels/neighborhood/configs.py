@@ -5,17 +5,14 @@ the split of that number over the axes that visits the fewest (query, key) pairs
 a call always takes the same kernel.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from math import prod
 from typing import Literal, NamedTuple
 
-from ..launching import Device
+from ..launching import MIN_TILE, Device, Overrides, block_d
 from .geometry import Axis, tile_walk
 
 Kernel = Literal["forward", "query", "key"]
-MIN_TILE = 16  # tokens; the smallest side of a matrix instruction
 
 
 class Size(NamedTuple):
@@ -97,31 +94,8 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
 }
 TILE_OVERHEAD = 4096  # (query, key) pairs that the fixed work of one visited tile is worth
 
-_overrides: dict[str, object] = {}
-
-
-@contextmanager
-def override(**fields) -> Iterator[None]:
-    """Force fields of every `Config`, or `size=Size(…)`, inside the block: for tuning and for tests of rare paths.
-
-    Raises:
-        TypeError: a name that is neither.
-    """
-    unknown = set(fields) - {*Config._fields, "size"}
-    if unknown:
-        raise TypeError(f"override() got {sorted(unknown)}; accepted: {[*Config._fields, 'size']}")
-    before = dict(_overrides)
-    _overrides.update(fields)
-    try:
-        yield
-    finally:
-        _overrides.clear()
-        _overrides.update(before)
-
-
-def block_d(head_dim: int) -> int:
-    """Head dim as the kernels hold it: the next power of two, at least 16."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+forced = Overrides(*Config._fields, "size")
+override = forced.override
 
 
 def token_block(head_dim: int, itemsize: int) -> int:
@@ -173,8 +147,8 @@ def choose(
     """Launch parameters of one kernel for a grid of up to three axes."""
     table = SIZES[device, kernel, itemsize]
     sizes = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
-    if isinstance(forced := _overrides.get("size"), Size):
-        sizes = (forced,)
+    if isinstance(size := forced.get("size"), Size):
+        sizes = (size,)
     size = min(sizes, key=lambda size: shapes(kernel, axes, size)[0])
     _, queries, keys = shapes(kernel, axes, size)
     inverse = kernel == "key"
@@ -190,4 +164,4 @@ def choose(
         border=any(w.inner < w.visited for w in walks),
         wide=wide,
     )
-    return config._replace(**{name: value for name, value in _overrides.items() if name != "size"})
+    return forced.on(config)

@@ -103,6 +103,32 @@ def axis_bounds(axis: Axis, device: torch.device | None = None) -> tuple[Tensor,
     return lo * axis.dilation + group, (hi - 1) * axis.dilation + group
 
 
+def key_range(axis: Axis) -> tuple[int, int]:
+    """Coordinates [first, last) that hold all keys of the queries, of which there is at least one."""
+    first, last = axis.length, 0
+    start, stop = query_range(axis)
+    for i in {*range(start, min(start + axis.dilation, stop)), *range(max(stop - axis.dilation, start), stop)}:
+        group, p = i % axis.dilation, i // axis.dilation
+        n = group_length(axis.length, axis.dilation, group)
+        lo, hi = window_bounds(p, n, axis.window, axis.stride, axis.causal)
+        first, last = min(first, lo * axis.dilation + group), max(last, (hi - 1) * axis.dilation + group + 1)
+    return first, last
+
+
+def crop(axis: Axis) -> tuple[int, Axis]:
+    """The axis without what its queries do not need: the first coordinate left, and the axis counted from there.
+
+    It keeps all keys that the queries see and ends, on both sides, at a multiple of stride * dilation or where the
+    whole axis does. So stride and dilation groups stay as they are and, as no window reaches over an end, none shifts.
+    A dilation group without queries may be left with fewer positions than a window has.
+    """
+    block = axis.stride * axis.dilation
+    first, last = key_range(axis)
+    first, last = first // block * block, min(-(-last // block) * block, axis.length)
+    start, stop = query_range(axis)
+    return first, axis._replace(length=last - first, queries=(start - first, stop - first))
+
+
 def axis_mask(axis: Axis, device: torch.device | None = None) -> Tensor:
     """Visibility on one axis: bool `[queries, length]`."""
     first, last = axis_bounds(axis, device)

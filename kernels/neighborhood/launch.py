@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..launching import (
     aligned,
+    block_d,
     device_class,
     device_scratch,
     grid_strides,
@@ -32,7 +33,7 @@ def window_constants(axes: tuple[Axis, ...], head_dim: int) -> dict:
     """Compile-time arguments that describe the windows and the head dim."""
     return dict(
         D=head_dim,
-        BLOCK_D=configs.block_d(head_dim),
+        BLOCK_D=block_d(head_dim),
         WINDOW=padded([a.window for a in axes], 1),
         STRIDE=padded([a.stride for a in axes], 1),
         DILATION=padded([a.dilation for a in axes], 1),
@@ -80,7 +81,7 @@ def extra_constants(head_dim: int, itemsize: int, precision: str) -> dict:
     """Compile-time arguments of the kernel of the gradients of extra keys."""
     return dict(
         D=head_dim,
-        BLOCK_D=configs.block_d(head_dim),
+        BLOCK_D=block_d(head_dim),
         QUERIES=configs.token_block(head_dim, itemsize),
         EXTRA_KEYS=EXTRA_KEYS,
         PRECISION=precision,

@@ -1,0 +1,233 @@
+"""Neighborhood attention over several processes, each with a piece of one spatial axis.
+
+A rank fetches the keys and values that its queries see, from however many neighbours hold them, and attends to them
+with the windows of the whole grid. Gradients of what it fetched go back to the owners, who add them in order of rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..calling import Impl, PerAxis, check_extra, check_grids, choose, per_axis
+from .api import check_bias, dispatch, make_axes
+from .geometry import Axis
+from .shards import Shard, make_shards
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def sharded_neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mesh: DeviceMesh | ProcessGroup,
+    axis: int = 0,
+    lengths: Sequence[int] | None = None,
+    window: PerAxis[int],
+    stride: PerAxis[int] = 1,
+    dilation: PerAxis[int] = 1,
+    causal: PerAxis[bool] = False,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    extra_key: Tensor | None = None,
+    extra_value: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """`na1d`, `na2d` or `na3d` on a grid of which every rank holds a piece (sequence parallelism).
+
+    The pieces, in order of rank, are consecutive along one spatial axis; they may differ in length, and windows may
+    reach past a neighbour. Output and gradients are those of one process with the whole grid. Every rank of `mesh` must
+    make the call, and its backward. The bytes that travel: `foveal.kernels.neighborhood.sharded_cost`.
+
+    Args:
+        query: this rank's piece `[B, *spatial, heads, head_dim]`, one to three spatial axes.
+        key, value: this rank's piece `[B, *spatial, key_heads, head_dim]`.
+        mesh: the ranks: a device mesh of one dimension (`mesh["sequence"]` of a larger one) or a process group.
+        axis: which spatial axis is split, counted from 0.
+        lengths: tokens of every rank's piece along it. When None the ranks tell each other, which makes the host wait,
+            and compare their arguments, so that all of them refuse what does not fit. When given, nothing is compared:
+            a call that differs between ranks hangs or fails in the communication.
+        window, stride, dilation, causal: of the whole grid, see `na2d`.
+        bias, extra_key, extra_value: as in `na2d`, the same on every rank. Their gradients are those of this rank's
+            queries; the sum over ranks is that of one process.
+        scale, impl: as in `na2d`.
+
+    Returns:
+        `[B, *spatial, heads, head_dim]`, the piece of this rank's queries.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `na2d`; a mesh that is not initialised or has more than one
+            dimension; an axis that does not exist; arguments that differ between ranks.
+    """
+    out, _ = sharded_neighborhood_attention_lse(
+        query,
+        key,
+        value,
+        mesh=mesh,
+        axis=axis,
+        lengths=lengths,
+        window=window,
+        stride=stride,
+        dilation=dilation,
+        causal=causal,
+        bias=bias,
+        scale=scale,
+        extra_key=extra_key,
+        extra_value=extra_value,
+        impl=impl,
+    )
+    return out
+
+
+def sharded_neighborhood_attention_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mesh: DeviceMesh | ProcessGroup,
+    axis: int = 0,
+    lengths: Sequence[int] | None = None,
+    window: PerAxis[int],
+    stride: PerAxis[int] = 1,
+    dilation: PerAxis[int] = 1,
+    causal: PerAxis[bool] = False,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    extra_key: Tensor | None = None,
+    extra_value: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`sharded_neighborhood_attention` and the natural log-sum-exp of its logits, both differentiable.
+
+    Returns:
+        output `[B, *spatial, heads, head_dim]` and log-sum-exp `[B, *spatial, heads]`, the latter
+        float32, or float64 for float64 inputs.
+    """
+    group = _process_group(mesh)
+    neighborhood = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
+    rest = {"bias": bias, "scale": scale, "extra_key": extra_key, "extra_value": extra_value, "impl": impl}
+    if lengths is None:
+        lengths = _agree(group, query, key, value, axis, neighborhood, rest)
+    else:
+        _describe(query, key, value, axis, neighborhood, rest)
+    rank, lengths = dist.get_rank(group), tuple(lengths)
+    if len(lengths) != dist.get_world_size(group) or lengths[rank] != query.shape[1 + axis]:
+        raise ValueError(
+            f"lengths={lengths} must hold one length for each of {dist.get_world_size(group)} ranks, and for rank "
+            f"{rank} that of axis {axis} of query, {query.shape[1 + axis]}"
+        )
+    shape = [sum(lengths) if i == axis else n for i, n in enumerate(query.shape[1:-2])]
+    axes = make_axes(shape, **neighborhood)
+    if len(lengths) > 1:
+        shard = make_shards(axes[axis], lengths)[rank]
+        key, value = _fetch(key, value, 1 + axis, shard, group)
+        axes = (*axes[:axis], shard.axis, *axes[axis + 1 :])
+    return dispatch(query, key, value, axes=axes, **rest)
+
+
+def _process_group(mesh: DeviceMesh | ProcessGroup) -> ProcessGroup:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError("mesh must belong to torch.distributed after init_process_group, which was not called")
+    if isinstance(mesh, DeviceMesh):
+        if mesh.ndim != 1:
+            raise ValueError(f"mesh={mesh} must have one dimension; take one of a larger mesh by its name")
+        return mesh.get_group()
+    if not isinstance(mesh, dist.ProcessGroup):
+        raise TypeError(f"mesh must be a DeviceMesh or a ProcessGroup, got {type(mesh).__name__}")
+    return mesh
+
+
+def _describe(query: Tensor, key: Tensor, value: Tensor, axis: int, neighborhood: dict, rest: dict) -> dict:
+    """What must be the same on every rank, by name, of arguments that one rank can take."""
+    rank = query.dim() - 3 if isinstance(query, Tensor) else 1
+    if not 1 <= rank <= 3:
+        raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, 1 to 3 spatial axes, heads, head_dim]")
+    check_grids(rank, query, key, value)
+    if not isinstance(axis, int) or not 0 <= axis < rank:
+        raise ValueError(f"axis={axis!r} must be one of the spatial axes 0 to {rank - 1}")
+    kinds = {"window": int, "stride": int, "dilation": int, "causal": bool}
+    same = {name: per_axis(name, neighborhood[name], rank, kind) for name, kind in kinds.items()}
+    tensors = {"query": query, "key": key}
+    if rest["bias"] is not None:
+        check_bias(tuple(Axis(length=0, window=w) for w in same["window"]), query, rest["bias"])
+        tensors["bias"] = rest["bias"]
+    check_extra(key, rest["extra_key"], rest["extra_value"])
+    if rest["extra_key"] is not None:
+        tensors["extra_key"] = rest["extra_key"]
+    choose(query, rest["impl"])
+    shapes = {}
+    for name, x in tensors.items():
+        split = 1 + axis if name in ("query", "key") else None
+        shapes[name] = (str(x.dtype), *("split" if i == split else n for i, n in enumerate(x.shape)))
+    scale = None if rest["scale"] is None else float(rest["scale"])
+    trains = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
+    return {"axis": axis, **same, **shapes, "scale": scale, "whether key or value requires a gradient": trains}
+
+
+def _agree(group: ProcessGroup, query: Tensor, key: Tensor, value: Tensor, axis: int, neighborhood, rest) -> list[int]:
+    """The lengths of all pieces. If any rank refuses its arguments, or they differ, every rank raises."""
+    mine: dict = {"length": 0, "error": None, "same": {}}
+    error = None
+    try:
+        mine["same"] = _describe(query, key, value, axis, neighborhood, rest)
+        mine["length"] = query.shape[1 + axis]
+    except (TypeError, ValueError, NotImplementedError) as refused:
+        error, mine["error"] = refused, str(refused)
+    ranks: list[dict] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(ranks, mine, group=group)
+    if error is not None:
+        raise error
+    for rank, other in enumerate(ranks):
+        if other["error"] is not None:
+            raise ValueError(f"rank {rank} of mesh refuses its arguments: {other['error']}")
+    for name in {name: None for other in ranks for name in other["same"]}:
+        values = [other["same"].get(name) for other in ranks]
+        if any(x != values[0] for x in values):
+            raise ValueError(f"{name} must be the same on every rank of mesh, got {values}")
+    return [other["length"] for other in ranks]
+
+
+def _fetch(key: Tensor, value: Tensor, dim: int, shard: Shard, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Key and value with `shard.axis` along `dim`."""
+    own = torch.stack([key.movedim(dim, 0), value.movedim(dim, 0)], dim=1)  # [tokens, 2, …]
+    keys, values = _Exchange.apply(own, shard, group).unbind(1)
+    return keys.movedim(0, dim), values.movedim(0, dim)
+
+
+class _Exchange(torch.autograd.Function):
+    """From own tokens `[tokens, …]` to those of `shard.axis`; the backward is the transposed exchange."""
+
+    @staticmethod
+    def forward(ctx, own: Tensor, shard: Shard, group: ProcessGroup) -> Tensor:
+        ctx.shard, ctx.group, ctx.tokens = shard, group, own.shape[0]
+        outgoing = torch.cat([own[first:last] for first, last in shard.send])
+        found = own.new_zeros(shard.axis.length, *own.shape[1:])
+        incoming = found[shard.margin : shard.margin + sum(shard.receive)]
+        sizes = [last - first for first, last in shard.send]
+        dist.all_to_all_single(incoming, outgoing, list(shard.receive), sizes, group=group)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        shard: Shard = ctx.shard
+        sizes = [last - first for first, last in shard.send]
+        outgoing = grad[shard.margin : shard.margin + sum(shard.receive)].contiguous()
+        incoming = grad.new_empty(sum(sizes), *grad.shape[1:])
+        dist.all_to_all_single(incoming, outgoing, sizes, list(shard.receive), group=ctx.group)
+        accumulate = torch.promote_types(grad.dtype, torch.float32)
+        total = grad.new_zeros(ctx.tokens, *grad.shape[1:], dtype=accumulate)
+        for (first, last), part in zip(shard.send, incoming.split(sizes), strict=True):
+            total[first:last] += part
+        return total.to(grad.dtype), None, None

@@ -1,0 +1,143 @@
+"""Processes that stand for ranks: they join one gloo group and then run functions of this module, called by name.
+
+    ranks = Ranks(3, folder)
+    results = ranks("attend", case, axis, lengths, given, impl)  # one result a rank
+
+An exception in a function becomes an assertion in the test that called it.
+"""
+
+import multiprocessing
+import traceback
+from datetime import timedelta
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from foveal.kernels.ops import sharded_neighborhood_attention, sharded_neighborhood_attention_lse
+from neighborhood_matrix import Case, make_inputs
+from operator_matrix import as_leaves, seeded_randn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+SPLIT = ("query", "key", "value")
+
+
+class Ranks:
+    """A group of processes; a call runs a function on the first `size` of them and returns what each returned."""
+
+    def __init__(self, world: int, folder: Path):
+        context = multiprocessing.get_context("spawn")
+        pairs = [context.Pipe() for _ in range(world)]
+        self.pipes = [ours for ours, _ in pairs]
+        self.processes = [
+            context.Process(target=_serve, args=(rank, world, str(folder / "store"), theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pairs)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def __call__(self, function: str, *args, size: int | None = None) -> list:
+        pipes = self.pipes[:size]
+        for pipe in pipes:
+            pipe.send((function, args))
+        results = []
+        for rank, pipe in enumerate(pipes):
+            assert pipe.poll(120), f"rank {rank} does not answer"
+            result, failure = pipe.recv()
+            assert failure is None, f"rank {rank}: {failure}"
+            results.append(result)
+        return results
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.terminate()
+            process.join()
+
+
+def _serve(rank: int, world: int, store: str, pipe) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    groups = {size: dist.new_group(list(range(size))) for size in range(1, world + 1)}
+    while True:
+        function, args = pipe.recv()
+        try:
+            pipe.send((globals()[function](groups, *args), None))
+        except Exception:
+            pipe.send((None, traceback.format_exc()))
+
+
+def cotangents(case: Case) -> tuple[Tensor, Tensor]:
+    """Gradients of the output and the log-sum-exp of the whole grid."""
+    randn = seeded_randn(case.seed + 1, torch.float64, "cpu")
+    shape = (case.batch, *case.shape, case.heads)
+    return randn(*shape, case.head_dim), randn(*shape)
+
+
+def gradients(inputs: dict, outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The outputs and, by the name of each input, its gradient."""
+    given = {name: x for name, x in inputs.items() if x is not None}
+    found = torch.autograd.grad(outputs, tuple(given.values()), grads)
+    return dict(zip(("out", "lse", *given), (*(x.detach() for x in outputs), *found), strict=True))
+
+
+def piece(x: Tensor, axis: int, lengths: tuple[int, ...], rank: int) -> Tensor:
+    """A rank's piece of a whole tensor."""
+    return x.detach().narrow(1 + axis, list(accumulate((0, *lengths)))[rank], lengths[rank])
+
+
+def _pieces(case: Case, axis: int, lengths: tuple[int, ...], rank: int, dtype: torch.dtype) -> dict:
+    inputs = make_inputs(case, dtype)
+    return as_leaves({n: piece(x, axis, lengths, rank) if n in SPLIT else x for n, x in inputs.items()})
+
+
+def attend(groups, case: Case, axis: int, lengths: tuple[int, ...], given: bool, impl: str, dtype=torch.float64):
+    """Outputs and gradients of this rank's piece of a case."""
+    rank, group = dist.get_rank(), groups[len(lengths)]
+    inputs = _pieces(case, axis, lengths, rank, dtype)
+    outputs = sharded_neighborhood_attention_lse(
+        **inputs, **case.options, mesh=group, axis=axis, lengths=lengths if given else None, impl=impl
+    )
+    grads = tuple(piece(x, axis, lengths, rank).to(y.dtype) for x, y in zip(cotangents(case), outputs, strict=True))
+    return gradients(inputs, outputs, grads)
+
+
+def attend_compiled(groups, case: Case, axis: int, lengths: tuple[int, ...], impl: str):
+    """`attend` with given lengths under `torch.compile(fullgraph=True)`."""
+    rank, group = dist.get_rank(), groups[len(lengths)]
+    inputs = _pieces(case, axis, lengths, rank, torch.float64)
+
+    def operator(**tensors):
+        return sharded_neighborhood_attention_lse(
+            **tensors, **case.options, mesh=group, axis=axis, lengths=lengths, impl=impl
+        )
+
+    outputs = torch.compile(operator, fullgraph=True, backend="aot_eager")(**inputs)
+    grads = tuple(piece(x, axis, lengths, rank) for x in cotangents(case))
+    return gradients(inputs, outputs, grads)
+
+
+def attend_on_meshes(groups, case: Case, axis: int, lengths: tuple[int, ...]):
+    """Outputs on a mesh of one dimension, on one of two, and the message of the refusal of the latter as a whole."""
+    inputs = _pieces(case, axis, lengths, dist.get_rank(), torch.float64)
+    line = DeviceMesh("cpu", list(range(len(lengths))))
+    plane = init_device_mesh("cpu", (1, len(lengths)), mesh_dim_names=("data", "sequence"))
+    outputs = [
+        sharded_neighborhood_attention(**inputs, **case.options, mesh=mesh, axis=axis)
+        for mesh in (line, plane["sequence"])
+    ]
+    return *(x.detach() for x in outputs), refusal(groups, [{"mesh": plane}] * len(lengths))
+
+
+def refusal(groups, changes: list[dict]) -> tuple[str, str]:
+    """Type and message of what a call raises that this rank makes with changes of its own to a right one."""
+    change = dict(changes[dist.get_rank()])
+    shape = change.pop("shape", (1, 4, 6, 2, 4))
+    query, key, value = torch.zeros(3, *shape, dtype=change.pop("dtype", torch.float32))
+    key.requires_grad_(change.pop("requires_grad", False))
+    options = {"mesh": groups[len(changes)], "window": 3} | change
+    try:
+        sharded_neighborhood_attention(query, key, value, **options)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""

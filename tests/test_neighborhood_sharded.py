@@ -1,0 +1,222 @@
+"""Neighborhood attention over two and three processes on CPU (gloo) against one process with the whole grid."""
+
+from dataclasses import replace
+from itertools import pairwise
+from random import Random
+
+import pytest
+import torch
+from foveal.kernels.neighborhood import geometry, make_axes, sharded_cost, split_evenly
+from foveal.kernels.neighborhood.shards import main as print_costs
+from foveal.kernels.neighborhood.shards import make_shards
+from foveal.kernels.ops import sharded_neighborhood_attention
+from neighborhood_matrix import OPERATORS, Case, cases, make_inputs
+from sharded_ranks import SPLIT, Ranks, cotangents, gradients, piece
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+CLIP = Case(
+    shape=(5, 6, 7),
+    window=(3, 4, 3),
+    stride=(2, 1, 1),
+    dilation=(1, 1, 2),
+    causal=(True, False, False),
+    heads=4,
+    key_heads=2,
+    extra=3,
+)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    processes = Ranks(3, tmp_path_factory.mktemp("ranks"))
+    yield processes
+    processes.close()
+
+
+def expected(case: Case) -> dict[str, torch.Tensor]:
+    inputs = make_inputs(case, torch.float64)
+    outputs = OPERATORS[case.rank](**inputs, **case.options)
+    return gradients(inputs, outputs, cotangents(case))
+
+
+def assert_equals_one_process(found: list[dict], case: Case, axis: int) -> None:
+    """Pieces joined along the axis; of what every rank has, the gradients summed."""
+    for name, truth in expected(case).items():
+        pieces = [result[name] for result in found]
+        got = torch.cat(pieces, 1 + axis) if name in ("out", "lse", *SPLIT) else sum(pieces)
+        scale = truth.abs().max().clamp(min=1) if truth.numel() else 1
+        torch.testing.assert_close(got / scale, truth / scale, rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def random_split(case: Case, size: int, random: Random) -> tuple[int, tuple[int, ...]] | None:
+    """An axis and the lengths of its pieces, all legal values possible; None where no axis is long enough."""
+    axes = [i for i, length in enumerate(case.shape) if length >= size]
+    if not axes:
+        return None
+    axis = random.choice(axes)
+    cuts = [0, *sorted(random.sample(range(1, case.shape[axis]), size - 1)), case.shape[axis]]
+    return axis, tuple(b - a for a, b in pairwise(cuts))
+
+
+def sharded_cases(rank: int, size: int, count: int) -> list[tuple[Case, int, tuple[int, ...]]]:
+    random, chosen = Random(f"{rank}/{size}"), []
+    for case in cases(rank, 10**6, seed=11):
+        if case.batch and (split := random_split(case, size, random)) is not None:
+            chosen.append((case, *split))
+        if len(chosen) == count:
+            return chosen
+    raise AssertionError("cases are endless")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_random_cases(ranks, rank, size):
+    for i, (case, axis, lengths) in enumerate(sharded_cases(rank, size, 16)):
+        impl = "reference" if i % 5 == 4 else "auto"
+        assert_equals_one_process(ranks("attend", case, axis, lengths, i % 2 == 0, impl, size=size), case, axis)
+
+
+def test_random_cases_hold_what_is_hard():
+    """Ranks that need tokens from beyond a neighbour, pieces shorter than a dilation, tokens that nobody sends."""
+    drawn = [s for rank in (1, 2, 3) for size in (2, 3) for s in sharded_cases(rank, size, 16)]
+    far = short = margin = partial = 0
+    for case, axis, lengths in drawn:
+        shards = make_shards(case.axes[axis], lengths)
+        far += any(n for rank, s in enumerate(shards) for i, n in enumerate(s.receive) if abs(i - rank) > 1)
+        short += min(lengths) < case.dilation[axis]
+        margin += any(shard.margin for shard in shards)
+        partial += any(sum(shard.receive) < sum(lengths) for shard in shards)
+    assert far > 10 and short > 5 and margin > 3 and partial > 20
+    assert {axis for _, axis, _ in drawn} == {0, 1, 2} and any(case.bias for case, _, _ in drawn)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 12, 17])
+def test_a_cropped_axis_shows_its_queries_what_the_whole_axis_shows(length):
+    for dilation in range(1, length + 1):
+        for window in range(1, length // dilation + 1):
+            for stride in range(1, window + 1):
+                for causal in (False, True):
+                    axis = geometry.Axis(length, window, stride, dilation, causal)
+                    whole = geometry.axis_mask(axis)
+                    for start in range(0, length, 2):
+                        stop = min(start + 1 + (window + start) % 4, length)
+                        part = axis._replace(queries=(start, stop))
+                        first, cropped = geometry.crop(part)
+                        seen = whole[start:stop].any(0).nonzero().flatten()
+                        assert geometry.key_range(part) == (seen[0], seen[-1] + 1)
+                        shown = whole[start:stop, first : first + cropped.length]
+                        assert torch.equal(geometry.axis_mask(cropped), shown), (part, cropped)
+                        assert geometry.axis_pairs(cropped) == whole[start:stop].sum()
+
+
+def test_repeats_bitwise(ranks):
+    first, second = (ranks("attend", CLIP, 0, (1, 1, 3), True, "auto", torch.float32) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_half_precision_travels_as_it_is(ranks):
+    """Every rank computes what one process computes of its piece, but for the order in which tiles add."""
+    inputs = make_inputs(CLIP, torch.bfloat16)
+    out, _ = OPERATORS[3](**inputs, **CLIP.options)
+    for rank, found in enumerate(ranks("attend", CLIP, 1, (2, 3, 1), True, "auto", torch.bfloat16)):
+        assert all(x.dtype == torch.bfloat16 for name, x in found.items() if name != "lse")
+        torch.testing.assert_close(found["out"], piece(out, 1, (2, 3, 1), rank), rtol=2**-7, atol=2**-8)
+
+
+def test_meshes_of_one_dimension(ranks):
+    lengths = (2, 2, 1)
+    for rank, (line, row, (kind, message)) in enumerate(ranks("attend_on_meshes", CLIP, 0, lengths)):
+        torch.testing.assert_close(line, piece(expected(CLIP)["out"], 0, lengths, rank), rtol=0, atol=1e-12)
+        assert torch.equal(line, row)
+        assert kind == "ValueError" and "must have one dimension" in message
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("tiled", marks=pytest.mark.slow)])
+def test_compiled_whole(ranks, impl):
+    case, lengths = replace(CLIP, extra=0), (2, 3)
+    assert_equals_one_process(ranks("attend_compiled", case, 0, lengths, impl, size=2), case, 0)
+
+
+SAME_ON_EVERY_RANK = {
+    "window over the whole grid": ({"window": (9, 3)}, "ValueError", "window=9 on axis 0 must not exceed its length 8"),
+    "axis": ({"axis": 2}, "ValueError", "axis=2 must be one of the spatial axes 0 to 1"),
+    "negative axis": ({"axis": -1}, "ValueError", "axis=-1"),
+    "axis of another kind": ({"axis": "time"}, "ValueError", "axis='time'"),
+    "spatial axes": ({"shape": (1, 2, 2, 2, 2, 2, 4)}, "ValueError", "expected [B, 1 to 3 spatial axes"),
+    "stride": ({"stride": 4}, "ValueError", "stride=4 on axis 0 must lie in [1, window=3]"),
+    "lengths of other ranks": ({"lengths": (4, 4, 4)}, "ValueError", "must hold one length for each of 2 ranks"),
+    "own length": ({"lengths": (5, 5)}, "ValueError", "that of axis 0 of query, 4"),
+    "bias": ({"bias": torch.zeros(2, 5, 4)}, "ValueError", "bias.shape=(2, 5, 4)"),
+    "extra": ({"extra_key": torch.zeros(1, 2, 2, 4)}, "ValueError", "extra_key and extra_value"),
+    "impl": ({"impl": "cuda"}, "ValueError", "impl='cuda'"),
+    "triton": ({"impl": "triton"}, "NotImplementedError", "impl='triton' cannot take this call"),
+    "mesh": ({"mesh": "cpu"}, "TypeError", "mesh must be a DeviceMesh or a ProcessGroup, got str"),
+}
+DIFFERENT = {
+    "window": (
+        [{"window": 3}, {"window": (3, 4)}],
+        "window must be the same on every rank of mesh, got [(3, 3), (3, 4)]",
+    ),
+    "axis": ([{"axis": 0}, {"axis": 1}], "axis must be the same on every rank of mesh, got [0, 1]"),
+    "shape": ([{}, {"shape": (1, 4, 5, 2, 4)}], "query must be the same on every rank of mesh"),
+    "dtype": ([{}, {"dtype": torch.float64}], "torch.float64"),
+    "bias": ([{}, {"bias": torch.zeros(2, 5, 5)}], "bias must be the same on every rank of mesh, got [None, "),
+    "gradient": ([{}, {"requires_grad": True}], "whether key or value requires a gradient must be the same"),
+}
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), SAME_ON_EVERY_RANK.values(), ids=SAME_ON_EVERY_RANK.keys())
+def test_wrong_arguments(ranks, change, kind, message):
+    for found, text in ranks("refusal", [change] * 2, size=2):
+        assert found == kind and message in text, text
+
+
+@pytest.mark.parametrize(("changes", "message"), DIFFERENT.values(), ids=DIFFERENT.keys())
+def test_ranks_that_differ_all_refuse(ranks, changes, message):
+    for kind, text in ranks("refusal", changes, size=2):
+        assert kind == "ValueError" and message in text, text
+
+
+def test_what_one_rank_refuses_all_refuse(ranks):
+    ours, other = ranks("refusal", [{}, {"shape": (1, 0, 6, 2, 4)}], size=2)
+    assert ours == ("ValueError", f"rank 1 of mesh refuses its arguments: {other[1]}")
+    assert other[0] == "ValueError" and "must have no empty axis" in other[1]
+
+
+def test_without_process_group():
+    with pytest.raises(ValueError, match="init_process_group"):
+        sharded_neighborhood_attention(*torch.zeros(3, 1, 4, 2, 4), mesh=None, window=3)
+
+
+def test_cost_counts_the_tokens_that_masks_show():
+    lengths, plane = (2, 3, 1, 6), 2 * 5 * 4 * 8 * 2  # batch, the other axis, key heads, head_dim, bytes
+    axes = make_axes((12, 5), window=(3, 3), stride=(2, 1), dilation=(2, 1))
+    mask = geometry.axis_mask(axes[0])
+    costs = sharded_cost(axes, axis=0, lengths=lengths, heads=8, key_heads=4, head_dim=8, itemsize=2, batch=2)
+    edges = [0, 2, 5, 6, 12]
+    for rank, cost in enumerate(costs):
+        seen = mask[edges[rank] : edges[rank + 1]].any(0).nonzero().flatten()
+        needed = set(range(int(seen[0]), int(seen[-1]) + 1)) - set(range(edges[rank], edges[rank + 1]))
+        assert cost.received == len(needed) * 2 * plane
+        assert cost.queries == lengths[rank]
+    assert sum(cost.sent for cost in costs) == sum(cost.received for cost in costs)
+    pairs = int(mask.sum()) * geometry.axis_pairs(axes[1])
+    assert sum(cost.forward_flops for cost in costs) == 4 * pairs * 2 * 8 * 8
+
+
+def test_even_pieces_are_those_of_torch():
+    for length in range(1, 30):
+        for parts in range(1, length + 1):
+            assert split_evenly(length, parts) == tuple(map(len, torch.arange(length).tensor_split(parts)))
+
+
+def test_printed_costs(capsys):
+    clip, heads = ["--shape", "30", "48", "80", "--window", "18", "24", "24"], ["--heads", "24", "--head-dim", "128"]
+    print_costs([*clip, *heads, "--ranks", "2", "64"])
+    text = capsys.readouterr().out
+    assert "2     2   40 to 40    52         202.5          1.00" in text
+    assert "2 ranks, all keys: 675.0 MiB; exchange of heads: 675.0 MiB" in text
+    with pytest.raises(SystemExit):
+        print_costs(["--shape", "4", "--window", "5"])
+    assert "window=5 on axis 0 must not exceed its length 4" in capsys.readouterr().err
