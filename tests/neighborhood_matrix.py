@@ -166,18 +166,24 @@ def check(case: Case, dtype: torch.dtype, impl: str, **kwargs) -> None:
 
 
 def check_part(case: Case, dtype: torch.dtype, impl: str) -> None:
-    """Assert that queries which are a random box of the case's grid get what they get among all queries."""
+    """Assert that queries which are a random box of the case's grid get what they get among all queries, on every other
+    case from keys cropped to what the box needs."""
     random = Random(f"part/{case.seed}")
     boxes = [sorted(random.sample(range(length + 1), 2)) for length in case.shape]
     box = (slice(None), *(slice(*queries) for queries in boxes))
     axes = tuple(a._replace(queries=tuple(queries)) for a, queries in zip(case.axes, boxes, strict=True))
+    needed = (slice(None), *(slice(a.length) for a in axes))
+    if random.random() < 0.5:
+        starts, axes = zip(*map(geometry.crop, axes), strict=True)
+        needed = (slice(None), *(slice(i, i + a.length) for i, a in zip(starts, axes, strict=True)))
     inputs = make_inputs(case, dtype)
 
-    def attend(axes, impl, inputs, box):
-        return dispatch(**inputs | {"query": inputs["query"][box]}, axes=axes, scale=case.scale, impl=impl)
+    def attend(axes, impl, inputs, box, needed):
+        boxed = {"query": inputs["query"][box], "key": inputs["key"][needed], "value": inputs["value"][needed]}
+        return dispatch(**inputs | boxed, axes=axes, scale=case.scale, impl=impl)
 
-    got = gradients(inputs, *attend(axes, impl, inputs, box), seed=case.seed + 1)
+    got = gradients(inputs, *attend(axes, impl, inputs, box, needed), seed=case.seed + 1)
     exact = as_leaves(inputs, torch.float64)
-    out, lse = attend(case.axes, "reference", exact, ...)
+    out, lse = attend(case.axes, "reference", exact, ..., ...)
     found = operator_matrix.errors(got, gradients(exact, out[box], lse[box], seed=case.seed + 1), None, dtype)
     operator_matrix.assert_exact(found, f"{impl} in {dtype} on the box {boxes} of {case!r}")
