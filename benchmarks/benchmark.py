@@ -66,14 +66,14 @@ class Benchmark(ABC):
     suite: what `run --suite` calls it by.
     title: what it compares, for people.
     our_names: providers that are this project's.
-    rivals: by the name of one of ours, what it is compared with; empty where it is the fastest other.
+    rivals: one of ours and what it is compared with; empty where that is the fastest other.
     """
 
     name: ClassVar[str]
     suite: ClassVar[str]
     title: ClassVar[str]
     our_names: ClassVar[tuple[str, ...]] = ("foveal", "foveal compiled")
-    rivals: ClassVar[dict[str, str]] = {}
+    rivals: ClassVar[tuple[tuple[str, str], ...]] = ()
     modes: ClassVar[tuple[str, ...]] = MODES
 
     @abstractmethod

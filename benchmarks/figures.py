@@ -103,7 +103,8 @@ def lines(rows: Sequence[Row], path: Path, *, title: str) -> None:
             logarithmic(axes)
             counts = sorted({tokens_of(r) for r in chosen if r.metric == "time"})
             axes.set_xscale("log")
-            axes.set_xticks(counts, [f"{n / 1024:.0f}k" for n in counts], fontsize=8)
+            labelled = [n for i, n in enumerate(counts) if not i or n > 1.7 * counts[i - 1]]
+            axes.set_xticks(labelled, [f"{n / 1024:.0f}k" for n in labelled], fontsize=8)
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_title(f"{kernel}, {mode}", fontsize=9)
             axes.legend(frameon=False, fontsize=7)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from . import records
 from .benchmark import Benchmark
 from .records import Row
@@ -29,10 +31,12 @@ $ python -m benchmarks report docs/benchmarks.md # this page
   of a call beyond its inputs and results.
 - *Ours* is the better of eager and compiled. *Fastest other* is the fastest of what else was measured: other ways to
   compute the same, and dense attention, which computes more than was asked for but is what one would use instead.
+  Backbones are compared one by one with timm's Swin-T and ConvNeXt-T, DiNAT-S with their small ones; sizes and accuracy
+  of ours are under [Models](models.md).
 - Before it is timed, an operator is compared with its float64 reference, outputs and gradients; a wrong one is refused.
 - *Over floor* is the time over the least that products or memory allow on that device, by the FLOPs and bytes of the
-  operator's cost model. The README of each folder in `kernels/` has the floors on an H200. A CPU's peaks are measured in
-  the run; tensors that stay in its caches can be moved faster than the copy that is the yardstick.
+  operator's cost model. The README of each folder in `kernels/` has the floors on an H200. A CPU's peaks are measured
+  in the run; tensors that stay in its caches can be moved faster than the copy that is the yardstick.
 """
 
 
@@ -54,7 +58,7 @@ class Pair(NamedTuple):
 
 
 def pairs(benchmark: Benchmark, rows: Sequence[Row]) -> list[Pair]:
-    """For each case and mode the best of ours and the fastest other, or each of ours that has a rival, and that."""
+    """For each case and mode the best of ours and the fastest other, or each of ours and its rivals."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.metric == "time":
@@ -62,8 +66,8 @@ def pairs(benchmark: Benchmark, rows: Sequence[Row]) -> list[Pair]:
     found = []
     for timed in groups.values():
         if benchmark.rivals:
-            best = {row.provider: row for row in sorted(timed, key=lambda r: -r.p50)}
-            found += [Pair(best[x], best.get(y)) for x, y in benchmark.rivals.items() if x in best]
+            best = {row.provider: row for row in timed}
+            found += [Pair(best[x], best[y]) for x, y in benchmark.rivals if x in best and y in best]
             continue
         ours = [row for row in timed if row.provider in benchmark.our_names]
         others = [row for row in timed if row not in ours]
@@ -83,37 +87,59 @@ def stored(results: Path = records.RESULTS) -> dict[str, list[tuple[Benchmark, P
     return dict(sorted(by_device.items()))
 
 
+def _sources(benchmark: Benchmark) -> dict[tuple[str, str], str]:
+    """Whose shapes they are, by kernel and case."""
+    devices = (torch.device("cpu"), torch.device("cuda"))
+    return {(c.kernel, c.name): c.source for device in devices for c in benchmark.cases(device, everything=True)}
+
+
 def _table(benchmark: Benchmark, rows: Sequence[Row]) -> list[str]:
     found = {(*row.subject, row.metric): row.p50 for row in rows}
+    sources = _sources(benchmark)
+    metric, unit, other = ("images/s", "images/s", "other") if benchmark.rivals else ("time", "ms", "fastest other")
+    lines = [f"| case | shapes of | mode | ours, {unit} | {other}, {unit} | ours is | over floor | MiB | of other |"]
+    lines += ["| --- | --- | --- | --: | --: | --- | --: | --: | --: |"]
     several = len({row.kernel for row in rows}) > 1
-    lines = ["| case | mode | ours, ms | fastest other, ms | ours is | over floor | MiB | MiB of the other |"]
-    lines += ["| --- | --- | --: | --: | --- | --: | --: | --: |"]
     for pair in pairs(benchmark, rows):
-        ours, other = pair
-        memory = [found.get((*row.subject, "memory")) if row else None for row in pair]
+        ours = pair.ours
+        value, memory = (
+            [found.get((*row.subject, what)) if row else None for row in pair] for what in (metric, "memory")
+        )
         floor = found.get((*ours.subject, "measured/floor"))
-        cells = [f"`{ours.kernel + ' ' if several else ''}{ours.case}`", ours.mode]
-        cells += [f"{ours.p50:.4g} ({ours.provider})", f"{other.p50:.4g} ({other.provider})" if other else "–"]
+        cells = [f"`{ours.kernel + ' ' if several else ''}{ours.case}`", sources.get((ours.kernel, ours.case), "")]
+        cells += [ours.mode]
+        cells += [f"{x:.4g} ({_short(row)})" if row and x else "–" for row, x in zip(pair, value, strict=True)]
         cells += [pair.verdict, f"{floor:.1f}x" if floor else "–"]
         cells += ["–" if x is None else f"{x:.3g}" for x in memory]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _losses(found: Sequence[Pair]) -> str:
+def _short(row: Row) -> str:
+    """The provider without what a name of timm repeats."""
+    return row.provider.replace("_patch4_window7_224", "").replace("_patch16_224", "")
+
+
+def _losses(found: Sequence[Pair]) -> list[str]:
+    """A sentence and a list of what is slower, worst first; nothing where nothing was compared."""
     compared = [pair for pair in found if pair.other]
-    lost = sorted((pair for pair in compared if pair.ratio > 1), key=lambda p: -p.ratio)
-    text = f"Ours is faster in {len(compared) - len(lost)} of {len(compared)} comparisons."
-    if lost:
-        named = (f"`{p.ours.case}` {p.ours.mode} ({p.other.provider}, {p.ratio:.2f}x)" for p in lost if p.other)
-        text += f" Where it is slower, worst first: {', '.join(named)}."
-    return text
+    lost = sorted((pair for pair in compared if pair.ratio > 1), key=lambda pair: -pair.ratio)
+    if not compared:
+        return []
+    lines = [f"Ours is faster in {len(compared) - len(lost)} of {len(compared)} comparisons"]
+    lines[0] += ". It is slower here, worst first:" if lost else "."
+    lines += [""] if lost else []
+    for pair in lost:
+        assert pair.other is not None
+        who = f"{_short(pair.ours)} than {_short(pair.other)}"
+        lines.append(f"- `{pair.ours.case}` {pair.ours.mode}, {who}: {pair.ratio:.2f}x")
+    return [*lines, ""]
 
 
 def _section(benchmark: Benchmark, path: Path, rows: Sequence[Row]) -> list[str]:
     dates = sorted({row.date for row in rows})
-    versions = sorted({f"torch {row.torch}" for row in rows})
-    lines = [f"### {benchmark.title}", "", _losses(pairs(benchmark, rows)), ""]
+    versions = sorted({row.dtype for row in rows}) + sorted({f"torch {row.torch}" for row in rows})
+    lines = [f"### {benchmark.title}", "", *_losses(pairs(benchmark, rows))]
     powers = [row for row in rows if row.metric == "exponent"]
     for row in powers:
         lines.append(f"- {row.kernel}, {row.mode}, {row.provider}: time grows as tokens^{row.p50:.2f} ({row.case})")
@@ -123,12 +149,25 @@ def _section(benchmark: Benchmark, path: Path, rows: Sequence[Row]) -> list[str]
     return lines
 
 
+def _summary(devices: dict[str, list[tuple[Benchmark, Path, list[Row]]]]) -> list[str]:
+    lines = ["| device | | faster | slower | most | least |", "| --- | --- | --: | --: | --: | --: |"]
+    for device, held in devices.items():
+        for benchmark, _, rows in held:
+            if compared := [pair for pair in pairs(benchmark, rows) if pair.other]:
+                slower = sum(pair.ratio > 1 for pair in compared)
+                best, worst = (choose(compared, key=lambda pair: pair.ratio) for choose in (min, max))
+                cells = (device, benchmark.title, len(compared) - slower, slower, best.verdict, worst.verdict)
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
 def markdown(results: Path = records.RESULTS) -> str:
     """The whole page."""
     lines = [INTRO]
     devices = stored(results)
     if all("CPU threads" in device for device in devices):
         lines += ["Nothing here was measured on a GPU yet.", ""]
+    lines += ["## In short", "", *_summary(devices), ""]
     for device, held in devices.items():
         lines += [f"## {device}", ""]
         for benchmark, path, rows in held:

@@ -27,7 +27,7 @@ OURS = (*SMALL, "natten_dinat_s", "biformer_s")
 PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "swin_small_patch4_window7_224", "convnext_small")
 PEERS += ("vit_small_patch16_224",)
 QUICK = (*SMALL, *PEERS[:2])  # what a CPU measures unless asked for more
-RIVALS = dict.fromkeys(OURS, PEERS[0]) | {"natten_dinat_s": PEERS[2]}  # Swin of about the same FLOPs
+RIVALS = [(name, peer) for name in OURS for peer in (PEERS[2:4] if name == "natten_dinat_s" else PEERS[:2])]
 SIZES = (224, 384, 512, 1024)
 BATCHES = {"cpu": {224: 8, 384: 4, 512: 2, 1024: 1}, "cuda": {224: 128, 384: 48, 512: 24, 1024: 6}}
 
@@ -88,7 +88,7 @@ class Models(Benchmark):
     suite = "models"
     title = "Backbones"
     our_names = tuple(name + suffix for name in OURS for suffix in ("", " compiled"))
-    rivals = {x + suffix: y + suffix for x, y in RIVALS.items() for suffix in ("", " compiled")}
+    rivals = tuple((name + suffix, peer + suffix) for name, peer in RIVALS for suffix in ("", " compiled"))
     modes = ("inference", "training step")
 
     def cases(self, device: torch.device, *, everything: bool = False) -> Iterator[Case]:
