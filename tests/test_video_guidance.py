@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from foveal.zoo.video import Segments, extend_scenes, hunt_heads, perturbed_heads
+from foveal.zoo.video import KVCache, Segments, extend_scenes, hunt_heads, perturbed_heads
+from foveal.zoo.video.attention import VideoAttnProcessor
 from foveal.zoo.video.guidance import SoftPAGProcessor, guide
 from foveal.zoo.video.positions import grid_positions, rotary_embedding, rotate
 from foveal.zoo.video.segments import SegmentAttnProcessor, segmented
+from video_helpers import visible
 from video_models import CALL, TEXT, letters, seeded, tiny_model, tiny_pipe
 
 GRID = (4, 2, 3)
@@ -99,6 +101,62 @@ def test_the_pipeline_guides_away_from_perturbed_heads():
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_pipeline_perturbs_heads_of_segments():
+    """One Euler step by hand, as above; the segments hold for both wanted predictions and not for the unwanted one."""
+    pipe = tiny_pipe("joint", text_encoder=letters)
+    call = {"prompt": ["fog", "sun"], "segment_frames": [1, 3], "num_inference_steps": 1, "output_type": "latent"}
+    made = pipe(**call, generator=seeded(), guidance_scale=3.0, pag_scale=2.0, pag_heads={1: [0]}).frames
+    x, time, model = torch.randn(1, 1, 4, 8, 8, generator=seeded()), torch.tensor([1000.0]), pipe.transformer
+    wanted, unwanted = letters(["fog", "sun"]).flatten(0, 1)[None], letters([""])
+    with torch.no_grad():
+        uncond = model(x, time, encoder_hidden_states=unwanted).sample
+        with segmented(model, Segments((1, 3), (3, 3))):
+            cond = model(x, time, encoder_hidden_states=wanted).sample
+            with perturbed_heads(model, {1: [0]}):
+                perturbed = model(x, time, encoder_hidden_states=wanted).sample
+    assert not torch.allclose(perturbed, cond, atol=1e-3)
+    expected = x - (uncond + 3 * (cond - uncond) + 2 * (cond - perturbed))
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_attention_backend_holds_inside():
+    model = double("joint")
+    model.set_attention_backend("_native_cudnn")  # cannot do float64 on CPU: proof that the backend is asked
+    call = (normal(1, 1, 4, 8, 8), torch.tensor([300.0]), normal(1, 5, TEXT))
+    try:
+        with (
+            segmented(model, Segments((4,), (5,))),
+            perturbed_heads(model, {0: [0]}),
+            pytest.raises(RuntimeError, match="No viable backend"),
+        ):
+            model(*call)
+    finally:
+        model.set_attention_backend("native")  # of the process, too
+
+
+class Doubled(VideoAttnProcessor):
+    def see(self, *args):
+        return 2 * super().see(*args)
+
+
+class OfItsOwn(VideoAttnProcessor):
+    def __call__(self, *args, **options):
+        return super().__call__(*args, **options)
+
+
+def test_processors_of_a_user_are_kept_inside_or_refused():
+    model = double("joint", num_layers=1)
+    call = (normal(1, 1, 4, 8, 8), torch.tensor([300.0]), normal(1, 5, TEXT))
+    with torch.no_grad():
+        model.set_attn_processor(Doubled())
+        plain = model(*call).sample
+        with segmented(model, Segments((4,), (5,))), perturbed_heads(model, {0: [0]}, strength=0.0):
+            torch.testing.assert_close(model(*call).sample, plain)
+    model.set_attn_processor(OfItsOwn())
+    with pytest.raises(TypeError, match=r"processor is a OfItsOwn, which"), perturbed_heads(model, {0: [0]}):
+        pass
+
+
 def test_the_hunt_finds_the_heads_that_serve():
     worth = {(0, 0): 1.0, (0, 1): -2.0, (1, 0): 3.0, (1, 1): 2.0}
 
@@ -129,23 +187,46 @@ def test_the_mask_of_segments_written_out():
     assert torch.equal(seen, expected.bool())
 
 
-@pytest.mark.parametrize("words_that_count", [None, [[1, 1, 0, 1, 1], [0, 1, 1, 0, 1]]])
-@pytest.mark.parametrize("last", [False, True])
-def test_joint_attention_of_segments_is_attention_under_their_mask(words_that_count, last):
-    model = double("joint")
-    attn, segments = model.blocks[int(last)].attn, Segments((1, 3), (3, 2))
-    video, text, rope = normal(2, 24, 32), normal(2, 5, 32, seed=1), rotary(model)
-    counted = None if words_that_count is None else torch.tensor(words_that_count).bool()
-    allowed = segments.mask(6)[None, None]
-    if counted is not None:
-        allowed = allowed & torch.nn.functional.pad(counted, (0, 24), value=True)[:, None, None]
+SEGMENTED = [
+    {"type": "dense"},
+    {"type": "dense", "causal": True},
+    {"type": "spatial"},
+    {"type": "temporal", "causal": True},
+    {"type": "window", "window": [3, 2, 1]},
+    {"type": "window", "window": [3, 2, 2], "stride": [3, 1, 1], "causal": True},  # 4 frames are no multiple of 3
+]
+
+
+def joint_maps(attn, video, text, rope, allowed):
+    """Maps over words and then video of both, their values, and how many words there are, all in one softmax."""
     query, key, value = attn.project(video)
     text_query, text_key, text_value = attn.project_text(text)
     if text_query is None:
         text_query = text_key  # of the last layer, whose words look at nothing
     queries = torch.cat([text_query, rotate(query, rope)], dim=1)
     keys = torch.cat([text_key, rotate(key, rope)], dim=1)
-    both = apply(maps(queries, keys, allowed), torch.cat([text_value, value], dim=1))
+    return maps(queries, keys, allowed), torch.cat([text_value, value], dim=1)
+
+
+def seen_in(segments, layer, counted=None):
+    """Of words and then video: the mask of the segments, what the layer sees of the video, words that count."""
+    allowed, words = segments.mask(6), sum(segments.words)
+    allowed[words:, words:] &= visible(layer, GRID)
+    allowed[:words, words:] &= not layer.get("causal", False)
+    if counted is None:
+        return allowed[None, None]
+    return allowed & torch.nn.functional.pad(counted, (0, 24), value=True)[:, None, None]
+
+
+@pytest.mark.parametrize("words_that_count", [None, [[1, 1, 0, 1, 1], [0, 1, 1, 0, 1]]])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("layer", SEGMENTED, ids=lambda layer: "-".join(map(str, layer.values())))
+def test_joint_attention_of_segments_is_attention_under_their_mask(layer, words_that_count, last):
+    model = double("joint", attention=[layer])
+    attn, segments = model.blocks[int(last)].attn, Segments((1, 3), (3, 2))
+    video, text, rope = normal(2, 24, 32), normal(2, 5, 32, seed=1), rotary(model)
+    counted = None if words_that_count is None else torch.tensor(words_that_count).bool()
+    both = apply(*joint_maps(attn, video, text, rope, seen_in(segments, layer, counted)))
     attn.set_processor(SegmentAttnProcessor(segments))
     out, words = attn(video, text, counted, rope, GRID)
     torch.testing.assert_close(out, attn.output(both[:, 5:], video))
@@ -153,6 +234,40 @@ def test_joint_attention_of_segments_is_attention_under_their_mask(words_that_co
         assert words is None
     else:
         torch.testing.assert_close(words, attn.output_text(both[:, :5]))
+
+
+def test_perturbed_heads_of_segments_move_their_own_maps():
+    """(1 - u) A + u I with A under the mask of the segments, words and video in one softmax; words keep their maps."""
+    model, segments, layer = double("joint"), Segments((1, 3), (3, 2)), {"type": "dense"}
+    attn, rope, strength = model.blocks[0].attn, rotary(model), torch.tensor([0.3, 1.0], dtype=torch.float64)
+    video, text = normal(2, 24, 32), normal(2, 5, 32, seed=1)
+    plain, value = joint_maps(attn, video, text, rope, seen_in(segments, layer))
+    soft = (1 - strength[:, None, None]) * plain + strength[:, None, None] * torch.eye(29, dtype=torch.float64)
+    attn.set_processor(SoftPAGProcessor(strength.tolist(), SegmentAttnProcessor(segments)))
+    out, words = attn(video, text, None, rope, GRID)
+    torch.testing.assert_close(out, attn.output(apply(soft, value)[:, 5:], video))
+    torch.testing.assert_close(words, attn.output_text(apply(plain, value)[:, :5]))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("conditioning", ["cross", "joint"])
+def test_a_rollout_of_segments_is_the_full_pass_under_their_mask(conditioning, masked):
+    """Chunks that begin, end and lie within segments; a segment of no frames of the chunk is still read."""
+    layers = [SEGMENTED[5], SEGMENTED[1], SEGMENTED[3], {"type": "spatial", "causal": True}]
+    model, segments = double(conditioning, attention=layers, num_layers=4), Segments((1, 4, 2), (2, 3, 1))
+    video, time = normal(1, 1, 7, 8, 8), torch.tensor([300.0], dtype=torch.float64)
+    side = {"encoder_hidden_states": normal(1, 6, TEXT, seed=1)}
+    if masked:
+        side["encoder_attention_mask"] = torch.tensor([[True, False, True, True, False, True]])
+    with torch.no_grad():
+        with segmented(model, segments):
+            expected = model(video, time, **side).sample
+        cache, outs, first = KVCache(), [], 0
+        for frames in (2, 1, 3, 1):
+            with segmented(model, segments.between(first, first + frames)):
+                outs.append(model(video[:, :, first : first + frames], time, **side, kv_cache=cache).sample)
+            first += frames
+    torch.testing.assert_close(torch.cat(outs, dim=2), expected, rtol=1e-9, atol=1e-10)
 
 
 def test_cross_attention_of_segments_is_attention_under_their_mask():
@@ -168,8 +283,7 @@ def test_cross_attention_of_segments_is_attention_under_their_mask():
 
 
 @pytest.mark.parametrize("layer", ["spatial", "temporal", {"type": "window", "window": [3, 1, 2], "causal": True}])
-def test_other_patterns_keep_what_they_see_of_the_video(layer):
-    """One segment is no restriction: the plain processor says the same."""
+def test_one_segment_is_no_restriction(layer):
     model = double("joint", attention=[layer])
     video, text = normal(1, 1, 4, 8, 8), normal(1, 5, TEXT, seed=1)
     time = torch.tensor([300.0], dtype=torch.float64)
@@ -192,6 +306,26 @@ def test_a_prompt_changes_only_its_segment_where_frames_do_not_mix():
     torch.testing.assert_close(given, rain)
     two = pipe(prompt=[["fog", "rain"], ["fog", "sun"]], generator=[seeded(), seeded()], **call).frames
     torch.testing.assert_close(two, torch.cat([rain, sun]))
+
+
+@pytest.mark.parametrize("conditioning", ["cross", "joint"])
+def test_a_rollout_of_segments_continues_as_a_call_that_sees_the_past(conditioning):
+    """Chunk 2 with a cache is what a call with chunk 1 given makes, though the second text begins inside chunk 1."""
+    pipe = tiny_pipe(conditioning, text_encoder=letters, attention=[{"type": "dense", "causal": True}])
+    call = CALL | {"prompt": ["fog", "rain"], "output_type": "latent"}
+    noise = torch.randn(1, 1, 4, 8, 8, generator=seeded())
+    rolled = pipe(**call, segment_frames=[1, 3], num_frames=4, latents=noise, chunk_frames=2).frames
+    plain = pipe(**call, segment_frames=[1, 3], num_frames=4, latents=noise, chunk_frames=4).frames
+    torch.testing.assert_close(plain, pipe(**call, segment_frames=[1, 3], num_frames=4, latents=noise).frames)
+    first = pipe(**call, segment_frames=[1, 1], num_frames=2, latents=noise[:, :, :2]).frames
+    torch.testing.assert_close(rolled[:, :, :2], first)
+    pixels = (first * 0.4 + 0.2).transpose(1, 2)
+    seen = pipe(**call, segment_frames=[1, 3], num_frames=4, latents=noise, video=pixels).frames
+    torch.testing.assert_close(rolled, seen, rtol=1e-4, atol=1e-4)
+    continued = pipe(**call, segment_frames=[1, 3], num_frames=4, latents=noise, video=pixels, chunk_frames=2).frames
+    torch.testing.assert_close(continued, rolled, rtol=1e-4, atol=1e-4)
+    other = pipe(**call | {"prompt": ["sun", "rain"]}, segment_frames=[1, 3], num_frames=4, latents=noise).frames
+    assert not torch.allclose(other[:, :, :1], rolled[:, :, :1], atol=1e-3)
 
 
 def test_scenes_follow_each_other_in_sight_of_the_last_frames():
@@ -220,8 +354,11 @@ def test_scenes_follow_each_other_in_sight_of_the_last_frames():
 
 
 def test_segments_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"equally many, at least one each, got frames=\(2, 2\), words=\(3,\)"):
+    with pytest.raises(ValueError, match=r"equally many, got frames=\(2, 2\), words=\(3,\)"):
         Segments((2, 2), (3,))
+    for frames, words in (((0, 0), (3, 3)), ((4, -1), (3, 3)), ((2, 2), (3, 0)), ((), ())):
+        with pytest.raises(ValueError, match="segments need frames and at least one word each"):
+            Segments(frames, words)
     with (
         pytest.raises(ValueError, match="segments need conditioning='cross' or 'joint', not 'class'"),
         segmented(tiny_model(), Segments((4,), (3,))),

@@ -60,6 +60,18 @@ def test_later_frames_change_nothing(layer):
     torch.testing.assert_close(model(**short).sample, model(**given).sample[:, :, :4], rtol=1e-9, atol=1e-10)
 
 
+def test_words_carry_nothing_from_later_frames_either():
+    """In joint models a frame would see through words that see the whole video: every layer must be causal."""
+    dense, spatial = {"type": "dense", "causal": True}, {"type": "spatial", "causal": True}
+    model = make(attention=[dense, spatial], num_layers=4, **CONDITIONS["joint"])
+    given = inputs(model, batch=1, size=(6, 4, 4))
+    found = roll(model, given, (2, 1, 3), KVCache())
+    torch.testing.assert_close(found, model(**given).sample, rtol=1e-9, atol=1e-10)
+    leaky = make(attention=[dense, "spatial"], num_layers=4, **CONDITIONS["joint"])
+    with pytest.raises(ValueError, match="kv_cache needs causal layers"):
+        leaky(**given, kv_cache=KVCache())
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_keeps_the_frames_that_can_still_be_seen(layer):
     spec = LAYERS[layer]

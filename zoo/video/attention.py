@@ -1,6 +1,5 @@
 """Attention as a module: projections, norms of queries and keys, gate; a processor does the rest, as in diffusers."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,14 +34,12 @@ class VideoAttnProcessor:
         grid: Grid | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        dense = partial(dispatch_attention_fn, backend=self._attention_backend)
         if attn.is_cross_attention:
             query, key, value = attn.project(hidden_states, encoder_hidden_states)
-            mask = None if attention_mask is None else attention_mask[:, None, None]
-            return attn.output(dense(query, key, value, attn_mask=mask), hidden_states), None
+            return attn.output(self.cross(query, Text(key, value, attention_mask)), hidden_states), None
 
         assert rotary_emb is not None and grid is not None
-        query, key, value = attn.project(hidden_states)  # [B, S, heads, d]
+        query, key, value = attn.project(hidden_states)
         query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
         query, key, value = (x.unflatten(1, grid) for x in (query, key, value))  # [B, T, H, W, heads, d]
         if cache is not None and attn.pattern.remembers:
@@ -55,17 +52,32 @@ class VideoAttnProcessor:
         hidden_states = attn.output(out.flatten(1, 3), hidden_states)
         if text_query is None or text is None:
             return hidden_states, None
-        keys, values = [text.key], [text.value]
-        if not attn.pattern.causal:  # words that saw a video would tell its first frames about the last
-            keys, values = [text.key, key.flatten(1, 3)], [text.value, value.flatten(1, 3)]
-        mask = key_mask(text, sum(x.shape[1] for x in keys[1:]))
-        words = dense(text_query, torch.cat(keys, dim=1), torch.cat(values, dim=1), attn_mask=mask)
-        return hidden_states, attn.output_text(words)
+        return hidden_states, attn.output_text(self.read(attn, text_query, text, key, value))
+
+    # for processors that change only one of these
+
+    def dense(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Attention of `[B, queries, heads, d]` to `[B, keys, heads, d]` by the backend that was chosen."""
+        return dispatch_attention_fn(query, key, value, backend=self._attention_backend, **options)
+
+    def cross(self, query: Tensor, text: Text) -> Tensor:
+        """What tokens `[B, S, heads, d]` see of a text in cross-attention."""
+        mask = None if text.mask is None else text.mask[:, None, None]
+        return self.dense(query, text.key, text.value, attn_mask=mask)
 
     def see(self, attn: "VideoAttention", query: Tensor, key: Tensor, value: Tensor, text: Text | None) -> Tensor:
-        """What the video sees, `[B, T, H, W, heads, d]`; for processors that only change this."""
-        dense = partial(dispatch_attention_fn, backend=self._attention_backend)
-        return attend(attn.pattern, query, key, value, text=text, dense=dense)
+        """What the video sees of itself, and of a text that attends along, `[B, T, H, W, heads, d]`."""
+        return attend(attn.pattern, query, key, value, text=text, dense=self.dense)
+
+    def read(self, attn: "VideoAttention", query: Tensor, text: Text, key: Tensor, value: Tensor) -> Tensor:
+        """What words `[B, L, heads, d]` see of their text and of the video."""
+        if attn.pattern.causal:  # words that saw a video would tell its first frames about the last
+            return self.dense(query, text.key, text.value, attn_mask=key_mask(text, 0))
+        keys, values = (
+            torch.cat([text.key, key.flatten(1, 3)], dim=1),
+            torch.cat([text.value, value.flatten(1, 3)], dim=1),
+        )
+        return self.dense(query, keys, values, attn_mask=key_mask(text, keys.shape[1] - text.key.shape[1]))
 
 
 class VideoAttention(nn.Module, AttentionModuleMixin):

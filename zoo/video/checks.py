@@ -78,8 +78,8 @@ def check_call(
     if image is not None and video is not None:
         raise ValueError("image and video must not be given both: image is the first frame, video several")
     if segment_frames is not None:
-        if not texts or pag_scale or chunk_frames is not None:
-            raise ValueError("segment_frames needs a model of texts, and goes without pag_scale and chunk_frames")
+        if not texts:
+            raise ValueError(f"segment_frames needs a model of texts; conditioning={conditioning!r}")
         if sum(segment_frames) != num_frames:
             raise ValueError(f"segment_frames={list(segment_frames)} must add up to num_frames={num_frames}")
     if chunk_frames is not None:

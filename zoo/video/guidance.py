@@ -27,23 +27,38 @@ class SoftPAGProcessor(VideoAttnProcessor):
 
     Args:
         strength: u for each head of the layer.
+        inner: the processor that attends; the plain one when None.
     """
 
-    def __init__(self, strength: Sequence[float]):
+    def __init__(self, strength: Sequence[float], inner: VideoAttnProcessor | None = None):
         super().__init__()
-        self.strength = tuple(strength)
+        self.strength, self.inner = tuple(strength), inner or VideoAttnProcessor()
 
     def see(self, attn: VideoAttention, query: Tensor, key: Tensor, value: Tensor, text: Text | None) -> Tensor:
-        out = super().see(attn, query, key, value, text)  # [B, T, H, W, heads, d]
+        out = self.inner.see(attn, query, key, value, text)  # [B, T, H, W, heads, d]
         strength = out.new_tensor(self.strength)[:, None]
         return torch.lerp(out, value[:, -out.shape[1] :], strength)
 
+    def read(self, attn: VideoAttention, query: Tensor, text: Text, key: Tensor, value: Tensor) -> Tensor:
+        return self.inner.read(attn, query, text, key, value)
+
 
 @contextmanager
-def processors(transformer: Any, replaced: Mapping[str, VideoAttnProcessor]) -> Iterator[None]:
-    """Attention processors `{"blocks.0.attn1.processor": …}` that hold inside and are taken back after."""
+def processors(transformer: Any, wrap: Callable[[str, VideoAttnProcessor], VideoAttnProcessor]) -> Iterator[None]:
+    """Inside, every attention processor is what `wrap(name, processor)` makes of it; they are taken back after.
+
+    Raises:
+        TypeError: a processor with a `__call__` of its own is to be wrapped, which knows nothing of `see` and `read`.
+    """
     before = dict(transformer.attn_processors)
-    transformer.set_attn_processor(before | dict(replaced))
+    after = {name: wrap(name, processor) for name, processor in before.items()}
+    for name, processor in before.items():
+        if after[name] is not processor and type(processor).__call__ is not VideoAttnProcessor.__call__:
+            raise TypeError(
+                f"{name} is a {type(processor).__name__}, which has a __call__ of its own; guidance needs a "
+                "VideoAttnProcessor that overrides see, read or cross only"
+            )
+    transformer.set_attn_processor(after)
     try:
         yield
     finally:
@@ -70,7 +85,7 @@ def check_heads(transformer: Any, heads: Heads, strength: float) -> None:
 
 @contextmanager
 def perturbed_heads(transformer: Any, heads: Heads, *, strength: float = 1.0) -> Iterator[None]:
-    """Inside, the chosen heads of a `VideoDiT` attend by `(1 - strength) A + strength I`.
+    """Inside, the chosen heads of a `VideoDiT` attend by `(1 - strength) A + strength I`, segments or not.
 
     Args:
         transformer: the model.
@@ -82,10 +97,14 @@ def perturbed_heads(transformer: Any, heads: Heads, *, strength: float = 1.0) ->
     """
     check_heads(transformer, heads, strength)
     names, count = self_attention_names(transformer), transformer.config.num_attention_heads
-    replaced = {}
-    for layer, chosen in heads.items():
-        replaced[names[layer]] = SoftPAGProcessor([strength if head in chosen else 0.0 for head in range(count)])
-    with processors(transformer, replaced):
+    chosen = {names[layer]: some for layer, some in heads.items()}
+
+    def perturb(name: str, inner: VideoAttnProcessor) -> VideoAttnProcessor:
+        if name not in chosen:
+            return inner
+        return SoftPAGProcessor([strength if head in chosen[name] else 0.0 for head in range(count)], inner)
+
+    with processors(transformer, perturb):
         yield
 
 

@@ -19,11 +19,23 @@ TYPES = ("dense", "window", "spatial", "temporal")
 
 @dataclass(frozen=True)
 class Text:
-    """Keys and values `[B, L, heads, d]` that every query sees; `mask` `[B, L]` says which count, all when None."""
+    """Words that a video attends to besides its own tokens.
+
+    Attributes:
+        key, value: `[B, L, heads, d]`.
+        mask: which words count, bool `[B, L]`; all when None.
+        parts: frames of the queries and the words they see; together all frames, in order. All see all when None.
+    """
 
     key: Tensor
     value: Tensor
     mask: Tensor | None
+    parts: tuple[tuple[slice, slice], ...] | None = None
+
+    def part(self, words: slice) -> "Text":
+        """Some of the words, for all who ask."""
+        mask = None if self.mask is None else self.mask[:, words]
+        return Text(self.key[:, words], self.value[:, words], mask)
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ def attend(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, *, text:
         pattern: what the queries see.
         query: `[B, T, H, W, heads, d]`.
         key, value: `[B, past + T, H, W, heads, d]`; past = 0 for spatial layers.
-        text: keys and values that every query sees besides.
+        text: what the queries see besides.
         dense: what computes attention without a pattern.
     """
     if pattern.type == "window" or (text is not None and pattern.type != "dense"):
@@ -137,7 +149,13 @@ def attend(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, *, text:
         out = _frames(pattern.causal, q, k, v, None, dense)
         return out.unflatten(0, (query.shape[0], *query.shape[2:4])).movedim(3, 1)
     q, k, v = (x.flatten(2, 3) for x in (query, key, value))
-    return _frames(pattern.causal, q, k, v, text, dense).unflatten(1, query.shape[1:4])
+    if text is None or text.parts is None:
+        return _frames(pattern.causal, q, k, v, text, dense).unflatten(1, query.shape[1:4])
+    outs, past = [], key.shape[1] - query.shape[1]
+    for frames, words in text.parts:
+        seen = slice(0, past + frames.stop) if pattern.causal else slice(None)
+        outs.append(_frames(pattern.causal, q[:, frames], k[:, seen], v[:, seen], text.part(words), dense))
+    return torch.cat(outs, dim=1).unflatten(1, query.shape[1:4])
 
 
 def _frames(causal: bool, query: Tensor, key: Tensor, value: Tensor, text: Text | None, dense: Attend) -> Tensor:
@@ -178,30 +196,34 @@ def key_mask(text: Text | None, video_tokens: int) -> Tensor | None:
 def _window(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, text: Text | None) -> Tensor:
     past = key.shape[1] - query.shape[1]
     options, padding = pattern.fit((key.shape[1], *key.shape[2:4]))
+    queries = query
     if past or padding:
         # na3d wants queries for every frame: those of the past are zeros, and what they see is thrown away
-        query = _pad_frames(query, past, padding)
+        queries = _pad_frames(query, past, padding)
         key, value = _pad_frames(key, 0, padding), _pad_frames(value, 0, padding)
-    if text is not None and text.mask is not None:
-        parts = [na3d_lse(query, key, value, **options), _masked_text(query, text)]
-        out = merge_attentions(*zip(*parts, strict=True))[0]
-    else:
-        extra = {} if text is None else {"extra_key": text.key, "extra_value": text.value}
-        out = na3d(query, key, value, **options, **extra)
-    return out[:, past : out.shape[1] - padding]
+    mine = slice(past, past + query.shape[1])
+    if text is not None and (text.mask is not None or text.parts is not None):
+        video = (x[:, mine] for x in na3d_lse(queries, key, value, **options))
+        return merge_attentions(*zip(video, _words(query, text), strict=True))[0]
+    extra = {} if text is None else {"extra_key": text.key, "extra_value": text.value}
+    return na3d(queries, key, value, **options, **extra)[:, mine]
 
 
 def _pad_frames(x: Tensor, before: int, after: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0) * 4 + (before, after))
 
 
-def _masked_text(query: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+def _words(query: Tensor, text: Text) -> tuple[Tensor, Tensor]:
     """Attention `[B, T, H, W, heads, d]` to the words that count and its log-sum-exp, tiny where none does."""
-    assert text.mask is not None
     accumulate = torch.promote_types(query.dtype, torch.float32)
-    q, k = query.to(accumulate) * query.shape[-1] ** -0.5, text.key.to(accumulate)
-    logits = torch.einsum("bthwnd,blnd->bthwnl", q, k)
-    hidden = torch.finfo(accumulate).min / 2  # finite: without any word -inf would make NaN
-    logits = logits.masked_fill(~text.mask[:, None, None, None, None], hidden)
-    out = torch.einsum("bthwnl,blnd->bthwnd", logits.softmax(-1), text.value.to(accumulate))
-    return out.to(query.dtype), logits.logsumexp(-1)
+    outs, lses = [], []
+    for frames, words in text.parts or ((slice(None), slice(None)),):
+        some = text.part(words)
+        q = query[:, frames].to(accumulate) * query.shape[-1] ** -0.5
+        logits = torch.einsum("bthwnd,blnd->bthwnl", q, some.key.to(accumulate))
+        if some.mask is not None:
+            hidden = torch.finfo(accumulate).min / 2  # finite: without any word -inf would make NaN
+            logits = logits.masked_fill(~some.mask[:, None, None, None, None], hidden)
+        outs.append(torch.einsum("bthwnl,blnd->bthwnd", logits.softmax(-1), some.value.to(accumulate)).to(query.dtype))
+        lses.append(logits.logsumexp(-1))
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=1)

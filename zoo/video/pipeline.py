@@ -7,7 +7,7 @@ stay clean through timesteps of their own; causal models roll out chunk by chunk
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -283,28 +283,47 @@ class VideoDiTPipeline(DiffusionPipeline):
                     return_dict=False,
                 )[0].float()
 
-        with nullcontext() if segments is None else segmented(self.transformer, segments):
-            wanted = predict("cond", cond, "cond")
-        unwanted = None if uncond is None else predict("uncond", uncond, "uncond")
         perturbed = None
-        if pag_scale and pag_heads:
-            with perturbed_heads(self.transformer, pag_heads, strength=pag_strength):
-                perturbed = predict("perturbed", cond, "cond")
+        with self.in_segments(segments, latents, None if caches is None else caches["cond"]):
+            wanted = predict("cond", cond, "cond")
+            if pag_scale and pag_heads:
+                with perturbed_heads(self.transformer, pag_heads, strength=pag_strength):
+                    perturbed = predict("perturbed", cond, "cond")
+        unwanted = None if uncond is None else predict("uncond", uncond, "uncond")
         return guide(wanted, uncond=unwanted, scale=self._guidance_scale, perturbed=perturbed, pag_scale=pag_scale)
 
-    def remember(self, latents: Tensor, *, conditions: dict[str, dict[str, Any]], caches: dict[str, KVCache]) -> None:
+    def in_segments(
+        self, segments: Segments | None, latents: Tensor, cache: KVCache | None
+    ) -> AbstractContextManager[None]:
+        """Inside, each segment of the video has a text of its own; latents go on after the frames of the cache."""
+        if segments is None:
+            return nullcontext()
+        if cache is not None:
+            frames = latents.shape[2] // self.transformer.config.patch_size[0]
+            segments = segments.between(cache.frames, cache.frames + frames)
+        return segmented(self.transformer, segments)
+
+    def remember(
+        self,
+        latents: Tensor,
+        *,
+        conditions: dict[str, dict[str, Any]],
+        segments: Segments | None,
+        caches: dict[str, KVCache],
+    ) -> None:
         """Appends clean frames to the caches of a rollout."""
         clean = latents.new_zeros(len(latents))
         for name, condition in conditions.items():
-            caches[name].append = True
-            self.transformer(
-                latents.to(self.transformer.dtype),
-                clean,
-                **condition,
-                kv_cache=caches[name],
-                attention_kwargs=self._attention_kwargs,
-            )
-            caches[name].append = False
+            with self.in_segments(segments if name == "cond" else None, latents, caches[name]):
+                caches[name].append = True
+                self.transformer(
+                    latents.to(self.transformer.dtype),
+                    clean,
+                    **condition,
+                    kv_cache=caches[name],
+                    attention_kwargs=self._attention_kwargs,
+                )
+                caches[name].append = False
 
     @torch.no_grad()
     def __call__(
@@ -444,7 +463,7 @@ class VideoDiTPipeline(DiffusionPipeline):
                 cache.append = False  # only `remember` appends
             chunks = list(latents[:, :, known:].split(chunk_frames * self.transformer.config.patch_size[0], dim=2))
             if given is not None:
-                self.remember(given, conditions=conditions, caches=caches)
+                self.remember(given, conditions=conditions, segments=segments, caches=caches)
         steps = num_inference_steps if sigmas is None else len(sigmas)
         self._num_timesteps = steps * len(chunks)
         done = [] if given is None or caches is None else [given]
@@ -459,7 +478,7 @@ class VideoDiTPipeline(DiffusionPipeline):
                     chunk = self.call_back(*callback, turn * steps + step, t, chunk, conditions)
                     progress.update()
                 if caches is not None:
-                    self.remember(chunk, conditions=conditions, caches=caches)
+                    self.remember(chunk, conditions=conditions, segments=segments, caches=caches)
                 done.append(chunk)
         self._current_timestep = None
 

@@ -6,24 +6,18 @@ is made, is the timestep 0 that `VideoDiTPipeline` gives to frames it was handed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from ...kernels.ops import merge_attentions, na3d_lse
-from .attention import Grid, VideoAttention, VideoAttnProcessor
+from .attention import VideoAttention, VideoAttnProcessor
 from .guidance import processors
-from .kv_cache import LayerCache
-from .positions import rotate
-
-Attend = Callable[..., Tensor]
+from .pattern import Text
 
 
 @dataclass(frozen=True)
@@ -31,20 +25,21 @@ class Segments:
     """Which words belong to which frames; segments follow each other in the video and in the text.
 
     Attributes:
-        frames: token frames of each segment, together all of the video.
+        frames: token frames of each segment, together all of the video; 0 for a segment that a chunk does not show.
         words: text tokens of each segment, together all of encoder_hidden_states.
 
     Raises:
-        ValueError: not equally many, none, or a segment without frames or words.
+        ValueError: not equally many, no frames, or a segment without words.
     """
 
     frames: tuple[int, ...]
     words: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.frames) != len(self.words) or not self.frames or min(*self.frames, *self.words) < 1:
+        counted = self.frames and min(self.frames) >= 0 and max(self.frames) > 0 and min(self.words, default=0) > 0
+        if len(self.frames) != len(self.words) or not counted:
             raise ValueError(
-                f"segments need frames and words, equally many, at least one each, got frames={self.frames}, "
+                f"segments need frames and at least one word each, equally many, got frames={self.frames}, "
                 f"words={self.words}"
             )
 
@@ -54,6 +49,16 @@ class Segments:
         for frames, words in zip(self.frames, self.words, strict=True):
             yield slice(frame, frame + frames), slice(word, word + words)
             frame, word = frame + frames, word + words
+
+    def shown(self) -> Iterator[tuple[slice, slice]]:
+        """As `pairs`, of the segments that have frames."""
+        return ((frames, words) for frames, words in self.pairs() if frames.start < frames.stop)
+
+    def between(self, first: int, last: int) -> Segments:
+        """The segments of the chunk of frames first to last - 1, whose others have no frames in it."""
+        ends = list(accumulate(self.frames))
+        cut = (min(end, last) - max(end - count, first) for end, count in zip(ends, self.frames, strict=True))
+        return Segments(tuple(max(count, 0) for count in cut), self.words)
 
     def check(self, frames: int, words: int) -> None:
         """Raises ValueError unless they cover a video of so many token frames and a text of so many tokens."""
@@ -77,97 +82,37 @@ class Segments:
 class SegmentAttnProcessor(VideoAttnProcessor):
     """Attention in which text i and segment i of the video see each other, for "cross" and "joint" models.
 
-    No mask over all pairs is made: a segment attends to its own words, and in joint layers what it sees of the video
-    and what it sees of the text are merged by their log-sum-exps.
+    No mask over all pairs is made: a segment attends to its own words, and in joint layers other than dense what it
+    sees of the video and what it sees of the text are merged by their log-sum-exps.
 
     Args:
-        segments: of the video and of its text.
+        segments: of the video, or of the chunk of a rollout, and of its text.
+        inner: the processor that attends; the plain one when None.
     """
 
-    def __init__(self, segments: Segments):
+    def __init__(self, segments: Segments, inner: VideoAttnProcessor | None = None):
         super().__init__()
-        self.segments = segments
+        self.segments, self.inner = segments, inner or VideoAttnProcessor()
 
-    def __call__(
-        self,
-        attn: VideoAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-        grid: Grid | None = None,
-        cache: LayerCache | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        if encoder_hidden_states is None:
-            return super().__call__(attn, hidden_states, None, attention_mask, rotary_emb, grid, cache)
-        if cache is not None:
-            raise NotImplementedError("segments of a video cannot be rolled out with a kv_cache")
-        dense = partial(dispatch_attention_fn, backend=self._attention_backend)
-        words = encoder_hidden_states.shape[1]
-        if attn.is_cross_attention:
-            query, key, value = attn.project(hidden_states, encoder_hidden_states)
-            frames = sum(self.segments.frames)
-            self.segments.check(frames if query.shape[1] % frames == 0 else -1, words)
-            out = self._cross(query.unflatten(1, (frames, -1)), key, value, attention_mask, dense)
-            return attn.output(out, hidden_states), None
+    def cross(self, query: Tensor, text: Text) -> Tensor:
+        frames = sum(self.segments.frames)
+        self.segments.check(frames if query.shape[1] % frames == 0 else -1, text.key.shape[1])
+        query = query.unflatten(1, (frames, -1))  # [B, T, tokens, heads, d]
+        parts = [(query[:, mine].flatten(1, 2), text.part(words)) for mine, words in self.segments.shown()]
+        return torch.cat([self.inner.cross(*part) for part in parts], dim=1)
 
-        assert rotary_emb is not None and grid is not None
-        self.segments.check(grid[0], words)
-        query, key, value = attn.project(hidden_states)
-        query, key = (rotate(x, rotary_emb).unflatten(1, grid) for x in (query, key))  # [B, T, H, W, heads, d]
-        value = value.unflatten(1, grid)
-        text_query, text_key, text_value = attn.project_text(encoder_hidden_states)
-        video = na3d_lse(query, key, value, **_window(attn, grid))
-        text = self._words_of_video(query, text_key, text_value, attention_mask)
-        out = merge_attentions(*zip(video, text, strict=True))[0]
-        hidden_states = attn.output(out.flatten(1, 3), hidden_states)
-        if text_query is None:
-            return hidden_states, None
-        seen = []
-        for frames, mine in self.segments.pairs():
-            keys, values, mask = [text_key[:, mine]], [text_value[:, mine]], None
-            if not attn.pattern.causal:  # as in VideoAttnProcessor
-                keys.append(key[:, frames].flatten(1, 3))
-                values.append(value[:, frames].flatten(1, 3))
-            if attention_mask is not None:
-                others = sum(x.shape[1] for x in keys[1:])
-                mask = torch.nn.functional.pad(attention_mask[:, mine], (0, others), value=True)[:, None, None]
-            seen.append(dense(text_query[:, mine], torch.cat(keys, dim=1), torch.cat(values, dim=1), attn_mask=mask))
-        return hidden_states, attn.output_text(torch.cat(seen, dim=1))
+    def see(self, attn: VideoAttention, query: Tensor, key: Tensor, value: Tensor, text: Text | None) -> Tensor:
+        if text is not None:
+            self.segments.check(query.shape[1], text.key.shape[1])
+            text = Text(text.key, text.value, text.mask, tuple(self.segments.shown()))
+        return self.inner.see(attn, query, key, value, text)
 
-    def _cross(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dense: Attend) -> Tensor:
-        """`[B, T, tokens, heads, d]` to its segments' words, `[B, S, heads, d]`."""
-        outs = []
-        for frames, words in self.segments.pairs():
-            counted = None if mask is None else mask[:, None, None, words]
-            outs.append(dense(query[:, frames].flatten(1, 2), key[:, words], value[:, words], attn_mask=counted))
-        return torch.cat(outs, dim=1)
-
-    def _words_of_video(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Attention `[B, T, H, W, heads, d]` of every frame to its segment's words, and its log-sum-exp."""
-        accumulate = torch.promote_types(query.dtype, torch.float32)
-        outs, lses = [], []
-        for frames, words in self.segments.pairs():
-            some = query[:, frames].to(accumulate) * query.shape[-1] ** -0.5
-            logits = torch.einsum("bthwnd,blnd->bthwnl", some, key[:, words].to(accumulate))
-            if mask is not None:
-                hidden = torch.finfo(accumulate).min / 2  # finite: without any word -inf would make NaN
-                logits = logits.masked_fill(~mask[:, None, None, None, None, words], hidden)
-            outs.append(torch.einsum("bthwnl,blnd->bthwnd", logits.softmax(-1), value[:, words].to(accumulate)))
-            lses.append(logits.logsumexp(-1))
-        return torch.cat(outs, dim=1).to(query.dtype), torch.cat(lses, dim=1)
-
-
-def _window(attn: VideoAttention, grid: Grid) -> dict[str, Any]:
-    """What a layer's queries see of the video, as arguments of `na3d`."""
-    if attn.pattern.type == "dense":
-        return {"window": tuple(grid), "causal": (attn.pattern.causal, False, False)}
-    options, padding = attn.pattern.fit(grid)
-    if padding:
-        raise NotImplementedError(
-            f"segments need a number of token frames that causal windows divide: {padding} are missing to {grid[0]}"
-        )
-    return options
+    def read(self, attn: VideoAttention, query: Tensor, text: Text, key: Tensor, value: Tensor) -> Tensor:
+        parts = [
+            self.inner.read(attn, query[:, words], text.part(words), key[:, frames], value[:, frames])
+            for frames, words in self.segments.pairs()
+        ]
+        return torch.cat(parts, dim=1)
 
 
 @contextmanager
@@ -179,7 +124,7 @@ def segmented(transformer: Any, segments: Segments) -> Iterator[None]:
     """
     if transformer.config.conditioning not in ("cross", "joint"):
         raise ValueError(f"segments need conditioning='cross' or 'joint', not {transformer.config.conditioning!r}")
-    with processors(transformer, dict.fromkeys(transformer.attn_processors, SegmentAttnProcessor(segments))):
+    with processors(transformer, lambda name, inner: SegmentAttnProcessor(segments, inner)):
         yield
 
 

@@ -162,8 +162,12 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
 
     @property
     def is_causal(self) -> bool:
-        """Whether no frame sees a later one, so that a rollout with a `KVCache` is possible."""
-        return all(pattern.causal or not pattern.remembers for pattern in self.patterns)
+        """Whether no frame sees a later one, so that a rollout with a `KVCache` is possible.
+
+        Frames that see only themselves tell nothing, unless through words that see all of them.
+        """
+        joint = self.config.conditioning == "joint"
+        return all(pattern.causal or not (pattern.remembers or joint) for pattern in self.patterns)
 
     def enable_cache(self, config: Any) -> None:
         """Switch on one of diffusers' caches across steps; see `diffusers.CacheMixin.enable_cache`."""
