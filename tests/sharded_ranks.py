@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from foveal.kernels.ops import sharded_neighborhood_attention, sharded_neighborhood_attention_lse
+from foveal.kernels.ops import na3d, sharded_neighborhood_attention, sharded_neighborhood_attention_lse
 from neighborhood_matrix import Case, make_inputs
 from operator_matrix import as_leaves, seeded_randn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 SPLIT = ("query", "key", "value")
 
@@ -141,3 +142,45 @@ def refusal(groups, changes: list[dict]) -> tuple[str, str]:
     except Exception as error:
         return type(error).__name__, str(error)
     return "", ""
+
+
+class Block(nn.Module):
+    """Attention with a residual, over one process or over the ranks of a mesh."""
+
+    def __init__(self, mesh: DeviceMesh | None = None):
+        super().__init__()
+        self.mesh = mesh
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (6, 8)).chunk(3, dim=-2)
+        if self.mesh is None:
+            out = na3d(query, key, value, window=3)
+        else:
+            out = sharded_neighborhood_attention(query, key, value, mesh=self.mesh, window=3)
+        return x + self.proj(out.flatten(-2))
+
+
+def make_step(mesh: DeviceMesh | None = None) -> tuple[nn.Module, Tensor]:
+    """A model of two blocks and the clips of a step, the same in every process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(Block(mesh), Block(mesh)).double(), torch.randn(4, 6, 5, 5, 16, dtype=torch.float64)
+
+
+def train(groups, how: str) -> dict[str, Tensor]:
+    """Gradients of the parameters from two pairs of ranks: a pair shares clips, a rank has half of the frames."""
+    from torch.distributed.fsdp import fully_shard  # takes a second, in every process
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
+    model, clips = make_step(mesh["sequence"])
+    data, sequence = mesh.get_coordinate()
+    clips = clips.tensor_split(2)[data].tensor_split(2, dim=1)[sequence]
+    if how == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        for block in (*model, model):
+            fully_shard(block)
+    model(clips).square().mean().backward()
+    gradients = {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()}
+    return {name: x if how == "ddp" else x.full_tensor() for name, x in gradients.items()}

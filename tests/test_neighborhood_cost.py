@@ -50,6 +50,35 @@ def test_tile_counts_of_known_cases(shape, window, rows, columns, aligned, flop_
     assert interior is None or as_shown(100 * tiling.interior_share, interior)
 
 
+@pytest.mark.parametrize(
+    "shapes, window, tile",
+    [
+        ([(side, side) for side in (64, 128, 256, 512)], 16, (8, 8)),
+        ([(side, side) for side in (64, 128, 256, 512)], 7, (8, 16)),
+        ([(4, 32, 32), (8, 45, 45), (16, 64, 64), (64, 64, 64)], (3, 7, 7), (2, 8, 8)),
+    ],
+    ids=["2d, window 16", "2d, window 7", "3d"],
+)
+def test_cost_grows_linearly_from_4k_to_256k_tokens(shapes, window, tile):
+    """With a fixed window: the exponent of tokens in what counts, what moves and what kernels compute is one."""
+    tokens = torch.tensor([float(prod(shape)) for shape in shapes]).log()
+    assert (prod(shapes[0]), prod(shapes[-1])) == (4096, 262144)
+    sizes, grids = {"batch": 1, "heads": 8, "head_dim": 64}, [make_axes(shape, window=window) for shape in shapes]
+    costs = {
+        "forward FLOPs": [cost.forward_flops(axes, **sizes) for axes in grids],
+        "backward FLOPs": [cost.backward_flops(axes, **sizes) for axes in grids],
+        "forward bytes": [cost.forward_bytes(axes, **sizes, itemsize=2) for axes in grids],
+        "backward bytes": [cost.backward_bytes(axes, **sizes, itemsize=2) for axes in grids],
+        "tiles": [simulator.simulate(axes, tile, tile).visited for axes in grids],
+    }
+    for name, values in costs.items():
+        logs = torch.tensor([float(value) for value in values]).log()
+        covariance = torch.cov(torch.stack([tokens, logs]))
+        exponent = float(covariance[0, 1] / covariance[0, 0])
+        # windows at a border touch fewer tiles, and small grids have more border
+        assert exponent == pytest.approx(1, abs=0.05 if name == "tiles" else 0.02), (name, exponent)
+
+
 @pytest.mark.parametrize("tile, aligned, bound, efficiency", DILATED)
 def test_tile_counts_of_dilation_groups(tile, aligned, bound, efficiency):
     tiling = simulator.simulate(make_axes((56, 56), window=7, dilation=8), tile, tile, aligned=aligned)

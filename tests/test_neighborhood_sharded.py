@@ -6,12 +6,13 @@ from random import Random
 
 import pytest
 import torch
-from foveal.kernels.neighborhood import geometry, make_axes, sharded_cost, split_evenly
-from foveal.kernels.neighborhood.shards import main as print_costs
-from foveal.kernels.neighborhood.shards import make_shards
+from foveal.kernels.neighborhood import geometry, make_axes
+from foveal.kernels.neighborhood.sharded_cost import main as print_costs
+from foveal.kernels.neighborhood.sharded_cost import sharded_cost
+from foveal.kernels.neighborhood.shards import make_shards, split_evenly
 from foveal.kernels.ops import sharded_neighborhood_attention
 from neighborhood_matrix import OPERATORS, Case, cases, make_inputs
-from sharded_ranks import SPLIT, Ranks, cotangents, gradients, piece
+from sharded_ranks import SPLIT, Ranks, cotangents, gradients, make_step, piece
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 CLIP = Case(
@@ -136,6 +137,20 @@ def test_meshes_of_one_dimension(ranks):
 def test_compiled_whole(ranks, impl):
     case, lengths = replace(CLIP, extra=0), (2, 3)
     assert_equals_one_process(ranks("attend_compiled", case, 0, lengths, impl, size=2), case, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_beside_data_parallelism(tmp_path, how):
+    """The gradients that the mean over two pairs of ranks leaves are those of the whole batch."""
+    ranks = Ranks(4, tmp_path)
+    found = ranks("train", how)
+    ranks.close()
+    model, clips = make_step()
+    model(clips).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        for of_rank in found:
+            torch.testing.assert_close(of_rank[name], parameter.grad, rtol=1e-10, atol=1e-14)
 
 
 SAME_ON_EVERY_RANK = {

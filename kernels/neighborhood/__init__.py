@@ -3,7 +3,6 @@
 from .api import make_axes, merge_attentions, na1d, na1d_lse, na2d, na2d_lse, na3d, na3d_lse
 from .geometry import Axis
 from .sharded import sharded_neighborhood_attention, sharded_neighborhood_attention_lse
-from .shards import sharded_cost, split_evenly
 
 __all__ = [
     "Axis",
@@ -15,8 +14,6 @@ __all__ = [
     "na2d_lse",
     "na3d",
     "na3d_lse",
-    "sharded_cost",
     "sharded_neighborhood_attention",
     "sharded_neighborhood_attention_lse",
-    "split_evenly",
 ]

@@ -46,7 +46,7 @@ def sharded_neighborhood_attention(
 
     The pieces, in order of rank, are consecutive along one spatial axis; they may differ in length, and windows may
     reach past a neighbour. Output and gradients are those of one process with the whole grid. Every rank of `mesh` must
-    make the call, and its backward. The bytes that travel: `foveal.kernels.neighborhood.sharded_cost`.
+    make the call, and its backward. `foveal.kernels.neighborhood.sharded_cost` counts what travels.
 
     Args:
         query: this rank's piece `[B, *spatial, heads, head_dim]`, one to three spatial axes.

@@ -1,21 +1,14 @@
-"""One axis of a grid split over ranks: which keys travel from whom to whom, and how many bytes that is.
+"""One axis of a grid split over ranks: which keys travel from whom to whom.
 
-    python -m foveal.kernels.neighborhood.shards --shape 30 48 80 --window 18 24 24 --heads 24 --head-dim 128
-
-The keys that the queries of a rank see are one range of the axis: the windows of the first and the last query bound it.
+The keys that the queries of a rank see lie in one range of the axis, which the windows of its outer queries bound.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from math import prod
 from typing import NamedTuple
 
-from . import cost
-from .api import make_axes
 from .geometry import Axis, crop, key_range
 
 
@@ -59,99 +52,3 @@ def _overlap(piece: tuple[int, int], need: tuple[int, int]) -> tuple[int, int]:
     """What of `need` lies in `piece`, counted from its start."""
     start, stop = (min(max(end, piece[0]), piece[1]) - piece[0] for end in need)
     return start, stop
-
-
-class RankCost(NamedTuple):
-    """What one call costs one rank; the backward sends what the forward receives, and receives what it sends.
-
-    Attributes:
-        queries, keys: tokens of the split axis.
-        sent, received: bytes of the forward that go to and come from other ranks.
-        forward_flops: useful FLOPs, see `cost.forward_flops`.
-    """
-
-    queries: int
-    keys: int
-    sent: int
-    received: int
-    forward_flops: int
-
-
-def sharded_cost(
-    axes: Sequence[Axis],
-    *,
-    axis: int,
-    lengths: Sequence[int],
-    heads: int,
-    head_dim: int,
-    itemsize: int,
-    key_heads: int | None = None,
-    batch: int = 1,
-) -> tuple[RankCost, ...]:
-    """What `sharded_neighborhood_attention` costs every rank.
-
-    Args:
-        axes: the whole neighborhood, as `make_axes` gives it.
-        axis: the one that is split.
-        lengths: tokens of every rank's piece along it; `split_evenly` makes those of an even split.
-        heads, key_heads, head_dim, batch: of query, and of key and value.
-        itemsize: bytes of one element.
-    """
-    token = 2 * batch * (key_heads or heads) * head_dim * itemsize  # key and value
-    plane = token * prod(a.length for i, a in enumerate(axes) if i != axis)
-    ranks = []
-    for rank, shard in enumerate(make_shards(axes[axis], tuple(lengths))):
-        sent = sum(last - first for i, (first, last) in enumerate(shard.send) if i != rank)
-        local = (*axes[:axis], shard.axis, *axes[axis + 1 :])
-        flops = cost.forward_flops(local, batch=batch, heads=heads, head_dim=head_dim)
-        keys = sum(shard.receive)
-        ranks.append(RankCost(lengths[rank], keys, sent * plane, (keys - shard.receive[rank]) * plane, flops))
-    return tuple(ranks)
-
-
-def _row(axes: Sequence[Axis], axis: int, ranks: int, **sizes) -> str:
-    costs = sharded_cost(axes, axis=axis, lengths=split_evenly(axes[axis].length, ranks), **sizes)
-    most = max(costs, key=lambda cost: cost.received)
-    share = cost.forward_flops(axes, **{name: sizes[name] for name in ("batch", "heads", "head_dim")}) / ranks
-    worst = max(cost.forward_flops for cost in costs) / share
-    pieces = f"{min(c.queries for c in costs)} to {max(c.queries for c in costs)}"
-    return f"{ranks:5}  {axis:4}  {pieces:>9}  {most.keys:4}  {most.received / 2**20:12,.1f}  {worst:12.2f}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print what the rank with the largest share sends and computes, for every axis that could be split."""
-    parser = argparse.ArgumentParser(
-        prog="python -m foveal.kernels.neighborhood.shards",
-        description="What a rank receives in the forward, and sends in the backward, when one axis is split.",
-    )
-    add = parser.add_argument
-    add("--shape", type=int, nargs="+", required=True, help="tokens along each axis")
-    for name in ("window", "stride", "dilation"):
-        add(f"--{name}", type=int, nargs="+", required=name == "window", default=[1])
-    add("--ranks", type=int, nargs="+", default=[2, 4, 8])
-    add("--heads", type=int, default=1)
-    add("--key-heads", type=int, help="default: --heads")
-    add("--head-dim", type=int, default=64)
-    add("--batch", type=int, default=1)
-    add("--itemsize", type=int, default=2, help="bytes of an element")
-    args = parser.parse_args(arguments)
-    one_or_all = {name: (v[0] if len(v) == 1 else tuple(v)) for name, v in vars(args).items() if isinstance(v, list)}
-    try:
-        axes = make_axes(args.shape, **{name: one_or_all[name] for name in ("window", "stride", "dilation")})
-    except (TypeError, ValueError) as error:
-        parser.error(str(error))
-    sizes = {name: getattr(args, name) for name in ("batch", "heads", "key_heads", "head_dim", "itemsize")}
-    print("ranks  axis     pieces  keys  MiB received  FLOPs / even")
-    for ranks in args.ranks:
-        for axis in range(len(axes)):
-            if axes[axis].length >= ranks:
-                print(_row(axes, axis, ranks, **sizes))
-    tokens, key_heads = args.batch * prod(args.shape) * args.head_dim * args.itemsize, args.key_heads or args.heads
-    for ranks in args.ranks:
-        rest = (ranks - 1) / ranks
-        every, by_heads = 2 * key_heads * tokens * rest, 2 * (args.heads + key_heads) * tokens / ranks * rest
-        print(f"{ranks} ranks, all keys: {every / 2**20:,.1f} MiB; exchange of heads: {by_heads / 2**20:,.1f} MiB")
-
-
-if __name__ == "__main__":
-    main()
