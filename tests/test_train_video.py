@@ -293,7 +293,7 @@ def initial_and_trained(config) -> tuple[dict, dict, VideoDiffusionTask]:
     _, task, _ = train.build(config)
     start = {name: value.clone() for name, value in task.model.state_dict().items()}
     _, task, _ = fit(config)
-    return start, task.model.state_dict(), task
+    return start, {name: value.clone() for name, value in task.model.state_dict().items()}, task
 
 
 @pytest.mark.slow
@@ -325,17 +325,66 @@ def test_two_processes_average_their_gradients(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attempt", range(10))
-def test_killed_run_ends_like_an_uninterrupted_one(tmp_path, attempt):
+def test_two_sharded_processes_train_sample_and_save_as_two_whole_ones(tmp_path):
+    """FSDP against DDP over one epoch of plain SGD, samples and judge on the way: weights, losses, pipeline; and one
+    process goes on from the sharded checkpoint."""
+    plain = ("task.optimizer.opt=momentum", "task.optimizer.lr=0.05", "~task.optimizer.betas", "callbacks.ema=null")
+    plain += ("++task.optimizer.momentum=0.9", "task.scheduler=null", "trainer.max_epochs=1", "data.batch_size=4")
+    shown = ("callbacks.report.sample_every=1", "callbacks.report.samples_per_class=1", "callbacks.report.steps=2")
+    judged = ("callbacks.report.judge_steps=5", "callbacks.report.judged=10")
+    whole = tiny(tmp_path / "whole", *plain, "trainer.strategy=ddp_spawn", "trainer.devices=2")
+    fit(whole)
+    sharded = ("trainer=fsdp", "trainer.devices=2", "trainer.precision=32-true", f"run_dir={tmp_path / 'sharded'}")
+    command = [sys.executable, str(ROOT / "train.py"), *QUIET, *TINY, *plain, *shown, *judged, *sharded]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    ours, theirs = (
+        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True) for run in ("sharded", "whole")
+    )
+    assert ours["global_step"] == theirs["global_step"] == 6
+    weights = {name: value for name, value in ours["state_dict"].items() if name.startswith("model.")}
+    for name, value in weights.items():
+        torch.testing.assert_close(value, theirs["state_dict"][name], rtol=0, atol=1e-5, msg=name)
+    rows = [next(csv.DictReader((tmp_path / run / "metrics.csv").open())) for run in ("sharded", "whole")]
+    for name in ("train/loss", "val/loss", "val/loss_t0.9"):
+        assert float(rows[0][name]) == pytest.approx(float(rows[1][name]), rel=1e-4), name
+    saved = VideoDiTPipeline.from_pretrained(tmp_path / "sharded" / "pipeline").transformer.state_dict()
+    assert {f"model.{name}" for name in saved} == weights.keys()
+    assert all(torch.equal(value, weights[f"model.{name}"]) for name, value in saved.items())
+    metrics = json.loads((tmp_path / "sharded" / "metrics.json").read_text())
+    assert {"accuracy", "frechet", "test/loss"} <= metrics.keys()
+    for name in ("samples.gif", "samples.png", "curves.png", "samples/step_0000006.gif"):
+        assert (tmp_path / "sharded" / name).stat().st_size > 1000, name
+
+    on = tiny(tmp_path / "sharded", *plain, "trainer.max_epochs=2", "data.batch_size=8")
+    trainer, _, _ = fit(on, checkpoint=tmp_path / "sharded" / "checkpoints" / "last.ckpt")
+    assert trainer.global_step == 12
+
+
+def start(runs):
     options = [*QUIET, *TINY[:-1], "+logger.csv.flush_logs_every_n_steps=1", "trainer.log_every_n_steps=1"]
-    command = [sys.executable, str(ROOT / "train.py"), *options, *OFTEN, "test=false", "ckpt_path=auto"]
+    command = [sys.executable, str(ROOT / "train.py"), *options, *OFTEN, "test=false", "ckpt_path=auto", f"runs={runs}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
-    def start(runs):
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([*command, f"runs={runs}"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
-    finish(start(tmp_path / "whole"))
-    assert kill_at(start(tmp_path / "cut"), tmp_path / "cut", random.SystemRandom().randrange(2, 18))
-    finish(start(tmp_path / "cut"))
-    (ours,), (theirs,) = (list((tmp_path / name).glob("*/*")) for name in ("cut", "whole"))
-    assert differences(end_state(ours), end_state(theirs)) == []
+def finished(runs) -> dict:
+    """End of the run in a folder; one that was killed before its first checkpoint is not counted."""
+    finish(start(runs))
+    (checkpoint,) = runs.glob("*/*/checkpoints/last.ckpt")
+    return end_state(checkpoint.parents[1])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict:
+    return finished(tmp_path_factory.mktemp("uninterrupted"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(10))
+def test_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp_path, attempt):
+    assert kill_at(start(tmp_path), tmp_path, random.SystemRandom().randrange(1, 18))
+    ours = finished(tmp_path)
+    assert ours["global_step"] == 18 and differences(ours, uninterrupted) == []
