@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from foveal.kernels.agent.plot import plot_agent_attention
 from foveal.kernels.neighborhood import make_axes
-from foveal.kernels.neighborhood.geometry import axis_bounds, visible_pairs
+from foveal.kernels.neighborhood.geometry import Axis, axis_bounds, visible_pairs
 from foveal.kernels.neighborhood.plot import (
     KEY,
     QUERY,
@@ -14,6 +14,7 @@ from foveal.kernels.neighborhood.plot import (
     plot_composed_receptive_field,
     plot_receptive_field,
 )
+from foveal.kernels.neighborhood.shards import make_shards, split_evenly
 from foveal.kernels.neighborhood.simulator import rank_tiles
 from matplotlib import colormaps, rc_context
 from matplotlib.colors import LightSource, ListedColormap
@@ -141,6 +142,34 @@ def tile_bounds(path: Path) -> None:
     figure.savefig(path, facecolor="white")
 
 
+def sharded(path: Path) -> None:
+    """Which frames of a clip a rank has and which it fetches."""
+    figure = Figure(figsize=(8, 2.95), dpi=200, layout="constrained")
+    panels = (
+        (4, 0, {}, "first of 4 ranks", "window=9"),
+        (4, 1, {}, "second of 4 ranks", "window=9"),
+        (8, 3, {}, "fourth of 8 ranks", "window=9"),
+        (4, 1, {"stride": 6}, "second of 4 ranks", "window=9, stride=6"),
+    )
+    for ax, (ranks, rank, options, title, caption) in zip(figure.subplots(1, 4), panels, strict=True):
+        axis, lengths = Axis(24, 9, **options), split_evenly(24, ranks)
+        shard = make_shards(axis, lengths)[rank]
+        classes, end = torch.zeros(24, 20, dtype=torch.int64), 0
+        for other, (length, count) in enumerate(zip(lengths, shard.receive, strict=True)):
+            first = end if other >= rank else end + length - count  # what it needs lies at the near end of a piece
+            classes[first : first + count] = 1 + (other == rank)
+            end += length
+            if other:
+                ax.plot((-1.8, 19.5), (end - length - 0.5,) * 2, color=INK, linewidth=1, clip_on=False)
+            ax.text(-1.2, end - length / 2 - 0.5, str(other), ha="center", va="center", fontsize=7.5, color=INK)
+        fetched = sum(shard.receive) - shard.receive[rank]
+        caption = f"{caption}\nholds {lengths[rank]} frames, fetches {fetched}"
+        grid(ax, classes, [UNSEEN, KEY, QUERY], title, caption)
+        ax.set_xlim(-0.5, 19.5)
+    figure.axes[0].set_ylabel("24 frames, split over ranks", fontsize=9.5, color=INK, labelpad=16)
+    figure.savefig(path, facecolor="white")
+
+
 def discs(size: int = 48) -> torch.Tensor:
     """Features `[size, size, 16]` of a picture: discs of two kinds on a ground, none of them quite even."""
     generator = torch.Generator().manual_seed(4)
@@ -165,6 +194,7 @@ def main() -> None:
     with rc_context({"font.size": 8, "font.family": "DejaVu Sans", "axes.edgecolor": "#868e96"}):
         hero(IMAGES / "hero.png")
         tile_bounds(IMAGES / "tile_bounds.png")
+        sharded(IMAGES / "sharded.png")
     agents(IMAGES / "agents.png")
     plot_receptive_field((21, 21), window=7, path=IMAGES / "window.png")
     plot_receptive_field((27, 27), window=7, dilation=3, path=IMAGES / "dilation.png")
