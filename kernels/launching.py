@@ -1,7 +1,9 @@
-"""What launches of Triton kernels share: facts of tensors and devices."""
+"""What launches of Triton kernels share: facts of tensors and devices, lengths of tiles, parameters that are forced."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +11,47 @@ from torch import Tensor
 # Tensor descriptors and over 160 KiB of shared memory a program; as much memory, but pointers; less, from 64 KiB on.
 Device = Literal["hopper", "ampere", "small"]
 LARGE_MEMORY = 160 * 1024
+MIN_TILE = 16  # tokens; the smallest side of a matrix instruction
+ConfigT = TypeVar("ConfigT", bound=NamedTuple)
+
+
+def tile_length(tokens: int, most: int) -> int:
+    """Tokens in a tile: the next power of two, from `MIN_TILE` to `most`."""
+    return max(MIN_TILE, min(most, 1 << (tokens - 1).bit_length()))
+
+
+def block_d(head_dim: int) -> int:
+    """Head dim as the kernels hold it: the next power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+class Overrides(dict[str, Any]):
+    """Launch parameters of one operator that are forced, by name: empty, but inside `override`."""
+
+    def __init__(self, *names: str):
+        super().__init__()
+        self.names = names
+
+    @contextmanager
+    def override(self, **fields) -> Iterator[None]:
+        """Force launch parameters inside the block: for tuning and for tests of rare paths.
+
+        Raises:
+            TypeError: a name that the operator does not have; the message lists those that it has.
+        """
+        if unknown := fields.keys() - set(self.names):
+            raise TypeError(f"override() got {sorted(unknown)}; accepted: {list(self.names)}")
+        before = dict(self)
+        self.update(fields)
+        try:
+            yield
+        finally:
+            self.clear()
+            self.update(before)
+
+    def on(self, config: ConfigT) -> ConfigT:
+        """A configuration with its fields that are forced."""
+        return config._replace(**{name: value for name, value in self.items() if name in config._fields})
 
 
 def grid_strides(x: Tensor, rank: int) -> tuple[int, ...]:

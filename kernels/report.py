@@ -94,8 +94,7 @@ def describe(operator: str, arch: str, index: int) -> Row:
     import triton
 
     variant = _variants(operator, arch)[index]
-    config = variant.config
-    tiles = ("×".join(map(str, config.queries)), "×".join(map(str, config.keys))) if config else ("", "")
+    tiles = ("×".join(map(str, variant.queries)), "×".join(map(str, variant.keys)))
     head = (operator, variant.kernel, variant.grid, variant.dtype, variant.head_dim, variant.flags, *tiles)
     head += (variant.options.get("num_warps", 4), variant.options.get("num_stages", 0), arch)
     try:

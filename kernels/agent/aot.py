@@ -1,11 +1,11 @@
 """Ahead-of-time compilation of the kernels of agent attention: every kernel, dtype and size, without a device."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from triton.compiler import ASTSource
 
+from ..aot import TYPES, Variant, source
 from ..launching import Device
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel
@@ -18,55 +18,21 @@ GRIDS = {  # queries, keys
     "spread": (3136, 49),  # queries over agents
 }
 FLAGS = ("", "bias", "bias, grid, wide", "ones")  # grid: three strided axes; wide: 64-bit offsets
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel, "bias": bias_kernel}
 
 
-class Tiles(NamedTuple):
-    """The tile of a configuration, as the report prints it."""
-
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
-
-
-class Variant(NamedTuple):
-    """A kernel with all that fixes its machine code; `source` and `options` are what `triton.compile` takes."""
-
-    kernel: str
-    grid: str
-    dtype: str
-    head_dim: int
-    flags: str
-    config: Tiles | None
-    source: ASTSource
-    options: dict
-
-
 def _source(kernel, dtype: str, head_dim: int, fixed: dict, flags: str, parts: bool) -> ASTSource:
-    """Arguments as a contiguous call specialises them: aligned pointers, strides divisible by 16, ones constant."""
-    signature, values, attributes = {}, {}, {}
-    float32 = {"lse_ptr", "delta_ptr", "dbias_ptr", "bias_ptr", "parts_ptr", "part_lse_ptr"}
+    """Arguments as a contiguous call gives them; with `parts` the results are partial sums."""
+    floats = {"lse_ptr", "delta_ptr", "dbias_ptr", "bias_ptr", "parts_ptr", "part_lse_ptr"}
     if parts:
-        float32 |= {"out_ptr"} if kernel is forward_kernel else {"dq_ptr", "dk_ptr", "dv_ptr"}
-    for i, name in enumerate(kernel.arg_names):
-        if name in fixed:
-            signature[name], values[name] = "constexpr", fixed[name]
-        elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in float32 else f"*{dtype}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name.endswith("_inner"):
-            signature[name] = ("i32", "i32") if "grid" in flags else ("constexpr", "constexpr")
-            values.update({} if "grid" in flags else {(i, 0): 1, (i, 1): 1})
+        floats |= {"out_ptr"} if kernel is forward_kernel else {"dq_ptr", "dk_ptr", "dv_ptr"}
+    integers: dict = dict.fromkeys(("batches", "heads"), 1) if "ones" in flags else {}
+    for name in kernel.arg_names:
+        if name.endswith("_inner"):
+            integers[name] = (0, 0) if "grid" in flags else (1, 1)
         elif name.endswith("_strides"):
-            count = 3 if name == "bias_strides" else 6
-            signature[name] = ("i32",) * (count - 1) + ("constexpr",)
-            values[(i, count - 1)] = 1
-            attributes.update({(i, j): [["tt.divisibility", 16]] for j in range(count - 1) if count == 6})
-        elif "ones" in flags and name in ("batches", "heads"):
-            signature[name], values[name] = "constexpr", 1
-        else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-    return ASTSource(kernel, signature, values, attributes)
+            integers[name] = (0, 0, 1) if name == "bias_strides" else (16,) * 5 + (1,)
+    return source(kernel, dtype, fixed, pointers=dict.fromkeys(floats, "fp32"), integers=integers)
 
 
 def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
@@ -84,8 +50,8 @@ def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
                     for grid in GRIDS:
                         yield from _pass_variants(kernel, grid, dtype, head_dim, device, precision)
         for head_dim in (64, 256):
-            source = _source(merge_kernel, TYPES[dtype], head_dim, merge_constants(head_dim, False), "", True)
-            yield Variant("merge", "gather", TYPES[dtype], head_dim, "", None, source, {})
+            made = _source(merge_kernel, TYPES[dtype], head_dim, merge_constants(head_dim, False), "", True)
+            yield Variant("merge", "gather", TYPES[dtype], head_dim, "", (), (), made, {})
 
 
 def _pass_variants(
@@ -107,6 +73,6 @@ def _pass_variants(
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
         # the long axis is split in the pass and the kernel that sum over it
         parts = (kernel == "key") == (grid == "spread")
-        source = _source(KERNELS[kernel], TYPES[dtype], head_dim, fixed, flags, parts)
-        tiles = Tiles((config.queries,), (config.keys,))
-        yield Variant(kernel, grid, TYPES[dtype], head_dim, flags, tiles, source, options)
+        made = _source(KERNELS[kernel], TYPES[dtype], head_dim, fixed, flags, parts)
+        tiles = (config.queries,), (config.keys,)
+        yield Variant(kernel, grid, TYPES[dtype], head_dim, flags, *tiles, made, options)

@@ -1,14 +1,11 @@
 """Tile sizes, launch parameters and splits of the kernels of agent attention. Nothing here depends on timing."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import ceil
 from typing import Literal, NamedTuple
 
-from ..launching import Device
+from ..launching import Device, Overrides, block_d, tile_length
 
 Kernel = Literal["forward", "query", "key", "bias"]
-MIN_TILE = 16  # tokens; the smallest side of a matrix instruction
 # Where the long axis is split over programs: programs to aim for, and the fewest tokens (batch entries) that one takes.
 PROGRAMS = 1024
 MIN_CHUNK = {"tokens": 256, "batch": 8}
@@ -68,36 +65,8 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
     ("small", "bias", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
 }
 
-_overrides: dict[str, int] = {}
-
-
-@contextmanager
-def override(**fields: int) -> Iterator[None]:
-    """Force fields of every `Config`, or `chunk=…` of every split, inside the block: for tuning and for tests.
-
-    Raises:
-        TypeError: a name that is neither.
-    """
-    unknown = set(fields) - {*Config._fields, "chunk"}
-    if unknown:
-        raise TypeError(f"override() got {sorted(unknown)}; accepted: {[*Config._fields, 'chunk']}")
-    before = dict(_overrides)
-    _overrides.update(fields)
-    try:
-        yield
-    finally:
-        _overrides.clear()
-        _overrides.update(before)
-
-
-def tile_length(tokens: int, most: int) -> int:
-    """Tokens in a tile: the next power of two, from `MIN_TILE` to `most`."""
-    return max(MIN_TILE, min(most, 1 << (tokens - 1).bit_length()))
-
-
-def block_d(head_dim: int) -> int:
-    """Head dim as the kernels hold it: the next power of two, at least 16."""
-    return tile_length(head_dim, 1 << 30)
+forced = Overrides(*Config._fields, "chunk")  # chunk: of every split
+override = forced.override
 
 
 def choose(
@@ -107,12 +76,11 @@ def choose(
     table = SIZES[device, kernel, itemsize]
     size = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
     most = (size.agents, size.tokens) if queries <= keys else (size.tokens, size.agents)
-    config = Config(tile_length(queries, most[0]), tile_length(keys, most[1]), size.warps, size.stages, wide)
-    return config._replace(**{name: value for name, value in _overrides.items() if name != "chunk"})
+    return forced.on(Config(tile_length(queries, most[0]), tile_length(keys, most[1]), size.warps, size.stages, wide))
 
 
 def chunk_length(total: int, tile: int, programs: int, kind: Literal["tokens", "batch"] = "tokens") -> int:
     """How much of a long axis one program takes, in whole tiles, if there are `programs` of them without a split."""
     parts = ceil(PROGRAMS / programs)
-    chunk = _overrides.get("chunk", max(MIN_CHUNK[kind], ceil(total / parts)))
+    chunk = forced.get("chunk", max(MIN_CHUNK[kind], ceil(total / parts)))
     return ceil(chunk / tile) * tile

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launching import device_class, needs_wide, precision
+from ..launching import block_d, device_class, needs_wide, precision
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel
 from .forward import forward_kernel, merge_kernel
@@ -18,7 +18,7 @@ def constants(config: configs.Config, head_dim: int, precision: str) -> dict:
     """Compile-time arguments of the kernels that compute logits."""
     return dict(
         D=head_dim,
-        BLOCK_D=configs.block_d(head_dim),
+        BLOCK_D=block_d(head_dim),
         QUERIES=config.queries,
         KEYS=config.keys,
         WIDE=config.wide,
@@ -31,12 +31,12 @@ def constants(config: configs.Config, head_dim: int, precision: str) -> dict:
 
 def bias_constants(head_dim: int, itemsize: int) -> dict:
     """Compile-time arguments of the kernel of the bias gradient that differ: it takes 128 bytes of a row at a time."""
-    return dict(BLOCK_D=min(configs.block_d(head_dim), 128 // itemsize))
+    return dict(BLOCK_D=min(block_d(head_dim), 128 // itemsize))
 
 
 def merge_constants(head_dim: int, wide: bool) -> dict:
     """Compile-time arguments of the kernel that merges parts."""
-    return dict(D=head_dim, BLOCK_D=configs.block_d(head_dim), QUERIES=MERGE_QUERIES, WIDE=wide)
+    return dict(D=head_dim, BLOCK_D=block_d(head_dim), QUERIES=MERGE_QUERIES, WIDE=wide)
 
 
 def grid(x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, int]]:

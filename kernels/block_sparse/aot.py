@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from math import prod
-from typing import NamedTuple
 
 import torch
 from triton.compiler import ASTSource
 
+from ..aot import TYPES, Variant, source
 from ..launching import Device
 from . import configs
 from .backward import key_kernel, query_kernel
@@ -19,61 +19,27 @@ BOXES = {  # axes of the grid, and a box of queries and of keys
     "22x18": (2, (22, 18), (22, 18)),  # tiles that cross boxes
     "4x4x4": (3, (4, 4, 4), (4, 4, 4)),
 }
-FLAGS = (
-    "",
-    "bias, extra, lengths",
-    "wide, grouped",
-    "ones",
-)  # wide: 64-bit offsets; grouped: two query heads a key head
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# wide: 64-bit offsets; grouped: two query heads a key head
+FLAGS = ("", "bias, extra, lengths", "wide, grouped", "ones")
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
 LISTED = 16  # boxes in a list
 
 
-class Variant(NamedTuple):
-    """A kernel with all that fixes its machine code; `source` and `options` are what `triton.compile` takes."""
-
-    kernel: str
-    grid: str
-    dtype: str
-    head_dim: int
-    flags: str
-    config: configs.Config
-    source: ASTSource
-    options: dict
+POINTERS = dict.fromkeys(("lse_ptr", "dlse_ptr", "delta_ptr", "bias_ptr"), "fp32")
+POINTERS |= dict.fromkeys(("num_ptr", "idx_ptr", "starts_ptr", "order_ptr", "q_len_ptr", "kv_len_ptr"), "i32")
 
 
 def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: bool) -> ASTSource:
-    """Arguments as a contiguous call would specialise them: aligned pointers, strides divisible by 16, constant ones.
-
-    With `ones`, there is one batch and one head.
-    """
-    signature, values, attributes = {}, {}, {}
-    float32 = {"lse_ptr", "dlse_ptr", "delta_ptr", "bias_ptr"}
-    integers = {"num_ptr", "idx_ptr", "starts_ptr", "order_ptr", "q_len_ptr", "kv_len_ptr"}
-    for i, name in enumerate(kernel.arg_names):
-        if name in fixed:
-            signature[name], values[name] = "constexpr", fixed[name]
-        elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in float32 else "*i32" if name in integers else f"*{dtype}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name.endswith("_strides"):
-            count = 5 if "lse" in name else 4 if name.startswith("extra") else 6
-            signature[name] = ("i32",) * (count - 1) + ("constexpr",)
-            values[(i, count - 1)] = 1
-            if count != 5 and head_dim % 8 == 0:
-                attributes.update({(i, j): [["tt.divisibility", 16]] for j in range(count - 1)})
+    """Arguments as a contiguous call gives them; with `ones`, there is one batch and one head."""
+    aligned = 16 if head_dim % 8 == 0 else 0
+    integers: dict = {"lists": (1, 1), "heads": 1, "key_heads": 1} if ones else {"lists": (0, 0)}
+    for name in kernel.arg_names:
+        if name.endswith("_strides"):
+            outer = (0,) * 4 if "lse" in name else (aligned,) * (3 if name.startswith("extra") else 5)
+            integers[name] = (*outer, 1)
         elif name.endswith("_lengths"):
-            signature[name] = ("constexpr",) * (3 - rank) + ("i32",) * rank
-            values.update({(i, j): 1 for j in range(3 - rank)})
-        elif name == "lists":
-            signature[name] = ("constexpr", "constexpr") if ones else ("i32", "i32")
-            values.update({(i, j): 1 for j in range(2) if ones})
-        elif ones and name in ("heads", "key_heads"):
-            signature[name], values[name] = "constexpr", 1
-        else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-    return ASTSource(kernel, signature, values, attributes)
+            integers[name] = (1,) * (3 - rank) + (0,) * rank
+    return source(kernel, dtype, fixed, pointers=POINTERS, integers=integers)
 
 
 def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
@@ -113,5 +79,5 @@ def _variants(kernel: configs.Kernel, grid: str, dtype, head_dim: int, device: D
             fixed |= dict(EXTRA=full or ones, EXTRA_KEYS=EXTRA_KEYS)
         if not full:
             fixed |= dict(bias_ptr=None, q_len_ptr=None, kv_len_ptr=None)
-        source = _source(KERNELS[kernel], TYPES[dtype], head_dim, rank, fixed, ones)
-        yield Variant(kernel, grid, TYPES[dtype], head_dim, flags, config, source, options)
+        made = _source(KERNELS[kernel], TYPES[dtype], head_dim, rank, fixed, ones)
+        yield Variant(kernel, grid, TYPES[dtype], head_dim, flags, config.queries, config.keys, made, options)

@@ -3,16 +3,12 @@
 Nothing here depends on timing, so a call always takes the same kernel.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import prod
 from typing import Literal, NamedTuple
 
-from ..launching import Device
-from ..neighborhood.configs import block_d
+from ..launching import Device, Overrides, block_d, tile_length
 
 Kernel = Literal["forward", "query", "key"]
-MIN_TILE = 16  # tokens; the smallest side of a matrix instruction
 
 
 class Size(NamedTuple):
@@ -58,30 +54,8 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
     ("small", "key", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
 }
 
-_overrides: dict[str, object] = {}
-
-
-@contextmanager
-def override(**fields) -> Iterator[None]:
-    """Force the `size` or `wide` of every `Config` inside the block: for tuning and for tests of rare paths.
-
-    Raises:
-        TypeError: a name that is neither.
-    """
-    if unknown := set(fields) - {"size", "wide"}:
-        raise TypeError(f"{sorted(unknown)} must be among size and wide")
-    before = dict(_overrides)
-    _overrides.update(fields)
-    try:
-        yield
-    finally:
-        _overrides.clear()
-        _overrides.update(before)
-
-
-def _tile(tokens: int, most: int) -> int:
-    """The smallest tile that holds `tokens`, or `most` if that is less."""
-    return max(MIN_TILE, min(most, 1 << (tokens - 1).bit_length()))
+forced = Overrides("size", "wide")
+override = forced.override
 
 
 def choose(
@@ -90,9 +64,9 @@ def choose(
     """Launch parameters of one kernel whose programs own tokens of boxes of `rows` and walk up to `columns` tokens."""
     table = SIZES[device, kernel, itemsize]
     size = table[min(limit for limit in table if block_d(head_dim) <= limit)]
-    if isinstance(forced := _overrides.get("size"), Size):
-        size = forced
-    size = size._replace(rows=_tile(prod(rows), size.rows), columns=_tile(columns, size.columns))
+    if isinstance(most := forced.get("size"), Size):
+        size = most
+    size = size._replace(rows=tile_length(prod(rows), size.rows), columns=tile_length(columns, size.columns))
     tiles = (size.rows,), (size.columns,)
     queries, keys = tiles if kernel != "key" else tiles[::-1]
-    return Config(size, queries, keys, bool(_overrides.get("wide", wide)))
+    return Config(size, queries, keys, bool(forced.get("wide", wide)))

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launching import device_class, grid_strides, needs_wide, padded, precision
+from ..launching import block_d, device_class, grid_strides, needs_wide, padded, precision
 from ..neighborhood.geometry import Axis
 from ..neighborhood.launch import EXTRA_KEYS, extra_gradient
 from . import configs
@@ -36,7 +36,7 @@ def constants(
     """Compile-time arguments of the kernels that walk lists."""
     return dict(
         D=head_dim,
-        BLOCK_D=configs.block_d(head_dim),
+        BLOCK_D=block_d(head_dim),
         QUERY_BOX=padded(query_block, 1),
         KEY_BOX=padded(key_block, 1),
         ROWS=config.size.rows,

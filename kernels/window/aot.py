@@ -1,11 +1,11 @@
 """Ahead-of-time compilation of the window kernels: every kernel, dtype and pinned size, without a device."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from triton.compiler import ASTSource
 
+from ..aot import TYPES, Variant, source
 from ..launching import Device
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel, window_kernel
@@ -20,53 +20,17 @@ GRIDS = {
     "8x7x7": (Axis(16, 8, 4), Axis(56, 7, 3), Axis(56, 7, 3)),  # many tiles of queries and of keys
 }
 FLAGS = ("", "bias", "bias, wide, grouped")  # wide: 64-bit offsets; grouped: two query heads a key head
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 KERNELS = {"forward": forward_kernel, "window": window_kernel, "query": query_kernel, "key": key_kernel}
 HEAD_DIMS = (16, 32, 64, 128, 256)
-FLOATS = {"lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "bias_ptr"}
-
-
-class Tile(NamedTuple):
-    """Slots of queries and keys in a tile as the report prints them: windows × slots."""
-
-    queries: tuple[int, int]
-    keys: tuple[int, int]
-
-
-class Variant(NamedTuple):
-    """A kernel with all that fixes its machine code; `source` and `options` are what `triton.compile` takes."""
-
-    kernel: str
-    grid: str
-    dtype: str
-    head_dim: int
-    flags: str
-    config: Tile
-    source: ASTSource
-    options: dict
+FLOATS = dict.fromkeys(("lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "bias_ptr"), "fp32")
 
 
 def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict) -> ASTSource:
-    """Arguments as a contiguous call specialises them: aligned pointers, strides divisible by 16, constant ones."""
-    signature, values, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in fixed:
-            signature[name], values[name] = "constexpr", fixed[name]
-        elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in FLOATS else f"*{dtype}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name.endswith("_strides"):
-            count = 5 if "lse" in name else 6
-            signature[name] = ("i32",) * (count - 1) + ("constexpr",)
-            values[(i, count - 1)] = 1
-            if count == 6 and head_dim % 16 == 0:
-                attributes.update({(i, j): [["tt.divisibility", 16]] for j in range(count - 1)})
-        elif name == "lengths":
-            signature[name] = ("constexpr",) * (3 - rank) + ("i32",) * rank
-            values.update({(i, j): 1 for j in range(3 - rank)})
-        else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-    return ASTSource(kernel, signature, values, attributes)
+    """Arguments as a contiguous call gives them."""
+    aligned = 16 if head_dim % 16 == 0 else 0
+    strides = {n: (0,) * 4 + (1,) if "lse" in n else (aligned,) * 5 + (1,) for n in kernel.arg_names if "_strides" in n}
+    lengths = (1,) * (3 - rank) + (0,) * rank
+    return source(kernel, dtype, fixed, pointers=FLOATS, integers={"lengths": lengths} | strides)
 
 
 def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
@@ -102,6 +66,6 @@ def _variant(
     if kernel == "window" and not fixed["DBIAS"]:
         fixed["partial_ptr"] = None
     function = {**KERNELS, "bias": bias_kernel}[kernel]
-    source = _source(function, TYPES[dtype], head_dim, len(axes), fixed)
-    tile = Tile((config.pack, config.queries), (config.pack, config.keys))
-    return Variant(kernel, grid, TYPES[dtype], head_dim, flags, tile, source, options)
+    made = _source(function, TYPES[dtype], head_dim, len(axes), fixed)
+    tiles = (config.pack, config.queries), (config.pack, config.keys)  # windows, slots
+    return Variant(kernel, grid, TYPES[dtype], head_dim, flags, *tiles, made, options)

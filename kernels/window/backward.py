@@ -233,6 +233,7 @@ def bias_kernel(
     PACK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Sums of dS over `chunk` windows of all batches, `[chunks, heads, T, S]`, for a block of queries and of keys."""
+    STEP: tl.constexpr = 512 // q_ptr.dtype.element_ty.primitive_bitwidth  # of the head dim: registers hold no more
     T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     S: tl.constexpr = (WINDOW[0] + 2 * HALO[0]) * (WINDOW[1] + 2 * HALO[1]) * (WINDOW[2] + 2 * HALO[2])
     ROWS: tl.constexpr = (T + QUERIES - 1) // QUERIES
@@ -242,6 +243,7 @@ def bias_kernel(
     pid = tl.program_id(0)
     rows, columns = pid % ROWS * QUERIES, pid // ROWS % COLUMNS * KEYS
     head, part = pid // (ROWS * COLUMNS) % heads, pid // (ROWS * COLUMNS) // heads
+    key_head = head // GROUP
     row, column = rows + tl.arange(0, QUERIES), columns + tl.arange(0, KEYS)
     entry = bias_pointers(bias_ptr, head, row[:, None], column[None, :], WINDOW, HALO)
     exists = (row < T)[:, None] & (column < S)[None, :]
@@ -251,16 +253,22 @@ def bias_kernel(
         batch, window = step // total, step % total
         _, where, keep, region = tile(window, rows, lengths, 1, QUERIES, WINDOW, SHIFT, NONE, NONE)
         _, key_where, key_keep, key_region = tile(window, columns, lengths, 1, KEYS, WINDOW, SHIFT, HALO, MARGIN)
-        q = load(view(q_ptr, q_strides, batch, head), q_strides, where, keep, D, BLOCK_D, WIDE)
-        do = load(view(do_ptr, do_strides, batch, head), do_strides, where, keep, D, BLOCK_D, WIDE)
-        k = load(view(k_ptr, k_strides, batch, head // GROUP), k_strides, key_where, key_keep, D, BLOCK_D, WIDE)
-        v = load(view(v_ptr, v_strides, batch, head // GROUP), v_strides, key_where, key_keep, D, BLOCK_D, WIDE)
         at = offset(where, lse_strides, WIDE)
         lse2 = tl.load(view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
         delta = tl.load(view(delta_ptr, lse_strides, batch, head) + at, mask=keep, other=0.0)
         see = sees(region, key_region, key_keep, 1, QUERIES, KEYS, SHIFT)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
-        p = tl.exp2(tl.where(see, s, float("-inf")) - lse2[:, None])
-        dbias += p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        s = tl.zeros([QUERIES, KEYS], tl.float32)
+        dp = tl.zeros([QUERIES, KEYS], tl.float32)
+        for d in tl.range(0, D, STEP):
+            q_part, do_part = q_ptr + d * q_strides[5], do_ptr + d * do_strides[5]
+            k_part, v_part = k_ptr + d * k_strides[5], v_ptr + d * v_strides[5]
+            q = load(view(q_part, q_strides, batch, head), q_strides, where, keep, D - d, STEP, WIDE)
+            k = load(view(k_part, k_strides, batch, key_head), k_strides, key_where, key_keep, D - d, STEP, WIDE)
+            s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
+            do = load(view(do_part, do_strides, batch, head), do_strides, where, keep, D - d, STEP, WIDE)
+            v = load(view(v_part, v_strides, batch, key_head), v_strides, key_where, key_keep, D - d, STEP, WIDE)
+            dp = tl.dot(do, tl.trans(v), dp, input_precision=PRECISION)
+        p = tl.exp2(tl.where(see, s * (scale * LOG2E) + bias, float("-inf")) - lse2[:, None])
+        dbias += p * (dp - delta[:, None])
     to = bias_pointers(partial_ptr, part * heads + head, row[:, None], column[None, :], WINDOW, HALO)
     tl.store(to, dbias, mask=exists)

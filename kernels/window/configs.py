@@ -1,15 +1,12 @@
 """Tile sizes of the window kernels, pinned: nothing here depends on timing, so a call always takes the same kernel."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import prod
 from typing import Literal, NamedTuple
 
-from ..launching import Device
+from ..launching import MIN_TILE, Device, Overrides, block_d
 from .geometry import Axis
 
 Kernel = Literal["forward", "window", "query", "key", "bias"]
-MIN_TILE = 16  # rows; the smallest side of a matrix instruction
 
 
 class Config(NamedTuple):
@@ -32,35 +29,17 @@ class Config(NamedTuple):
 
 
 # (element bytes) -> {head dim up to: (rows of a tile of queries, of keys, warps)}
-FORWARD = {2: {64: (64, 64, 4), 128: (64, 32, 4), 256: (32, 32, 4)}, 4: {32: (32, 32, 4), 256: (16, 16, 4)}}
-BACKWARD = {2: {32: (64, 64, 8), 128: (32, 32, 4), 256: (16, 16, 4)}, 4: {32: (32, 32, 8), 256: (16, 16, 4)}}
+FORWARD = {
+    2: {64: (64, 64, 4), 128: (64, 32, 4), 256: (32, 32, 8)},
+    4: {32: (32, 32, 4), 128: (16, 16, 4), 256: (16, 16, 8)},
+}
+BACKWARD = {2: {32: (64, 64, 8), 128: (32, 32, 8), 256: (16, 16, 8)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
+BIAS = {2: {32: (64, 64, 8), 128: (32, 32, 4), 256: (16, 16, 4)}, 4: {32: (16, 16, 4), 256: (16, 16, 8)}}
+SIZES = {"forward": FORWARD, "window": BACKWARD, "query": BACKWARD, "key": BACKWARD, "bias": BIAS}
 SMALL_BACKWARD = {2: {128: (32, 32, 4), 256: (16, 16, 4)}, 4: {256: (16, 16, 4)}}  # less memory a program, or AMD
 
-_overrides: dict[str, object] = {}
-
-
-@contextmanager
-def override(**fields) -> Iterator[None]:
-    """Force fields of every `Config`, or `rows`, the most rows of a tile, inside the block: for tuning and for tests.
-
-    Raises:
-        TypeError: a name that is neither.
-    """
-    unknown = set(fields) - {"warps", "wide", "rows"}
-    if unknown:
-        raise TypeError(f"override() got {sorted(unknown)}; accepted: ['warps', 'wide', 'rows']")
-    before = dict(_overrides)
-    _overrides.update(fields)
-    try:
-        yield
-    finally:
-        _overrides.clear()
-        _overrides.update(before)
-
-
-def block_d(head_dim: int) -> int:
-    """Head dim as the kernels hold it: the next power of two, at least 16."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+forced = Overrides(*Config._fields, "rows", "one_pass")  # the most rows of a tile; one backward kernel where it fits
+override = forced.override
 
 
 def _power(n: int) -> int:
@@ -72,10 +51,10 @@ def choose(
 ) -> Config:
     """Launch parameters of one kernel: as many windows as fill a tile, or as many slots of one window as fit."""
     small = device == "small" or (device == "ampere" and kernel == "key")
-    table = (FORWARD if kernel == "forward" else SMALL_BACKWARD if small else BACKWARD)[itemsize]
-    rows, columns, warps = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
-    if isinstance(forced := _overrides.get("rows"), int):
-        rows = columns = forced
+    sizes = (SMALL_BACKWARD if small and kernel != "forward" else SIZES[kernel])[itemsize]
+    rows, columns, warps = next(sizes[limit] for limit in sorted(sizes) if block_d(head_dim) <= limit)
+    if isinstance(most := forced.get("rows"), int):
+        rows = columns = most
     tokens, keys = _power(prod(a.window for a in axes)), _power(prod(a.span for a in axes))
     pack = 1
     if kernel in ("forward", "window", "query") and max(tokens, keys) < min(rows, columns):
@@ -91,14 +70,14 @@ def choose(
         stages=2 if kernel == "forward" else 1,
         wide=wide,
     )
-    return config._replace(**{name: value for name, value in _overrides.items() if name != "rows"})
+    return forced.on(config)
 
 
 def in_one_pass(axes: tuple[Axis, ...], *, head_dim: int, itemsize: int, device: Device) -> bool:
-    """Whether one kernel computes all gradients: a window owns its keys and fits into a tile."""
+    """Whether one kernel computes all gradients: a window owns its keys and fits into a tile, all in registers."""
     config = choose("window", axes, head_dim=head_dim, itemsize=itemsize, device=device, wide=False)
-    tokens = prod(a.window for a in axes)
-    return not any(a.halo for a in axes) and config.queries == config.keys >= tokens
+    fits = not any(a.halo for a in axes) and config.queries == config.keys >= prod(a.window for a in axes)
+    return fits and bool(forced.get("one_pass", itemsize <= 2 and block_d(head_dim) <= 64))
 
 
 def sums_bias(config: Config) -> bool:

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launching import device_class, grid_strides, needs_wide, padded, precision
+from ..launching import block_d, device_class, grid_strides, needs_wide, padded, precision
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel, window_kernel
 from .forward import forward_kernel
@@ -19,7 +19,7 @@ def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, pre
     """Compile-time arguments that all kernels share."""
     return dict(
         D=head_dim,
-        BLOCK_D=configs.block_d(head_dim),
+        BLOCK_D=block_d(head_dim),
         WINDOW=padded([a.window for a in axes], 1),
         SHIFT=padded([a.shift for a in axes], 0),
         HALO=padded([a.halo for a in axes], 0),

@@ -96,7 +96,7 @@ def offset(position, strides, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, strides, position, keep, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+def load(ptr, strides, position, keep, D, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
     """Tokens of a view as `[rows, BLOCK_D]`, zero where they do not exist and past `D`."""
     d = tl.arange(0, BLOCK_D)
     pointers = ptr + offset(position, strides, WIDE)[:, None] + (d * strides[5])[None, :]

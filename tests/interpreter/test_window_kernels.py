@@ -24,9 +24,9 @@ def affordable(case: Case) -> bool:
 
 
 def forced(case: Case) -> dict:
-    """A launch that this case alone would not take: any tile size, 64-bit offsets."""
+    """A launch that this case alone would not take: any tile size, 64-bit offsets, one backward kernel or several."""
     random = Random(case.seed)
-    return dict(rows=random.choice((16, 32, 64)), wide=random.random() < 0.3)
+    return dict(rows=random.choice((16, 32, 64)), wide=random.random() < 0.3, one_pass=random.random() < 0.5)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -42,6 +42,7 @@ def test_half_precision_keeps_the_error_rule(rank):
         check(case, torch.float16, "triton")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the backward has several kernels, or one
 @pytest.mark.parametrize(
     "case",
     [
@@ -52,9 +53,9 @@ def test_half_precision_keeps_the_error_rule(rank):
         HALO,
     ],
 )
-def test_pinned_tiles_are_right(case):
+def test_pinned_tiles_are_right(case, dtype):
     """The launches that users get: no override."""
-    check(case, torch.float32, "triton")
+    check(case, dtype, "triton")
 
 
 def test_gradients_are_the_same_bits_every_time():

@@ -1,0 +1,68 @@
+"""What ahead-of-time compilation of the operators shares: a variant of a kernel, and its arguments as calls give them.
+
+Triton makes other machine code where it knows that an integer is 1 or divisible by 16, so a variant says which are.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from triton import JITFunction
+from triton.compiler import ASTSource
+
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+DIVISIBLE = [["tt.divisibility", 16]]
+
+
+class Variant(NamedTuple):
+    """A kernel with all that fixes its machine code; `source` and `options` are what `triton.compile` takes.
+
+    `queries` and `keys` are its tiles as the report prints them, empty for a kernel without.
+    """
+
+    kernel: str
+    grid: str
+    dtype: str
+    head_dim: int
+    flags: str
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    source: ASTSource
+    options: dict
+
+
+def source(
+    kernel: JITFunction,
+    dtype: str,
+    fixed: Mapping[str, object],
+    *,
+    pointers: Mapping[str, str],
+    integers: Mapping[str, int | tuple[int, ...]],
+) -> ASTSource:
+    """A kernel with its arguments: 32-bit integers, a float32 `scale`, and pointers `…_ptr` aligned to 16 bytes.
+
+    Args:
+        kernel: a function of `triton.jit`.
+        dtype: what pointers point to, in Triton's names.
+        fixed: values of the compile-time arguments.
+        pointers: other types, by argument.
+        integers: what is known, by argument: 1 if it is 1, 16 if it is divisible by 16, 0 if nothing; a tuple for an
+            argument that is one. Nothing for those left out.
+    """
+    signature, values, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        known = integers.get(name, 0)
+        if name in fixed:
+            signature[name], values[name] = "constexpr", fixed[name]
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + pointers.get(name, dtype)
+            attributes[(i,)] = DIVISIBLE
+        elif isinstance(known, tuple):
+            signature[name] = tuple("constexpr" if k == 1 else "i32" for k in known)
+            values.update({(i, j): 1 for j, k in enumerate(known) if k == 1})
+            attributes.update({(i, j): DIVISIBLE for j, k in enumerate(known) if k == 16})
+        elif known == 1:
+            signature[name], values[name] = "constexpr", 1
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    return ASTSource(kernel, signature, values, attributes)
