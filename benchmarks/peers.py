@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from .benchmark import SkippedError
@@ -66,6 +66,12 @@ def dense_makers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
 
 def compiled(function: Attend) -> Attend:
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def block_mask(visible: Callable, tokens: int, device: torch.device) -> BlockMask:
+    """The block mask of `visible(batch, head, query, key)`; on GPUs made without the mask of all pairs in memory."""
+    make = torch.compile(create_block_mask, dynamic=False) if device.type == "cuda" else create_block_mask
+    return make(visible, None, None, tokens, tokens, device=device)
 
 
 def flex(mask: BlockMask, bias_at: Callable[[Tensor], Callable] | None = None) -> Attend:

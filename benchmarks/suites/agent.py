@@ -83,7 +83,7 @@ class Agent(Operator):
         return written_out
 
     def crop(self, case: Case) -> Case:
-        return replace(case, batch=1, side=min(case.side, 64))
+        return replace(case, batch=1)
 
     def peers(self, case: Case, mode: str, device: torch.device) -> dict[str, Callable[[], Attend]]:
         made: dict[str, Callable[[], Attend]] = {"eager": partial(self.eager, case, device)}

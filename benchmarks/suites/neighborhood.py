@@ -10,13 +10,14 @@ import torch
 from foveal.kernels.neighborhood import cost, geometry, make_axes
 from foveal.kernels.ops import na1d, na2d, na3d
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from ..benchmark import SkippedError
 from ..operators import MOST_REFERENCE_LOGITS, Operator, Tensors, randn
-from ..peers import Attend, check_flex, dense_makers, flex
+from ..peers import Attend, block_mask, check_flex, dense_makers, flex, heads_first, heads_last
 
 OPERATORS = {1: na1d, 2: na2d, 3: na3d}
+MOST_CROPPED = 10_000  # tokens of a crop, where windows may be halved for it
 GATHERED = 6 << 30  # bytes of keys and values that `unfold` may gather
 
 
@@ -70,7 +71,7 @@ def keys_of_queries(case: Case, device: torch.device) -> Tensor:
     return index
 
 
-def block_mask(case: Case, device: torch.device):
+def window_mask(case: Case, device: torch.device) -> BlockMask:
     """The window as flex's block mask. Arithmetic only: on CPU flex takes no mask that looks up tables."""
 
     def visible(batch, head, query, key):
@@ -84,8 +85,7 @@ def block_mask(case: Case, device: torch.device):
             seen = seen & (j % dilation == i % dilation) & (j // dilation >= lo) & (j // dilation < hi)
         return seen
 
-    tokens = prod(case.shape)
-    return create_block_mask(visible, None, None, tokens, tokens, device=device)
+    return block_mask(visible, prod(case.shape), device)
 
 
 class Neighborhood(Operator):
@@ -129,11 +129,30 @@ class Neighborhood(Operator):
     def eager(self, case: Case, device: torch.device) -> Attend:
         return partial(unfold, keys_of_queries(case, device))
 
+    def yardstick(self, case: Case, device: torch.device) -> Attend:
+        """All logits under a mask: gathered windows of a video are too large even for a crop."""
+        mask = geometry.mask(case.axes, device)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            q, k, v = map(heads_first, (query, key, value))
+            logits = (q @ k.transpose(-1, -2) * case.head_dim**-0.5).masked_fill(~mask, float("-inf"))
+            return heads_last(logits.softmax(-1) @ v, query)
+
+        return attend
+
     def crop(self, case: Case) -> Case:
         if case.batch * case.heads * prod(case.shape) ** 2 <= MOST_REFERENCE_LOGITS:
             return case
-        shape = tuple(min(a.length, max(a.window * a.dilation, 20)) for a in case.axes)
-        return replace(case, shape=shape, heads=1, batch=1)
+        axes = list(case.axes)
+        while True:
+            # a little more than a window, so that there are borders to shift it from
+            shape = tuple(min(a.length, max(a.window * a.dilation + 4, 12)) for a in axes)
+            wide = [i for i, a in enumerate(axes) if a.window // 2 >= max(a.stride, 4)]
+            if prod(shape) <= MOST_CROPPED or not wide:
+                break
+            i = max(wide, key=lambda i: axes[i].window)
+            axes[i] = axes[i]._replace(window=axes[i].window // 2)
+        return replace(case, shape=shape, window=tuple(a.window for a in axes), heads=1, batch=1)
 
     def peers(self, case: Case, mode: str, device: torch.device) -> dict[str, Callable[[], Attend]]:
         shape = (case.batch, *case.shape, case.heads, case.head_dim)
@@ -146,7 +165,7 @@ class Neighborhood(Operator):
 
         def make_flex() -> Attend:
             check_flex(mode, case.head_dim, device)
-            return flex(block_mask(case, device))
+            return flex(window_mask(case, device))
 
         def make_natten() -> Attend:
             import natten

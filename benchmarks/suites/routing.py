@@ -7,6 +7,7 @@ are chosen in the same way by both.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 
 import torch
 from foveal.kernels.block_sparse import cost
@@ -15,10 +16,9 @@ from foveal.kernels.ops import block_sparse_attention, routing_attention2d
 from torch import Tensor
 
 from ..benchmark import SkippedError
-from ..operators import Operator, Tensors, randn
+from ..operators import MOST_REFERENCE_LOGITS, Operator, Tensors, randn
 from ..peers import Attend, dense_makers
 
-REGIONS = 7
 MAPS = {"224x224": ((56, 56), (28, 28), (14, 14)), "600x500": ((154, 126), (77, 63), (42, 35))}
 MAPS["1024x1024"] = ((259, 259), (133, 133), (70, 70))  # padded to regions
 HEADS, TOPK = (2, 4, 8), (1, 4, 16)
@@ -36,6 +36,7 @@ class Case:
     topk: int
     batch: int = 1
     dtype: torch.dtype = torch.float32
+    regions: int = 7
     kernel = "routing"
 
     @property
@@ -45,7 +46,7 @@ class Case:
 
     @property
     def region(self) -> tuple[int, int]:
-        return self.shape[0] // REGIONS, self.shape[1] // REGIONS
+        return self.shape[0] // self.regions, self.shape[1] // self.regions
 
 
 def gather(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -55,17 +56,17 @@ def gather(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     chosen = make_routing_mask(query, key, size=size, topk=case.topk).kv_idx[:, 0].long()  # [B, regions, topk]
 
     def regions(x: Tensor) -> Tensor:  # [B, regions, tokens, C]
-        x = x.reshape(batch, REGIONS, size[0], REGIONS, size[1], heads * d)
-        return x.transpose(2, 3).reshape(batch, REGIONS**2, size[0] * size[1], heads * d)
+        x = x.reshape(batch, case.regions, size[0], case.regions, size[1], heads * d)
+        return x.transpose(2, 3).reshape(batch, case.regions**2, size[0] * size[1], heads * d)
 
     q, k, v = map(regions, (query, key, value))
     kv = torch.cat([k, v], -1)
     index = chosen[..., None, None].expand(-1, -1, -1, *kv.shape[2:])
-    kv = kv[:, None].expand(-1, REGIONS**2, -1, -1, -1).gather(2, index)  # [B, regions, topk, tokens, 2 C]
+    kv = kv[:, None].expand(-1, case.regions**2, -1, -1, -1).gather(2, index)  # [B, regions, topk, tokens, 2 C]
     k, v = (x.unflatten(-1, (heads, d)).transpose(-2, -3) for x in kv.flatten(2, 3).chunk(2, -1))
     q = q.unflatten(-1, (heads, d)).transpose(-2, -3)
     out = ((q * (heads * d) ** -0.5) @ k.mT).softmax(-1) @ v  # [B, regions, heads, tokens, d]
-    out = out.transpose(2, 3).reshape(batch, REGIONS, REGIONS, *size, heads, d).transpose(2, 3)
+    out = out.transpose(2, 3).reshape(batch, case.regions, case.regions, *size, heads, d).transpose(2, 3)
     return out.reshape(query.shape)
 
 
@@ -92,7 +93,7 @@ class Routing(Operator):
         return {x: draw(case.batch, *case.shape, case.heads, 32) for x in ("query", "key", "value")}
 
     def arguments(self, case: Case) -> dict:
-        return {"regions": REGIONS, "topk": case.topk}
+        return {"regions": case.regions, "topk": case.topk}
 
     def function(self, case: Case) -> Callable[..., Tensor]:
         return routing_attention2d
@@ -106,8 +107,11 @@ class Routing(Operator):
         return partial(gather, case)
 
     def crop(self, case: Case) -> Case:
-        shape = tuple(REGIONS * min(n // REGIONS, 4) for n in case.shape)
-        return replace(case, shape=shape, heads=2, batch=1)
+        """Fewer regions of the same size, for which kernels are compiled."""
+        tokens = prod(case.region)
+        regions = max(n for n in range(2, case.regions + 1) if n == 2 or (n**2 * tokens) ** 2 <= MOST_REFERENCE_LOGITS)
+        shape = (regions * case.region[0], regions * case.region[1])
+        return replace(case, shape=shape, regions=regions, topk=min(case.topk, regions**2), heads=1, batch=1)
 
     def peers(self, case: Case, mode: str, device: torch.device) -> dict[str, Callable[[], Attend]]:
         shape = (case.batch, *case.shape, case.heads, 32)

@@ -8,11 +8,11 @@ import torch
 from foveal.kernels.ops import window_attention
 from foveal.kernels.window import cost
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..operators import Operator, Tensors, randn
-from ..peers import Attend, check_flex, dense_makers, flex
+from ..peers import Attend, block_mask, check_flex, dense_makers, flex
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,12 @@ def places(case: Case, token):
     )
 
 
-def make_flex_mask(case: Case, device: torch.device):
+def window_mask(case: Case, device: torch.device) -> BlockMask:
     def visible(batch, head, query, key):
         (row, column, over, across), (row_, column_, over_, across_) = places(case, query)[0], places(case, key)[0]
         return (row == row_) & (column == column_) & (over == over_) & (across == across_)
 
-    return create_block_mask(visible, None, None, case.side**2, case.side**2, device=device)
+    return block_mask(visible, case.side**2, device)
 
 
 class Window(Operator):
@@ -135,7 +135,7 @@ class Window(Operator):
         return partial(partition, case, mask, fused)
 
     def crop(self, case: Case) -> Case:
-        return replace(case, batch=1, heads=min(case.heads, 2), side=min(case.side, 2 * case.window))
+        return replace(case, batch=1, heads=min(case.heads, 2), side=min(case.side, 4 * case.window))
 
     def peers(self, case: Case, mode: str, device: torch.device) -> dict[str, Callable[[], Attend]]:
         def make_flex() -> Attend:
@@ -144,7 +144,7 @@ class Window(Operator):
             def bias_at(bias: Tensor):
                 return lambda score, b, h, q, k: score + bias[h, places(case, q)[1], places(case, k)[1]]
 
-            return flex(make_flex_mask(case, device), bias_at)
+            return flex(window_mask(case, device), bias_at)
 
         made = {"partition": partial(self.eager, case, device)}
         made |= {"partition SDPA": partial(self.eager, case, device, fused=True), "flex": make_flex}
