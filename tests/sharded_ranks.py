@@ -104,13 +104,13 @@ def attend(groups, case: Case, axis: int, lengths: tuple[int, ...], given: bool,
 
 
 def attend_compiled(groups, case: Case, axis: int, lengths: tuple[int, ...], impl: str):
-    """`attend` with given lengths under `torch.compile(fullgraph=True)`."""
-    rank, group = dist.get_rank(), groups[len(lengths)]
+    """`attend` on a mesh, lengths given, under `torch.compile(fullgraph=True)`."""
+    rank, mesh = dist.get_rank(), DeviceMesh.from_group(groups[len(lengths)], "cpu")
     inputs = _pieces(case, axis, lengths, rank, torch.float64)
 
     def operator(**tensors):
         return sharded_neighborhood_attention_lse(
-            **tensors, **case.options, mesh=group, axis=axis, lengths=lengths, impl=impl
+            **tensors, **case.options, mesh=mesh, axis=axis, lengths=lengths, impl=impl
         )
 
     outputs = torch.compile(operator, fullgraph=True, backend="aot_eager")(**inputs)

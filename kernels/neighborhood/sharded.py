@@ -205,6 +205,12 @@ def _fetch(key: Tensor, value: Tensor, dim: int, shard: Shard, group: ProcessGro
     return keys.movedim(0, dim), values.movedim(0, dim)
 
 
+def _parts(shard: Shard) -> list[int]:
+    """How many tokens of `shard.axis` lie before those that are received, are received, and lie after."""
+    count = sum(shard.receive)
+    return [shard.margin, count, shard.axis.length - shard.margin - count]
+
+
 class _Exchange(torch.autograd.Function):
     """From own tokens `[tokens, …]` to those of `shard.axis`; the backward is the transposed exchange."""
 
@@ -212,8 +218,10 @@ class _Exchange(torch.autograd.Function):
     def forward(ctx, own: Tensor, shard: Shard, group: ProcessGroup) -> Tensor:
         ctx.shard, ctx.group, ctx.tokens = shard, group, own.shape[0]
         outgoing = torch.cat([own[first:last] for first, last in shard.send])
-        found = own.new_zeros(shard.axis.length, *own.shape[1:])
-        incoming = found[shard.margin : shard.margin + sum(shard.receive)]
+        found = own.new_empty(shard.axis.length, *own.shape[1:])
+        before, incoming, after = found.split(_parts(shard))
+        before.zero_()
+        after.zero_()
         sizes = [last - first for first, last in shard.send]
         dist.all_to_all_single(incoming, outgoing, list(shard.receive), sizes, group=group)
         return found
@@ -223,7 +231,7 @@ class _Exchange(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         shard: Shard = ctx.shard
         sizes = [last - first for first, last in shard.send]
-        outgoing = grad[shard.margin : shard.margin + sum(shard.receive)].contiguous()
+        outgoing = grad.split(_parts(shard))[1].contiguous()
         incoming = grad.new_empty(sum(sizes), *grad.shape[1:])
         dist.all_to_all_single(incoming, outgoing, sizes, list(shard.receive), group=ctx.group)
         accumulate = torch.promote_types(grad.dtype, torch.float32)
