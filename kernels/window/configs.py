@@ -36,7 +36,8 @@ FORWARD = {
 BACKWARD = {2: {32: (64, 64, 8), 128: (32, 32, 8), 256: (16, 16, 8)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
 BIAS = {2: {32: (64, 64, 8), 64: (32, 32, 4), 256: (16, 16, 4)}, 4: {32: (16, 16, 4), 256: (16, 16, 8)}}
 SIZES = {"forward": FORWARD, "window": BACKWARD, "query": BACKWARD, "key": BACKWARD, "bias": BIAS}
-SMALL_BACKWARD = {2: {128: (32, 32, 4), 256: (16, 16, 4)}, 4: {256: (16, 16, 4)}}  # less memory a program, or AMD
+# less memory a program, or AMD
+SMALL_BACKWARD = {2: {128: (32, 32, 4), 256: (16, 16, 8)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
 
 forced = Overrides(*Config._fields, "rows", "one_pass")  # the most rows of a tile; one backward kernel where it fits
 override = forced.override
