@@ -7,8 +7,9 @@ from foveal import train
 from foveal.zoo.video.pipeline import VideoDiTPipeline
 from train_helpers import configure
 
-# An untrained model predicts 0 and has the loss 2; the whole experiment was at 0.79 after 250 of its 3,000 steps.
-BOUND = 0.95
+# An untrained model predicts 0 and has the loss 2. Seeds 0, 1, 2 reached 0.793, 0.793, 0.791 on validation clips and
+# 0.808, 0.808, 0.802 on test clips: 3 % above the worst leaves four times their spread.
+BOUND = 0.83
 
 
 def test_moving_digits_learn(tmp_path):
