@@ -26,7 +26,7 @@ BACKENDS = {
         SDPBackend.MATH,
     ),
 }
-MOST_LOGITS = {"cpu": 1 << 30, "cuda": 8 << 30}  # bytes that attention may write out
+MOST_LOGITS = {"cpu": 512 << 20, "cuda": 8 << 30}  # bytes that attention may write out
 MOST_TOKENS = 20_000  # that dense attention takes on a CPU
 
 

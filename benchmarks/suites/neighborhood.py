@@ -18,7 +18,7 @@ from ..peers import Attend, block_mask, check_flex, dense_makers, flex, heads_fi
 
 OPERATORS = {1: na1d, 2: na2d, 3: na3d}
 MOST_CROPPED = 10_000  # tokens of a crop, where windows may be halved for it
-GATHERED = 6 << 30  # bytes of keys and values that `unfold` may gather
+GATHERED = {"cpu": 2 << 30, "cuda": 6 << 30}  # bytes of keys and values that `unfold` may gather
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Neighborhood(Operator):
 
         def make_unfold() -> Attend:
             gathered = 2 * prod(shape) * case.dtype.itemsize * prod(axis.window for axis in case.axes)
-            if gathered > GATHERED:
+            if gathered > GATHERED[device.type]:
                 raise SkippedError(f"would gather {gathered / 2**30:.0f} GiB")
             return self.eager(case, device)
 

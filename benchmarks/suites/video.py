@@ -150,6 +150,11 @@ class Video(Benchmark):
             axes.grid(axis="y", lw=0.3)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=8)
+            axes.set_xlim(-0.6, len(names) - 0.4)
+        handles, labels = left.get_legend_handles_labels()
+        more, named = right.get_legend_handles_labels()
+        allowed = [(h, text) for h, text in zip(more, named, strict=True) if text not in labels]
+        handles, labels = handles + [h for h, _ in allowed], labels + [text for _, text in allowed]
+        figure.legend(handles, labels, fontsize=8, frameon=False, ncols=4, loc="outside lower center")
         figure.suptitle(f"{self.title}\n{rows[0].device}", fontsize=11)
         figure.savefig(path, dpi=150)
