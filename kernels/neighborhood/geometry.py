@@ -118,13 +118,16 @@ def key_range(axis: Axis) -> tuple[int, int]:
 def crop(axis: Axis) -> tuple[int, Axis]:
     """The axis without what its queries do not need: the first coordinate left, and the axis counted from there.
 
-    It keeps all keys that the queries see and ends, on both sides, at a multiple of stride * dilation or where the
-    whole axis does. So stride and dilation groups stay as they are and, as no window reaches over an end, none shifts.
-    A dilation group without queries may be left with fewer positions than a window has.
+    It holds all keys that the queries see and begins at a multiple of stride * dilation, so stride and dilation groups
+    stay as they are and, as no window reaches over an end, none shifts. The leader of a causal stride group may lie
+    behind what its queries see; there the end is a multiple, too. A dilation group without queries may be left with
+    fewer positions than a window has.
     """
     block = axis.stride * axis.dilation
     first, last = key_range(axis)
-    first, last = first // block * block, min(-(-last // block) * block, axis.length)
+    first = first // block * block
+    if axis.causal:
+        last = min(-(-last // block) * block, axis.length)
     start, stop = query_range(axis)
     return first, axis._replace(length=last - first, queries=(start - first, stop - first))
 
