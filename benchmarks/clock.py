@@ -7,6 +7,7 @@ nor results.
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,9 +39,10 @@ def extra_bytes(call: Call, device: torch.device) -> int:
         del result
         return peak - before - (after - before)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = call()
+        result: Any = call()
     now = peak = 0
-    records = profile.profiler.kineto_results.events()  # allocations and, negative, frees
+    profiler: Any = profile.profiler
+    records = profiler.kineto_results.events()  # allocations and, negative, frees
     for record in sorted((e for e in records if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         now += record.nbytes()
         peak = max(peak, now)

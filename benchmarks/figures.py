@@ -65,7 +65,7 @@ def bars(rows: Sequence[Row], path: Path, *, title: str) -> None:
                 where,
                 [r.p50 for _, r in found],
                 0.84 / len(shown),
-                yerr=[[r.p50 - r.p20 for _, r in found], [r.p80 - r.p50 for _, r in found]],
+                yerr=[[r.p50 - r.band[0] for _, r in found], [r.band[1] - r.p50 for _, r in found]],
                 label=provider,
                 color=COLORS.get(provider, OTHER),
                 error_kw={"lw": 0.6},

@@ -101,8 +101,8 @@ class Operator(Benchmark):
 
     def verify(self, case: Any, device: torch.device) -> None:
         small = self.crop(case)
-        given = as_leaves(self.inputs(small, device))
-        exact = as_leaves(given, torch.float64)
+        given: Any = as_leaves({**self.inputs(small, device)})
+        exact: Any = as_leaves(given, torch.float64)
         found = gradients(given, self.ours(small)(**given), None, 1)
         truth = gradients(exact, self.definition(small, given)(**exact), None, 1)
         yardstick = None

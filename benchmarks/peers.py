@@ -46,8 +46,9 @@ def refuse_logits(count: int, dtype: torch.dtype, device: torch.device) -> None:
 
 def dense(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, **_: Tensor) -> Tensor:
     """Attention of all to all, without mask or bias: what the window or the list saves."""
+    q, k, v = map(heads_first, (query, key, value))
     with sdpa_kernel(backend):
-        return heads_last(scaled_dot_product_attention(*map(heads_first, (query, key, value))), query)
+        return heads_last(scaled_dot_product_attention(q, k, v), query)
 
 
 def dense_makers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Attend]]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +42,11 @@ class Row:
     commit: str
 
     @property
+    def band(self) -> tuple[float, float]:
+        """The 20th and 80th percentile; the value itself where it was not repeated."""
+        return self.p50 if self.p20 is None else self.p20, self.p50 if self.p80 is None else self.p80
+
+    @property
     def subject(self) -> tuple[str, ...]:
         """What was measured: one provider on one case in one mode."""
         return self.kernel, self.case, self.dtype, self.mode, self.provider
@@ -48,6 +54,10 @@ class Row:
 
 COLUMNS = tuple(field.name for field in fields(Row))
 NUMBERS = ("p20", "p50", "p80")
+
+
+def _parsed(line: dict[str, Any]) -> dict[str, Any]:
+    return line | {name: float(line[name]) if line[name] else None for name in NUMBERS}
 
 
 def read(path: Path) -> list[Row]:
@@ -62,7 +72,7 @@ def read(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path} has the columns {reader.fieldnames}; expected {list(COLUMNS)}")
-        return [Row(**line | {x: float(line[x]) if line[x] else None for x in NUMBERS}) for line in reader]
+        return [Row(**_parsed(line)) for line in reader]
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
@@ -102,7 +112,7 @@ def file_of(benchmark: str, device_name: str, results: Path = RESULTS) -> Path:
     return results / f"{benchmark}_{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.csv"
 
 
-def environment(device: torch.device, rounds: int) -> dict[str, str]:
+def environment(device: torch.device, rounds: int) -> dict[str, Any]:
     """The columns that say what was measured on."""
     revision = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent

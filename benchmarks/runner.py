@@ -153,7 +153,7 @@ class Runner:
         return found + [Metric(m.provider, "measured/floor", "x", m.p50 / floor.time) for m in timed]
 
     def _row(self, case: Any, mode: str, metric: Metric) -> Row:
-        values = metric._asdict()
+        values: dict[str, Any] = metric._asdict()
         return Row(
             kernel=case.kernel, mode=mode, case=case.name, dtype=dtype_name(case), **values,
             **records.environment(self.device, self.rounds),

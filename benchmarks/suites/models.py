@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import foveal.zoo  # noqa: F401  registers the models
 import timm
@@ -47,11 +48,11 @@ class Case:
 
 def build(name: str, size: int) -> nn.Module:
     """The model with random weights, for images of this size where windows or biases depend on it."""
-    needs_size = name.startswith(("swin", "agent", "vit"))
-    return timm.create_model(name, **({"img_size": size} if needs_size else {}))
+    options: dict[str, Any] = {"img_size": size} if name.startswith(("swin", "agent", "vit")) else {}
+    return timm.create_model(name, **options)
 
 
-def inference(model: nn.Module, images: Tensor, precision: Callable) -> Callable[[], Tensor]:
+def inference(model: Any, images: Tensor, precision: Callable) -> Callable[[], Tensor]:
     model.eval()
 
     @torch.no_grad()
@@ -62,7 +63,7 @@ def inference(model: nn.Module, images: Tensor, precision: Callable) -> Callable
     return call
 
 
-def training(model: nn.Module, images: Tensor, precision: Callable) -> Callable[[], Tensor]:
+def training(model: Any, images: Tensor, precision: Callable) -> Callable[[], Tensor]:
     """Forward, cross entropy, backward and a step of AdamW."""
     model.train()
     labels = torch.arange(len(images), device=images.device)
@@ -110,13 +111,13 @@ class Models(Benchmark):
             return step(torch.compile(model, dynamic=False) if compiled else model, images, precision)
 
         names = QUICK if quick else (*OURS, *PEERS)
-        made = {name: partial(make, name, False) for name in names}
+        made: dict[str, Maker] = {name: partial(make, name, False) for name in names}
         return made if quick else made | {f"{name} compiled": partial(make, name, True) for name in names}
 
     def derive(self, case: Case, mode: str, measured: Sequence[Metric], device: torch.device) -> Iterator[Metric]:
         """Images a second."""
         for m in measured:
-            if m.metric == "time":
+            if m.metric == "time" and m.p20 and m.p80:
                 middle, low, high = (1e3 * case.batch / x for x in (m.p50, m.p80, m.p20))
                 yield Metric(m.provider, "images/s", "1/s", middle, low, high)
 

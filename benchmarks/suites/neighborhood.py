@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from math import prod
 
@@ -168,9 +169,7 @@ class Neighborhood(Operator):
             return flex(window_mask(case, device))
 
         def make_natten() -> Attend:
-            import natten
-
-            function = getattr(natten, f"na{len(case.shape)}d")
+            function = getattr(import_module("natten"), f"na{len(case.shape)}d")
             options = {"kernel_size": case.window, "stride": case.stride, "dilation": case.dilation}
             return lambda query, key, value: function(query, key, value, **options)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -65,8 +66,9 @@ class Case:
 
     def step(self, attention: str | dict, device: torch.device) -> Call:
         model = self.model(attention, device)
-        size = [n * p for n, p in zip(self.grid, model.config.patch_size, strict=True)]
-        video = torch.randn(1, model.config.in_channels, *size, device=model.device, dtype=model.dtype)
+        config: Any = model.config
+        size = [n * p for n, p in zip(self.grid, config.patch_size, strict=True)]
+        video = torch.randn(1, config.in_channels, *size, device=model.device, dtype=model.dtype)
         timestep = torch.full((1,), 500.0, device=model.device)
         return torch.no_grad()(lambda: model(video, timestep, return_dict=False)[0])
 
@@ -103,9 +105,9 @@ class Video(Benchmark):
         found = {}
         for name, attention in case.attentions.items():
             model = case.model(attention, nowhere)
-            pattern = model.patterns[0]
-            options = {"window": case.grid} if pattern.type == "dense" else pattern.fit(case.grid)[0]
-            sizes = {"heads": model.config.num_attention_heads, "head_dim": model.config.attention_head_dim}
+            pattern, config = model.patterns[0], cast(Any, model.config)
+            options: dict[str, Any] = {"window": case.grid} if pattern.type == "dense" else pattern.fit(case.grid)[0]
+            sizes = {"heads": config.num_attention_heads, "head_dim": config.attention_head_dim}
             each = cost.forward_flops(make_axes(case.grid, **options), batch=1, **sizes)
             found[name] = linear + len(model.blocks) * each
         return found
@@ -130,7 +132,7 @@ class Video(Benchmark):
         found = {(r.case, r.provider, r.metric): r for r in rows}
         for i, (provider, color) in enumerate(COLORS.items()):
             timed = [(x, found[n, provider, "time"]) for x, n in enumerate(names) if (n, provider, "time") in found]
-            spread = np.array([[r.p50 - r.p20, r.p80 - r.p50] for _, r in timed]).T
+            spread = np.array([[r.p50 - r.band[0], r.band[1] - r.p50] for _, r in timed]).T
             where = [x + (i - 1) * 0.27 for x, _ in timed]
             left.bar(where, [r.p50 for _, r in timed], 0.27, color=color, label=provider, yerr=spread,
                      error_kw={"lw": 0.6})  # fmt: skip
