@@ -5,7 +5,12 @@ import json
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 from diffusers.training_utils import EMAModel
 from foveal.zoo.video import KVCache, VideoDiT
 from foveal.zoo.video.attention import VideoAttnProcessor
@@ -190,6 +195,32 @@ def test_pyramid_attention_broadcast_finds_the_layers():
     assert len(runs) == 1
 
 
+@pytest.mark.parametrize("conditioning", ["class", "joint"])
+def test_mag_cache_skips_and_a_taylor_series_goes_on(conditioning):
+    model = make(num_layers=3, **CONDITIONS[conditioning])
+    out, runs = call(model), []
+    model.blocks[1].mlp.register_forward_hook(lambda *_: runs.append(1))
+    steps = {"num_inference_steps": 6}
+    model.enable_cache(
+        MagCacheConfig(threshold=10.0, retention_ratio=0.2, mag_ratios=[1.0] * 6, max_skip_steps=2, **steps)
+    )
+    with torch.no_grad(), model.cache_context("cond"):
+        for _ in range(6):
+            torch.testing.assert_close(call(model), out, rtol=1e-8, atol=1e-8)
+    assert len(runs) < 6
+    model.disable_cache()
+    runs.clear()
+    model.enable_cache(
+        TaylorSeerCacheConfig(
+            cache_interval=3, disable_cache_before_step=2, use_lite_mode=True, taylor_factors_dtype=torch.float64
+        )
+    )
+    with torch.no_grad(), model.cache_context("cond"):
+        for _ in range(6):
+            torch.testing.assert_close(call(model), out, rtol=1e-8, atol=1e-8)
+    assert len(runs) < 6
+
+
 def check_one_graph(conditioning: str, attention: list, backend: str) -> None:
     model = make(attention=attention, num_layers=len(attention), gated_attention=True, **CONDITIONS[conditioning])
     given = inputs(model)
@@ -302,6 +333,15 @@ def test_lora_layers_come_and_go(conditioning):
     torch.testing.assert_close(call(model), out, rtol=1e-10, atol=1e-10)
 
 
+def test_lora_files_keep_their_configuration(tmp_path):
+    model = tuned(make(**CONDITIONS["class"]))
+    config = model.peft_config["default"].to_dict()
+    model.save_lora_adapter(tmp_path)
+    model.unload_lora()
+    model.load_lora_adapter(tmp_path / "pytorch_lora_weights.safetensors", prefix=None, adapter_name="style")
+    assert model.peft_config["style"].to_dict() == config | {"init_lora_weights": True}  # of layers that get weights
+
+
 def test_lora_files_load_and_swap(tmp_path):
     outs = []
     for seed in (1, 2):
@@ -329,6 +369,24 @@ def test_only_lora_layers_are_tuned():
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert trained and all("lora_" in name for name in trained)
+
+
+@pytest.mark.slow
+def test_swapped_lora_layers_need_no_other_graph(tmp_path):
+    outs = []
+    for seed in (1, 2):
+        model = tuned(make(**CONDITIONS["class"]), rank=2 * seed, seed=seed)
+        model.save_lora_adapter(tmp_path / str(seed))
+        outs.append(call(model))
+    model, counter = make(**CONDITIONS["class"]), CompileCounter()
+    model.enable_lora_hotswap(target_rank=4)
+    for seed in (1, 2):
+        file = tmp_path / str(seed) / "pytorch_lora_weights.safetensors"
+        model.load_lora_adapter(file, prefix=None, adapter_name="style", hotswap=seed == 2)
+        if seed == 1:
+            model.compile(fullgraph=True, backend=counter)
+        torch.testing.assert_close(call(model), outs[seed - 1], rtol=1e-9, atol=1e-9)
+        assert counter.frame_count == 1
 
 
 @pytest.mark.slow
