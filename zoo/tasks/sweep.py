@@ -54,6 +54,9 @@ def record_job(job: HydraConf, *, metric: str, mode: str, value: float, minutes:
         metric, value: what is compared; jobs that diverged to NaN come last.
         mode: "max" or "min", the better direction.
         minutes: that the job took.
+
+    Raises:
+        ValueError: the jobs before were compared by another metric.
     """
     folder = Path(job.sweep.dir)
     path = folder / "comparison.csv"
@@ -62,6 +65,8 @@ def record_job(job: HydraConf, *, metric: str, mode: str, value: float, minutes:
         if path.exists():
             with path.open(newline="") as file:
                 rows = list(csv.DictReader(file))
+        if rows and metric not in rows[0]:
+            raise ValueError(f"metric={metric!r} is not in {path}: pass one metric=NAME that all jobs of a sweep have")
         result = {metric: f"{value:.6g}", "minutes": f"{minutes:.2f}"}
         rows.append({"job": str(job.job.num), "overrides": " ".join(job.overrides.task)} | result)
         sign = 1 if mode == "min" else -1
