@@ -84,7 +84,7 @@ def test_the_least_comes_first_where_less_is_better(tmp_path, capsys):
     table = capsys.readouterr().out.rsplit("Sweep so far", 1)[1]
     assert table.index("seed=2") < table.index("seed=0") < table.index("seed=3") < table.index("seed=1")
     assert matplotlib.image.imread(tmp_path / "comparison.png")[:, :, :3].std() > 0.05
-    with pytest.raises(ValueError, match="metric='val/acc1' is not in .*: pass one metric=NAME"):
+    with pytest.raises(ValueError, match=r"metric='val/acc1' is not in .*: pass one metric=NAME"):
         record_job(job, metric="val/acc1", mode="max", value=0.5, minutes=1.0)
 
 
