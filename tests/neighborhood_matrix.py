@@ -7,7 +7,7 @@ A case prints as the call that makes it again, so a failure can be pasted into a
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from random import Random
 
@@ -15,7 +15,7 @@ import operator_matrix
 import torch
 from foveal.kernels.neighborhood import geometry
 from foveal.kernels.neighborhood.api import dispatch
-from foveal.kernels.ops import na1d_lse, na2d_lse, na3d_lse
+from foveal.kernels.ops import na1d, na1d_lse, na2d, na2d_lse, na3d, na3d_lse
 from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
 
@@ -124,7 +124,7 @@ def run(case: Case, inputs: Inputs, impl: str, operator: Callable | None = None)
     return gradients(inputs, out, lse, case.seed + 1)
 
 
-def run_eager(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+def run_eager(case: Case, inputs: Inputs, *, with_lse: bool = True) -> dict[str, Tensor]:
     """Forward and backward of masked attention in which every step rounds to the dtype of the inputs."""
     dtype = inputs["query"].dtype
 
@@ -142,7 +142,7 @@ def run_eager(case: Case, inputs: Inputs) -> dict[str, Tensor]:
         v = torch.cat([v, flat(inputs["extra_value"])], dim=2)
     out = (logits.softmax(-1) @ v).transpose(1, 2).unflatten(1, case.shape)
     lse = logits.to(torch.promote_types(dtype, torch.float32)).logsumexp(-1).transpose(1, 2).unflatten(1, case.shape)
-    return gradients(inputs, out, lse, case.seed + 1)
+    return gradients(inputs, out, lse if with_lse else None, case.seed + 1)
 
 
 def errors(
@@ -163,6 +163,21 @@ def errors(
 def check(case: Case, dtype: torch.dtype, impl: str, **kwargs) -> None:
     """Assert that `impl` keeps the error rule on this case, naming the case and everything that breaks it."""
     operator_matrix.assert_exact(errors(case, dtype, impl, **kwargs), f"{impl} in {dtype} on {case!r}")
+
+
+def check_whole(case: Case, dtype: torch.dtype, impl: str) -> None:
+    """Assert that the operator without a log-sum-exp keeps the error rule on the grid that the case's windows cover."""
+    shape = tuple(w * d for w, d in zip(case.window, case.dilation, strict=True))
+    case = replace(case, shape=shape, causal=(False,) * case.rank, extra=0)
+    operator = {1: na1d, 2: na2d, 3: na3d}[case.rank]
+
+    def run(inputs: Inputs, impl: str) -> dict[str, Tensor]:
+        return gradients(inputs, operator(**inputs, **case.options, impl=impl), None, case.seed + 1)
+
+    inputs = make_inputs(case, dtype)
+    got, exact = run(inputs, impl), run(as_leaves(inputs, torch.float64), "reference")
+    eager = run_eager(case, inputs, with_lse=False) if dtype.itemsize < 4 else None
+    operator_matrix.assert_exact(operator_matrix.errors(got, exact, eager, dtype), f"{impl} in {dtype} on {case!r}")
 
 
 def check_part(case: Case, dtype: torch.dtype, impl: str) -> None:

@@ -9,7 +9,18 @@ import pytest
 import torch
 from foveal.kernels.neighborhood import tiled_plan
 from foveal.kernels.ops import na1d, na2d, na2d_lse, na3d
-from neighborhood_matrix import LAYOUTS, OPERATORS, Case, cases, check, check_part, gradients, make_inputs, run
+from neighborhood_matrix import (
+    LAYOUTS,
+    OPERATORS,
+    Case,
+    cases,
+    check,
+    check_part,
+    check_whole,
+    gradients,
+    make_inputs,
+    run,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,6 +36,13 @@ STRIDED = Case((9, 16), (4, 8), (3, 4), (2, 1), (True, False), batch=2, seed=1)
 def test_random_cases(rank, dtype):
     for case in cases(rank, 300, seed=0):
         check(case, dtype, "tiled")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_windows_that_are_whole_dilation_groups(rank, dtype):
+    for case in cases(rank, 100, seed=11):
+        check_whole(case, dtype, "tiled")
 
 
 @pytest.mark.parametrize("impl", ["tiled", "reference"])
@@ -167,6 +185,15 @@ def test_a_bad_number_stays_in_its_neighborhood(name, bad):
         (out, lse), (expected, expected_lse) = (operator(**x, **case.options, impl="tiled") for x in (poisoned, clean))
         assert torch.equal(out[0][~sees], expected[0][~sees]) and torch.equal(lse[0][~sees], expected_lse[0][~sees])
         assert not out[0][sees].isfinite().all(-1).any()
+
+
+def test_a_bad_number_stays_in_its_dilation_group():
+    query, key, value = torch.randn(3, 1, 6, 10, 2, 8)
+    value[0, 3, 4] = float("nan")
+    out = na2d(query, key, value, window=(3, 5), dilation=2, impl="tiled")
+    sees = torch.zeros(6, 10, dtype=torch.bool)
+    sees[1::2, ::2] = True
+    assert torch.equal(out.isnan().all(-1).all(-1)[0], sees) and torch.equal(out.isnan().any(-1).any(-1)[0], sees)
 
 
 def test_large_windows_are_cut_into_chunks_of_heads():

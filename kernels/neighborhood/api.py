@@ -15,7 +15,7 @@ from ..calling import (
     per_axis,
     without_autocast,
 )
-from . import library, reference, tiled
+from . import library, reference, tiled, whole
 from .geometry import Axis
 
 __all__ = [
@@ -89,25 +89,33 @@ def check_bias(axes: tuple[Axis, ...], query: Tensor, bias: Tensor) -> None:
         raise ValueError(f"bias ({bias.dtype}, {bias.device}) must be floating point on query.device={query.device}")
 
 
-def _attend(
-    rank, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl
-) -> tuple[Tensor, Tensor]:
+def _axes_of(rank, query, key, value, window, stride, dilation, causal, bias, extra_key, extra_value):
+    """Axes of a call, all arguments checked."""
     check_grids(rank, query, key, value)
     axes = make_axes(query.shape[1:-2], window=window, stride=stride, dilation=dilation, causal=causal)
     if bias is not None:
         check_bias(axes, query, bias)
     check_extra(key, extra_key, extra_value)
-    return dispatch(
-        query,
-        key,
-        value,
-        axes=axes,
-        bias=bias,
-        scale=scale,
-        extra_key=extra_key,
-        extra_value=extra_value,
-        impl=impl,
-    )
+    return axes
+
+
+def _attend(
+    rank, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl
+) -> Tensor:
+    axes = _axes_of(rank, query, key, value, window, stride, dilation, causal, bias, extra_key, extra_value)
+    if extra_key is None and whole.covers(axes) and choose(query, impl) == "tiled":
+        with without_autocast(query.device):
+            return whole.attend(query, key, value, axes=axes, scale=scale, bias=bias)
+    extra = {"extra_key": extra_key, "extra_value": extra_value}
+    return dispatch(query, key, value, axes=axes, bias=bias, scale=scale, **extra, impl=impl)[0]
+
+
+def _attend_lse(
+    rank, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl
+) -> tuple[Tensor, Tensor]:
+    axes = _axes_of(rank, query, key, value, window, stride, dilation, causal, bias, extra_key, extra_value)
+    extra = {"extra_key": extra_key, "extra_value": extra_value}
+    return dispatch(query, key, value, axes=axes, bias=bias, scale=scale, **extra, impl=impl)
 
 
 def dispatch(
@@ -160,7 +168,7 @@ def na1d(
     Returns:
         `[B, L, heads, head_dim]` in the dtype of query.
     """
-    return _attend(1, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)[0]
+    return _attend(1, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)
 
 
 def na2d(
@@ -205,7 +213,7 @@ def na2d(
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
         NotImplementedError: `impl` cannot take this call; the message says why.
     """
-    return _attend(2, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)[0]
+    return _attend(2, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)
 
 
 def na3d(
@@ -231,7 +239,7 @@ def na3d(
     Returns:
         `[B, T, H, W, heads, head_dim]` in the dtype of query.
     """
-    return _attend(3, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)[0]
+    return _attend(3, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)
 
 
 def na1d_lse(
@@ -255,7 +263,8 @@ def na1d_lse(
         output `[B, L, heads, head_dim]` and log-sum-exp `[B, L, heads]`, the latter
         float32, or float64 for float64 inputs.
     """
-    return _attend(1, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)
+    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl
+    return _attend_lse(1, query, key, value, *rest)
 
 
 def na2d_lse(
@@ -279,7 +288,8 @@ def na2d_lse(
         output `[B, H, W, heads, head_dim]` and log-sum-exp `[B, H, W, heads]`, the latter
         float32, or float64 for float64 inputs.
     """
-    return _attend(2, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)
+    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl
+    return _attend_lse(2, query, key, value, *rest)
 
 
 def na3d_lse(
@@ -303,7 +313,8 @@ def na3d_lse(
         output `[B, T, H, W, heads, head_dim]` and log-sum-exp `[B, T, H, W, heads]`, the latter
         float32, or float64 for float64 inputs.
     """
-    return _attend(3, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)
+    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl
+    return _attend_lse(3, query, key, value, *rest)
 
 
 def merge_attentions(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
