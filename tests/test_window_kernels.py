@@ -23,9 +23,5 @@ def test_kernels_compile(arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", report.ARCHITECTURES)
 def test_every_variant_compiles(arch):
-    """Some spill a few registers: at most 64 bytes a thread, but float32 from head dim 128 on, whose rows fill them."""
-    kernel_checks.check_report(
-        operators=["window"],
-        architectures=[arch],
-        unspilled=lambda row: row.spills > 64 and not (row.dtype == "fp32" and row.head_dim >= 128),
-    )
+    few = kernel_checks.spills_more_than_a_few
+    kernel_checks.check_report(operators=["window"], architectures=[arch], unspilled=few)
