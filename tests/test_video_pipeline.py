@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from diffusers.callbacks import PipelineCallback
+from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 from foveal.zoo.video import VideoDiTPipeline
 from video_models import CALL, SIZE, TEXT, letters, scrambled, seeded, tiny_pipe
 
@@ -133,6 +133,39 @@ def test_guidance_of_one_is_none():
     assert len(calls) == 3
     pipe(class_labels=1, num_inference_steps=3, guidance_scale=1.5)
     assert len(calls) == 3 + 6
+
+
+@pytest.mark.parametrize("rollout", [False, True])
+@pytest.mark.parametrize("conditioning", ["class", "cross"])
+def test_guidance_that_a_callback_switches_off_is_off(conditioning, rollout):
+    """From then on a step follows the wanted velocity, and only that is computed."""
+    causal = {"attention": [{"type": "dense", "causal": True}]}
+    pipe, seen = tiny_pipe(conditioning, **causal), []
+
+    def note(module, args, kwargs, output):
+        seen.append((*args, kwargs, output[0].clone()))
+
+    pipe.transformer.register_forward_hook(note, with_kwargs=True)
+    if conditioning == "cross":
+        off = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    else:
+
+        def off(pipeline, step, timestep, tensors):
+            pipeline._guidance_scale = 1.0
+            return tensors
+
+    call = arguments(conditioning) | {"num_inference_steps": 3, "output_type": "latent", "generator": seeded()}
+    made = pipe(**call, callback_on_step_end=off, chunk_frames=SIZE[0] if rollout else None).frames
+    seen = seen[:-2] if rollout else seen  # those that append to the caches
+    assert len(seen) == 2 + 1 + 1
+    (x, timestep, condition, velocity), (last, *_) = seen[2:4]
+    name = "class_labels" if conditioning == "class" else "encoder_hidden_states"
+    wanted = torch.tensor([3]) if conditioning == "class" else EMBEDS["prompt_embeds"]
+    assert torch.equal(condition[name], wanted)
+    sigmas = pipe.scheduler.sigmas
+    assert timestep.item() == 1000 * sigmas[1]
+    torch.testing.assert_close(last, x + (sigmas[2] - sigmas[1]) * velocity)
+    assert made.shape == x.shape
 
 
 def test_the_empty_prompt_is_unwanted_unless_another_is_given():

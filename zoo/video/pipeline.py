@@ -503,9 +503,8 @@ class VideoDiTPipeline(DiffusionPipeline):
             patch = self.transformer.config.patch_size[0]
             timestep = t.repeat(len(latents), latents.shape[2] // patch)
             timestep[:, : known // patch] = 0
-        velocity = self.velocity(
-            latents, timestep, cond=conditions["cond"], uncond=conditions.get("uncond"), **arguments
-        )
+        uncond = conditions.get("uncond") if self.do_classifier_free_guidance else None  # a callback may switch it off
+        velocity = self.velocity(latents, timestep, cond=conditions["cond"], uncond=uncond, **arguments)
         latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
         return latents if fixed is None else torch.cat([fixed, latents[:, :, known:]], dim=2)
 
