@@ -28,7 +28,8 @@ class _AgentAttention(nn.Module):
 
     Biases depend on weights only. In evaluation, where no gradient is asked for, they are combined once and kept; the
     next call combines them anew if a table was replaced or written to, and `train`, `eval`, `to` and their like forget
-    them. They are never part of a state dict, a copy or a pickle, nor of a traced or compiled graph.
+    them; a write to `table.data` goes unseen, so call one of these after it. They are never part of a state dict, a
+    copy or a pickle, nor of a traced or compiled graph.
     """
 
     def __init__(

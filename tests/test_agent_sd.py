@@ -230,6 +230,13 @@ class Pipeline(DiffusionPipeline):
         return latents
 
 
+def test_settings_that_leave_too_many_agents_are_said(unet, caplog):
+    apply_agent_sd(unet, **AGENT_SD_RECIPE[0])
+    assert "tokens are only merged" not in caplog.text
+    apply_agent_sd(unet)
+    assert "tokens are only merged" in caplog.text
+
+
 def test_schedule_switches_in_a_pipeline(unet):
     pipe = Pipeline(unet, DDIMScheduler())
     apply_agent_sd(pipe, **AGENT_SD_RECIPE[0])

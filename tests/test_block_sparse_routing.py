@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from foveal.kernels.block_sparse.routing import make_routing_mask
 from foveal.kernels.ops import BlockMask, block_sparse_attention, explain, routing_attention2d
 from torch import Tensor
 from torch.nn.functional import pad
@@ -72,6 +73,19 @@ def test_routing_refuses(arguments, message):
         routing_attention2d(X, X, X, **arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(2, 2), (3, 5)])
+def test_regions_are_chosen_in_float32(dtype, size):
+    """Products of means that pass 65,504 do not tie, and autocast does not choose otherwise."""
+    query, key = (30 * torch.randn(2, 1, 8, 8, 12, 32)).to(dtype)
+    exact = make_routing_mask(query.double(), key.double(), size=size, topk=3).kv_idx.sort(-1).values
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = make_routing_mask(query.float(), key.float(), size=size, topk=3).kv_idx.sort(-1).values
+    assert torch.equal(plain, exact)
+    half = make_routing_mask(query, key, size=size, topk=3).kv_idx.sort(-1).values
+    assert (half == exact).float().mean() > 0.9  # the means of ragged regions are rounded
+
+
 def test_routing_refuses_grouped_heads():
     with pytest.raises(ValueError, match=r"key.shape=.* must equal query.shape"):
         routing_attention2d(X, X[..., :1, :], X[..., :1, :], topk=1)
@@ -97,6 +111,14 @@ def mask(**fields) -> BlockMask:
         ({"q_len": torch.zeros(5).int()}, ValueError, r"mask.q_len.shape=\(5,\) must be \(4,\)"),
         ({"kv_len": torch.zeros(4)}, TypeError, "mask.kv_len.dtype=torch.float32 must be torch.int32"),
         ({"kv_len": torch.zeros(4, device="meta").int()}, ValueError, "mask.kv_len.device=meta must equal"),
+        ({"kv_num": torch.full((1, 1, 4), 3).int()}, ValueError, "mask.kv_num holds 3; lists have 2 entries"),
+        ({"kv_idx": torch.full((1, 1, 4, 2), 4).int()}, ValueError, "mask.kv_idx lists boxes 4 to 4; there are 4"),
+        ({"kv_idx": torch.full((1, 1, 4, 2), -1).int()}, ValueError, "mask.kv_idx lists boxes -1 to -1; there are 4"),
+        (
+            {"inverse": (torch.zeros(1, 1, 6).int(), torch.zeros(1, 1, 8).int())},
+            ValueError,
+            r"mask.inverse\[0\].shape=\(1, 1, 6\) must be \(1, 1, 5\)",
+        ),
     ],
 )
 def test_masks_are_checked(fields, error, message):

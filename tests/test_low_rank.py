@@ -129,6 +129,16 @@ def test_biased_attention(scale, rank):
     assert_same(got, dense(query, key, value, query_factor @ key_factor.mT, scale))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_long_positions_survive_half_precision(dtype):
+    """Positions up to 2,000 take more bits than half precision has."""
+    query, key, value = (torch.randn(1, 2000, 2, 16).to(dtype) for _ in range(3))
+    factors = alibi_factors(torch.tensor([0.5, 0.25]), torch.arange(2000.0), torch.arange(2000.0))
+    exact = dense(query.double(), key.double(), value.double(), factors[0].double() @ factors[1].double().mT)
+    out = biased_attention(query, key, value, query_factor=factors[0], key_factor=factors[1])
+    assert (out.double() - exact).abs().max() < 8 * torch.finfo(dtype).eps
+
+
 def test_heads_may_share_factors():
     query, key, value = double(3, 1, 9, 4, 8)
     factors = double(2, 1, 9, 2)

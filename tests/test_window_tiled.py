@@ -47,6 +47,18 @@ def test_without_lse(training, dtype):
             torch.testing.assert_close(found[0][name], exact, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("size", [1, 20])
+def test_a_bias_is_not_rounded_to_half_precision(training, size):
+    case = Case((14, 14), (7, 7), (0, 0), (0, 0), heads=4, key_heads=4, head_dim=32, bias=True)
+    inputs = make_inputs(case, torch.bfloat16)
+    bias = size * torch.randn(inputs["bias"].shape)
+    grids = {name: x.detach().requires_grad_(training) for name, x in inputs.items() if name != "bias"}
+    out = window_attention(**grids, bias=bias, **case.options, impl="tiled")
+    exact = window_attention(**{n: x.double() for n, x in grids.items()}, bias=bias, **case.options, impl="reference")
+    assert (out.double() - exact).abs().max() <= exact.abs().max() * 2**-8
+
+
 @pytest.mark.parametrize("case", [replace(SHIFTED, shape=(5, 4), batch=1, head_dim=2), replace(HALO, head_dim=2)])
 def test_gradcheck(case):
     inputs = {name: x for name, x in make_inputs(case, torch.float64).items() if x is not None}

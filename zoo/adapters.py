@@ -155,13 +155,13 @@ def use_kernels(model: nn.Module) -> nn.Module:
         model: a model of timm, or one that contains its blocks.
 
     Returns:
-        The same model. How many modules were swapped is logged.
+        The same model. How many modules were swapped is logged; a second call swaps none.
 
     Raises:
         ValueError: nothing in the model can be swapped, or a block has attention dropout, which the kernels lack.
     """
     found = [(name, module) for name, module in model.named_modules() if _can_swap(module)]
-    if not found:
+    if not found and not any(type(module) in ADAPTERS.values() for module in model.modules()):
         known = ", ".join(cls.__name__ for cls in ADAPTERS)
         raise ValueError(f"{type(model).__name__} has no module to swap; known are timm's {known}")
     for name, module in found:

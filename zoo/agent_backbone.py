@@ -43,7 +43,7 @@ class NumberedBackbone(Backbone):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Make another input size native: what depends on it is interpolated."""
+        """Make another input size native: biases are interpolated. Windows and stripes stay as they were built."""
         size = to_2tuple(img_size)
         set_agent_grids(self._stages, self._grids(size))
         update_model_input_size(self, size)

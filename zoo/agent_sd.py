@@ -8,6 +8,7 @@ Self-attention of a diffusers UNet sees tokens merged by similarity, and where a
 than half as many, it goes through them. All weights stay as they are.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..kernels.ops import agent_attention
 from .token_merging import Matching, random_destinations
 
+_logger = logging.getLogger(__name__)
 DOWNSAMPLES = (1, 2, 4, 8)
 
 AGENT_SD_RECIPE: dict[int, dict[str, Any]] = {
@@ -50,6 +52,12 @@ class AgentSDSettings:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
         if self.max_downsample not in DOWNSAMPLES:
             raise ValueError(f"max_downsample={self.max_downsample} must be one of {DOWNSAMPLES}")
+
+    @property
+    def has_agents(self) -> bool:
+        """Whether agents are used: less than half as many as tokens. One token of every cell is never merged away."""
+        kept, agents = (1 - min(x, 1 - 1 / (self.sx * self.sy)) for x in (self.ratio, self.agent_ratio))
+        return 2 * agents < kept
 
 
 class _State:
@@ -190,6 +198,8 @@ def apply_agent_sd(
         raise ValueError(f"{type(unet).__name__} has no BasicTransformerBlock with self-attention")
     if any(block.attn1.norm_q is not None for block in blocks):
         raise NotImplementedError(f"{type(unet).__name__} normalises queries and keys")
+    if not settings.has_agents:
+        _logger.warning("ratio=%s and agent_ratio=%s leave too many agents: tokens are only merged", ratio, agent_ratio)
     remove_agent_sd(unet)
     state = _State(unet, settings, generator)
     for block in blocks:

@@ -70,6 +70,8 @@ class AgentSwin(Backbone):
         dtype=None,
     ):
         super().__init__()
+        if not all(0 <= few <= depth for few, depth in zip(agent_blocks, depths, strict=False)):
+            raise ValueError(f"agent_blocks={agent_blocks} must each lie in [0, depth], depths={depths}")
         if not len(depths) == len(num_heads) == len(num_agents) == len(agent_blocks):
             raise ValueError(
                 f"depths={depths}, num_heads={num_heads}, num_agents={num_agents} and agent_blocks={agent_blocks} "

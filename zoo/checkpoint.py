@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 def unwrap(state_dict: dict) -> dict[str, Tensor]:
     """The parameters inside a published file: of its container if it has one, of its `backbone` if it is a detector."""
-    for container in ("state_dict", "model"):
+    for container in ("state_dict_ema", "model_ema", "state_dict", "model"):
         state_dict = state_dict.get(container, state_dict)
     if any(key.startswith("backbone.") for key in state_dict):
         state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}

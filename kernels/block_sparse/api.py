@@ -34,8 +34,12 @@ def _check_mask(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> None:
         )
     expected = {"kv_idx": (*lists, query_boxes, most), "kv_num": (*lists, query_boxes)}
     expected |= {"bias": (*lists, query_boxes, most), "q_len": (query_boxes,), "kv_len": (key_boxes,)}
+    tensors = {name: getattr(mask, name) for name in expected}
+    if mask.inverse is not None:
+        tensors |= dict(zip(("inverse[0]", "inverse[1]"), mask.inverse, strict=True))
+        expected |= {"inverse[0]": (*lists, key_boxes + 1), "inverse[1]": (*lists, query_boxes * most)}
     for name, shape in expected.items():
-        x = getattr(mask, name)
+        x = tensors[name]
         if x is None:
             continue
         if tuple(x.shape) != shape:

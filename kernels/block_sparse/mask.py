@@ -21,12 +21,13 @@ class BlockMask(NamedTuple):
         query_block, key_block: tokens of a box along each spatial axis.
         kv_num: int32 `[B or 1, heads or 1, query boxes]`, how many boxes of keys are listed.
         kv_idx: int32 `[B or 1, heads or 1, query boxes, most]`, their numbers, distinct, 0 <= number < key boxes.
-            Entries from kv_num on are ignored. The values are not checked: that would wait for the device.
+            Entries from kv_num on are ignored. On CPU the values are checked; elsewhere that would wait for the device.
         bias: None, or floating `[B or 1, heads or 1, query boxes, most]`, added to every logit of the listed box (PSA:
             the log of a level). A constant: it takes no gradient.
         q_len, kv_len: None, or int32 `[boxes]`: only the first so many tokens of a box exist. Queries past theirs get
             output 0 and log-sum-exp -inf, keys past theirs are seen by nobody.
-        inverse: None, or what `invert` found: for every box of keys, who lists it.
+        inverse: None, or what `invert` found: for every box of keys, who lists it. Its values are not checked either: a
+            mask whose lists are replaced or written to needs another.
     """
 
     query_block: tuple[int, ...]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis
+from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, without_autocast
 from .api import block_sparse_attention
 from .mask import BlockMask, boxes
 
@@ -34,13 +34,14 @@ def region_lengths(
 
 
 def _means(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mean over the tokens of every region: `[B, H, W, heads, d]` to `[B, regions, heads * d]`."""
+    """Mean over the tokens of every region, in float32 at least: `[B, H, W, heads, d]` to `[B, regions, heads * d]`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
     height, width = x.shape[1:3]
     if height % size[0] == 0 and width % size[1] == 0:
         cut = x.unflatten(1, (height // size[0], size[0])).unflatten(3, (width // size[1], size[1]))
-        return cut.mean(4).mean(2).flatten(3).flatten(1, 2)
+        return cut.mean(4, dtype=dtype).mean(2).flatten(3).flatten(1, 2)
     pooled = avg_pool2d(x.flatten(3).permute(0, 3, 1, 2), size, ceil_mode=True, count_include_pad=False)
-    return pooled.flatten(2).transpose(1, 2)
+    return pooled.flatten(2).transpose(1, 2).to(dtype)
 
 
 @torch.no_grad()
@@ -59,7 +60,8 @@ def make_routing_mask(query: Tensor, key: Tensor, *, size: tuple[int, int], topk
     rows, columns = boxes(key.shape[1:3], size)
     if not 1 <= topk <= rows * columns:
         raise ValueError(f"topk={topk} must lie in [1, {rows * columns} regions]")
-    affinity = _means(query, size) @ _means(key, size).transpose(1, 2)  # [B, query regions, key regions]
+    with without_autocast(query.device):  # products of half precision would overflow, and choose otherwise
+        affinity = _means(query, size) @ _means(key, size).transpose(1, 2)  # [B, query regions, key regions]
     chosen = affinity.topk(topk, dim=-1, sorted=False).indices.to(torch.int32)[:, None]
     return BlockMask(size, size, chosen.new_full(chosen.shape[:-1], topk), chosen)
 

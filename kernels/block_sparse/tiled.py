@@ -238,9 +238,13 @@ def _chunks(plan: _Plan, kv_num: Tensor, kv_idx: Tensor, bias: Tensor | None, co
     values = None if bias is None else by_unit(bias[..., :most])
     head = torch.arange(batch * lists, device=device)
     head = (head // lists * key_heads + head % lists // (lists // key_heads)).repeat_interleave(query_boxes)
+    if most > kv_idx.shape[-1]:
+        raise ValueError(f"mask.kv_num holds {most}; lists have {kv_idx.shape[-1]} entries")
     listed = torch.arange(most, device=device) < num
     full = look and bias is None and plan.key_exists is None and bool(listed.all())
     number = torch.where(listed, idx, 0).long()
+    if look and number.numel() and not 0 <= int(number.min()) <= int(number.max()) < key_boxes:
+        raise ValueError(f"mask.kv_idx lists boxes {int(number.min())} to {int(number.max())}; there are {key_boxes}")
     where = torch.where(listed, head[:, None] * key_boxes + number, plan.key.shape[0] - 1)
     splits = 1 if _tracing() else _splits(plan, most, copies)
     for i in range(splits):

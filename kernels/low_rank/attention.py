@@ -18,8 +18,22 @@ def _grid_factor(name: str, factor: Tensor, x: Tensor) -> Tensor:
         raise ValueError(f"{name}.shape={tuple(factor.shape)} must be [heads={heads} or 1, tokens={tokens}, rank]")
     if not factor.dtype.is_floating_point or factor.device != x.device:
         raise ValueError(f"{name} ({factor.dtype}, {factor.device}) must be floating point on the device {x.device}")
-    grid = factor.to(x.dtype).transpose(0, 1).expand(-1, heads, -1).reshape(*x.shape[1:-1], factor.shape[-1])
+    grid = factor.transpose(0, 1).expand(-1, heads, -1).reshape(*x.shape[1:-1], factor.shape[-1])
     return grid.expand(x.shape[0], *grid.shape)
+
+
+def _columns(query_factor: Tensor, key_factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors in `dtype` with the same product, but for rounding.
+
+    Factors of higher precision than half become a rounded part and the rest of it: three products of parts keep twice
+    the bits, without which the positions of a long sequence would all round to their neighbours.
+    """
+    if dtype.itemsize > 2 or max(query_factor.dtype.itemsize, key_factor.dtype.itemsize) <= 2:
+        return query_factor.to(dtype), key_factor.to(dtype)
+    (q_high, q_low), (k_high, k_low) = (
+        (high, (factor - high).to(dtype)) for factor in (query_factor, key_factor) for high in (factor.to(dtype),)
+    )
+    return torch.cat([q_high, q_high, q_low], -1), torch.cat([k_high, k_low, k_high], -1)
 
 
 def pad_head_dim(x: Tensor, head_dim: int) -> Tensor:
@@ -48,12 +62,12 @@ def widen(
     Args:
         query, key: `[B, *spatial, heads, head_dim]`, each on a grid of its own.
         query_factor: `[heads or 1, queries, rank]`, with queries in the C order of their grid; any floating dtype,
-            cast to that of query. In half precision factors are rounded as query and key are: keep them small.
+            cast to that of query. To half precision factors of float32 are cast in two parts, three columns for one.
         key_factor: `[heads or 1, keys, rank]`.
         scale: factor on query . key; head_dim ** -0.5 when None. It does not scale the bias.
 
     Returns:
-        query and key `[B, *spatial, heads, D]` with D the next multiple of 8 from head_dim + rank on.
+        query and key `[B, *spatial, heads, D]` with D the next multiple of 8 from head_dim + columns on.
 
     Raises:
         ValueError: shapes, ranks or devices that do not fit together.
@@ -67,10 +81,11 @@ def widen(
             f"{tuple(query_factor.shape)}"
         )
     head_dim = query.shape[-1]
-    width = -(-(head_dim + query_factor.shape[-1]) // MULTIPLE) * MULTIPLE
+    query_grid = _grid_factor("query_factor", query_factor, query)
+    query_grid, key_grid = _columns(query_grid, _grid_factor("key_factor", key_factor, key), query.dtype)
+    width = -(-(head_dim + query_grid.shape[-1]) // MULTIPLE) * MULTIPLE
     query = query * (head_dim**-0.5 if scale is None else float(scale))
-    wide_query = torch.cat([query, _grid_factor("query_factor", query_factor, query)], dim=-1)
-    wide_key = torch.cat([key, _grid_factor("key_factor", key_factor, key)], dim=-1)
+    wide_query, wide_key = torch.cat([query, query_grid], dim=-1), torch.cat([key, key_grid], dim=-1)
     return pad_head_dim(wide_query, width), pad_head_dim(wide_key, width)
 
 
@@ -98,6 +113,8 @@ def biased_attention(
     Raises:
         ValueError: shapes, ranks or devices that do not fit together.
     """
+    if len({query.dtype, key.dtype, value.dtype}) > 1:
+        raise ValueError(f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}")
     if value.shape != key.shape or query.shape[0] != key.shape[0] or query.shape[-2] != key.shape[-2]:
         raise ValueError(
             f"key of {tuple(key.shape)} and value of {tuple(value.shape)} must have one shape, and the batch and heads "

@@ -70,6 +70,8 @@ def _axes_of(query: Tensor, key: Tensor, value: Tensor, window, shift, halo) -> 
 
 
 def _check_bias(bias: Tensor, query: Tensor, axes: tuple[Axis, ...]) -> None:
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a tensor or None, got {type(bias).__name__}")
     expected = (query.shape[-2], prod([a.window for a in axes]), prod([a.span for a in axes]))
     if tuple(bias.shape) != expected:
         raise ValueError(f"bias.shape={tuple(bias.shape)} must be [heads, window tokens, key tokens] = {expected}")
@@ -121,7 +123,8 @@ def window_attention(
             takes part (timm's `HaloAttn` pads zeros).
         bias: `[heads, window tokens, key tokens]`, any floating dtype, added to the scaled logits; token and key slots
             in C order, key tokens those of the window enlarged by the halo. With a shift, slots count inside the window
-            of the rolled grid. `relative_bias` makes one from a table.
+            of the rolled grid. Every query must keep a key whose bias is not -inf: of one that sees nothing the result
+            is undefined. `relative_bias` makes one from a table.
         scale: factor on query . key; head_dim ** -0.5 when None.
         impl: "auto" takes the fused kernels on CUDA and ROCm and plain PyTorch elsewhere; "triton", "tiled" or
             "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.

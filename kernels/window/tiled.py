@@ -135,8 +135,10 @@ def attend(
         fused = _is_fused((q, k, v), bias, prod([r.queries for r in combination]), lse)
         q_rows, k_rows, v_rows = [_rows(x, rank, key_heads, fused) for x in (q, k, v)]
         if fused:
-            mask = None if block is None else block.to(q.dtype)[None]
-            block_out = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, attn_mask=mask, scale=scale)
+            common = dtype if block is None else torch.promote_types(dtype, block.dtype)  # a bias is never rounded
+            q_rows, k_rows, v_rows = q_rows.to(common), k_rows.to(common), v_rows.to(common)
+            mask = None if block is None else block.to(common)[None]
+            block_out = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, attn_mask=mask, scale=scale).to(dtype)
             block_lse = None
         else:
             block_out, block_lse = _softmax(q_rows, k_rows, v_rows, block, scale, lse)
