@@ -294,6 +294,19 @@ def test_steps_end_where_the_schedulers_say():
     assert torch.equal(torch.cat(times), expected.timesteps)
 
 
+@pytest.mark.parametrize("scheduler", ["euler", "unipc"])
+def test_given_noise_levels_are_shifted_as_the_scheduler_says(scheduler):
+    pipe = tiny_pipe()
+    if scheduler == "unipc":
+        pipe.scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0
+        )
+    made = pipe(class_labels=1, sigmas=[1.0, 0.6, 0.3], output_type="latent").frames
+    assert made.isfinite().all()
+    expected = torch.tensor([1.0, 2 * 0.6 / 1.6, 2 * 0.3 / 1.3, 0.0])
+    torch.testing.assert_close(pipe.scheduler.sigmas, expected, rtol=0, atol=2e-6)
+
+
 BROKEN = {
     "height=6 must be a multiple of 4": {"height": 6},
     "num_frames=0 must be n frames": {"num_frames": 0},

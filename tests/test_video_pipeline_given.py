@@ -1,5 +1,6 @@
 """Frames that are given, rollout, and the way through autoencoders and files."""
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -90,6 +91,19 @@ def test_the_factor_of_ltx_scales_and_that_of_wan_2_2_counts_patches():
         latent_space(torch.nn.Identity())
 
 
+@pytest.mark.parametrize("make", [wan, ltx, taesd])
+def test_autoencoders_compute_where_their_inputs_are(make):
+    """Weights that are offloaded say nothing about the device: their own is "meta" until they are needed."""
+    vae, time = make(), latent_space(make()).time
+    video = torch.rand(1, 3, time + 1, 16, 8, generator=seeded())
+    latents = encode(vae, video)
+    pixels = decode(vae, latents)
+    accelerate.cpu_offload(vae, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in vae.parameters())
+    torch.testing.assert_close(encode(vae, video), latents)
+    torch.testing.assert_close(decode(vae, latents), pixels)
+
+
 @pytest.fixture
 def latent_pipe():
     return tiny_pipe("class", vae=wan(), in_channels=4, patch_size=(1, 2, 2))
@@ -109,6 +123,15 @@ def test_latents_become_pixels(latent_pipe, tmp_path):
     latent_pipe.save_pretrained(tmp_path)
     again = type(latent_pipe).from_pretrained(tmp_path)
     assert torch.allclose(again(**call, generator=seeded(), output_type="pt").frames, video, atol=1e-5)
+
+
+def test_offloaded_layer_by_layer_it_makes_the_same_video(latent_pipe):
+    call = CALL | {"class_labels": 1, "height": 16, "width": 24, "num_frames": 5, "output_type": "pt"}
+    call["image"] = torch.rand(1, 3, 16, 24, generator=seeded(2))
+    expected = latent_pipe(**call, generator=seeded()).frames
+    for model in (latent_pipe.transformer, latent_pipe.vae):
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(latent_pipe(**call, generator=seeded()).frames, expected)
 
 
 def test_a_given_image_stays_as_the_first_latent(latent_pipe):

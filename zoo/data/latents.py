@@ -130,7 +130,7 @@ def encode_folder(
                 except UnreadableVideo as error:
                     failed = str(error)
                     break
-                writer.add(key, {"latents": encode(vae, pixels[None])[0].to(torch.bfloat16).cpu()})
+                writer.add(key, {"latents": encode(vae, pixels[None].to(vae.device))[0].to(torch.bfloat16).cpu()})
                 writer.clip_done()
             listed.append({"key": key, **item})
         yield failed

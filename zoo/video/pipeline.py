@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -218,7 +219,7 @@ class VideoDiTPipeline(DiffusionPipeline):
         if batch % count:
             raise ValueError(f"{name} has {count} for {batch} videos; one, or one for each is accepted")
         pixels = pixels.to(device=device, dtype=torch.float32)
-        given = self.normalise(pixels) if self.vae is None else encode(self.vae, pixels).to(device)
+        given = self.normalise(pixels) if self.vae is None else encode(self.vae, pixels)
         if given.shape[1] != self.transformer.config.in_channels:
             raise ValueError(
                 f"{name} has {given.shape[1]} channels, the model in_channels={self.transformer.config.in_channels}"
@@ -245,7 +246,7 @@ class VideoDiTPipeline(DiffusionPipeline):
         elif "sigmas" not in signature(self.scheduler.set_timesteps).parameters:
             raise ValueError(f"sigmas cannot be given to {type(self.scheduler).__name__}")
         else:
-            self.scheduler.set_timesteps(sigmas=list(sigmas), device=device)
+            self.scheduler.set_timesteps(sigmas=np.asarray(sigmas, dtype=np.float32), device=device)
         self.scheduler.set_begin_index(0)
         return self.scheduler.timesteps
 
@@ -373,7 +374,7 @@ class VideoDiTPipeline(DiffusionPipeline):
             height, width, num_frames: of the video in pixels and frames; those of the config's sample_size when None.
             num_inference_steps: evaluations of the model, times two with guidance.
             guidance_scale: of classifier-free guidance (arXiv:2207.12598); off up to 1 and for unconditional models.
-            sigmas: noise levels from 1 down, in place of num_inference_steps.
+            sigmas: noise levels from 1 down, in place of num_inference_steps; the scheduler's shift applies to them.
             num_videos_per_prompt: videos of each prompt or label.
             generator: one, or one for each video; the same gives the same videos.
             latents: noise `[B, C, T, H, W]` of the model's own size.

@@ -70,9 +70,12 @@ def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(vae: Any, video: Tensor) -> Tensor:
-    """Pixels `[B, 3, T, H, W]` in 0..1 → normalised latents `[B, C, T', H', W']` in float32, the posterior's mode."""
+    """Pixels `[B, 3, T, H, W]` in 0..1 → normalised latents `[B, C, T', H', W']` in float32, the posterior's mode.
+
+    They must be on the device where the autoencoder computes, which need not be where its weights are (offloading).
+    """
     space = latent_space(vae)
-    pixels = (2 * video - 1).to(device=vae.device, dtype=vae.dtype)
+    pixels = (2 * video - 1).to(vae.dtype)
     if isinstance(vae, AutoencoderTiny):
         frames = vae.encode(pixels.transpose(1, 2).flatten(0, 1)).latents  # [B*T, C, H', W']
         raw = frames.unflatten(0, (len(video), -1)).transpose(1, 2)
@@ -83,10 +86,13 @@ def encode(vae: Any, video: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Normalised latents `[B, C, T', H', W']` → pixels `[B, 3, T, H, W]` in float32, 0..1."""
+    """Normalised latents `[B, C, T', H', W']` → pixels `[B, 3, T, H, W]` in float32, 0..1.
+
+    They must be on the device where the autoencoder computes, which need not be where its weights are (offloading).
+    """
     space = latent_space(vae)
     raw = latents.float() * _per_channel(space.std, latents) + _per_channel(space.mean, latents)
-    raw = raw.to(device=vae.device, dtype=vae.dtype)
+    raw = raw.to(vae.dtype)
     if isinstance(vae, AutoencoderTiny):
         frames = vae.decode(raw.transpose(1, 2).flatten(0, 1)).sample
         pixels = frames.unflatten(0, (len(latents), -1)).transpose(1, 2)
