@@ -47,6 +47,13 @@ def test_every_experiment_says_command_hardware_and_expected_number(name):
     assert re.search(r"Expected:.*\d\d", header)
 
 
+def test_sharded_weights_are_kept_in_float32():
+    """Of bfloat16 weights, steps of 1e-4 move few; another experiment's precision must not come before the trainer's."""
+    for experiment in EXPERIMENTS:
+        assert composed(f"experiment={experiment}", "trainer=fsdp").trainer.precision in ("32-true", "bf16-mixed")
+    assert composed("trainer=fsdp").trainer.precision == "bf16-mixed"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_no_logic_in_yaml(path):
     text = path.read_text()

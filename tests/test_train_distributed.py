@@ -54,8 +54,8 @@ def test_two_processes_make_the_gradients_of_one(tmp_path):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6, msg=name)
 
 
-def run_sharded(run_dir: Path, *overrides: str) -> None:
-    sharded = ("trainer=fsdp", "trainer.devices=2", "trainer.precision=32-true", "data.batch_size=8", "test=false")
+def run_sharded(run_dir: Path, *overrides: str, precision: tuple[str, ...] = ("trainer.precision=32-true",)) -> None:
+    sharded = ("trainer=fsdp", "trainer.devices=2", *precision, "data.batch_size=8", "test=false")
     arguments = [*QUIET, *TINY_VIT, *PLAIN, *sharded, *overrides, f"run_dir={run_dir}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
@@ -87,6 +87,26 @@ def test_sharded_run_saves_what_one_process_saves_and_loads(tmp_path):
         fit(configure(tmp_path / run, *more), tmp_path / run / "checkpoints" / "last.ckpt")
         assert last(tmp_path / run)["global_step"] == 4
     assert_same_state(last(tmp_path / "sharded"), last(tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_float32_and_small_steps_move_them(tmp_path):
+    """With the precision that trainer=fsdp ships: steps of 1e-5 are less than bfloat16 can add to most weights."""
+    adam = ("task.optimizer.opt=adamw", "~task.optimizer.momentum", "task.optimizer.lr=1e-5")
+    epoch = (*PLAIN, "trainer.limit_train_batches=2", "task.optimizer.weight_decay=0.0")
+    run_sharded(tmp_path / "none", *epoch, *adam[:2], "task.optimizer.lr=0.0", precision=())
+    run_sharded(tmp_path / "two", *epoch, *adam, precision=())
+    start, moved = (last(tmp_path / run)["state_dict"] for run in ("none", "two"))
+    weights = [name for name, value in start.items() if name.startswith("model.") and value.ndim >= 2]
+    assert {moved[name].dtype for name in weights} == {torch.float32} and len(weights) > 5
+    for name in weights:
+        assert (moved[name] != start[name]).float().mean() > 0.9, name
+        assert (moved[name] - start[name]).abs().max() < 1e-4, name
+    fit(
+        configure(tmp_path / "two", *epoch, *adam, "data.batch_size=16", "trainer.max_epochs=2"),
+        tmp_path / "two" / "checkpoints" / "last.ckpt",
+    )
+    assert last(tmp_path / "two")["global_step"] == 4
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import torch
 from foveal import train
 from foveal.zoo.data.loader import mix_seed
-from foveal.zoo.tasks.ema import ema_update
+from foveal.zoo.tasks.ema import EMA, ema_update
 from foveal.zoo.tasks.video import VALIDATION_TIMES, VideoDiffusionTask
 from foveal.zoo.video.flow import sample_time
 from foveal.zoo.video.pipeline import VideoDiTPipeline
@@ -50,9 +50,9 @@ def fit(config, *callbacks: Callback, checkpoint=None):
     return trainer, task, data
 
 
-def task_alone(*, conditioning="class", **options) -> VideoDiffusionTask:
+def task_alone(*, conditioning="class", num_layers=1, **options) -> VideoDiffusionTask:
     """A tiny task outside a trainer, its zero-initialised output made random."""
-    args = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 16}
+    args = {"num_layers": num_layers, "num_attention_heads": 1, "attention_head_dim": 16}
     model = {"preset": "nano", "conditioning": conditioning, "args": args}
     data = {"in_channels": 1, "num_classes": 10, "text_dim": 6}
     task = VideoDiffusionTask(model=model, **data, optimizer={"opt": "adamw", "lr": 1e-3}, **options)
@@ -120,7 +120,8 @@ def test_conditions_are_dropped_at_their_rate():
 
 @pytest.mark.parametrize("conditioning", [None, "class", "cross", "joint"])
 def test_every_conditioning_trains(conditioning):
-    task, batch = task_alone(conditioning=conditioning), a_batch()
+    """Two layers: the last one of "joint" makes nothing of its text and lacks the parameters for it."""
+    task, batch = task_alone(conditioning=conditioning, num_layers=2), a_batch()
     task.training_step(batch, 0).backward()
     missing = [name for name, p in task.model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not missing
@@ -163,6 +164,57 @@ def test_validation_loss_is_at_fixed_times_and_leaves_padding_out():
     task.metrics["val_loss"].reset()
     task.validation_step(batch, 2)
     assert float(task.metrics["val_loss"].compute()) < 10
+
+
+def test_training_leaves_padding_out():
+    """In file order the last batch is filled up; here the padding is enormous."""
+    task, batch = task_alone(first_frame=0.5), a_batch()
+    batch["real"][4:] = False
+    batch["video"][4:] = 1e6
+    assert float(task.training_step(batch, 0).detach()) < 10
+
+
+def test_the_flow_is_mixed_in_float32_under_a_model_in_bfloat16():
+    task, batch = task_alone().bfloat16(), a_batch()
+    batch["video"] = batch["video"].bfloat16()
+    given = []
+    task.model.register_forward_pre_hook(lambda module, args: given.append(args))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning's precision bf16-true does around a step
+    try:
+        loss = task.training_step(batch, 0)
+        task.validation_step(batch, 0)
+    finally:
+        torch.set_default_dtype(before)
+    assert {value.dtype for args in given for value in args} == {loss.dtype} == {torch.float32}
+    assert given[-1][1].tolist() == pytest.approx([900.0] * 6, abs=1e-3)  # of bfloat16, 898.4
+
+
+def test_an_average_in_float32_follows_weights_in_bfloat16(tmp_path):
+    """Small steps add up in it, and validation, which looks at the average, does not round it."""
+
+    class Watch(Callback):
+        def on_validation_epoch_start(self, trainer, pl_module):
+            self.before = [p.clone() for p in average_of(trainer).parameters()]
+            self.raw = [p.clone() for p in pl_module.model.parameters()]
+
+        def on_validation_end(self, trainer, pl_module):
+            self.after = [p.clone() for p in average_of(trainer).parameters()]
+            self.back = [p.clone() for p in pl_module.model.parameters()]
+
+    def average_of(trainer):
+        (ema,) = (callback for callback in trainer.callbacks if isinstance(callback, EMA))
+        return ema._average_model.module.model
+
+    value = [torch.ones(3)]
+    ema_update(value, [torch.full((3,), 1.5, dtype=torch.bfloat16)], 1, decay=0.999)
+    torch.testing.assert_close(value[0], torch.full((3,), 1.0005))
+    watch = Watch()
+    quiet = ("trainer.precision=bf16-true", "trainer.max_epochs=1", "callbacks.report=null", "callbacks.last=null")
+    fit(tiny(tmp_path, *quiet, "callbacks.best=null"), watch)
+    assert {p.dtype for p in watch.after} == {torch.float32} and {p.dtype for p in watch.back} == {torch.bfloat16}
+    assert all(map(torch.equal, watch.before, watch.after)) and all(map(torch.equal, watch.raw, watch.back))
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in watch.after)
 
 
 def test_average_warms_up():
@@ -268,6 +320,15 @@ MISTAKES = [
     (["model.conditioning=cross"], "model.conditioning='cross' needs data with embedded text"),
     (["task.scheduler.name=cosin"], "task.scheduler.name='cosin' is not known: did you mean 'cosine'"),
     (["task.time_per=clip"], "task.time_per='clip' is not known"),
+    (["+task.scheduler.num_cycle=2"], "key of task.scheduler='num_cycle' is not known: did you mean 'num_cycles'"),
+    (["task.shift=0"], "task.shift=0 must be positive"),
+    (["task.time_std=-1"], "task.time_std=-1 must not be negative"),
+    (["callbacks.report.judged=1"], "callbacks.report.judged=1 must be at least 2"),
+    (["callbacks.report.guidance_scale=-1"], "callbacks.report.guidance_scale=-1 must be at least 0"),
+    (
+        ["trainer.max_epochs=-1", "trainer.fast_dev_run=false", "callbacks.report=null"],
+        "task.scheduler.name='cosine' needs an end: set trainer.max_epochs or trainer.max_steps",
+    ),
     (["task.condition_dropout=2"], "task.condition_dropout=2 must be between 0 and 1"),
     (["data.canvas=13"], "must be a multiple"),
     (["data=videofolder"], "data.root is not set"),

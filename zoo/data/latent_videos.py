@@ -126,11 +126,16 @@ class VideoLatents(VideoData):
     def for_pipeline(self) -> dict[str, Any]:
         return {"sample_size": self.pixel_size}
 
-    def pixels(self, videos: Tensor) -> Tensor:
+    def pixels(self, videos: Tensor, *, device: torch.device | None = None) -> Tensor:
         from ..video.vae import decode
 
-        whole = videos.reshape(-1, *videos.shape[-4:])
-        return torch.cat([decode(self.vae, one).cpu() for one in whole.split(1)]).unflatten(0, videos.shape[:-4])
+        whole, home = videos.reshape(-1, *videos.shape[-4:]), self.vae.device
+        self.vae.to(device or home)
+        try:
+            made = [decode(self.vae, one.to(self.vae.device)).cpu() for one in whole.split(1)]
+        finally:
+            self.vae.to(home)  # training needs the memory
+        return torch.cat(made).unflatten(0, videos.shape[:-4])
 
     def setup(self, stage: str | None = None) -> None:
         self.datasets = dict(self.parts)

@@ -94,8 +94,8 @@ class VideoData(SeededData):
         mean, std = self._statistics(videos)
         return videos.float() * std + mean
 
-    def pixels(self, videos: Tensor) -> Tensor:
-        """Videos as the model makes them → pixels `[…, C, T, H, W]` in 0..1."""
+    def pixels(self, videos: Tensor, *, device: torch.device | None = None) -> Tensor:
+        """Videos as the model makes them → pixels `[…, C, T, H, W]` in 0..1; an autoencoder decodes on `device`."""
         return self.denormalize(videos).clamp(0, 1)
 
     def dataset(self, split: str) -> Dataset:

@@ -104,9 +104,18 @@ class ClipDataset(Dataset):
 
     def __init__(self, videos: list[Video], buckets: list[int], *, options: dict[str, Any], training: bool):
         self.videos, self.buckets, self.options, self.training = videos, buckets, options, training
+        self.peers: dict[int, list[int]] = {bucket: [] for bucket in set(buckets)}
+        self.places: list[int] = []  # of every video among its peers
+        for index, bucket in enumerate(buckets):
+            self.places.append(len(self.peers[bucket]))
+            self.peers[bucket].append(index)
 
     def __len__(self) -> int:
         return len(self.videos)
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Of a clip, `(3, T, H, W)`."""
+        return 3, self.options["frames"], *self.options["sizes"][self.buckets[index]]
 
     def times(self, info: VideoInfo) -> np.ndarray:
         """Seconds of the frames, `[T]`."""
@@ -131,8 +140,7 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, index: int) -> Item:
         broken: list[str] = []
-        peers = [i for i, bucket in enumerate(self.buckets) if bucket == self.buckets[index]]
-        place = peers.index(index)
+        peers, place = self.peers[self.buckets[index]], self.places[index]
         for attempt in range(min(TRIES, len(peers))):
             try:
                 item = self._read(peers[(place + attempt) % len(peers)])

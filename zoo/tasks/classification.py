@@ -110,7 +110,7 @@ class ClassificationTask(LightningModule):
         except (TypeError, ValueError, AssertionError) as error:
             raise ValueError(f"model.name={name!r} cannot be built with model.args={args}: {error}") from error
         if self.device_mesh is not None:
-            shard(self.model, self.device_mesh)
+            shard(self.model, self.device_mesh, precision=self.trainer.precision)
         if self.compile_cfg.get("enabled"):
             options = {key: self.compile_cfg[key] for key in ("mode", "fullgraph") if key in self.compile_cfg}
             for block in repeated_blocks(self.model) or [self.model]:

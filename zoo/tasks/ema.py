@@ -11,14 +11,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @torch.no_grad()
 def ema_update(
     averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor | int, *, decay: float, warmup: bool = False
 ) -> None:
-    """One step of the average, in place, on tensors of one device and dtype; integer buffers (counts) are copied."""
+    """One step of the average, in place, on tensors of one device, averages of one dtype, in which the step is made;
+    integer buffers (counts) are copied."""
+    currents = [current.to(average.dtype) for average, current in zip(averages, currents, strict=True)]
     if averages[0].is_floating_point():
         if warmup:
             n = int(num_averaged)
@@ -26,6 +28,10 @@ def ema_update(
         torch._foreach_lerp_(averages, currents, 1 - decay)
     else:
         torch._foreach_copy_(averages, currents)
+
+
+def _values(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 class EMA(WeightAveraging):
@@ -47,6 +53,7 @@ class EMA(WeightAveraging):
         # a closure could not go to spawned processes
         super().__init__(multi_avg_fn=partial(ema_update, decay=decay, warmup=warmup))
         self.update_starting_at_step = update_starting_at_step or 0
+        self._raw: list[Tensor] = []
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         return step_idx is not None and step_idx >= self.update_starting_at_step
@@ -63,12 +70,16 @@ class EMA(WeightAveraging):
             super().setup(trainer, pl_module, stage)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning exchanges both models, and an average in float32 would come back rounded to the weights' dtype."""
         if self._started:
-            super().on_validation_epoch_start(trainer, pl_module)
+            self._raw = [value.detach().clone() for value in _values(pl_module)]
+            self._copy_average_to_current(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._started:
-            super().on_validation_epoch_end(trainer, pl_module)
+            for value, raw in zip(_values(pl_module), self._raw, strict=True):
+                value.data.copy_(raw)
+            self._raw = []
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing yet: a checkpoint may still be written at the end of training, and it needs the raw weights."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 
@@ -33,12 +34,21 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return [block for block in blocks if id(block) not in outer]
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Splits the parameters of every repeated block, and those of the rest together, over the data-parallel devices."""
-    data_parallel = mesh["data_parallel"]
+def shard(model: nn.Module, mesh: DeviceMesh, *, precision: str = "32-true") -> None:
+    """Splits the parameters of every repeated block, and those of the rest together, over the data-parallel devices.
+
+    Args:
+        precision: of the trainer. With "bf16-mixed" the optimizer keeps its weights in float32; forward and backward
+            gather them as bfloat16, half as much to send, and gradients are summed in float32.
+    """
+    options: dict[str, Any] = {"mesh": mesh["data_parallel"]}
+    if precision == "bf16-mixed":  # autocast casts the inputs where it may: times must stay float32
+        options["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     for block in repeated_blocks(model):
-        fully_shard(block, mesh=data_parallel)
-    fully_shard(model, mesh=data_parallel)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
 
 
 class FullyShardedStrategy(ModelParallelStrategy):

@@ -30,6 +30,8 @@ from .sharding import repeated_blocks, shard
 Batch = dict[str, Any]
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SCHEDULERS = tuple(kind.value for kind in TYPE_TO_SCHEDULER_FUNCTION)
+ENDLESS = ("constant", "constant_with_warmup", "piecewise_constant")  # need not know how long training takes
+SCHEDULER_KEYS = ("name", "warmup_steps", "num_cycles", "power", "step_rules")
 
 
 class VideoDiffusionTask(LightningModule):
@@ -40,8 +42,9 @@ class VideoDiffusionTask(LightningModule):
             arguments of the model.
         in_channels, num_classes, text_dim: of the data.
         optimizer: arguments of `timm.optim.create_optimizer_v2`: `opt`, `lr`, `weight_decay`, `betas`, ….
-        scheduler: `name` and `warmup_steps` (of `diffusers.optimization.get_scheduler`), stepped at every update over
-            the length of training; None: the learning rate stays.
+        scheduler: `name`, `warmup_steps`, `num_cycles`, `power` and `step_rules` of
+            `diffusers.optimization.get_scheduler`, stepped at every update over the length of training; None: the
+            learning rate stays.
         shift, time_mean, time_std: of the density of the times; see `flow.sample_time`. Sample with the same shift.
         time_per: "video" or "frame": one time for a video or for every frame of patches (diffusion forcing).
         first_frame: chance that the first frame of patches is given: clean, with time 0 and no loss.
@@ -54,7 +57,8 @@ class VideoDiffusionTask(LightningModule):
         seed: of the run.
 
     Raises:
-        ValueError: an unknown preset, optimizer or scheduler, or a condition that the data do not have.
+        ValueError: an unknown preset, optimizer or scheduler, a number out of range, or a condition that the data do
+            not have.
     """
 
     def __init__(
@@ -84,6 +88,10 @@ class VideoDiffusionTask(LightningModule):
         for name, chance in (("first_frame", first_frame), ("condition_dropout", condition_dropout)):
             if not 0 <= chance <= 1:
                 raise ValueError(f"task.{name}={chance} must be between 0 and 1")
+        if shift <= 0:
+            raise ValueError(f"task.shift={shift} must be positive")
+        if time_std < 0:
+            raise ValueError(f"task.time_std={time_std} must not be negative")
         self.save_hyperparameters()
         self.model_cfg, self.in_channels, self.num_classes, self.text_dim = (
             dict(model),
@@ -125,7 +133,7 @@ class VideoDiffusionTask(LightningModule):
         if self.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if self.device_mesh is not None:
-            shard(self.model, self.device_mesh)
+            shard(self.model, self.device_mesh, precision=self.trainer.precision)
         if self.compile_cfg.get("enabled"):
             options = {key: self.compile_cfg[key] for key in ("mode", "fullgraph") if key in self.compile_cfg}
             for block in repeated_blocks(self.model):
@@ -137,10 +145,10 @@ class VideoDiffusionTask(LightningModule):
             return {}
         if self.conditioning == "class":
             labels = batch["label"]
-            dropped = torch.rand(labels.shape, device=labels.device) < dropout
+            dropped = torch.rand(labels.shape, device=labels.device, dtype=torch.float32) < dropout
             return {"class_labels": torch.where(dropped, self.num_classes, labels)}
         text, mask = batch["text"], batch["text_mask"]
-        dropped = torch.rand(len(text), device=text.device) < dropout
+        dropped = torch.rand(len(text), device=text.device, dtype=torch.float32) < dropout
         return {
             "encoder_hidden_states": text.masked_fill(dropped[:, None, None], 0),
             "encoder_attention_mask": mask | dropped[:, None],
@@ -164,14 +172,14 @@ class VideoDiffusionTask(LightningModule):
         if not self.first_frame:
             return t, torch.ones_like(t)
         t = t.view(batch, -1).expand(batch, frames).clone()
-        given = torch.rand(batch, device=video.device) < self.first_frame
+        given = torch.rand(batch, device=video.device, dtype=torch.float32) < self.first_frame
         t[given, 0] = 0
         weight = torch.ones_like(t)
         weight[given, 0] = 0
         return t, weight
 
     def loss(self, video: Tensor, noise: Tensor, t: Tensor, weight: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """Of the predicted velocity; see `flow.flow_loss`."""
+        """Of the predicted velocity; see `flow.flow_loss`. All tensors are float32, whatever the model is."""
         assert self.model is not None
         prediction = self.model(add_noise(video, noise, t), TIMESTEPS * t, **condition).sample
         return flow_loss(prediction, velocity(video, noise), weight=weight)
@@ -187,23 +195,24 @@ class VideoDiffusionTask(LightningModule):
         torch.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        video = batch["video"]
+        video, real = batch["video"].float(), batch["real"]
         t, weight = self.draw_time(video)
+        weight = weight * real.view(-1, *[1] * (weight.ndim - 1))  # of file order the last batch may be filled up
         condition = self.condition(batch, dropout=self.condition_dropout)
         loss = self.loss(video, torch.randn_like(video), t, weight, condition)
-        self.train_loss.update(loss.detach())
+        self.train_loss.update(loss.detach(), weight=real.sum())  # pyright: ignore
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         self.log("train/loss_step", loss.detach(), on_step=True, on_epoch=False, prog_bar=True)
         return loss
 
     def _evaluate(self, split: str, batch: Batch, batch_idx: int) -> None:
         """Losses at fixed times, with noise that is the same in every evaluation."""
-        video, real = batch["video"], batch["real"]
+        video, real = batch["video"].float(), batch["real"]
         generator = torch.Generator().manual_seed(mix_seed(self.global_rank, batch_idx))
-        noise = torch.randn(video.shape, generator=generator).to(video)
+        noise = torch.randn(video.shape, generator=generator, dtype=torch.float32).to(video.device)
         condition = self.condition(batch)
         for time in VALIDATION_TIMES:
-            t = torch.full((len(video),), time, device=video.device)
+            t = torch.full((len(video),), time, device=video.device, dtype=torch.float32)
             loss = self.loss(video, noise, t, real.float(), condition)
             for name in (f"{split}_loss", f"{split}_loss{_time_name(time)}"):
                 self.metrics[name].update(loss, weight=real.sum())  # pyright: ignore
@@ -223,12 +232,16 @@ class VideoDiffusionTask(LightningModule):
         optimizer = create_optimizer_v2(self.model, **self.optimizer_cfg)
         if not self.scheduler_cfg:
             return optimizer
-        scheduler = get_scheduler(
-            self.scheduler_cfg["name"],
-            optimizer,
-            num_warmup_steps=self.scheduler_cfg.get("warmup_steps", 0),
-            num_training_steps=int(self.trainer.estimated_stepping_batches),
-        )
+        options = {"warmup_steps": 0} | self.scheduler_cfg
+        name, warmup = options.pop("name"), options.pop("warmup_steps")
+        if name not in ENDLESS:
+            length = self.trainer.estimated_stepping_batches
+            if length == float("inf"):
+                raise ValueError(
+                    f"task.scheduler.name={name!r} needs an end: set trainer.max_epochs or trainer.max_steps"
+                )
+            options["num_training_steps"] = int(length)
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, **options)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -255,6 +268,9 @@ def _check_choices(model: Mapping, optimizer: Mapping, scheduler: Mapping | None
         raise unknown_name("task.optimizer.opt", optimizer["opt"], [str(name) for name in list_optimizers()])
     if scheduler and scheduler["name"] not in SCHEDULERS:
         raise unknown_name("task.scheduler.name", scheduler["name"], SCHEDULERS)
+    for key in scheduler or {}:
+        if key not in SCHEDULER_KEYS:
+            raise unknown_name("key of task.scheduler", key, SCHEDULER_KEYS)
     if time_per not in ("video", "frame"):
         raise unknown_name("task.time_per", time_per, ("video", "frame"))
 

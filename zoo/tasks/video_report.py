@@ -24,17 +24,29 @@ from .video_plots import plot_strips, plot_video_curves, write_grid
 JUDGE_CLIPS, SAMPLE_BATCH = 4000, 50
 
 
-def collect(data: VideoData, split: str, *, most: int, seed: int = 0) -> dict[str, Any]:
-    """Videos `[N, C, T, H, W]` of a split with their labels or texts, N at most `most`, the same ones every time."""
-    dataset = data.dataset(split)
-    size = len(dataset)  # pyright: ignore[reportArgumentType]
-    picked = torch.linspace(0, size - 1, min(most, size)).long().tolist()
+def collect(
+    data: VideoData, split: str, *, most: int, shape: tuple[int, ...] | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Videos `[N, C, T, H, W]` of a split with their labels or texts, N at most `most`, the same ones every time.
+
+    Args:
+        shape: `(C, T, H, W)` of the videos that count; None: that of the first one.
+
+    Raises:
+        ValueError: the split has no videos of that shape.
+    """
+    dataset: Any = data.dataset(split)
+    fitting = list(range(len(dataset)))
+    if hasattr(dataset, "shape"):  # of videos that differ in size
+        shape = shape or dataset.shape(0)
+        fitting = [index for index in fitting if dataset.shape(index) == shape]
+    if not fitting:
+        raise ValueError(f"the {split} split has no videos of shape {shape}")
     items = []
-    for index in picked:
-        with seeded(mix_seed(seed, index)):
-            items.append(dataset[index])
-    same = [item for item in items if item["video"].shape == items[0]["video"].shape]
-    return torch.utils.data.default_collate(same)
+    for place in torch.linspace(0, len(fitting) - 1, min(most, len(fitting))).long().tolist():
+        with seeded(mix_seed(seed, fitting[place])):
+            items.append(dataset[fitting[place]])
+    return torch.utils.data.default_collate(items)
 
 
 def make_pipeline(task: VideoDiffusionTask, data: VideoData, *, whole: bool = False) -> VideoDiTPipeline:
@@ -71,7 +83,10 @@ class VideoReport(MetricTable):
         fps: of the GIFs.
         judge_steps: batches that train a small 3-D CNN on the data, which says how many samples show their class and
             in whose features the Fréchet distance to held-out videos is; 0: no judge. It needs classes.
-        judged: samples for it.
+        judged: samples for it, at least 2.
+
+    Raises:
+        ValueError: `judged` or `guidance_scale` is too small.
     """
 
     def __init__(
@@ -86,10 +101,20 @@ class VideoReport(MetricTable):
         judged: int = 100,
     ):
         super().__init__(dirpath)
+        for name, value, least in (("judged", judged, 2), ("guidance_scale", guidance_scale, 0)):
+            if value < least:
+                raise ValueError(f"callbacks.report.{name}={value} must be at least {least}")
         self.sample_every, self.samples_per_class, self.fps = sample_every, samples_per_class, fps
         self.steps, self.guidance_scale = steps, guidance_scale
         self.judge_steps, self.judged = judge_steps, judged
         self._validations = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._validations = state_dict["validations"]
 
     def _conditions(self, task: VideoDiffusionTask, data: VideoData, count: int) -> tuple[dict[str, Tensor], list[str]]:
         """`count` conditions, and what they are called: every class in turn, or the texts of held-out videos."""
@@ -99,7 +124,10 @@ class VideoReport(MetricTable):
         if task.conditioning is None:
             return {}, [""] * count
         held_out = collect(data, "val", most=count)
-        return task.condition(held_out), held_out["caption"]
+        captions = held_out["caption"]
+        turns = torch.arange(count) % len(captions)  # there may be fewer
+        told = {name: value[turns] for name, value in task.condition(held_out).items()}
+        return told, [captions[turn] for turn in turns.tolist()]
 
     def _generate(self, task: VideoDiffusionTask, data: VideoData, condition: dict[str, Tensor], count: int) -> Tensor:
         """`count` videos `[N, C, T, H, W]` as the model makes them, on the CPU."""
@@ -109,18 +137,19 @@ class VideoReport(MetricTable):
         for start in range(0, count, SAMPLE_BATCH):
             chosen = slice(start, min(start + SAMPLE_BATCH, count))
             seeds = [mix_seed(0, i) for i in range(*chosen.indices(count))]
-            videos = pipeline(
-                class_labels=condition["class_labels"][chosen] if "class_labels" in condition else None,
-                prompt_embeds=condition["encoder_hidden_states"][chosen] if null else None,
-                prompt_attention_mask=condition["encoder_attention_mask"][chosen] if null else None,
-                negative_prompt_embeds=null["encoder_hidden_states"][chosen] if null else None,
-                negative_prompt_attention_mask=null["encoder_attention_mask"][chosen] if null else None,
-                num_videos_per_prompt=1 if condition else len(seeds),
-                num_inference_steps=self.steps,
-                guidance_scale=self.guidance_scale,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                output_type="latent",
-            )
+            with task.trainer.precision_plugin.forward_context():  # as in training
+                videos = pipeline(
+                    class_labels=condition["class_labels"][chosen] if "class_labels" in condition else None,
+                    prompt_embeds=condition["encoder_hidden_states"][chosen] if null else None,
+                    prompt_attention_mask=condition["encoder_attention_mask"][chosen] if null else None,
+                    negative_prompt_embeds=null["encoder_hidden_states"][chosen] if null else None,
+                    negative_prompt_attention_mask=null["encoder_attention_mask"][chosen] if null else None,
+                    num_videos_per_prompt=1 if condition else len(seeds),
+                    num_inference_steps=self.steps,
+                    guidance_scale=self.guidance_scale,
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                    output_type="latent",
+                )
             made.append(videos.frames.cpu())
         task.train(training)
         return torch.cat(made)
@@ -135,7 +164,7 @@ class VideoReport(MetricTable):
         videos = self._generate(task, data, condition, count)
         if not task.trainer.is_global_zero:
             return
-        videos = data.pixels(videos)
+        videos = data.pixels(videos, device=task.device)
         shown = captions[:classes] if task.conditioning == "class" else captions
         write_grid(videos, captions=shown, columns=classes, path=path, title=title, fps=self.fps)
 
@@ -167,7 +196,7 @@ class VideoReport(MetricTable):
         if _takes_part(task) and self.judge_steps and data.num_classes:
             with torch.inference_mode(False):  # the judge is trained here
                 metrics = self._judge(task, data)  # pyright: ignore[reportArgumentType]
-        for name in ("accuracy", "frechet"):
+        for name in ("accuracy", "frechet") if task.conditioning == "class" else ("frechet",):
             if self.judge_steps and data.num_classes:
                 task.log(f"test/{name}", metrics.get(name, 0.0), rank_zero_only=True)
         title = f"generated, {self.steps} steps, guidance {self.guidance_scale:g}"
@@ -180,12 +209,15 @@ class VideoReport(MetricTable):
         (self.dirpath / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
     def _judge(self, task: VideoDiffusionTask, data: VideoData) -> dict[str, Any]:
-        train, real = collect(data, "train", most=JUDGE_CLIPS), collect(data, "test", most=10 * self.judged)
+        condition, captions = self._conditions(task, data, self.judged)
+        made = self._generate(task, data, condition, self.judged)
+        train, real = (
+            collect(data, split, most=most, shape=tuple(made.shape[1:]))
+            for split, most in (("train", JUDGE_CLIPS), ("test", 10 * self.judged))
+        )
         judge: ClipJudge = fit_judge(
             train["video"], train["label"], steps=self.judge_steps, num_classes=data.num_classes
         )
-        condition, captions = self._conditions(task, data, self.judged)
-        made = self._generate(task, data, condition, self.judged)
         features = judge.features(real["video"])
 
         def distance(videos: Tensor) -> float:
@@ -194,21 +226,25 @@ class VideoReport(MetricTable):
         same = torch.randperm(len(real["video"]), generator=torch.Generator().manual_seed(0))[: self.judged]
         noise = torch.randn(made.shape, generator=torch.Generator().manual_seed(1))
         metrics = {
-            "accuracy": conditional_accuracy(made, condition["class_labels"], judge=judge),
             "accuracy of held-out videos": conditional_accuracy(real["video"], real["label"], judge=judge),
             "frechet": distance(made),
             f"frechet of {self.judged} held-out videos": distance(real["video"][same]),
             "frechet of noise": distance(noise),
             "frechet is": f"in the judge's features, {self.judged} videos against {len(features)} held-out ones",
         }
-        first = {label: i for i, label in reversed(list(enumerate(real["label"].tolist())))}
-        shown = [label for label in sorted(first) if label < self.judged][:10]  # clip i was made for class i at first
-        title = f"{100 * metrics['accuracy']:.0f} % of {self.judged} show their class; Fréchet {metrics['frechet']:.1f}"
+        title = f"Fréchet {metrics['frechet']:.1f}"
+        shown = beside = list(range(min(10, self.judged, len(features))))
+        if "class_labels" in condition:
+            metrics = {"accuracy": conditional_accuracy(made, condition["class_labels"], judge=judge)} | metrics
+            title = f"{100 * metrics['accuracy']:.0f} % of {self.judged} show their class; {title}"
+            first = {label: i for i, label in reversed(list(enumerate(real["label"].tolist())))}
+            shown = [label for label in sorted(first) if label < self.judged][:10]  # clip i is made for class i
+            beside = [first[label] for label in shown]
         if task.global_rank == 0:
             plot_strips(
-                data.pixels(made[shown]),
-                data.pixels(real["video"][[first[label] for label in shown]]),
-                captions=[captions[label] for label in shown],
+                data.pixels(made[shown], device=task.device),
+                data.pixels(real["video"][beside], device=task.device),
+                captions=[captions[i] for i in shown],
                 title=title,
                 path=self.dirpath / "samples.png",
             )
