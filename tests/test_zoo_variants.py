@@ -52,6 +52,7 @@ def test_windows(name, size, window):
 @pytest.mark.parametrize(("size", "split"), [(224, 7), (384, 12)])
 @pytest.mark.parametrize("name", ["agent_cswin_t", "agent_cswin_s", "agent_cswin_b"])
 def test_stripes(name, size, split):
+    """The last stage has one window, the map."""
     assert per_stage(timm.create_model(name, img_size=size, device="meta"), "split") == [
         split,
         None,
