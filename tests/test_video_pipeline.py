@@ -1,8 +1,11 @@
 """VideoDiTPipeline keeps what diffusers' pipelines promise: saving, components, batches, callbacks, guidance."""
 
+import ast
+import inspect
 import json
 import subprocess
 import sys
+import textwrap
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
+from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
 from foveal.zoo.video import VideoDiTPipeline
 from video_models import CALL, SIZE, TEXT, letters, scrambled, seeded, tiny_pipe
 
@@ -215,8 +219,9 @@ def test_a_tokenizer_is_called_as_those_of_transformers():
 
     pipe = tiny_pipe("cross", text_encoder=encoder)
     pipe.register_modules(tokenizer=tokenizer)
-    embeds, mask = pipe.encode_prompt("rain", device=torch.device("cpu"), max_sequence_length=6)
+    embeds, mask, *negative = pipe.encode_prompt("rain", "sun", max_sequence_length=6)
     assert embeds.shape == (1, 6, TEXT) and mask.tolist() == [[True] * 4 + [False] * 2]
+    assert negative[0].shape == (1, 6, TEXT) and negative[1].tolist() == [[True] * 3 + [False] * 3]
 
 
 def test_callbacks_see_every_step_and_may_change_what_follows():
@@ -307,6 +312,77 @@ def test_given_noise_levels_are_shifted_as_the_scheduler_says(scheduler):
     torch.testing.assert_close(pipe.scheduler.sigmas, expected, rtol=0, atol=2e-6)
 
 
+def test_prompts_are_encoded_apart_from_the_model():
+    """As test_encode_prompt_works_in_isolation of diffusers' pipeline tests goes about it."""
+    full = tiny_pipe("cross", text_encoder=lambda texts: (letters(texts, 6), letters(texts, 6)[..., 0] < 9))
+    parameters = inspect.signature(VideoDiTPipeline.__call__).parameters
+    encoder = VideoDiTPipeline(transformer=None, scheduler=None, text_encoder=full.text_encoder)
+    required = [
+        name
+        for name, parameter in inspect.signature(encoder.encode_prompt).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+    ]
+    assert set(required) <= set(parameters)
+    visitor = ReturnNameVisitor()
+    visitor.visit(ast.parse(textwrap.dedent(inspect.getsource(VideoDiTPipeline.encode_prompt))))
+    assert len(visitor.return_names) == 4 and set(visitor.return_names) <= set(parameters)
+
+    texts = {"prompt": ["rain", "sun"], "negative_prompt": "fog", "num_videos_per_prompt": 2}
+    encoded = encoder.encode_prompt(**texts)
+    assert [len(x) for x in encoded] == [4, 4, 4, 4] and encoded[1].dtype == torch.bool
+    call = CALL | {"output_type": "latent"}
+    given = dict(zip(visitor.return_names, encoded, strict=True))
+    made = tiny_pipe("cross")(**given, **call, generator=seeded()).frames
+    assert torch.equal(made, full(**texts, **call, generator=seeded()).frames)
+    unguided = encoder.encode_prompt("rain", do_classifier_free_guidance=False, dtype=torch.float16)
+    assert unguided[0].dtype == torch.float16 and unguided[2:] == (None, None)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_negative_text_serves_all_prompts(masked):
+    embeds, one = letters(["rain", "sun"], 5), letters(["fog"], 4)
+    call = CALL | {"prompt_embeds": embeds, "num_videos_per_prompt": 2, "output_type": "latent"}
+    masks = [torch.tensor([[1, 1, 1, 0]]).expand(n, 4) if masked else None for n in (1, 2)]
+    made, again = (
+        tiny_pipe("cross")(
+            **call,
+            generator=seeded(),
+            negative_prompt_embeds=one.expand(len(mask_of), -1, -1),
+            negative_prompt_attention_mask=mask,
+        ).frames
+        for mask_of, mask in zip((one, embeds), masks, strict=True)
+    )
+    assert torch.equal(made, again)
+
+
+@pytest.mark.parametrize("conditioning", ["cross", "joint"])
+def test_the_null_text_may_be_zeros_and_needs_no_encoder(conditioning, tmp_path):
+    embeds = letters(["rain", "sun"], 5)
+    call = CALL | {"output_type": "latent"}
+    pipe = tiny_pipe(conditioning)
+    zeros = pipe(**call, prompt_embeds=embeds, negative_prompt_embeds=torch.zeros(2, 5, TEXT), generator=seeded())
+    pipe.register_to_config(null_text="zeros")
+    pipe.save_pretrained(tmp_path)
+    loaded = VideoDiTPipeline.from_pretrained(tmp_path, transformer=pipe.transformer)
+    loaded.set_progress_bar_config(disable=True)
+    made = loaded(**call, prompt_embeds=embeds, generator=seeded()).frames
+    assert torch.equal(made, zeros.frames)
+    loaded.text_encoder = lambda texts: letters(texts, 5)
+    encoded = loaded(**call, prompt=["rain", "sun"], generator=seeded()).frames
+    torch.testing.assert_close(encoded, made)
+    asked = loaded(**call, prompt=["rain", "sun"], negative_prompt="", generator=seeded()).frames
+    assert not torch.allclose(asked, made, atol=1e-3)
+
+    # segments: as many words as one text has
+    segments = {"segment_frames": [1, 3], "generator": seeded()}
+    made = loaded(**call, **segments, prompt_embeds=embeds[None]).frames
+    segments["generator"] = seeded()
+    expected = loaded(
+        **call, **segments, prompt_embeds=embeds[None], negative_prompt_embeds=torch.zeros(1, 5, TEXT)
+    ).frames
+    torch.testing.assert_close(made, expected)
+
+
 BROKEN = {
     "height=6 must be a multiple of 4": {"height": 6},
     "num_frames=0 must be n frames": {"num_frames": 0},
@@ -323,6 +399,11 @@ BROKEN = {
     "4 frames are given of 4": {"video": torch.zeros(1, 4, 1, 8, 8)},
     "chunk_frames=2 needs a model whose layers are all causal": {"chunk_frames": 2},
     "segment_frames needs a model of texts": {"segment_frames": [2, 2]},
+    "num_inference_steps=0 must be an integer of at least 1": {"num_inference_steps": 0},
+    "num_inference_steps=2.5 must be an integer": {"num_inference_steps": 2.5},
+    "num_videos_per_prompt=0 must be an integer of at least 1": {"num_videos_per_prompt": 0},
+    "fps=0 must be more than 0": {"fps": 0},
+    r"sigmas=\[\] must hold at least one": {"sigmas": []},
     "pag_scale=2.0 needs pag_heads": {"pag_scale": 2.0},
     r"pag_heads=\{5: \[0\]\} must be within 2 layers": {"pag_scale": 2.0, "pag_heads": {5: [0]}},
     "pag_strength=1.5 must be in 0..1": {"pag_scale": 2.0, "pag_heads": {0: [0]}, "pag_strength": 1.5},
@@ -333,6 +414,39 @@ BROKEN = {
 def test_wrong_arguments_are_named(message):
     with pytest.raises(ValueError, match=message):
         tiny_pipe()(**({"class_labels": 1, "num_inference_steps": 1} | BROKEN[message]))
+
+
+BROKEN_TEXTS = {
+    r"prompt=\[\] must be a string or a list of at least one": {"prompt": []},
+    r"prompt=\['rain', 5\] must be a string": {"prompt": ["rain", 5]},
+    r"prompt=\[\['rain'\]\] must be a string": {"prompt": [["rain"]]},
+    "prompt=7 must be a string": {"prompt": 7, "segment_frames": [2, 2]},
+    r"negative_prompt=\[None\] must be a string": {"prompt": "rain", "negative_prompt": [None]},
+    "prompt_attention_mask belongs to prompt_embeds": {
+        "prompt": "rain",
+        "prompt_attention_mask": torch.ones(1, 3, dtype=torch.bool),
+    },
+    "^negative_prompt_attention_mask belongs to negative_prompt_embeds": {
+        "prompt": "rain",
+        "negative_prompt_attention_mask": torch.ones(1, 3, dtype=torch.bool),
+    },
+    r"prompt_attention_mask has shape \[1, 4\], expected \[1, 5\]": EMBEDS
+    | {"prompt_attention_mask": torch.ones(1, 4, dtype=torch.bool)},
+    r"prompt_embeds has shape \[5, 12\], expected \[B, L, text_dim\]": {"prompt_embeds": torch.zeros(5, TEXT)},
+    r"negative_prompt_embeds has shape \[1, 1, 4, 12\], expected \[B, L, text_dim\]": {
+        "prompt": "rain",
+        "negative_prompt_embeds": torch.zeros(1, 1, 4, TEXT),
+    },
+}
+
+
+@pytest.mark.parametrize("message", BROKEN_TEXTS)
+def test_wrong_texts_are_named_before_anything_is_encoded(message):
+    def encoder(texts):
+        raise AssertionError("encoded")
+
+    with pytest.raises(ValueError, match=message):
+        tiny_pipe("cross", text_encoder=encoder)(num_inference_steps=1, **BROKEN_TEXTS[message])
 
 
 def test_missing_texts_and_sizes_are_named():
@@ -347,6 +461,10 @@ def test_missing_texts_and_sizes_are_named():
         tiny_pipe("cross", text_encoder=letters)(prompt="rain", **EMBEDS)
     with pytest.raises(ValueError, match="3 negative prompts for 1 videos"):
         tiny_pipe("cross", text_encoder=letters)(prompt="rain", negative_prompt=["a", "b", "c"])
+    with pytest.raises(ValueError, match="prompt or prompt_embeds must be given"):
+        tiny_pipe("cross", text_encoder=letters).encode_prompt(negative_prompt="rain")
+    with pytest.raises(ValueError, match=r"null_text='none' must be one of \('empty', 'zeros'\)"):
+        VideoDiTPipeline(pipe.transformer, pipe.scheduler, null_text="none")
     pipe.register_to_config(sample_size=None)
     with pytest.raises(ValueError, match="num_frames=None, height=8, width=8 must be given"):
         pipe(height=8, width=8, **EMBEDS)

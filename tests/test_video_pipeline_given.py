@@ -1,5 +1,7 @@
 """Frames that are given, rollout, and the way through autoencoders and files."""
 
+from fractions import Fraction
+
 import accelerate
 import numpy as np
 import pytest
@@ -183,6 +185,13 @@ def test_each_video_may_have_an_image_of_its_own():
     images = torch.rand(2, 1, 8, 8, generator=seeded(2))
     made = pipe(class_labels=[1, 2], num_inference_steps=1, image=images, output_type="pt").frames
     torch.testing.assert_close(made[:, 0], images)
+    call = {"num_inference_steps": 1, "output_type": "pt", "num_videos_per_prompt": 2}
+    made = pipe(class_labels=[1, 2], image=images, **call).frames
+    torch.testing.assert_close(made[:, 0], images.repeat_interleave(2, dim=0))
+    four = torch.rand(4, 1, 8, 8, generator=seeded(3))
+    torch.testing.assert_close(pipe(class_labels=[1, 2], image=four, **call).frames[:, 0], four)
+    with pytest.raises(ValueError, match="image has 2 for 4 videos of 4 prompts"):
+        pipe(class_labels=[1, 2, 3, 4], num_inference_steps=1, image=images)
     with pytest.raises(ValueError, match="image has 2 for 3 videos"):
         pipe(class_labels=[1, 2, 3], num_inference_steps=1, image=images)
 
@@ -221,6 +230,40 @@ def test_a_rollout_starts_from_what_is_given_and_a_chunk_may_be_short():
     assert pipe.num_timesteps == 4
 
 
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_an_interrupted_rollout_returns_the_chunks_it_finished(stop):
+    """Two chunks of two steps: whether the last step done is the second, third or fourth."""
+    pipe = tiny_pipe("class", **CAUSAL)
+    call = CALL | {"class_labels": 1, "chunk_frames": 2, "output_type": "latent"}
+    whole, calls = pipe(**call, generator=seeded()).frames, []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: calls.append(args[1]))
+
+    def end(pipeline, step, timestep, tensors):
+        pipeline._interrupt = step == stop
+        return tensors
+
+    made = pipe(**call, generator=seeded(), callback_on_step_end=end).frames
+    torch.testing.assert_close(made, whole[:, :, : 4 if stop == 3 else 2])
+    assert sum(bool(timestep.any()) for timestep in calls) == 2 * (stop + 1)
+
+
+def test_a_rollout_interrupted_at_once_returns_what_was_given_or_the_steps_done():
+    pipe = tiny_pipe("class", **CAUSAL)
+    video = torch.rand(1, 1, 1, 8, 8, generator=seeded(2))
+
+    def end(pipeline, step, timestep, tensors):
+        pipeline._interrupt = True
+        return tensors
+
+    call = CALL | {"class_labels": 1, "output_type": "pt", "callback_on_step_end": end, "generator": seeded()}
+    torch.testing.assert_close(pipe(**call, chunk_frames=2, video=video).frames, video)
+    plain, rolled = (
+        pipe(**call | {"generator": seeded(), "num_frames": frames}, chunk_frames=chunk).frames
+        for frames, chunk in ((2, None), (2, 2))
+    )
+    torch.testing.assert_close(rolled, plain)
+
+
 def test_gifs_and_films_hold_the_frames(tmp_path):
     av = pytest.importorskip("av")
     pipe = tiny_pipe("class")
@@ -250,6 +293,10 @@ def test_odd_sizes_and_wrong_paths_of_files(tmp_path):
     with av.open(str(path)) as film:
         (stream,) = film.streams.video
         assert (stream.width, stream.height, stream.frames) == (6, 8, 3)
+    for fps, rate in ((7.5, Fraction(15, 2)), (29.97, Fraction(2997, 100)), (24000 / 1001, Fraction(24000, 1001))):
+        (path,) = save_clips([frames], tmp_path / "rate.mp4", kind="mp4", fps=fps)
+        with av.open(str(path)) as film:
+            assert film.streams.video[0].average_rate == rate
     (path,) = save_clips([frames], None, kind="gif")
     assert path.is_file() and path.suffix == ".gif"
     with pytest.raises(ValueError, match=r"output_path='.*odd.mp4' must end in .gif"):

@@ -64,7 +64,7 @@ def make_pipeline(task: VideoDiffusionTask, data: VideoData, *, whole: bool = Fa
         if task.global_rank == 0:
             model.load_state_dict(state)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=task.shift)
-    pipeline = VideoDiTPipeline(model, scheduler, vae=data.vae, **data.for_pipeline)
+    pipeline = VideoDiTPipeline(model, scheduler, vae=data.vae, null_text="zeros", **data.for_pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -20,12 +22,18 @@ def check_call(
     negative_prompt: Any,
     prompt_embeds: Tensor | None,
     negative_prompt_embeds: Tensor | None,
+    prompt_attention_mask: Tensor | None,
+    negative_prompt_attention_mask: Tensor | None,
     class_labels: Any,
     image: Any,
     video: Any,
     height: int,
     width: int,
     num_frames: int,
+    num_inference_steps: int,
+    num_videos_per_prompt: int,
+    sigmas: Sequence[float] | None,
+    fps: float,
     segment_frames: Sequence[int] | None,
     chunk_frames: int | None,
     pag_scale: float,
@@ -36,6 +44,7 @@ def check_call(
     callback_on_step_end_tensor_inputs: Sequence[str],
 ) -> None:
     """Raises ValueError, naming the argument, unless the call fits the model and itself."""
+    _check_counts(num_inference_steps, num_videos_per_prompt, sigmas, fps)
     conditioning, patch = pipe.transformer.config.conditioning, pipe.transformer.config.patch_size
     for name, value, size in (("height", height, patch[1]), ("width", width, patch[2])):
         multiple = pipe.latent_space.space * size
@@ -63,16 +72,19 @@ def check_call(
             raise ValueError(f"{name} and {name}_embeds must not be given both")
         if not texts and (value is not None or embeds is not None):
             raise ValueError(f"{name} needs a model of texts; conditioning={conditioning!r}")
-        if value is not None and not isinstance(value, str | list):
-            raise ValueError(f"{name} must be a string or a list of strings, got {type(value).__name__}")
+        if value is not None:
+            _check_texts(name, value, nested=name == "prompt" and segment_frames is not None)
         if value is not None and pipe.text_encoder is None:
             raise ValueError(f"{name} needs a text_encoder, which this pipeline lacks: give {name}_embeds")
+    _check_embeds("prompt", prompt_embeds, prompt_attention_mask, segment_frames)
+    _check_embeds("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask, None)
     if texts and prompt is None and prompt_embeds is None:
         raise ValueError("prompt or prompt_embeds must be given")
-    if texts and pipe.do_classifier_free_guidance and pipe.text_encoder is None and negative_prompt_embeds is None:
+    null_is_known = pipe.text_encoder is not None or pipe.config.null_text == "zeros"
+    if texts and pipe.do_classifier_free_guidance and negative_prompt_embeds is None and not null_is_known:
         raise ValueError(
-            f"guidance_scale={pipe._guidance_scale} needs negative_prompt_embeds, "
-            "or a text_encoder for the empty prompt"
+            f"guidance_scale={pipe._guidance_scale} needs negative_prompt_embeds, a text_encoder for the empty prompt, "
+            "or a pipeline of null_text='zeros'"
         )
 
     if image is not None and video is not None:
@@ -90,3 +102,37 @@ def check_call(
     if pag_scale and not pag_heads:
         raise ValueError(f"pag_scale={pag_scale} needs pag_heads, layer -> heads")
     check_heads(pipe.transformer, pag_heads or {}, pag_strength)
+
+
+def _check_counts(steps: int, videos: int, sigmas: Sequence[float] | None, fps: float) -> None:
+    for name, value in (("num_inference_steps", steps), ("num_videos_per_prompt", videos)):
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}={value} must be an integer of at least 1")
+    if sigmas is not None and len(sigmas) == 0:
+        raise ValueError("sigmas=[] must hold at least one noise level")
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps={fps} must be more than 0")
+
+
+def _check_texts(name: str, value: Any, *, nested: bool) -> None:
+    """A string or strings; nested: those of segments, of one video or of each."""
+    texts = [value] if isinstance(value, str) else value
+    if nested and isinstance(texts, list):
+        texts = [text for some in texts for text in (some if isinstance(some, list) else [some])]
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name}={value!r} must be a string or a list of at least one string")
+
+
+def _check_embeds(name: str, embeds: Tensor | None, mask: Tensor | None, segments: Sequence[int] | None) -> None:
+    if mask is not None and embeds is None:
+        raise ValueError(f"{name}_attention_mask belongs to {name}_embeds, which is not given")
+    expected = "[B, L, text_dim]" if segments is None else f"[B, {len(segments)}, L, text_dim]"
+    if embeds is not None and (
+        embeds.ndim != (3 if segments is None else 4) or (segments is not None and embeds.shape[1] != len(segments))
+    ):
+        raise ValueError(f"{name}_embeds has shape {list(embeds.shape)}, expected {expected}")
+    if embeds is not None and mask is not None and mask.shape != embeds.shape[:-1]:
+        raise ValueError(
+            f"{name}_attention_mask has shape {list(mask.shape)}, expected {list(embeds.shape[:-1])}, "
+            f"that of {name}_embeds"
+        )

@@ -44,45 +44,77 @@ def prepare_conditions(
     if prompt is None and prompt_embeds is None:
         return {"cond": {}}, None
 
-    encode_all = {"device": device, "max_sequence_length": max_sequence_length}
-    embeds, mask = prompt_embeds, prompt_attention_mask
-    if embeds is None and segment_frames is None:
-        embeds, mask = pipe.encode_prompt(prompt, **encode_all)
-    elif embeds is None and segment_frames is not None:
-        assert prompt is not None
-        count = len(segment_frames)
+    segments = None
+    if segment_frames is not None:
+        prompt_embeds, prompt_attention_mask, segments = _segments(
+            pipe, prompt, prompt_embeds, prompt_attention_mask, segment_frames, max_sequence_length, device
+        )  # [B, segments, L, text_dim]
+        if negative_prompt is None and negative_prompt_embeds is None and pipe.config.null_text == "zeros":
+            negative_prompt_embeds = torch.zeros_like(prompt_embeds[:, 0])  # of one text's length
+        prompt, prompt_embeds = None, prompt_embeds.flatten(1, 2)
+        prompt_attention_mask = None if prompt_attention_mask is None else prompt_attention_mask.flatten(1, 2)
+    embeds, mask, unwanted, unwanted_mask = pipe.encode_prompt(
+        prompt,
+        negative_prompt,
+        do_classifier_free_guidance="uncond" in names,
+        num_videos_per_prompt=repeats,
+        prompt_embeds=prompt_embeds,
+        negative_prompt_embeds=negative_prompt_embeds,
+        prompt_attention_mask=prompt_attention_mask,
+        negative_prompt_attention_mask=negative_prompt_attention_mask,
+        max_sequence_length=max_sequence_length,
+        device=device,
+    )
+    sides = {"cond": (embeds, mask), "uncond": (unwanted, unwanted_mask)}
+    conditions = {
+        name: {"encoder_hidden_states": sides[name][0], "encoder_attention_mask": sides[name][1]} for name in names
+    }
+    return conditions, segments
+
+
+def _segments(
+    pipe: Any,
+    prompt: Any,
+    embeds: Tensor | None,
+    mask: Tensor | None,
+    segment_frames: Sequence[int],
+    length: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor | None, Segments]:
+    """Texts of segments, `[B, segments, L, text_dim]` and `[B, segments, L]`, and which frames are theirs."""
+    count = len(segment_frames)
+    if embeds is None:
         videos = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], str) else prompt
         videos = [[texts] if isinstance(texts, str) else texts for texts in videos]
         if any(len(texts) != count for texts in videos):
             raise ValueError(f"prompt={prompt} must have {count} texts for segment_frames")
-        embeds, mask = pipe.encode_prompt([text for texts in videos for text in texts], **encode_all)
-        embeds = embeds.unflatten(0, (len(videos), -1))  # [B, segments, L, text_dim]
+        embeds, mask, _, _ = pipe.encode_prompt(
+            [text for texts in videos for text in texts],
+            do_classifier_free_guidance=False,
+            max_sequence_length=length,
+            device=device,
+        )
+        assert embeds is not None
+        embeds = embeds.unflatten(0, (len(videos), -1))
         mask = None if mask is None else mask.unflatten(0, (len(videos), -1))
-    assert embeds is not None
-    segments = None
-    if segment_frames is not None:
-        if embeds.ndim != 4 or embeds.shape[1] != len(segment_frames):
-            raise ValueError(
-                f"prompt_embeds has shape {list(embeds.shape)}, expected [B, {len(segment_frames)}, L, text_dim]"
-            )
-        ends = [pipe.token_frames(end, "frames up to the end of a segment") for end in accumulate(segment_frames)]
-        lengths = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
-        segments = Segments(lengths, (embeds.shape[2],) * len(lengths))
-        embeds, mask = embeds.flatten(1, 2), None if mask is None else mask.flatten(1, 2)
-    conditions = {"cond": _text(pipe, embeds, mask, repeats, device)}
-    if "uncond" in names:
-        unwanted, unwanted_mask = negative_prompt_embeds, negative_prompt_attention_mask
-        if unwanted is None:
-            texts = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
-            texts = texts * len(embeds) if len(texts) == 1 else texts
-            unwanted, unwanted_mask = pipe.encode_prompt(texts, **encode_all)
-        if len(unwanted) != len(embeds):
-            raise ValueError(f"{len(unwanted)} negative prompts for {len(embeds)} videos; one, or one for each")
-        conditions["uncond"] = _text(pipe, unwanted, unwanted_mask, repeats, device)
-    return conditions, segments
+    ends = [pipe.token_frames(end, "frames up to the end of a segment") for end in accumulate(segment_frames)]
+    lengths = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+    return embeds, mask, Segments(lengths, (embeds.shape[2],) * count)
 
 
-def _text(pipe: Any, embeds: Tensor, mask: Tensor | None, repeats: int, device: torch.device) -> dict[str, Any]:
-    embeds = embeds.to(device=device, dtype=pipe.transformer.dtype).repeat_interleave(repeats, dim=0)
-    mask = None if mask is None else mask.to(device).bool().repeat_interleave(repeats, dim=0)
-    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+def encode_texts(
+    encoder: Any, prompts: str | Sequence[str], *, tokenizer: Any, length: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Embeddings `[B, L, text_dim]` of B prompts and which words count, `[B, L]`, None for all."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if tokenizer is not None:
+        tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        mask = tokens.attention_mask.to(device)
+        return encoder(tokens.input_ids.to(device), attention_mask=mask)[0], mask
+    embeds = encoder(prompts)
+    return embeds if isinstance(embeds, tuple) else (embeds, None)
+
+
+def rows(x: Tensor, *, count: int, times: int, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    """One row or `count` rows, each as often as its prompt has videos: `[count * times, ...]`."""
+    return x.to(device=device, dtype=dtype).expand(count, *x.shape[1:]).repeat_interleave(times, dim=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from PIL import Image
 SUFFIXES = ("gif", "mp4")
 
 
-def save_gif(frames: list[Image.Image], path: str | Path, *, fps: int = 8) -> Path:
+def save_gif(frames: list[Image.Image], path: str | Path, *, fps: float = 8) -> Path:
     """Frames of equal size to a GIF that loops; its delays are hundredths of a second, so at most 50 fps."""
     return Path(export_to_gif(frames, str(path), fps=fps))
 
 
-def save_mp4(frames: list[Image.Image], path: str | Path, *, fps: int = 8) -> Path:
+def save_mp4(frames: list[Image.Image], path: str | Path, *, fps: float = 8) -> Path:
     """Frames of equal size to H.264 in MP4, as browsers show it.
 
     An odd last row or column is repeated, since the format stores colours at half resolution.
@@ -27,9 +28,10 @@ def save_mp4(frames: list[Image.Image], path: str | Path, *, fps: int = 8) -> Pa
 
     pixels = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])  # [T, H, W, 3]
     height, width = pixels.shape[1:3]
+    rate = Fraction(fps).limit_denominator(1001)  # 29.97 and 23.976 among them
     pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "17"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
         stream.height, stream.width, stream.pix_fmt = pixels.shape[1], pixels.shape[2], "yuv420p"
         for frame in pixels:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -52,7 +54,7 @@ def check_path(path: str | Path | None, kind: str) -> None:
         raise ImportError("MP4 files need PyAV: pip install 'foveal[video]'; output_type='gif' works without")
 
 
-def save_clips(clips: list[list[Image.Image]], path: str | Path | None, *, kind: str, fps: int = 8) -> list[Path]:
+def save_clips(clips: list[list[Image.Image]], path: str | Path | None, *, kind: str, fps: float = 8) -> list[Path]:
     """One file per clip.
 
     Args:

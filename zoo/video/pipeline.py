@@ -23,13 +23,15 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from .checks import check_call
-from .conditions import prepare_conditions
+from .conditions import encode_texts, prepare_conditions, rows
 from .export import save_clips
 from .guidance import Heads, guide, perturbed_heads
 from .kv_cache import KVCache
 from .segments import Segments, segmented
 from .transformer import VideoDiT
 from .vae import LatentSpace, decode, encode, latent_space
+
+NULL_TEXTS = ("empty", "zeros")
 
 
 @dataclass
@@ -57,6 +59,11 @@ class VideoDiTPipeline(DiffusionPipeline):
         tokenizer: as those of `transformers`.
         pixel_mean, pixel_std: per channel, what a model of pixels was trained on: (pixels in 0..1 - mean) / std.
         sample_size: frames, height and width of a video when the call does not say.
+        null_text: what guidance leads away from when a call does not say: "empty", the empty prompt, or "zeros",
+            embeddings of zeros, as models of this project are trained.
+
+    Raises:
+        ValueError: another null_text.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -79,8 +86,11 @@ class VideoDiTPipeline(DiffusionPipeline):
         pixel_mean: Sequence[float] | None = None,
         pixel_std: Sequence[float] | None = None,
         sample_size: Sequence[int] | None = None,
+        null_text: str = "empty",
     ):
         super().__init__()
+        if null_text not in NULL_TEXTS:
+            raise ValueError(f"null_text={null_text!r} must be one of {NULL_TEXTS}")
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -88,6 +98,7 @@ class VideoDiTPipeline(DiffusionPipeline):
             pixel_mean=None if pixel_mean is None else list(pixel_mean),
             pixel_std=None if pixel_std is None else list(pixel_std),
             sample_size=None if sample_size is None else list(sample_size),
+            null_text=null_text,
         )
         # sizes are checked against model and VAE, so the processor need not round them
         self.video_processor = VideoProcessor(vae_scale_factor=1, do_normalize=False, resample="bilinear")
@@ -157,23 +168,69 @@ class VideoDiTPipeline(DiffusionPipeline):
         return latents // patch
 
     def encode_prompt(
-        self, prompt: str | Sequence[str], *, device: torch.device, max_sequence_length: int = 226
-    ) -> tuple[Tensor, Tensor | None]:
-        """Embeddings `[B, L, text_dim]` of B prompts and which words count, bool `[B, L]`, None for all."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        mask = None
-        if self.tokenizer is not None:
-            tokens = self.tokenizer(
-                prompts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int = 226,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What the model takes for texts, one row for each video; needs no transformer.
+
+        Args:
+            prompt: B texts, unless prompt_embeds is given.
+            negative_prompt: one or B; the null text when neither this nor negative_prompt_embeds is given.
+            do_classifier_free_guidance: whether negative ones are wanted.
+            num_videos_per_prompt: every row is repeated so often, those of embeddings that are given too.
+            prompt_embeds, negative_prompt_embeds: `[B, L, text_dim]` or, the negative ones, `[1, L, text_dim]`.
+            prompt_attention_mask, negative_prompt_attention_mask: of given embeddings, words that count, bool `[B, L]`.
+            max_sequence_length: words of a prompt, with a tokenizer.
+            device, dtype: of the result; where the pipeline computes and the transformer's, or else the text encoder's.
+
+        Returns:
+            prompt_embeds, prompt_attention_mask, negative_prompt_embeds and negative_prompt_attention_mask under the
+            names of the call's arguments; masks are None where all words count, negative ones without guidance.
+
+        Raises:
+            ValueError: no prompt, or not as many negative prompts as prompts, nor one.
+        """
+        device, dtype = device or self._execution_device, dtype or self._text_dtype()
+        encoders = {"tokenizer": self.tokenizer, "length": max_sequence_length, "device": device}
+        if prompt_embeds is None:
+            if prompt is None:
+                raise ValueError("prompt or prompt_embeds must be given")
+            prompt_embeds, prompt_attention_mask = encode_texts(self.text_encoder, prompt, **encoders)
+        if not do_classifier_free_guidance:
+            negative_prompt_embeds = negative_prompt_attention_mask = None
+        elif negative_prompt_embeds is None and negative_prompt is None and self.config.null_text == "zeros":
+            negative_prompt_embeds, negative_prompt_attention_mask = torch.zeros_like(prompt_embeds), None
+        elif negative_prompt_embeds is None:
+            negative_prompt_embeds, negative_prompt_attention_mask = encode_texts(
+                self.text_encoder, negative_prompt or "", **encoders
             )
-            mask = tokens.attention_mask.to(device)
-            embeds = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
-        else:
-            embeds = self.text_encoder(prompts)
-            if isinstance(embeds, tuple):
-                embeds, mask = embeds
-        embeds = embeds.to(device=device, dtype=self.transformer.dtype)
-        return embeds, None if mask is None else mask.to(device).bool()
+        if negative_prompt_embeds is not None and len(negative_prompt_embeds) not in (1, len(prompt_embeds)):
+            raise ValueError(
+                f"{len(negative_prompt_embeds)} negative prompts for {len(prompt_embeds)} videos; one, or one for each"
+            )
+        repeat = {"count": len(prompt_embeds), "times": num_videos_per_prompt, "device": device}
+        prompt_embeds = rows(prompt_embeds, dtype=dtype, **repeat)
+        if prompt_attention_mask is not None:
+            prompt_attention_mask = rows(prompt_attention_mask, dtype=torch.bool, **repeat)
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds = rows(negative_prompt_embeds, dtype=dtype, **repeat)
+        if negative_prompt_attention_mask is not None:
+            negative_prompt_attention_mask = rows(negative_prompt_attention_mask, dtype=torch.bool, **repeat)
+        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+
+    def _text_dtype(self) -> torch.dtype | None:
+        model = self.text_encoder if self.transformer is None else self.transformer
+        return getattr(model, "dtype", None)
 
     def prepare_latents(
         self,
@@ -197,14 +254,14 @@ class VideoDiTPipeline(DiffusionPipeline):
         return latents.to(device=device, dtype=torch.float32)
 
     def prepare_given(
-        self, image: Any, video: Any, *, height: int, width: int, batch: int, device: torch.device
+        self, image: Any, video: Any, *, height: int, width: int, batch: int, prompts: int, device: torch.device
     ) -> Tensor | None:
         """Frames that are given, as the model sees them, `[B, C, frames, H, W]`.
 
         An image is repeated where a patch holds several frames.
 
         Raises:
-            ValueError: frames that do not fill patches, or not as many images or videos as prompts.
+            ValueError: frames that do not fill patches, or not as many images or videos as prompts or as clips to make.
         """
         if image is None and video is None:
             return None
@@ -216,8 +273,10 @@ class VideoDiTPipeline(DiffusionPipeline):
             pixels = self.video_processor.preprocess_video(video, height, width)
             self.token_frames(pixels.shape[2], "frames of video")
         name, count = ("image", len(pixels)) if image is not None else ("video", len(pixels))
-        if batch % count:
-            raise ValueError(f"{name} has {count} for {batch} videos; one, or one for each is accepted")
+        if count not in (1, prompts, batch):
+            raise ValueError(
+                f"{name} has {count} for {batch} videos of {prompts} prompts; one, or one for each is accepted"
+            )
         pixels = pixels.to(device=device, dtype=torch.float32)
         given = self.normalise(pixels) if self.vae is None else encode(self.vae, pixels)
         if given.shape[1] != self.transformer.config.in_channels:
@@ -355,7 +414,7 @@ class VideoDiTPipeline(DiffusionPipeline):
         pag_strength: float = 1.0,
         output_type: str = "np",
         output_path: Any = None,
-        fps: int = 8,
+        fps: float = 8,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
@@ -367,7 +426,7 @@ class VideoDiTPipeline(DiffusionPipeline):
             prompt: of models of texts, one or a list. With segment_frames, the prompts of one video's segments, or a
                 list of such lists.
             class_labels: of models of classes, one or several, int64.
-            negative_prompt: what guidance leads away from, one for all or one for each; the empty prompt when None.
+            negative_prompt: what guidance leads away from, one for all or one for each; the null text when None.
             image: the first frame, one for all or one for each; as `diffusers.image_processor` takes it.
             video: the first frames, as `VideoProcessor.preprocess_video` takes it: `[B, T, C, H, W]` in 0..1, a list
                 of images, ….
@@ -379,11 +438,12 @@ class VideoDiTPipeline(DiffusionPipeline):
             generator: one, or one for each video; the same gives the same videos.
             latents: noise `[B, C, T, H, W]` of the model's own size.
             prompt_embeds, negative_prompt_embeds: `[B, L, text_dim]`; with segment_frames `[B, segments, L, text_dim]`
-                for prompt_embeds.
+                for prompt_embeds. One negative for all may be given, `[1, L, text_dim]`.
             prompt_attention_mask, negative_prompt_attention_mask: words that count, bool `[B, L]` (`[B, segments, L]`).
             max_sequence_length: words of a prompt, with a tokenizer.
             segment_frames: frames of each segment of the video that has a prompt of its own; see `segments`.
-            chunk_frames: token frames to make at a time, each chunk in sight of those before; for causal models.
+            chunk_frames: token frames to make at a time, each chunk in sight of those before; for causal models. A
+                rollout that a callback interrupts returns the chunks it has finished, within the first the steps done.
             pag_scale: of guidance away from perturbed heads; 0 is off. See `guidance`.
             pag_heads: layer → heads to perturb.
             pag_strength: how much, 0..1.
@@ -414,12 +474,18 @@ class VideoDiTPipeline(DiffusionPipeline):
             negative_prompt=negative_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
             class_labels=class_labels,
             image=image,
             video=video,
             height=height,
             width=width,
             num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            num_videos_per_prompt=num_videos_per_prompt,
+            sigmas=sigmas,
+            fps=fps,
             segment_frames=segment_frames,
             chunk_frames=chunk_frames,
             pag_scale=pag_scale,
@@ -446,7 +512,15 @@ class VideoDiTPipeline(DiffusionPipeline):
             device=device,
         )
         batch = len(next((x for x in conditions["cond"].values() if x is not None), [None] * num_videos_per_prompt))
-        given = self.prepare_given(image, video, height=height, width=width, batch=batch, device=device)
+        given = self.prepare_given(
+            image,
+            video,
+            height=height,
+            width=width,
+            batch=batch,
+            prompts=batch // num_videos_per_prompt,
+            device=device,
+        )
         space = self.latent_space
         shape = (batch, self.transformer.config.in_channels, space.frames(num_frames))
         shape += height // space.space, width // space.space
@@ -472,15 +546,21 @@ class VideoDiTPipeline(DiffusionPipeline):
             for turn, chunk in enumerate(chunks):
                 fixed = given if caches is None else None
                 timesteps = self.set_timesteps(steps, sigmas, device)
+                finished = True
                 for step, t in enumerate(timesteps):
                     if self.interrupt:
-                        continue
+                        finished = False
+                        break
                     chunk = self.step(chunk, t, fixed, conditions, step=step, caches=caches, **guidance)
                     chunk = self.call_back(*callback, turn * steps + step, t, chunk, conditions)
                     progress.update()
+                if done and not finished:
+                    break  # what is made stays free of noise
+                done.append(chunk)
+                if self.interrupt:
+                    break
                 if caches is not None:
                     self.remember(chunk, conditions=conditions, segments=segments, caches=caches)
-                done.append(chunk)
         self._current_timestep = None
 
         frames = self.finish(torch.cat(done, dim=2), output_type, output_path, fps)
@@ -529,7 +609,7 @@ class VideoDiTPipeline(DiffusionPipeline):
                 side["encoder_hidden_states"] = returned[name]
         return returned.get("latents", latents)
 
-    def finish(self, latents: Tensor, output_type: str, output_path: Any, fps: int) -> Any:
+    def finish(self, latents: Tensor, output_type: str, output_path: Any, fps: float) -> Any:
         """What the model made, as `output_type` says."""
         if output_type == "latent":
             return latents
