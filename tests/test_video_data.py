@@ -83,10 +83,20 @@ def test_held_out_clips_never_change_and_show_other_scans():
     held_out = [torch.cat([batch["video"] for batch in loader]) for loader in loaders]
     assert held_out[0].shape[0] == 50
     assert torch.equal(*held_out)
-    scans = {split: {scan.tobytes() for scan in one.datasets[split].scans} for split in ("train", "val")}
+    scans = {split: {scan.tobytes() for scan in one.datasets[split].scans} for split in ("train", "val", "test")}
     everything = {scan.tobytes() for scan in (load_digits().images / 16).astype(np.float32)}
-    assert not scans["train"] & scans["val"] and scans["train"] | scans["val"] == everything
-    assert len(one.datasets["train"].scans) == 1437
+    assert scans["train"] | scans["val"] | scans["test"] == everything
+    assert [len(some) for some in scans.values()] == [1257, 180, 360] and len(everything) == 1797
+
+
+def test_validation_and_test_clips_move_differently():
+    """Where a scan starts and how it moves: clip i of one does not foretell clip i of the other."""
+    data = MovingDigits(val_length=60, test_length=60)
+    shown = []
+    for split in ("val", "test"):
+        clips = (data.denormalize(data.dataset(split)[i]["video"]) > 0.1 for i in range(60))
+        shown.append(torch.stack([clip.any(-1).float().argmax(-1)[0] for clip in clips]))  # top rows, [60, 6]
+    assert (shown[0] == shown[1]).all(1).float().mean() < 0.3
 
 
 def test_clips_of_an_epoch_resume_inside_it():

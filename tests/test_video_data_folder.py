@@ -187,6 +187,12 @@ def test_undecodable_files_are_replaced_and_listed_at_the_end(tmp_path):
         data.datasets["train"][0]
 
 
+def test_a_folder_without_videos_to_validate_on_says_so(tmp_path):
+    folder(tmp_path, train__a__0={}, train__a__1={})
+    with pytest.warns(UserWarning, match=r"no videos to validate on, and one of training stands in:\n.*0\.mp4"):
+        open_folder(tmp_path)
+
+
 def test_nearest_bucket():
     sizes = [(64, 64), (48, 80), (80, 48)]
     assert [nearest_bucket(*size, sizes) for size in ((100, 110), (720, 1280), (1920, 1080), (1, 1))] == [0, 1, 2, 0]
@@ -218,6 +224,44 @@ def test_batches_hold_one_bucket(shuffle, world):
         assert sorted(seen) == list(range(13))
 
 
+def test_buckets_that_never_fill_a_batch_are_said():
+    options = {"batch_size": 4, "shuffle": True, "seed": 0}
+    with pytest.warns(UserWarning, match="3 of 11 training videos are never seen: there are fewer than 4"):
+        assert len(BucketSampler([0] * 8 + [1] * 3, **options)) == 8
+    with pytest.raises(ValueError, match=r"data\.batch_size=4 on 2 device\(s\) needs 8 .* the sizes have 7, 5"):
+        BucketSampler([0] * 7 + [1] * 5, world=2, **options)
+    assert len(BucketSampler([0, 1], **(options | {"shuffle": False}))) == 8
+
+
+def test_embeddings_that_do_not_fit_are_said_by_their_row(tmp_path):
+    for name, width in (("two", 2), ("three", 3)):
+        save_file({"text": torch.zeros(1, width)}, tmp_path / f"{name}.safetensors")
+
+    def table(*embeddings: str):
+        rows = [f"{i}.mp4,{name}" for i, name in enumerate(embeddings)]
+        (tmp_path / "metadata.csv").write_text("\n".join(["file_name,embedding", *rows]))
+        return VideoFolder(root=str(tmp_path))
+
+    assert table("two.safetensors", "two.safetensors").for_task["text_dim"] == 2
+    with pytest.raises(ValueError, match=r"three\.safetensors' of 1\.mp4 has text of \[1, 3\], expected \[L, 2\]"):
+        table("two.safetensors", "three.safetensors")
+    for rows, lacking in ((("two.safetensors", ""), 1), (("", "two.safetensors"), 0)):
+        with pytest.raises(ValueError, match=rf"the row of {lacking}\.mp4 has no embedding"):
+            table(*rows)
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors' in the row of 1\.mp4 does not exist"):
+        table("two.safetensors", "none.safetensors")
+
+
+def test_replacements_of_a_broken_video_are_of_its_size(tmp_path):
+    for i in range(5):
+        write_video(tmp_path / "train" / "a" / f"{i}.mp4", height=64 if i % 2 else 32, width=32 if i % 2 else 64)
+    for i in (1, 4):
+        truncate(tmp_path / "train" / "a" / f"{i}.mp4")
+    clips = open_folder(tmp_path, sizes=[[16, 32], [32, 16]]).datasets["train"]
+    assert [tuple(clips[i]["video"].shape) for i in range(5)] == [clips.shape(i) for i in range(5)]
+    assert "4.mp4" in clips[4]["broken"] and clips[0]["broken"] == ""
+
+
 def test_batches_of_a_folder_have_one_size_each(tmp_path):
     wide = {f"train__a__w{i}": {"height": 32, "width": 64} for i in range(4)}
     folder(tmp_path, **wide, **{f"train__a__t{i}": {"height": 64, "width": 32} for i in range(2)})
@@ -247,6 +291,7 @@ def test_errors(tmp_path):
     ):
         warnings.simplefilter("ignore")
         open_folder(tmp_path)
-    for options in ({"frames": 0}, {"stride": 0}, {"fps": -1.0}, {"sizes": [[16]]}):
+    wrong = ({"frames": 0}, {"stride": 0}, {"fps": -1.0}, {"sizes": [[16]]}, {"held_out": 1.5}, {"text_length": 0})
+    for options in wrong:
         with pytest.raises(ValueError, match=rf"data\.{next(iter(options))}="):
             VideoFolder(root=str(tmp_path), **options)

@@ -1,5 +1,6 @@
 """The cache of latents: what is in it, that nothing is encoded twice, that a killed run goes on, training on it."""
 
+import hashlib
 import json
 import os
 import signal
@@ -8,15 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from foveal.zoo.data import VideoFolder, VideoLatents
 from foveal.zoo.data.clips import cover, read_clip
 from foveal.zoo.data.latent_videos import load_vae, read_keys
-from foveal.zoo.data.latents import clip_key, encode_folder, vae_hash
+from foveal.zoo.data.latents import ShardWriter, clip_key, encode_folder, vae_hash
 from foveal.zoo.video.vae import encode
-from test_video_data_folder import truncate, write_video
+from test_video_data_folder import av, truncate, write_video
 
 OPTIONS = {"frames": 5, "sizes": [[16, 24]], "num_workers": 0}
 CLASSES = ("jump", "run")
@@ -99,27 +101,79 @@ def test_keys_follow_the_bytes_the_autoencoder_and_the_cut(vae, tmp_path):
     assert vae_hash(copy) != vae_hash(vae)
 
 
-def test_a_killed_command_goes_on_where_it_was(videos, vae, tmp_path):
-    command = [sys.executable, "-m", "foveal.zoo.data.latents", str(videos), str(tmp_path), "--vae", str(vae)]
+def test_a_killed_command_goes_on_where_it_was(vae, tmp_path):
+    """The third file is a pipe that nobody writes to: the command waits there until it is killed."""
+    root, out = tmp_path / "in", tmp_path / "out"
+    for i in (0, 1, 3):
+        write_video(root / f"{i}.mp4", frames=10, blue=60 * i)
+    (root / "metadata.csv").write_text("file_name,split\n" + "".join(f"{i}.mp4,train\n" for i in range(4)))
+    os.mkfifo(root / "2.mp4")
+    command = [sys.executable, "-m", "foveal.zoo.data.latents", str(root), str(out), "--vae", str(vae)]
     command += ["--frames", "5", "--size", "16x24", "--shard", "1", "--device", "cpu"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while len(state(tmp_path)) < 2 and process.poll() is None:
-        time.sleep(0.001)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while len(state(out)) < 2 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    before = state(tmp_path)
-    assert 2 <= len(before) < 6 and not (tmp_path / "latents.json").exists()
-    (tmp_path / "half.partial").write_bytes(b"half")
+    assert process.wait() == -signal.SIGKILL
+    before = state(out)
+    assert len(before) == 2 and not (out / "latents.json").exists()
+    (out / "half.partial").write_bytes(b"half")
+    (root / "2.mp4").unlink()
+    write_video(root / "2.mp4", frames=10, blue=120)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f"8 clips in {tmp_path}".replace("\n", "") in done.stdout.replace("\n", "") and "100%" in done.stdout
-    assert before.items() <= state(tmp_path).items() and len(state(tmp_path)) == 6
+    assert f"4 clips in {out}".replace("\n", "") in done.stdout.replace("\n", "") and "100%" in done.stdout
+    assert before.items() <= state(out).items() and len(state(out)) == 4
     whole = tmp_path / "whole"
-    make(videos, whole, vae)
-    assert read_keys(whole).keys() == read_keys(tmp_path).keys()
-    assert (whole / "latents.json").read_text() == (tmp_path / "latents.json").read_text()
+    make(root, whole, vae)
+    assert read_keys(whole).keys() == read_keys(out).keys()
+    assert (whole / "latents.json").read_text() == (out / "latents.json").read_text()
+
+
+def test_two_processes_do_not_write_into_the_same_file(tmp_path):
+    """The name of a half-written shard has the process in it, and the shard's own has not."""
+    writer, other = (ShardWriter(tmp_path, size=2) for _ in range(2))
+    foreign = tmp_path / "of_another_process"
+    for one in (writer, other):
+        one.add("a", {"latents": torch.zeros(1)})
+    name = hashlib.sha256(b"a.latents").hexdigest()[:16]
+    foreign.mkdir()
+    (tmp_path / f"{name}.partial").symlink_to(foreign)  # what is there already is not touched
+    for one in (writer, other):
+        one.flush()
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == [f"{name}.safetensors"]
+    assert (tmp_path / f"{name}.partial").is_symlink()
+
+
+def test_a_shard_that_is_gone_is_said(videos, vae, tmp_path):
+    make(videos, tmp_path, vae, shard=2)
+    next(tmp_path.glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"lacks \d of the 8 tensors that latents\.json lists: a \.safetensors"):
+        VideoLatents(root=str(tmp_path))
+
+
+def test_a_cache_without_videos_to_validate_on_says_so(vae, tmp_path):
+    write_video(tmp_path / "in" / "train" / "a" / "0.mp4", frames=10)
+    make(tmp_path / "in", tmp_path / "out", vae)
+    with pytest.warns(UserWarning, match="holds nothing to validate on: its first clip stands in"):
+        VideoLatents(root=str(tmp_path / "out"))
+
+
+def test_a_video_that_breaks_off_is_left_out_whole(vae, tmp_path):
+    """Its first clip can be decoded, its second cannot."""
+    path = write_video(tmp_path / "in" / "train" / "a" / "0.mp4", fps=4)
+    write_video(tmp_path / "in" / "train" / "a" / "1.mp4", fps=4)
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        start, size = max((packet.pos, packet.size) for packet in container.demux() if packet.size)
+    data[start : start + size] = bytes(size)  # the last packet
+    path.write_bytes(data)
+    read_clip(path, times=np.arange(5) / 4)
+    (reason,) = make(tmp_path / "in", tmp_path / "out", vae, clips=2)
+    assert "0.mp4" in reason
+    assert len(json.loads((tmp_path / "out" / "latents.json").read_text())["clips"]) == 2
 
 
 def test_broken_videos_are_said(videos, vae, tmp_path):

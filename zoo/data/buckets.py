@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -25,11 +26,28 @@ class BucketSampler(EpochSampler):
     Args:
         buckets: the bucket of every item.
         batch_size, shuffle, seed, rank, world: see `EpochSampler`.
+
+    Raises:
+        ValueError: in training, no bucket fills a batch. Items of buckets that never do are warned of.
     """
 
     def __init__(self, buckets: Sequence[int], **options):
         super().__init__(len(buckets), **options)
         self.members = [np.flatnonzero(np.asarray(buckets) == bucket) for bucket in sorted(set(buckets))]
+        if not self.shuffle:
+            return
+        lost = [len(items) for items in self.members if len(items) < self._whole]
+        if len(lost) == len(self.members):
+            raise ValueError(
+                f"data.batch_size={self.batch_size} on {self.world} device(s) needs {self._whole} training videos of "
+                f"one size, and the sizes have {', '.join(map(str, lost))}"
+            )
+        if lost:
+            warnings.warn(
+                f"{sum(lost)} of {len(buckets)} training videos are never seen: there are fewer than {self._whole} of "
+                "their size, too few for a batch",
+                stacklevel=2,
+            )
 
     @property
     def _whole(self) -> int:

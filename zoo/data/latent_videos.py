@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class VideoLatents(VideoData):
 
     Raises:
         FileNotFoundError: the cache is not there.
-        ValueError: it holds no clips to train on.
+        ValueError: it holds no clips to train on, or a shard of it is gone.
     """
 
     def __init__(
@@ -92,9 +93,19 @@ class VideoLatents(VideoData):
             clips[clip["split"]].append(clip)
         if not clips["train"]:
             raise ValueError(f"data.root={root!r} holds no latents to train on")
+        if not (clips["val"] or clips["test"]):
+            warnings.warn(f"data.root={root!r} holds nothing to validate on: its first clip stands in", stacklevel=2)
         clips["val"] = clips["val"] or clips["test"] or clips["train"][:1]
         clips["test"] = clips["test"] or clips["val"]
         shards = read_keys(Path(root))
+        needed = [f"{clip['key']}.latents" for clip in description["clips"]]
+        needed += [f"{clip['text']}.text" for clip in description["clips"] if clip["text"]]
+        missing = sum(name not in shards for name in needed)
+        if missing:
+            raise ValueError(
+                f"data.root={root!r} lacks {missing} of the {len(needed)} tensors that {DESCRIPTION} lists: a "
+                ".safetensors file is gone; run python -m foveal.zoo.data.latents again"
+            )
         self.parts = {split: LatentClips(Path(root), some, shards) for split, some in clips.items()}
         channels, frames, height, width = self.parts["train"].shape(0)
         super().__init__(

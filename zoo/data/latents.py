@@ -74,7 +74,7 @@ class ShardWriter:
     def flush(self) -> None:
         if self.tensors:
             name = hashlib.sha256("".join(sorted(self.tensors)).encode()).hexdigest()[:16]
-            partial = self.root / f"{name}.partial"
+            partial = self.root / f"{name}.{os.getpid()}.partial"  # another process may be at the same clips
             save_file(self.tensors, partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -120,7 +120,7 @@ def encode_folder(
             item["text"] = clip_key(file_hash(video.embedding), "text", {"length": options["text_length"]})
             if f"{item['text']}.text" not in writer.known:
                 writer.add(item["text"], read_embedding(video.embedding, length=options["text_length"]))
-        file, failed = file_hash(video.path), None
+        file, failed, cut = file_hash(video.path), None, []
         for start in clip_starts(video, frames=data.frames, gap=gap, clips=clips):
             times = [round(start + i * gap, 6) for i in range(data.frames)]
             key = clip_key(file, identity, {"times": times, "height": height, "width": width})
@@ -132,7 +132,8 @@ def encode_folder(
                     break
                 writer.add(key, {"latents": encode(vae, pixels[None].to(vae.device))[0].to(torch.bfloat16).cpu()})
                 writer.clip_done()
-            listed.append({"key": key, **item})
+            cut.append({"key": key, **item})
+        listed += cut if failed is None else []
         yield failed
     writer.flush()
     description = {
@@ -143,7 +144,7 @@ def encode_folder(
         "sample_size": [data.frames, *options["sizes"][0]],
         "clips": listed,
     }
-    partial = root / f"{DESCRIPTION}.partial"
+    partial = root / f"{DESCRIPTION}.{os.getpid()}.partial"
     partial.write_text(json.dumps(description, indent=1) + "\n")
     partial.replace(root / DESCRIPTION)
 

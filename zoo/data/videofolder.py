@@ -160,12 +160,42 @@ def read_embedding(path: Path, *, length: int) -> dict[str, Tensor]:
     return {"text": torch.cat([text, text.new_zeros(length - len(text), text.shape[1])]), "text_mask": mask}
 
 
+def embedding_width(videos: Sequence[Video]) -> int | None:
+    """Channels of the embeddings, read from the files' headers; None where no video has one.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: only some videos have an embedding, or of another width than the first; the message names the row.
+    """
+    from safetensors import safe_open
+
+    widths: dict[Path, int] = {}
+    for video in videos:
+        if (video.embedding is None) != (videos[0].embedding is None):
+            row, other = (video, videos[0]) if video.embedding is None else (videos[0], video)
+            raise ValueError(f"the row of {row.path.name} has no embedding, and that of {other.path.name} has one")
+        path = video.embedding
+        if path is None or path in widths:
+            continue
+        if not path.is_file():
+            raise FileNotFoundError(f"embedding={str(path)!r} in the row of {video.path.name} does not exist")
+        with safe_open(path, framework="pt") as file:
+            shape = file.get_slice("text").get_shape() if "text" in file.keys() else []  # noqa: SIM118
+        if len(shape) != 2 or shape[1] != next(iter(widths.values()), shape[1]):
+            wanted = f"[L, {next(iter(widths.values()))}]" if widths else "[L, D]"
+            raise ValueError(f"embedding={str(path)!r} of {video.path.name} has text of {shape}, expected {wanted}")
+        widths[path] = shape[1]
+    return next(iter(widths.values()), None)
+
+
 class VideoFolder(VideoData):
     """Clips `[B, 3, frames, H, W]` in -1..1 of the videos of a folder.
 
     With classes: `root/train/CLASS/*.mp4` and `root/val/CLASS/*.mp4` (`test` if there is one), or `root/CLASS/*.avi`,
     of which `held_out` are validated on. With captions: a table with `file_name` (from `root`), `caption` and, if
     wanted, `split` and `embedding`, a safetensors file with the caption's `text` `[L, D]`.
+
+    Frames are taken as they are stored: a rotation that a file only notes beside them is not applied.
 
     Files that cannot be opened, or are too short, are left out; how many and which is said once, and again at the end
     for those that turned out to be undecodable in training.
@@ -185,7 +215,8 @@ class VideoFolder(VideoData):
 
     Raises:
         FileNotFoundError: the folder or the table is not there.
-        ValueError: no videos, or none that can be read.
+        ValueError: no videos, or none that can be read; rows of the table of which only some have an embedding, or of
+            several widths.
     """
 
     def __init__(
@@ -219,10 +250,13 @@ class VideoFolder(VideoData):
         for name, value in (("frames", frames), ("stride", stride)):
             if value < 1:
                 raise ValueError(f"data.{name}={value} must be at least 1")
+        if not 0 <= held_out < 1:
+            raise ValueError(f"data.held_out={held_out} must be at least 0 and below 1")
+        if text_length < 1:
+            raise ValueError(f"data.text_length={text_length} must be at least 1")
         if fps is not None and fps <= 0:
             raise ValueError(f"data.fps={fps} must be positive")
         videos, classes = list_videos(Path(root), captions=table, held_out=held_out)
-        embedded = next((video.embedding for video in videos if video.embedding is not None), None)
         super().__init__(
             batch_size=batch_size,
             channels=3,
@@ -232,7 +266,7 @@ class VideoFolder(VideoData):
             mean=(0.5,) * 3,
             std=(0.5,) * 3,
             num_classes=len(classes) or None,
-            text_dim=None if embedded is None else read_embedding(embedded, length=1)["text"].shape[1],
+            text_dim=embedding_width(videos),
             seed=seed,
             shuffle=shuffle,
             num_workers=num_workers,
@@ -282,6 +316,8 @@ class VideoFolder(VideoData):
             raise ValueError(
                 f"data.root={str(self.root)!r}: none of its {len(self.listed)} videos can be trained on{first}"
             )
+        if not (parts["val"] or parts["test"]):
+            _say("there are no videos to validate on, and one of training stands in", [str(parts["train"][0].path)])
         parts["val"] = parts["val"] or parts["test"] or parts["train"][:1]
         parts["test"] = parts["test"] or parts["val"]
         for split, some in parts.items():
