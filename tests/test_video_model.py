@@ -5,6 +5,7 @@ from math import prod
 import pytest
 import torch
 from foveal.zoo.video import VideoDiT
+from foveal.zoo.video.positions import grid_positions
 from torch import Tensor
 from torch.nn import functional as F
 from video_helpers import CONDITIONS, draw, inputs, make
@@ -210,11 +211,33 @@ def test_missing_and_wrong_labels_are_named():
         ({"conditioning": "joint"}, "text_dim=None"),
         ({"rope_axes": (4, 4, 2)}, "rope_axes"),
         ({"rope_axes": (5, 5, 2)}, "rope_axes"),
+        ({"rope_axes": (-4, 8, 8)}, r"rope_axes=\(-4, 8, 8\) must be three even numbers from 0 up"),
+        ({"rope_axes": ()}, r"rope_axes=\(\)"),
+        ({"attention_head_dim": 6}, "attention_head_dim=6 must be even and at least 8"),
+        ({"attention_head_dim": 9}, "attention_head_dim=9 must be even"),
+        ({"attention_head_dim": 0}, "attention_head_dim=0"),
+        ({"num_layers": 0}, "num_layers=0 must be more than 0"),
+        ({"in_channels": 0}, "in_channels=0"),
+        ({"out_channels": 0}, "out_channels=0"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio=-1.0"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0"),
+        ({"eps": -1e-6}, "eps=-1e-06 must not be negative"),
+        ({"conditioning": "class", "num_classes": 0}, "num_classes=0"),
+        ({"conditioning": "cross", "text_dim": 0}, "text_dim=0"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
     ],
 )
 def test_wrong_configs_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_an_axis_may_be_left_out_on_purpose():
+    """Channels of an image's heads need not turn with time."""
+    model = make(rope_axes=(0, 6, 6))
+    given = inputs(model, batch=1, size=(2, 4, 4))
+    moved = grid_positions((2, 2, 2)) * torch.tensor([3, 1, 1])
+    torch.testing.assert_close(model(**given, positions=moved).sample, model(**given).sample, **CLOSE)
 
 
 # millions of parameters: class-conditional and with cross-attention to text

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
+from foveal.zoo.tasks.video_report import make_pipeline
 from foveal.zoo.video import VideoDiTPipeline
-from video_models import CALL, SIZE, TEXT, letters, scrambled, seeded, tiny_pipe
+from video_models import CALL, SIZE, TEXT, letters, scrambled, seeded, tiny_model, tiny_pipe
 
 EMBEDS = {"prompt_embeds": torch.randn(1, 5, TEXT, generator=seeded(3))}
 EMBEDS["negative_prompt_embeds"] = torch.randn(1, 4, TEXT, generator=seeded(4))
@@ -381,6 +383,16 @@ def test_the_null_text_may_be_zeros_and_needs_no_encoder(conditioning, tmp_path)
         **call, **segments, prompt_embeds=embeds[None], negative_prompt_embeds=torch.zeros(1, 5, TEXT)
     ).frames
     torch.testing.assert_close(made, expected)
+
+
+def test_the_pipeline_of_a_run_leads_away_from_zeros():
+    task = SimpleNamespace(model=tiny_model("cross"), device_mesh=None, shift=2.0)
+    data = SimpleNamespace(vae=None, for_pipeline={"pixel_mean": [0.2], "pixel_std": [0.4], "sample_size": SIZE})
+    pipe = make_pipeline(task, data)
+    made = pipe(**CALL, prompt_embeds=EMBEDS["prompt_embeds"], generator=seeded()).frames
+    nothing = torch.zeros_like(EMBEDS["prompt_embeds"])
+    call = CALL | {"prompt_embeds": EMBEDS["prompt_embeds"], "negative_prompt_embeds": nothing}
+    np.testing.assert_array_equal(made, pipe(**call, generator=seeded()).frames)
 
 
 BROKEN = {

@@ -90,13 +90,23 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         eps: float = 1e-6,
     ):
         super().__init__()
+        _check_numbers(
+            {
+                "in_channels": in_channels,
+                "out_channels": out_channels,
+                "num_layers": num_layers,
+                "num_attention_heads": num_attention_heads,
+                "attention_head_dim": attention_head_dim,
+                "mlp_ratio": mlp_ratio,
+                "num_classes": num_classes,
+                "text_dim": text_dim,
+                "rope_theta": rope_theta,
+            },
+            eps,
+        )
         _check_config(patch_size, mlp, conditioning, num_classes, text_dim, attention, modulation)
         dim = num_attention_heads * attention_head_dim
-        self.rope_axes = tuple(rope_axes or default_axes(attention_head_dim))
-        if len(self.rope_axes) != 3 or sum(self.rope_axes) != attention_head_dim or any(n % 2 for n in self.rope_axes):
-            raise ValueError(
-                f"rope_axes={rope_axes} must be three even numbers, together attention_head_dim={attention_head_dim}"
-            )
+        self.rope_axes = _check_axes(rope_axes, attention_head_dim)
         self.patterns = [Pattern.from_config(attention[i % len(attention)]) for i in range(num_layers)]
 
         self.patch_embed = nn.Linear(in_channels * prod(patch_size), dim)
@@ -284,6 +294,29 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
             return timestep.reshape(timestep.shape[0], -1).to(wide(embedding.dtype)) / 1000
         values = self.modulation_proj(nn.functional.silu(embedding))
         return values.unflatten(-1, (6, -1)).to(wide(embedding.dtype))
+
+
+def _check_numbers(positive: dict[str, float | None], eps: float) -> None:
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value} must be more than 0")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps} must not be negative")
+
+
+def _check_axes(rope_axes: Sequence[int] | None, head_dim: int) -> tuple[int, ...]:
+    """Channels of a head that turn with t, h and w; a 0 has to be asked for."""
+    axes = default_axes(head_dim) if rope_axes is None else tuple(rope_axes)
+    if rope_axes is None and (head_dim % 2 or min(axes) == 0):
+        raise ValueError(
+            f"attention_head_dim={head_dim} must be even and at least 8, for each of t, h and w to turn some channels; "
+            "rope_axes may say otherwise"
+        )
+    if len(axes) != 3 or sum(axes) != head_dim or any(n % 2 or n < 0 for n in axes):
+        raise ValueError(
+            f"rope_axes={rope_axes} must be three even numbers from 0 up, together attention_head_dim={head_dim}"
+        )
+    return axes
 
 
 def _check_config(patch_size, mlp, conditioning, num_classes, text_dim, attention, modulation) -> None:
