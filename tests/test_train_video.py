@@ -16,6 +16,7 @@ from foveal.zoo.tasks.ema import EMA, ema_update
 from foveal.zoo.tasks.video import VALIDATION_TIMES, VideoDiffusionTask
 from foveal.zoo.video.flow import sample_time
 from foveal.zoo.video.pipeline import VideoDiTPipeline
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from test_train_resume import ROOT, finish, kill_at
@@ -217,6 +218,27 @@ def test_an_average_in_float32_follows_weights_in_bfloat16(tmp_path):
     assert any(not torch.equal(p, p.bfloat16().float()) for p in watch.after)
 
 
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup"])
+def test_schedules_without_an_end_do_not_ask_for_one(name):
+    task = task_alone(scheduler={"name": name, "warmup_steps": 4})
+    task._trainer = Trainer(max_epochs=-1, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    schedule = task.configure_optimizers()["lr_scheduler"]["scheduler"]
+    assert schedule.get_last_lr()[0] == (1e-3 if name == "constant" else 0)
+
+
+def test_arguments_of_the_schedule_are_passed_on():
+    """Two restarts over eight steps: the rate is back at its top after four."""
+    task = task_alone(scheduler={"name": "cosine_with_restarts", "num_cycles": 2})
+    task._trainer = Trainer(max_epochs=-1, max_steps=8, logger=False, enable_checkpointing=False)
+    settings = task.configure_optimizers()
+    rates = []
+    for _ in range(8):
+        rates.append(settings["lr_scheduler"]["scheduler"].get_last_lr()[0])
+        settings["optimizer"].step()
+        settings["lr_scheduler"]["scheduler"].step()
+    assert rates[:4] == pytest.approx(rates[4:]) and rates[0] == 1e-3 and rates[3] < 2e-4
+
+
 def test_average_warms_up():
     average, current = [torch.zeros(3)], [torch.ones(3)]
     for n, decay in ((1, 2 / 11), (90, 0.9)):
@@ -247,15 +269,17 @@ def end_state(run_dir) -> dict:
     return state
 
 
-@pytest.mark.parametrize("crash", [7, 16])
-def test_resumed_run_ends_with_the_same_bits(tmp_path, crash):
-    """18 steps, a checkpoint every 3; in the middle of an epoch, and in the last one."""
-    fit(tiny(tmp_path / "whole"))
+@pytest.mark.parametrize(("crash", "scheduler"), [(7, "constant_with_warmup"), (16, "cosine")])
+def test_resumed_run_ends_with_the_same_bits(tmp_path, crash, scheduler):
+    """18 steps, a checkpoint every 3; in the middle of an epoch, and in the last one; a schedule that has to know how
+    many steps there are, and one that does not."""
+    often = (*OFTEN, f"task.scheduler.name={scheduler}")
+    fit(tiny(tmp_path / "whole", often[-1]))
     with pytest.raises(Crash):
-        fit(tiny(tmp_path / "cut", *OFTEN), CrashAt(crash))
+        fit(tiny(tmp_path / "cut", *often), CrashAt(crash))
     checkpoint = tmp_path / "cut" / "checkpoints" / "last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == crash // 3 * 3
-    fit(tiny(tmp_path / "cut", *OFTEN), checkpoint=checkpoint)
+    fit(tiny(tmp_path / "cut", *often), checkpoint=checkpoint)
     ours, theirs = end_state(tmp_path / "cut"), end_state(tmp_path / "whole")
     assert ours["global_step"] == 18 and differences(ours, theirs) == []
     assert (tmp_path / "cut" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
