@@ -1,4 +1,4 @@
-"""What goes into the model: checks with names, patches out of videos and back."""
+"""What goes into the model: checks with names, of its arguments and of its calls; patches out of videos and back."""
 
 from collections.abc import Sequence
 from math import prod
@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .blocks import MLPS
 from .kv_cache import KVCache
+from .modulation import MODULATIONS
+from .positions import default_axes
 
 if TYPE_CHECKING:
     from .transformer import VideoDiT
+
+
+CONDITIONINGS = (None, "class", "cross", "joint")
 
 
 def patchify(video: Tensor, patch: Sequence[int]) -> Tensor:
@@ -99,3 +105,54 @@ def _check_conditions(config, batch, encoder_hidden_states, class_labels, encode
 
 def _shape(x: Tensor) -> list[int]:
     return list(x.shape)
+
+
+def check_numbers(positive: dict[str, float | None], eps: float) -> None:
+    """Raise ValueError, naming the argument, unless those that are given are more than 0; eps may be 0."""
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value} must be more than 0")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps} must not be negative")
+
+
+def check_axes(rope_axes: Sequence[int] | None, head_dim: int) -> tuple[int, ...]:
+    """Channels of a head that turn with t, h and w; a 0 has to be asked for.
+
+    Raises:
+        ValueError: they do not make up a head.
+    """
+    axes = default_axes(head_dim) if rope_axes is None else tuple(rope_axes)
+    if rope_axes is None and (head_dim % 2 or min(axes) == 0):
+        raise ValueError(
+            f"attention_head_dim={head_dim} must be even and at least 8, for each of t, h and w to turn some channels; "
+            "rope_axes may say otherwise"
+        )
+    if len(axes) != 3 or sum(axes) != head_dim or any(n % 2 or n < 0 for n in axes):
+        raise ValueError(
+            f"rope_axes={rope_axes} must be three even numbers from 0 up, together attention_head_dim={head_dim}"
+        )
+    return axes
+
+
+def check_config(patch_size, mlp, conditioning, num_classes, text_dim, attention, modulation) -> None:
+    """Raise ValueError, naming the argument, unless the choices of a model exist and agree; see `VideoDiT`."""
+    for name, value, accepted in (
+        ("mlp", mlp, tuple(MLPS)),
+        ("conditioning", conditioning, CONDITIONINGS),
+        ("modulation", modulation, tuple(MODULATIONS)),
+    ):
+        if value not in accepted:
+            raise ValueError(f"{name}={value!r} must be one of {accepted}")
+    if len(patch_size) != 3 or any(p < 1 for p in patch_size):
+        raise ValueError(f"patch_size={patch_size} must be three positive integers, for t, h and w")
+    if isinstance(attention, str) or not attention:
+        raise ValueError(f"attention={attention!r} must be a list of at least one layer")
+    if (num_classes is not None) != (conditioning == "class"):
+        raise ValueError(
+            f"num_classes={num_classes} must be given with conditioning='class' only, not {conditioning!r}"
+        )
+    if (text_dim is not None) != (conditioning in ("cross", "joint")):
+        raise ValueError(
+            f"text_dim={text_dim} must be given with conditioning='cross' or 'joint' only, not {conditioning!r}"
+        )

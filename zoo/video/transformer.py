@@ -20,15 +20,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from .blocks import MLPS, JointVideoDiTBlock, VideoDiTBlock
-from .inputs import check_inputs, patchify, unpatchify
+from .blocks import JointVideoDiTBlock, VideoDiTBlock
+from .inputs import check_axes, check_config, check_inputs, check_numbers, patchify, unpatchify
 from .kv_cache import KVCache
-from .modulation import MODULATIONS, Modulation, wide
+from .modulation import Modulation, wide
 from .pattern import Pattern
-from .positions import default_axes, grid_positions, rotary_embedding
+from .positions import grid_positions, rotary_embedding
 from .presets import PRESETS
-
-CONDITIONINGS = (None, "class", "cross", "joint")
 
 
 class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
@@ -90,7 +88,7 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         eps: float = 1e-6,
     ):
         super().__init__()
-        _check_numbers(
+        check_numbers(
             {
                 "in_channels": in_channels,
                 "out_channels": out_channels,
@@ -104,9 +102,9 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
             },
             eps,
         )
-        _check_config(patch_size, mlp, conditioning, num_classes, text_dim, attention, modulation)
+        check_config(patch_size, mlp, conditioning, num_classes, text_dim, attention, modulation)
         dim = num_attention_heads * attention_head_dim
-        self.rope_axes = _check_axes(rope_axes, attention_head_dim)
+        self.rope_axes = check_axes(rope_axes, attention_head_dim)
         self.patterns = [Pattern.from_config(attention[i % len(attention)]) for i in range(num_layers)]
 
         self.patch_embed = nn.Linear(in_channels * prod(patch_size), dim)
@@ -294,48 +292,3 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
             return timestep.reshape(timestep.shape[0], -1).to(wide(embedding.dtype)) / 1000
         values = self.modulation_proj(nn.functional.silu(embedding))
         return values.unflatten(-1, (6, -1)).to(wide(embedding.dtype))
-
-
-def _check_numbers(positive: dict[str, float | None], eps: float) -> None:
-    for name, value in positive.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}={value} must be more than 0")
-    if not eps >= 0:
-        raise ValueError(f"eps={eps} must not be negative")
-
-
-def _check_axes(rope_axes: Sequence[int] | None, head_dim: int) -> tuple[int, ...]:
-    """Channels of a head that turn with t, h and w; a 0 has to be asked for."""
-    axes = default_axes(head_dim) if rope_axes is None else tuple(rope_axes)
-    if rope_axes is None and (head_dim % 2 or min(axes) == 0):
-        raise ValueError(
-            f"attention_head_dim={head_dim} must be even and at least 8, for each of t, h and w to turn some channels; "
-            "rope_axes may say otherwise"
-        )
-    if len(axes) != 3 or sum(axes) != head_dim or any(n % 2 or n < 0 for n in axes):
-        raise ValueError(
-            f"rope_axes={rope_axes} must be three even numbers from 0 up, together attention_head_dim={head_dim}"
-        )
-    return axes
-
-
-def _check_config(patch_size, mlp, conditioning, num_classes, text_dim, attention, modulation) -> None:
-    for name, value, accepted in (
-        ("mlp", mlp, tuple(MLPS)),
-        ("conditioning", conditioning, CONDITIONINGS),
-        ("modulation", modulation, tuple(MODULATIONS)),
-    ):
-        if value not in accepted:
-            raise ValueError(f"{name}={value!r} must be one of {accepted}")
-    if len(patch_size) != 3 or any(p < 1 for p in patch_size):
-        raise ValueError(f"patch_size={patch_size} must be three positive integers, for t, h and w")
-    if isinstance(attention, str) or not attention:
-        raise ValueError(f"attention={attention!r} must be a list of at least one layer")
-    if (num_classes is not None) != (conditioning == "class"):
-        raise ValueError(
-            f"num_classes={num_classes} must be given with conditioning='class' only, not {conditioning!r}"
-        )
-    if (text_dim is not None) != (conditioning in ("cross", "joint")):
-        raise ValueError(
-            f"text_dim={text_dim} must be given with conditioning='cross' or 'joint' only, not {conditioning!r}"
-        )
