@@ -114,7 +114,7 @@ def digits(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_judge_learns_digits_it_never_saw_and_tells_noise_from_them():
-    judge = fit_judge(*digits("train", 1437), steps=120)
+    judge = fit_judge(*digits("train", 1257), steps=120)
     clips, labels = digits("test", 360)
     assert conditional_accuracy(clips, labels, judge=judge) > 0.6  # chance: 0.1
     real, more, noise = (judge.features(x) for x in (clips[:180], clips[180:], normal(180, *clips.shape[1:])))
@@ -123,7 +123,7 @@ def test_a_judge_learns_digits_it_never_saw_and_tells_noise_from_them():
 
 @pytest.mark.slow
 def test_the_judge_of_the_experiment():
-    judge = fit_judge(*digits("train", 5748))
+    judge = fit_judge(*digits("train", 5028))
     clips, labels = digits("test", 1080)
     assert conditional_accuracy(clips, labels, judge=judge) > 0.93
 
