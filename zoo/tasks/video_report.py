@@ -114,7 +114,7 @@ class VideoReport(MetricTable):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._validations = state_dict["validations"]
+        self._validations = state_dict.get("validations", 0)
 
     def _conditions(self, task: VideoDiffusionTask, data: VideoData, count: int) -> tuple[dict[str, Tensor], list[str]]:
         """`count` conditions, and what they are called: every class in turn, or the texts of held-out videos."""
