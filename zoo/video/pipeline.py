@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -28,6 +26,7 @@ from .export import save_clips
 from .guidance import Heads, guide, perturbed_heads
 from .kv_cache import KVCache
 from .segments import Segments, segmented
+from .stepping import call_back, set_timesteps
 from .transformer import VideoDiT
 from .vae import LatentSpace, decode, encode, latent_space
 
@@ -294,21 +293,6 @@ class VideoDiTPipeline(DiffusionPipeline):
         space = self.latent_space
         return tuple(like.new_tensor(x).view(1, -1, 1, 1, 1) for x in (space.mean, space.std))
 
-    def set_timesteps(self, steps: int, sigmas: Sequence[float] | None, device: torch.device) -> Tensor:
-        """The scheduler's timesteps, 1000 to 0, and a fresh state.
-
-        Raises:
-            ValueError: sigmas for a scheduler that makes its own.
-        """
-        if sigmas is None:
-            self.scheduler.set_timesteps(steps, device=device)
-        elif "sigmas" not in signature(self.scheduler.set_timesteps).parameters:
-            raise ValueError(f"sigmas cannot be given to {type(self.scheduler).__name__}")
-        else:
-            self.scheduler.set_timesteps(sigmas=np.asarray(sigmas, dtype=np.float32), device=device)
-        self.scheduler.set_begin_index(0)
-        return self.scheduler.timesteps
-
     # sampling
 
     def velocity(
@@ -545,14 +529,14 @@ class VideoDiTPipeline(DiffusionPipeline):
         with self.progress_bar(total=self._num_timesteps) as progress:
             for turn, chunk in enumerate(chunks):
                 fixed = given if caches is None else None
-                timesteps = self.set_timesteps(steps, sigmas, device)
+                timesteps = set_timesteps(self.scheduler, steps, sigmas, device)
                 finished = True
                 for step, t in enumerate(timesteps):
                     if self.interrupt:
                         finished = False
                         break
                     chunk = self.step(chunk, t, fixed, conditions, step=step, caches=caches, **guidance)
-                    chunk = self.call_back(*callback, turn * steps + step, t, chunk, conditions)
+                    chunk = call_back(self, *callback, turn * steps + step, t, chunk, conditions)
                     progress.update()
                 if done and not finished:
                     break  # what is made stays free of noise
@@ -588,26 +572,6 @@ class VideoDiTPipeline(DiffusionPipeline):
         velocity = self.velocity(latents, timestep, cond=conditions["cond"], uncond=uncond, **arguments)
         latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
         return latents if fixed is None else torch.cat([fixed, latents[:, :, known:]], dim=2)
-
-    def call_back(
-        self,
-        callback: Callable[..., dict] | None,
-        names: Sequence[str],
-        step: int,
-        t: Tensor,
-        latents: Tensor,
-        conditions: dict[str, dict[str, Any]],
-    ) -> Tensor:
-        """Shows a step's tensors to the caller's function, and takes what it returns."""
-        if callback is None:
-            return latents
-        sides = {"prompt_embeds": conditions["cond"], "negative_prompt_embeds": conditions.get("uncond", {})}
-        tensors = {"latents": latents} | {name: side.get("encoder_hidden_states") for name, side in sides.items()}
-        returned = callback(self, step, t, {name: tensors[name] for name in names})
-        for name, side in sides.items():
-            if name in returned:
-                side["encoder_hidden_states"] = returned[name]
-        return returned.get("latents", latents)
 
     def finish(self, latents: Tensor, output_type: str, output_path: Any, fps: float) -> Any:
         """What the model made, as `output_type` says."""
