@@ -4,7 +4,7 @@ A new benchmark is a class in `benchmarks/suites/` and its place in the registry
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -23,6 +23,16 @@ class SkippedError(Exception):
 
 class WrongResultError(Exception):
     """Ours breaks the error rule; the text says where."""
+
+
+def refuse_wrong(what: str, found: Mapping[str, tuple[float, float]]) -> None:
+    """Raise WrongResultError unless each error is within what is allowed; both by the name of a result."""
+    for name, (error, allowed) in found.items():
+        if not error <= allowed:
+            result = name if name == "out" else f"the gradient of {name}"
+            raise WrongResultError(
+                f"{what}: {result} is off by {error:.2g} where {allowed:.2g} is allowed; no numbers from wrong results"
+            )
 
 
 class Work(NamedTuple):

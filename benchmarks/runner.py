@@ -87,7 +87,8 @@ class Runner:
         for number, (case, mode, makers) in enumerate(selected, 1):
             what = f"{number}/{len(selected)}: {case.kernel} {case.name} {dtype_name(case)}, {mode}"
             metrics = self._measure(benchmark, case, mode, makers, what)
-            found = [self._row(case, mode, metric) for metric in metrics]
+            environment = records.environment(self.device, self.rounds)
+            found = [self._row(case, mode, metric, environment) for metric in metrics]
             rows += found
             changes = list(compare.changes(stored, found))
             outcome.regressions += [change for change in changes if change.is_regression]
@@ -152,12 +153,9 @@ class Runner:
         timed = [m for m in metrics if m.metric == "time"]
         return found + [Metric(m.provider, "measured/floor", "x", m.p50 / floor.time) for m in timed]
 
-    def _row(self, case: Any, mode: str, metric: Metric) -> Row:
+    def _row(self, case: Any, mode: str, metric: Metric, environment: dict[str, Any]) -> Row:
         values: dict[str, Any] = metric._asdict()
-        return Row(
-            kernel=case.kernel, mode=mode, case=case.name, dtype=dtype_name(case), **values,
-            **records.environment(self.device, self.rounds),
-        )  # fmt: skip
+        return Row(kernel=case.kernel, mode=mode, case=case.name, dtype=dtype_name(case), **values, **environment)
 
     def _print(self, benchmark: Benchmark, what: str, rows: Sequence[Row], changes: Sequence[compare.Change]) -> None:
         found = {(row.provider, row.metric): row for row in rows}

@@ -30,9 +30,8 @@ def _columns(query_factor: Tensor, key_factor: Tensor, dtype: torch.dtype) -> tu
     """
     if dtype.itemsize > 2 or max(query_factor.dtype.itemsize, key_factor.dtype.itemsize) <= 2:
         return query_factor.to(dtype), key_factor.to(dtype)
-    (q_high, q_low), (k_high, k_low) = (
-        (high, (factor - high).to(dtype)) for factor in (query_factor, key_factor) for high in (factor.to(dtype),)
-    )
+    q_high, k_high = query_factor.to(dtype), key_factor.to(dtype)
+    q_low, k_low = (query_factor - q_high).to(dtype), (key_factor - k_high).to(dtype)
     return torch.cat([q_high, q_high, q_low], -1), torch.cat([k_high, k_low, k_high], -1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -18,33 +18,38 @@ from .video import Item, VideoData
 DESCRIPTION = "latents.json"
 
 
-def read_keys(root: Path) -> dict[str, str]:
-    """Every tensor of a cache and the shard it is in. Half-written shards have another suffix and do not count."""
+class Stored(NamedTuple):
+    """Where a tensor is, and how large."""
+
+    shard: str
+    shape: tuple[int, ...]
+
+
+def read_keys(root: Path) -> dict[str, Stored]:
+    """Every tensor of a cache, from the shards' headers. Half-written ones have another suffix and do not count."""
     keys = {}
     for shard in sorted(root.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
-            keys |= dict.fromkeys(file.keys(), shard.name)
+            keys |= {key: Stored(shard.name, tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
     return keys
 
 
 class LatentClips(Dataset):
     """Clips of a cache, read when they are asked for."""
 
-    def __init__(self, root: Path, clips: list[dict[str, Any]], shards: dict[str, str]):
-        self.root, self.clips, self.shards = root, clips, shards
+    def __init__(self, root: Path, clips: list[dict[str, Any]], stored: dict[str, Stored]):
+        self.root, self.clips, self.stored = root, clips, stored
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def tensor(self, name: str) -> Tensor:
-        with safe_open(self.root / self.shards[name], framework="pt") as file:
+        with safe_open(self.root / self.stored[name].shard, framework="pt") as file:
             return file.get_tensor(name)
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """Of the latents, `(C, T, H, W)`, from the shard's header."""
-        name = f"{self.clips[index]['key']}.latents"
-        with safe_open(self.root / self.shards[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        """Of the latents, `(C, T, H, W)`."""
+        return self.stored[f"{self.clips[index]['key']}.latents"].shape
 
     def __getitem__(self, index: int) -> Item:
         clip = self.clips[index]
@@ -97,16 +102,16 @@ class VideoLatents(VideoData):
             warnings.warn(f"data.root={root!r} holds nothing to validate on: its first clip stands in", stacklevel=2)
         clips["val"] = clips["val"] or clips["test"] or clips["train"][:1]
         clips["test"] = clips["test"] or clips["val"]
-        shards = read_keys(Path(root))
+        stored = read_keys(Path(root))
         needed = [f"{clip['key']}.latents" for clip in description["clips"]]
         needed += [f"{clip['text']}.text" for clip in description["clips"] if clip["text"]]
-        missing = sum(name not in shards for name in needed)
+        missing = sum(name not in stored for name in needed)
         if missing:
             raise ValueError(
                 f"data.root={root!r} lacks {missing} of the {len(needed)} tensors that {DESCRIPTION} lists: a "
                 ".safetensors file is gone; run python -m foveal.zoo.data.latents again"
             )
-        self.parts = {split: LatentClips(Path(root), some, shards) for split, some in clips.items()}
+        self.parts = {split: LatentClips(Path(root), some, stored) for split, some in clips.items()}
         channels, frames, height, width = self.parts["train"].shape(0)
         super().__init__(
             batch_size=batch_size,
