@@ -58,6 +58,14 @@ def gradients(inputs: Inputs, out: Tensor, lse: Tensor | None, seed: int) -> dic
     return found | dict(zip(present, grads, strict=True))
 
 
+def assert_same_bits(compute: Callable[[], dict[str, Tensor]], times: int) -> None:
+    """Assert that `compute` gives the same bits this many times after the first."""
+    first = compute()
+    for _ in range(times):
+        again = compute()
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
 def errors(
     got: dict[str, Tensor], exact: dict[str, Tensor], eager: dict[str, Tensor] | None, dtype: torch.dtype
 ) -> dict[str, tuple[float, float]]:

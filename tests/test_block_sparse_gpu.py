@@ -9,6 +9,7 @@ from block_sparse_matrix import Case, cases, check, make_inputs, make_mask, run
 from foveal.kernels.block_sparse import configs
 from foveal.kernels.block_sparse.configs import Size
 from foveal.kernels.ops import block_sparse_attention, block_sparse_attention_lse, explain, routing_attention2d
+from operator_matrix import assert_same_bits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")]
 SWEEP = 800
@@ -52,10 +53,7 @@ def test_sizes_of_the_models(case, dtype):
 @pytest.mark.parametrize("case", [IMAGE, RAGGED, CLIP])
 def test_gradients_are_the_same_bits_every_time(case):
     inputs = make_inputs(case, torch.bfloat16, "cuda")
-    first = run(case, inputs, "triton")
-    for _ in range(100):
-        again = run(case, inputs, "triton")
-        assert all(torch.equal(first[name], again[name]) for name in first)
+    assert_same_bits(lambda: run(case, inputs, "triton"), 100)
 
 
 def test_cuda_takes_the_kernels():

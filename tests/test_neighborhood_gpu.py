@@ -14,6 +14,7 @@ from foveal.kernels.neighborhood import configs
 from foveal.kernels.neighborhood.configs import Size
 from foveal.kernels.ops import na1d, na2d, na2d_lse, na3d
 from neighborhood_matrix import Case, cases, check, errors, make_inputs, run
+from operator_matrix import assert_same_bits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")]
 SWEEP = 700  # cases a rank
@@ -77,10 +78,7 @@ def test_allowed_tf32_is_bounded():
 @pytest.mark.parametrize("case", [WIDE, BIAS])
 def test_500_runs_give_the_same_bits(case):
     inputs = make_inputs(case, torch.bfloat16, "cuda")
-    first = run(case, inputs, "triton")
-    for _ in range(500):
-        again = run(case, inputs, "triton")
-        assert all(torch.equal(first[name], again[name]) for name in first)
+    assert_same_bits(lambda: run(case, inputs, "triton"), 500)
 
 
 def test_batch_entries_do_not_influence_each_other():

@@ -14,6 +14,7 @@ from foveal.zoo.tasks.sweep import metric_mode
 from hydra import compose, initialize_config_module
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
+from train_helpers import assert_one_sentence
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -186,16 +187,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
 def test_mistakes_get_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
     fast = ["trainer.fast_dev_run=true", f"runs={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", ["foveal-train", *fast, *arguments])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setenv("FOVEAL_ONE_SENTENCE", "0")
-    with pytest.raises(SystemExit) as stopped:
-        train.main()
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    said = [line for line in lines if line.startswith("foveal-train: ")]
-    assert len(said) == 1 and sentence in said[0], lines
-    assert "Traceback" not in "\n".join(lines)
+    assert_one_sentence([*fast, *arguments], sentence, monkeypatch, capsys)
 
 
 def test_full_error_keeps_the_traceback(monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from test_train_resume import ROOT, finish, kill_at
-from train_helpers import QUIET, configure, differences
+from train_helpers import QUIET, assert_one_sentence, configure, differences
 
 TINY = (
     "experiment=moving_digits",
@@ -363,15 +363,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
 def test_mistakes_get_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
     fast = ["experiment=moving_digits", "trainer.fast_dev_run=true", f"runs={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", ["foveal-train", *fast, *arguments])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setenv("FOVEAL_ONE_SENTENCE", "0")
-    with pytest.raises(SystemExit) as stopped:
-        train.main()
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    said = [line for line in lines if line.startswith("foveal-train: ")]
-    assert len(said) == 1 and sentence in said[0], lines
+    assert_one_sentence([*fast, *arguments], sentence, monkeypatch, capsys)
 
 
 def initial_and_trained(config) -> tuple[dict, dict, VideoDiffusionTask]:

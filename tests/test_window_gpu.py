@@ -7,6 +7,7 @@ import pytest
 import torch
 from foveal.kernels.ops import explain, window_attention, window_attention_lse
 from foveal.kernels.window import configs
+from operator_matrix import assert_same_bits
 from window_matrix import Case, cases, check, make_inputs, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")]
@@ -47,10 +48,7 @@ def test_sizes_of_the_models(case, dtype):
 @pytest.mark.parametrize("case", [SWIN, HALO, HIFI, CLIP])
 def test_gradients_are_the_same_bits_every_time(case):
     inputs = make_inputs(case, torch.bfloat16, "cuda")
-    first = run(case, inputs, "triton")
-    for _ in range(100):
-        again = run(case, inputs, "triton")
-        assert all(torch.equal(first[name], again[name]) for name in first)
+    assert_same_bits(lambda: run(case, inputs, "triton"), 100)
 
 
 def test_cuda_takes_the_kernels():

@@ -1,10 +1,14 @@
 """Shared by the tests of training: configurations of runs that take a second, and what to compare."""
 
 import copy
+import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
+from foveal import train
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
@@ -42,3 +46,19 @@ def differences(a, b, where: str = "") -> list[str]:
             return [where]
         return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{where}/{i}")]
     return [] if a == b else [where]
+
+
+def assert_one_sentence(
+    arguments: Sequence[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Assert that the command refuses these arguments with one line that holds the sentence, and no traceback."""
+    monkeypatch.setattr(sys, "argv", ["foveal-train", *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setenv("FOVEAL_ONE_SENTENCE", "0")
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    said = [line for line in lines if line.startswith("foveal-train: ")]
+    assert len(said) == 1 and sentence in said[0], lines
+    assert "Traceback" not in "\n".join(lines)
