@@ -3,6 +3,8 @@
 One row a kernel variant: registers, spills, shared memory, and whether Hopper's matrix (wgmma) and copy (TMA)
 instructions are there. Exits with 1 if a variant does not compile, spills, or wants more
 shared memory than the device has.
+
+With `--loop`, a row for every hot loop instead: what one turn costs a scheduler of an SM, see `loops`.
 """
 
 import argparse
@@ -15,6 +17,8 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
+
+from . import loops
 
 OPERATORS = ("agent", "block_sparse", "neighborhood", "window")
 ARCHITECTURES = {  # shared memory a program may have, in bytes, and which table of sizes the device takes
@@ -89,14 +93,69 @@ def _variants(operator: str, arch: str) -> list:
     return list(module.variants(device=ARCHITECTURES[arch][1], tf32=arch.startswith("sm_")))
 
 
+class LoopRow(NamedTuple):
+    """One turn of hot loop number `loop` of a variant, in the order of its code; see `loops.Loop`.
+
+    `programs` fit on an SM, of whose matrix units they reach `share` at most.
+    """
+
+    operator: str
+    kernel: str
+    grid: str
+    dtype: str
+    head_dim: int
+    flags: str
+    queries: str
+    keys: str
+    warps: int
+    stages: int
+    arch: str
+    registers: int
+    shared: int
+    programs: int
+    loop: int
+    products: int
+    tensor: float
+    special: float
+    float32: float
+    integer: float
+    memory: float
+    issue: float
+    busy: float
+    share: float
+
+
+def _head(operator: str, variant, arch: str) -> tuple:
+    """The fields that rows begin with."""
+    tiles = ("×".join(map(str, variant.queries)), "×".join(map(str, variant.keys)))
+    head = (operator, variant.kernel, variant.grid, variant.dtype, variant.head_dim, variant.flags, *tiles)
+    return (*head, variant.options.get("num_warps", 4), variant.options.get("num_stages", 0), arch)
+
+
+def count_loops(operator: str, arch: str, index: int) -> list[LoopRow]:
+    """Compile variant number `index` of an operator for an NVIDIA architecture and count its hot loops."""
+    import triton
+
+    variant = _variants(operator, arch)[index]
+    head, warps = _head(operator, variant, arch), variant.options.get("num_warps", 4)
+    kernel = triton.compile(variant.source, target=_target(arch), options=variant.options)
+    registers, _ = _nvidia_usage(kernel.asm["ptx"], kernel.asm["cubin"], arch)
+    shared, columns = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0) or 0
+    programs = loops.resident_programs(arch, registers=registers, shared=shared, warps=warps, tensor_columns=columns)
+    rows = []
+    for i, loop in enumerate(loops.hot_loops(loops.disassemble(kernel.asm["cubin"]), arch, warps)):
+        counts = (loop.products, loop.tensor, loop.special, loop.float32, loop.integer, loop.memory, loop.issue)
+        bound = (loop.busy(arch), loop.share(arch, programs))
+        rows.append(LoopRow(*head, registers, shared, programs, i, *counts, *bound))
+    return rows
+
+
 def describe(operator: str, arch: str, index: int) -> Row:
     """Compile variant number `index` of an operator for an architecture."""
     import triton
 
     variant = _variants(operator, arch)[index]
-    tiles = ("×".join(map(str, variant.queries)), "×".join(map(str, variant.keys)))
-    head = (operator, variant.kernel, variant.grid, variant.dtype, variant.head_dim, variant.flags, *tiles)
-    head += (variant.options.get("num_warps", 4), variant.options.get("num_stages", 0), arch)
+    head = _head(operator, variant, arch)
     try:
         kernel = triton.compile(variant.source, target=_target(arch), options=variant.options)
         code = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
@@ -108,6 +167,17 @@ def describe(operator: str, arch: str, index: int) -> Row:
     shared, limit = kernel.metadata.shared, ARCHITECTURES[arch][0]
     error = f"shared memory exceeds {limit}" if shared > limit else ""
     return Row(*head, registers, spills, shared, "wgmma" in code, "cp.async.bulk.tensor" in code, error)
+
+
+def _jobs(architectures: Sequence[str], operators: Sequence[str], select: dict[str, set] | None) -> list[tuple]:
+    """Operator, architecture and number of the variants to compile."""
+    jobs = []
+    for operator in operators:
+        for arch in architectures:
+            for index, variant in enumerate(_variants(operator, arch)):
+                if all(getattr(variant, field) in values for field, values in (select or {}).items()):
+                    jobs.append((operator, arch, index))
+    return jobs
 
 
 def report(
@@ -125,43 +195,103 @@ def report(
         select: accepted values by field of `Row` that is known before compiling: kernel, grid, dtype, head_dim, flags.
         workers: processes; one a core when None.
     """
-    jobs = []
-    for operator in operators:
-        for arch in architectures:
-            for index, variant in enumerate(_variants(operator, arch)):
-                if all(getattr(variant, field) in values for field, values in (select or {}).items()):
-                    jobs.append((operator, arch, index))
+    jobs = _jobs(architectures, operators, select)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         yield from pool.map(describe, *zip(*jobs, strict=True)) if jobs else ()
 
 
-COLUMNS = ("kernel", "grid", "dtype", "head_dim", "flags", "queries", "keys", "warps", "stages", "arch")
-COLUMNS += ("registers", "spills", "shared", "wgmma", "tma", "error")
-WIDTHS = (8, 9, 5, 8, 13, 9, 9, 5, 6, 6, 9, 6, 7, 5, 3, 0)
+def loop_report(
+    *,
+    architectures: Sequence[str] = tuple(loops.DEVICES),
+    operators: Sequence[str] = OPERATORS,
+    select: dict[str, set] | None = None,
+    workers: int | None = None,
+) -> Iterator[LoopRow]:
+    """Rows of the hot loops of all variants; arguments as `report` has them, architectures of `loops.DEVICES`.
+
+    Raises:
+        ValueError: an architecture whose machine code is not read.
+    """
+    if unknown := set(architectures) - set(loops.DEVICES):
+        raise ValueError(
+            f"architectures={sorted(unknown)} must be of {list(loops.DEVICES)}: loops are counted there only"
+        )
+    jobs = _jobs(architectures, operators, select)
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        for rows in pool.map(count_loops, *zip(*jobs, strict=True)) if jobs else ():
+            yield from rows
 
 
-def _line(values: Sequence[object]) -> str:
-    text = ("yes" if value is True else "" if value is False else str(value) for value in values)
-    return "  ".join(value.ljust(width) for value, width in zip(text, WIDTHS, strict=True)).rstrip()
+HEAD = {
+    "kernel": 8,
+    "grid": 9,
+    "dtype": 5,
+    "head_dim": 8,
+    "flags": 13,
+    "queries": 9,
+    "keys": 9,
+    "warps": 5,
+    "stages": 6,
+}
+HEAD |= {"arch": 6, "registers": 9}
+COLUMNS = HEAD | {"spills": 6, "shared": 7, "wgmma": 5, "tma": 3, "error": 0}  # with their widths
+LOOP_COLUMNS = HEAD | {
+    "shared": 7,
+    "programs": 8,
+    "loop": 4,
+    "products": 8,
+    "tensor": 6,
+    "special": 7,
+    "float32": 7,
+    "integer": 7,
+}
+LOOP_COLUMNS |= {"memory": 6, "issue": 6, "busy": 6, "share": 5}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}" if value <= 1 else f"{value:.0f}"
+    return "yes" if value is True else "" if value is False else str(value)
+
+
+def _line(values: Sequence[object], columns: dict[str, int]) -> str:
+    return "  ".join(_text(v).ljust(width) for v, width in zip(values, columns.values(), strict=True)).rstrip()
+
+
+def _print_loops(rows: Iterator[LoopRow]) -> int:
+    """Print rows; returns the exit code, 1 if there are none."""
+    print(_line(list(LOOP_COLUMNS), LOOP_COLUMNS))
+    code = 1
+    for row in rows:
+        code = 0
+        print(_line([getattr(row, column) for column in LOOP_COLUMNS], LOOP_COLUMNS), flush=True)
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m foveal.kernels.report", description=__doc__)
-    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES)
     parser.add_argument("--operator", nargs="+", choices=OPERATORS, default=OPERATORS)
     parser.add_argument("--kernel", nargs="+")
     parser.add_argument("--grid", nargs="+")
     parser.add_argument("--dtype", nargs="+", choices=("fp16", "bf16", "fp32"))
     parser.add_argument("--head-dim", nargs="+", type=int)
+    parser.add_argument("--flags", nargs="*", help='of the variants, "" for plain ones')
     parser.add_argument("--workers", type=int)
+    parser.add_argument("--loop", action="store_true", help="count the instructions of the hot loops (NVIDIA)")
     options = parser.parse_args(arguments)
-    chosen = {field: getattr(options, field) for field in ("kernel", "grid", "dtype", "head_dim")}
+    chosen = {field: getattr(options, field) for field in ("kernel", "grid", "dtype", "head_dim", "flags")}
     select = {field: set(values) for field, values in chosen.items() if values}
-    print(_line(COLUMNS))
+    common: dict = dict(operators=options.operator, select=select, workers=options.workers)
+    if options.loop:
+        try:
+            return _print_loops(loop_report(architectures=options.arch or tuple(loops.DEVICES), **common))
+        except ValueError as error:
+            parser.error(str(error))
+    print(_line(list(COLUMNS), COLUMNS))
     failures = variants = 0
-    rows = report(architectures=options.arch, operators=options.operator, select=select, workers=options.workers)
-    for row in rows:
-        print(_line([getattr(row, column) for column in COLUMNS]), flush=True)
+    for row in report(architectures=options.arch or tuple(ARCHITECTURES), **common):
+        print(_line([getattr(row, column) for column in COLUMNS], COLUMNS), flush=True)
         variants += 1
         failures += bool(row.error or row.spills)
     print(f"{variants} variants, {failures} that do not compile, spill or do not fit")
