@@ -103,6 +103,16 @@ def obstacles(query: Tensor) -> dict[str, str | None]:
     return {"triton": triton_obstacle(query), "tiled": None, "reference": None}
 
 
+def is_compiled_on_cpu(query: Tensor) -> bool:
+    """Whether `torch.compile` traces a call on CPU, where a tiled path becomes one operator of the graph.
+
+    To compile its many small steps takes minutes, and they then run more slowly. An exported graph keeps them: it needs
+    nothing but torch.
+    """
+    compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    return query.device.type == "cpu" and compiling
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context in which operators keep the dtypes they are given: their products accumulate in float32 anyway."""
     cast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from block_sparse_matrix import TENSORS, Case, cases, check, make_inputs, make_mask, run
+from block_sparse_matrix import TENSORS, Case, cases, check, make_inputs, make_mask, opcheck, run
 from foveal.kernels.block_sparse import mask as masks
 from foveal.kernels.ops import BlockMask, block_sparse_attention, block_sparse_attention_lse, routing_attention2d
+from torch._dynamo.testing import CompileCounterWithBackend
 
 CASE = Case(
     shape=(7, 10),
@@ -151,16 +152,25 @@ def test_memory_is_linear_in_tokens():
     assert large < 4 * (4 * 16384 * 2 * 32 * 4)  # four times query, key, value and output, gradients included
 
 
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_compiled_whole(dynamic):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_as_one_operator(dynamic):
     torch._dynamo.reset()
-    compiled = torch.compile(block_sparse_attention_lse, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block_sparse_attention_lse, fullgraph=True, dynamic=dynamic, backend=counter)
     shapes = ((7, 10), (9, 14), (11, 13)) if dynamic else ((7, 10),)
     for shape in shapes:
         check(replace(CASE, shape=shape), torch.float32, "tiled", operator=compiled)
+    called = [node.target for node in counter.graphs[0].graph.nodes if node.op == "call_function"]
+    assert called.count(torch.ops.foveal.block_sparse_tiled_forward) == 1
+    assert torch.bmm not in called
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("case", [CASE, replace(CASE, inverse=True, extra=0, bias=False, layout="fused")])
+def test_opcheck(case, requires_grad):
+    opcheck("block_sparse_tiled", case, requires_grad=requires_grad)
+
+
 def test_routing_compiled_for_any_size():
     torch._dynamo.reset()
     compiled = torch.compile(routing_attention2d, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -19,6 +19,7 @@ from neighborhood_matrix import (
     check_whole,
     gradients,
     make_inputs,
+    opcheck,
     run,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -28,6 +29,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 RECORDED = [c for c in json.loads((GOLDENS / "neighborhood.json").read_text())["configs"] if "out_keys" in c]
 RECORDED_BIAS = json.loads((GOLDENS / "neighborhood_rpb.json").read_text())["configs"]
 PLAIN = Case((13, 11), (5, 3), (1, 1), (2, 3), (False, False), heads=4, key_heads=2, bias=True, extra=3)
+WHOLE = Case((5, 14), (5, 7), (1, 3), (1, 2), (False, False), batch=2, heads=2, bias=True)
 STRIDED = Case((9, 16), (4, 8), (3, 4), (2, 1), (True, False), batch=2, seed=1)
 
 
@@ -274,10 +276,20 @@ def assert_compiled_equals_eager(operator, case: Case) -> None:
         torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("case", [PLAIN, STRIDED], ids=["plain", "strided"])
-def test_compile(case):
+@pytest.mark.parametrize("case", [PLAIN, STRIDED, WHOLE], ids=["plain", "strided", "whole"])
+def test_compiled_as_one_operator(case):
     torch._dynamo.reset()
-    assert_compiled_equals_eager(compiled(case, dynamic=False)[0], case)
+    operator, counter = compiled(case, dynamic=False)
+    assert_compiled_equals_eager(operator, case)
+    called = [node.target for node in counter.graphs[0].graph.nodes if node.op == "call_function"]
+    assert called.count(torch.ops.foveal.neighborhood_tiled_forward) == 1
+    assert torch.bmm not in called
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("case", [PLAIN, STRIDED, WHOLE], ids=["plain", "strided", "whole"])
+def test_opcheck(case, requires_grad):
+    opcheck("neighborhood_tiled", case, torch.float32, requires_grad=requires_grad)
 
 
 def test_compile_dynamic_does_not_recompile():

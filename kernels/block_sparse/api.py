@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..calling import Impl, check_extra, check_grids, choose, obstacles, without_autocast
+from ..calling import Impl, check_extra, check_grids, choose, is_compiled_on_cpu, obstacles, without_autocast
 from . import library, reference, tiled
 from .mask import BlockMask, boxes
 
@@ -61,7 +61,8 @@ def _attend(query, key, value, mask, scale, extra_key, extra_value, impl) -> tup
     check_grids(rank, query, key, value, cross=True)
     _check_mask(rank, query, key, mask)
     check_extra(key, extra_key, extra_value)
-    attend = {"triton": library.attend, "tiled": tiled.attend, "reference": reference.attend}[choose(query, impl)]
+    tiles = library.attend_tiled if is_compiled_on_cpu(query) else tiled.attend
+    attend = {"triton": library.attend, "tiled": tiles, "reference": reference.attend}[choose(query, impl)]
     with without_autocast(query.device):
         return attend(
             query,

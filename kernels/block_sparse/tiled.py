@@ -41,9 +41,9 @@ def attend(
 
     Both are differentiable once; a second derivative raises RuntimeError.
     """
-    blocks = tuple(mask.query_block), tuple(mask.key_block)
     lists = mask.kv_num, mask.kv_idx, mask.bias, mask.q_len, mask.kv_len
-    return _Attention.apply(query, key, value, extra_key, extra_value, *lists, blocks, scale)
+    blocks = tuple(mask.query_block), tuple(mask.key_block)
+    return _Attention.apply(query, key, value, extra_key, extra_value, *lists, *blocks, scale)
 
 
 class _Operands(NamedTuple):
@@ -364,51 +364,100 @@ def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, gr
     return [grad_query, *grads]
 
 
+def _operands(query, key, value, mask: BlockMask, extra_key, extra_value) -> _Operands:
+    return _Operands(
+        query, key, value, extra_key, extra_value, mask.kv_num, mask.kv_idx, mask.bias, mask.q_len, mask.kv_len
+    )
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: BlockMask, scale: float, extra_key, extra_value
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, *spatial, heads, head_dim]` and log-sum-exp `[B, *spatial, heads]`."""
+    operands, key_heads = _operands(query, key, value, mask, extra_key, extra_value), key.shape[-2]
+    block = tuple(mask.query_block), tuple(mask.key_block)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = out.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+    for part in _parts(operands):
+        x = _select(operands, *part)
+        plan = _make_plan(x, block)
+        part_out, part_lse = _forward(plan, x.kv_num, x.kv_idx, x.bias, scale)
+        _unbox(part_out, _heads(out, *part, key_heads), block[0], plan.group)
+        _unbox(part_lse[..., None], _heads(lse[..., None], *part, key_heads), block[0], plan.group)
+    return out, lse
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    *,
+    mask: BlockMask,
+    scale: float,
+    extra_key,
+    extra_value,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, extra_key and extra_value, None for those not given; `out` is not read."""
+    operands, key_heads = _operands(query, key, value, mask, extra_key, extra_value), key.shape[-2]
+    block = tuple(mask.query_block), tuple(mask.key_block)
+    grads = [
+        None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x in (query, key, value, extra_key, extra_value)
+    ]
+    for part in _parts(operands):
+        x = _select(operands, *part)
+        plan = _make_plan(x, block)
+        grad, base, sub = (
+            _box(_heads(t, *part, key_heads), block[0], plan.group, 0)
+            for t in (grad_out, lse[..., None], grad_lse[..., None])
+        )
+        found = _backward(plan, x.kv_num, x.kv_idx, x.bias, scale, grad, base[..., 0], sub[..., 0])
+        to: list = [None if g is None else _heads(g, *part, key_heads) for g in grads]
+        _unbox(found[0], to[0], block[0], plan.group)
+        for total, target in zip(found[1:3], to[1:3], strict=True):
+            _unbox(total[:-1], target, block[1], 1)
+        for total, target in zip(found[3:], to[3:], strict=True):
+            if target is not None:
+                target.copy_(total.unflatten(0, (-1, target.shape[-2])).transpose(1, 2))
+    return tuple(grads)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        *tensors, blocks, scale = arguments
-        operands = _Operands(*tensors)
-        query, key_heads = operands.query, operands.key.shape[-2]
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        lse = out.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
-        for part in _parts(operands):
-            x = _select(operands, *part)
-            plan = _make_plan(x, blocks)
-            part_out, part_lse = _forward(plan, x.kv_num, x.kv_idx, x.bias, scale)
-            _unbox(part_out, _heads(out, *part, key_heads), blocks[0], plan.group)
-            _unbox(part_lse[..., None], _heads(lse[..., None], *part, key_heads), blocks[0], plan.group)
-        ctx.save_for_backward(*tensors, lse)
-        ctx.blocks, ctx.scale = blocks, scale
+    def forward(
+        ctx,
+        query,
+        key,
+        value,
+        extra_key,
+        extra_value,
+        kv_num,
+        kv_idx,
+        bias,
+        q_len,
+        kv_len,
+        query_block,
+        key_block,
+        scale,
+    ):
+        mask, extra = BlockMask(query_block, key_block, kv_num, kv_idx, bias, q_len, kv_len), (extra_key, extra_value)
+        out, lse = forward(query, key, value, mask=mask, scale=scale, extra_key=extra_key, extra_value=extra_value)
+        ctx.save_for_backward(query, key, value, *extra, kv_num, kv_idx, bias, q_len, kv_len, lse)
+        ctx.query_block, ctx.key_block, ctx.scale = query_block, key_block, scale
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
+        query, key, value, extra_key, extra_value, kv_num, kv_idx, bias, q_len, kv_len, lse = ctx.saved_tensors
+        mask = BlockMask(ctx.query_block, ctx.key_block, kv_num, kv_idx, bias, q_len, kv_len)
+        rest = {"mask": mask, "extra_key": extra_key, "extra_value": extra_value}
         device = grad_out.device.type
         cast = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if cast else nullcontext():  # as in the forward
-            return *_Attention._gradients(ctx, grad_out, grad_lse), *(None,) * 7
-
-    @staticmethod
-    def _gradients(ctx, grad_out, grad_lse):
-        *tensors, lse = ctx.saved_tensors
-        operands, blocks = _Operands(*tensors), ctx.blocks
-        key_heads = operands.key.shape[-2]
-        grads = [None if x is None else torch.empty_like(x) for x in operands[:5]]
-        for part in _parts(operands):
-            x = _select(operands, *part)
-            plan = _make_plan(x, blocks)
-            grad, base, sub = (
-                _box(_heads(t, *part, key_heads), blocks[0], plan.group, 0)
-                for t in (grad_out, lse[..., None], grad_lse[..., None])
-            )
-            found = _backward(plan, x.kv_num, x.kv_idx, x.bias, ctx.scale, grad, base[..., 0], sub[..., 0])
-            to: list = [None if g is None else _heads(g, *part, key_heads) for g in grads]
-            _unbox(found[0], to[0], blocks[0], plan.group)
-            for total, target in zip(found[1:3], to[1:3], strict=True):
-                _unbox(total[:-1], target, blocks[1], 1)
-            for total, target in zip(found[3:], to[3:], strict=True):
-                if target is not None:
-                    target.copy_(total.unflatten(0, (-1, target.shape[-2])).transpose(1, 2))
-        return grads
+            grads = backward(query, key, value, None, lse, grad_out, grad_lse, scale=ctx.scale, **rest)
+        return *grads, *(None,) * 8

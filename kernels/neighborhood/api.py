@@ -11,6 +11,7 @@ from ..calling import (
     check_extra,
     check_grids,
     choose,
+    is_compiled_on_cpu,
     obstacles,
     per_axis,
     without_autocast,
@@ -131,7 +132,8 @@ def dispatch(
     impl: Impl,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of checked arguments by the implementation that `impl` names."""
-    attend = {"triton": library.attend, "tiled": tiled.attend, "reference": reference.attend}[choose(query, impl)]
+    tiles = library.attend_tiled if is_compiled_on_cpu(query) else tiled.attend
+    attend = {"triton": library.attend, "tiled": tiles, "reference": reference.attend}[choose(query, impl)]
     with without_autocast(query.device):
         return attend(
             query,

@@ -1,9 +1,12 @@
-"""`torch.ops.foveal.neighborhood_*`: schemas, fake kernels, autograd and FLOP formulas of the Triton path.
+"""`torch.ops.foveal.neighborhood_*`: schemas, fake kernels, autograd and FLOP formulas of compiled calls.
 
-Only torch is imported here, so a first call may be a compiled one; the kernels are imported when they first run.
+There are two pairs of operators: the Triton kernels, and the tiled path as `torch.compile` sees it on CPU, where the
+graph of its many small steps would take minutes to compile and then run more slowly. Only torch is imported here, so a
+first call may be a compiled one; the modules that compute are imported when they first run.
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from math import copysign
 
 import torch
@@ -12,16 +15,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .geometry import Axis, query_range
 
-FORWARD = "foveal::neighborhood_forward"
-BACKWARD = "foveal::neighborhood_backward"
 GEOMETRY = "int[] window, int[] stride, int[] dilation, bool[] causal, float scale, int[]? first=None"
 EXTRAS = "Tensor? bias, Tensor? extra_key, Tensor? extra_value"
-
-torch.library.define(FORWARD, f"(Tensor query, Tensor key, Tensor value, {EXTRAS}, {GEOMETRY}) -> (Tensor, Tensor)")
-torch.library.define(
-    BACKWARD,
+FORWARD = f"(Tensor query, Tensor key, Tensor value, {EXTRAS}, {GEOMETRY}) -> (Tensor, Tensor)"
+BACKWARD = (
     "(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse, "
-    f"{EXTRAS}, {GEOMETRY}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{EXTRAS}, {GEOMETRY}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -38,78 +37,56 @@ def make_axes(
     return tuple(a._replace(queries=(i, i + n)) for a, i, n in zip(axes, first, queries[1:-2], strict=True))
 
 
-@torch.library.impl(FORWARD, "default")
-def _forward(query, key, value, bias, extra_key, extra_value, window, stride, dilation, causal, scale, first=None):
-    from . import launch
+def _define(name: str, module: str) -> None:
+    """Define `foveal::{name}_forward` and `foveal::{name}_backward`, which `forward` and `backward` of `module` do."""
+    forward_name, backward_name = f"foveal::{name}_forward", f"foveal::{name}_backward"
+    torch.library.define(forward_name, FORWARD)
+    torch.library.define(backward_name, BACKWARD)
 
-    axes = make_axes(query.shape, key.shape, window, stride, dilation, causal, first)
-    return launch.forward(
-        query, key, value, bias=bias, extra_key=extra_key, extra_value=extra_value, axes=axes, scale=scale
-    )
+    @torch.library.impl(forward_name, "default")
+    def forward(query, key, value, bias, extra_key, extra_value, window, stride, dilation, causal, scale, first=None):
+        axes = make_axes(query.shape, key.shape, window, stride, dilation, causal, first)
+        out, lse = import_module(module, __package__).forward(
+            query, key, value, bias=bias, extra_key=extra_key, extra_value=extra_value, axes=axes, scale=scale
+        )
+        return out.contiguous(), lse.contiguous()
 
+    @torch.library.impl(backward_name, "default")
+    def backward(
+        query, key, value, out, lse, grad_out, grad_lse, bias, extra_key, extra_value, window, stride, dilation, causal,
+        scale, first=None,
+    ):  # fmt: skip
+        axes = make_axes(query.shape, key.shape, window, stride, dilation, causal, first)
+        given = query, key, value, bias, extra_key, extra_value
+        gradients = import_module(module, __package__).backward(
+            query, key, value, out, lse, grad_out, grad_lse,
+            bias=bias, extra_key=extra_key, extra_value=extra_value, axes=axes, scale=scale,
+        )  # fmt: skip
+        return tuple(query.new_empty(0) if x is None else g.contiguous() for x, g in zip(given, gradients, strict=True))
 
-@torch.library.impl(BACKWARD, "default")
-def _backward(
-    query,
-    key,
-    value,
-    out,
-    lse,
-    grad_out,
-    grad_lse,
-    bias,
-    extra_key,
-    extra_value,
-    window,
-    stride,
-    dilation,
-    causal,
-    scale,
-    first=None,
-):
-    from . import launch
+    def differentiate(ctx, grad_out, grad_lse):
+        query, key, value, out, lse, bias, extra_key, extra_value = ctx.saved_tensors
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (grad_out, grad_lse) if x is not None):
+            raise NotImplementedError("neighborhood attention has no double backward; use impl='reference'")
+        gradients = getattr(torch.ops.foveal, f"{name}_backward")(
+            query, key, value, out, lse, grad_out, grad_lse, bias, extra_key, extra_value, *ctx.geometry
+        )
+        given = (query, key, value, bias, extra_key, extra_value)
+        return *(None if x is None else g for x, g in zip(given, gradients, strict=True)), *(None for _ in ctx.geometry)
 
-    axes = make_axes(query.shape, key.shape, window, stride, dilation, causal, first)
-    return launch.backward(
-        query,
-        key,
-        value,
-        out,
-        lse,
-        grad_out,
-        grad_lse,
-        bias=bias,
-        extra_key=extra_key,
-        extra_value=extra_value,
-        axes=axes,
-        scale=scale,
-    )
+    torch.library.register_fake(forward_name, _forward_fake)
+    torch.library.register_fake(backward_name, _backward_fake)
+    torch.library.register_autograd(forward_name, differentiate, setup_context=_setup_context)
+    register_flop_formula(getattr(torch.ops.foveal, f"{name}_forward"))(_forward_flops)
+    register_flop_formula(getattr(torch.ops.foveal, f"{name}_backward"))(_backward_flops)
 
 
-@torch.library.register_fake(FORWARD)
 def _forward_fake(query, key, value, bias, extra_key, extra_value, window, stride, dilation, causal, scale, first=None):
-    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=accumulate)
 
 
-@torch.library.register_fake(BACKWARD)
-def _backward_fake(
-    query,
-    key,
-    value,
-    out,
-    lse,
-    grad_out,
-    grad_lse,
-    bias,
-    extra_key,
-    extra_value,
-    window,
-    stride,
-    dilation,
-    causal,
-    scale,
-    first=None,
-):
+def _backward_fake(query, key, value, out, lse, grad_out, grad_lse, bias, extra_key, extra_value, *_, **__):
     def like(x: Tensor | None) -> Tensor:
         return query.new_empty(0) if x is None else x.new_empty(x.shape)
 
@@ -119,22 +96,6 @@ def _backward_fake(
 def _setup_context(ctx, inputs, output) -> None:
     query, key, value, bias, extra_key, extra_value, *ctx.geometry = inputs
     ctx.save_for_backward(query, key, value, *output, bias, extra_key, extra_value)
-
-
-def _differentiate(ctx, grad_out, grad_lse):
-    query, key, value, out, lse, bias, extra_key, extra_value = ctx.saved_tensors
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (grad_out, grad_lse) if x is not None):
-        raise NotImplementedError(
-            "neighborhood attention has no double backward with impl='triton'; use impl='reference'"
-        )
-    gradients = torch.ops.foveal.neighborhood_backward(
-        query, key, value, out, lse, grad_out, grad_lse, bias, extra_key, extra_value, *ctx.geometry
-    )
-    given = (query, key, value, bias, extra_key, extra_value)
-    return *(None if x is None else g for x, g in zip(given, gradients, strict=True)), *(None for _ in ctx.geometry)
-
-
-torch.library.register_autograd(FORWARD, _differentiate, setup_context=_setup_context)
 
 
 def attend(
@@ -151,11 +112,32 @@ def attend(
     """Output and natural log-sum-exp by the Triton kernels; see `api.na2d`. The kernels take positive scales."""
     if scale <= 0:
         query, scale = query * (copysign(1.0, scale) if scale else 0.0), abs(scale) or 1.0
+    return torch.ops.foveal.neighborhood_forward(
+        query, key, value, bias, extra_key, extra_value, *_geometry(axes, scale)
+    )
+
+
+def attend_tiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    axes: tuple[Axis, ...],
+    scale: float,
+    bias: Tensor | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and natural log-sum-exp by the tiled path, as one operator in a compiled graph."""
+    return torch.ops.foveal.neighborhood_tiled_forward(
+        query, key, value, bias, extra_key, extra_value, *_geometry(axes, scale)
+    )
+
+
+def _geometry(axes: tuple[Axis, ...], scale: float) -> tuple:
     _, window, stride, dilation, causal, queries = zip(*axes, strict=True)
     first = None if not any(queries) else [query_range(axis)[0] for axis in axes]
-    return torch.ops.foveal.neighborhood_forward(
-        query, key, value, bias, extra_key, extra_value, window, stride, dilation, causal, scale, first
-    )
+    return window, stride, dilation, causal, scale, first
 
 
 def _call_size(query, key, extra_key, *geometry) -> dict:
@@ -165,7 +147,6 @@ def _call_size(query, key, extra_key, *geometry) -> dict:
     return dict(axes=axes, batch=batch, heads=heads, head_dim=head_dim, extra=extra_key[1] if extra_key else 0)
 
 
-@register_flop_formula(torch.ops.foveal.neighborhood_forward)
 def _forward_flops(
     query, key, value, bias, extra_key, extra_value, window, stride, dilation, causal, scale, first=None,
     *, out_shape=None, **_,
@@ -175,7 +156,6 @@ def _forward_flops(
     return cost.forward_flops(**_call_size(query, key, extra_key, window, stride, dilation, causal, first))
 
 
-@register_flop_formula(torch.ops.foveal.neighborhood_backward)
 def _backward_flops(
     query, key, value, out, lse, grad_out, grad_lse, bias, extra_key, extra_value, window, stride, dilation, causal,
     scale, first=None, *, out_shape=None, **_,
@@ -183,3 +163,7 @@ def _backward_flops(
     from . import cost
 
     return cost.backward_flops(**_call_size(query, key, extra_key, window, stride, dilation, causal, first))
+
+
+_define("neighborhood", ".launch")
+_define("neighborhood_tiled", ".tiled")

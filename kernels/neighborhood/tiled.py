@@ -219,67 +219,84 @@ def _bias_gradient(grad_bias: Tensor, plan: Plan, bias: Tensor) -> Tensor:
     return grad_bias.view(bias.shape).to(bias.dtype)
 
 
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, *, bias, extra_key, extra_value, axes: tuple[Axis, ...], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, *spatial, heads, head_dim]` and log-sum-exp `[B, *spatial, heads]`."""
+    plan = _make_plan(query, key, extra_key, axes)
+    rows = _prepare(query, key, value, extra_key, extra_value)
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    table = _bias_by_class(plan, bias, accumulate)
+    out, lse = torch.empty_like(rows.query), rows.query.new_empty(rows.query.shape[0], dtype=accumulate)
+    for parts in tiled_plan.chunks(plan, rows.sizes, _splits(plan, rows, 2, 2), accumulate, query.device):
+        for chunk in parts:
+            # Queries that fill up a tile repeat another of it, so the rows written twice are equal.
+            part, part_lse = _forward_chunk(rows, plan, chunk, scale, table)
+            out.index_copy_(0, chunk.query, part)
+            lse.index_copy_(0, chunk.query, part_lse)
+    return out.view(query.shape), lse.view(query.shape[:-1])
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    *,
+    bias,
+    extra_key,
+    extra_value,
+    axes: tuple[Axis, ...],
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, bias, extra_key and extra_value, None for those not given; `out` is not read."""
+    plan = _make_plan(query, key, extra_key, axes)
+    rows = _prepare(query, key, value, extra_key, extra_value)
+    accumulate = lse.dtype
+    table = _bias_by_class(plan, bias, accumulate)
+    grad_out, lse, grad_lse = grad_out.reshape(rows.query.shape), lse.flatten(), grad_lse.flatten()
+    grad_key, grad_value = (torch.zeros_like(x, dtype=accumulate) for x in (rows.key, rows.value))
+    grad_bias = None if table is None else torch.zeros_like(table)
+    grad_query = torch.zeros_like(rows.query)
+    for parts in tiled_plan.chunks(plan, rows.sizes, _splits(plan, rows, 4, 3), accumulate, query.device):
+        for chunk in parts:
+            part = _backward_chunk(
+                rows, plan, chunk, scale, table, grad_out, lse, grad_lse, grad_key, grad_value, grad_bias
+            )
+            grad_query.index_add_(0, chunk.query, part)  # zeros from queries that fill up a tile
+    grad_key, grad_value = grad_key.mul_(1 / LOG2_E).to(key.dtype), grad_value.to(value.dtype)
+    tokens = key.numel() // key.shape[-1]
+    grads = [(x[:tokens].view(key.shape), x[tokens:].clone()) for x in (grad_key, grad_value)]
+    (grad_key, grad_extra_key), (grad_value, grad_extra_value) = grads
+    return (
+        grad_query.view(query.shape),
+        grad_key,
+        grad_value,
+        None if grad_bias is None else _bias_gradient(grad_bias, plan, bias),
+        None if extra_key is None else grad_extra_key.view(extra_key.shape),
+        None if extra_key is None else grad_extra_value.view(extra_key.shape),
+    )
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, bias, extra_key, extra_value, axes, scale):
-        plan = _make_plan(query, key, extra_key, axes)
-        rows = _prepare(query, key, value, extra_key, extra_value)
-        accumulate = torch.promote_types(query.dtype, torch.float32)
-        table = _bias_by_class(plan, bias, accumulate)
-        out, lse = torch.empty_like(rows.query), rows.query.new_empty(rows.query.shape[0], dtype=accumulate)
-        for parts in tiled_plan.chunks(plan, rows.sizes, _splits(plan, rows, 2, 2), accumulate, query.device):
-            for chunk in parts:
-                # Queries that fill up a tile repeat another of it, so the rows written twice are equal.
-                part, part_lse = _forward_chunk(rows, plan, chunk, scale, table)
-                out.index_copy_(0, chunk.query, part)
-                lse.index_copy_(0, chunk.query, part_lse)
-        out, lse = out.view(query.shape), lse.view(query.shape[:-1])
+        ctx.given = {"axes": axes, "scale": scale}
+        extra = {"extra_key": extra_key, "extra_value": extra_value}
+        out, lse = forward(query, key, value, bias=bias, **extra, **ctx.given)
         ctx.save_for_backward(query, key, value, bias, extra_key, extra_value, lse)
-        ctx.axes, ctx.scale = axes, scale
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
+        query, key, value, bias, extra_key, extra_value, lse = ctx.saved_tensors
+        extra = {"extra_key": extra_key, "extra_value": extra_value}
         device = grad_out.device.type
         cast = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if cast else nullcontext():  # as in the forward
-            return _Attention._gradients(ctx, grad_out, grad_lse)
-
-    @staticmethod
-    def _gradients(ctx, grad_out, grad_lse):
-        query, key, value, bias, extra_key, extra_value, lse = ctx.saved_tensors
-        plan = _make_plan(query, key, extra_key, ctx.axes)
-        rows = _prepare(query, key, value, extra_key, extra_value)
-        accumulate = lse.dtype
-        table = _bias_by_class(plan, bias, accumulate)
-        grad_out, lse, grad_lse = grad_out.reshape(rows.query.shape), lse.flatten(), grad_lse.flatten()
-        grad_key, grad_value = (torch.zeros_like(x, dtype=accumulate) for x in (rows.key, rows.value))
-        grad_bias = None if table is None else torch.zeros_like(table)
-        grad_query = torch.zeros_like(rows.query)
-        for parts in tiled_plan.chunks(plan, rows.sizes, _splits(plan, rows, 4, 3), accumulate, query.device):
-            for chunk in parts:
-                part = _backward_chunk(
-                    rows, plan, chunk, ctx.scale, table, grad_out, lse, grad_lse, grad_key, grad_value, grad_bias
-                )
-                grad_query.index_add_(0, chunk.query, part)  # zeros from queries that fill up a tile
-        grad_key = grad_key.mul_(1 / LOG2_E).to(key.dtype)
-        grad_value = grad_value.to(value.dtype)
-        grad_extra_key = grad_extra_value = None
-        if extra_key is not None:
-            grad_extra_key, grad_extra_value = (
-                x[-extra_key.shape[0] * plan.extra * rows.sizes.key_heads :].view(extra_key.shape)
-                for x in (grad_key, grad_value)
-            )
-            grad_key, grad_value = grad_key[: key.numel() // key.shape[-1]], grad_value[: key.numel() // key.shape[-1]]
-        grad_bias = None if grad_bias is None else _bias_gradient(grad_bias, plan, bias)
-        return (
-            grad_query.view(query.shape),
-            grad_key.view(key.shape),
-            grad_value.view(key.shape),
-            grad_bias,
-            grad_extra_key,
-            grad_extra_value,
-            None,
-            None,
-        )
+            grads = backward(query, key, value, None, lse, grad_out, grad_lse, bias=bias, **extra, **ctx.given)
+        return *grads, None, None

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from block_sparse_matrix import TENSORS, Case, cases, check, make_inputs, make_mask, run
+from block_sparse_matrix import TENSORS, Case, cases, check, make_inputs, make_mask, opcheck, run
 from foveal.kernels.block_sparse import configs
 from foveal.kernels.block_sparse.configs import Size
 from foveal.kernels.block_sparse.mask import box_of_token
@@ -102,29 +102,10 @@ def test_what_is_not_listed_is_not_read():
     assert all(torch.equal(clean[name], dirty[name]) for name in clean)
 
 
-def library_arguments(case: Case, dtype=torch.float32, requires_grad: bool = True) -> tuple:
-    inputs, mask = make_inputs(case, dtype), make_mask(case)
-    tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
-    lists = (mask.kv_num, mask.kv_idx, mask.bias, mask.q_len, mask.kv_len, *(mask.inverse or (None, None)))
-    return *tensors, *lists, list(case.query_block), list(case.key_block), 0.5
-
-
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("case", [FULL, replace(FULL, inverse=True, extra=0, bias=False, layout="fused")])
 def test_opcheck(case, requires_grad):
-    arguments = library_arguments(case, requires_grad=requires_grad)
-    torch.library.opcheck(torch.ops.foveal.block_sparse_forward, arguments, atol=1e-4, rtol=1e-4)
-
-
-def test_opcheck_of_the_backward():
-    query, key, value, *rest = library_arguments(FULL, requires_grad=False)
-    out, lse = torch.ops.foveal.block_sparse_forward(query, key, value, *rest)
-    arguments = (query, key, value, out, lse, torch.randn_like(out), torch.randn_like(lse), *rest)
-    torch.library.opcheck(
-        torch.ops.foveal.block_sparse_backward,
-        arguments,
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
+    opcheck("block_sparse", case, requires_grad=requires_grad)
 
 
 def test_compiled_and_exported_as_one_operator():

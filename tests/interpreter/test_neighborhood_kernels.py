@@ -10,7 +10,7 @@ import torch
 from foveal.kernels.neighborhood import configs
 from foveal.kernels.neighborhood.configs import Size
 from foveal.kernels.ops import na2d, na2d_lse
-from neighborhood_matrix import TENSORS, Case, cases, check, check_part, make_inputs, run
+from neighborhood_matrix import Case, cases, check, check_part, make_inputs, opcheck, run
 from torch.utils.flop_counter import FlopCounterMode
 
 CASES = 300
@@ -130,12 +130,6 @@ def test_memory_around_the_tensors_is_not_read():
             assert out.isfinite().all()
 
 
-def library_arguments(case: Case, dtype=torch.float32, requires_grad: bool = True) -> tuple:
-    inputs = make_inputs(case, dtype)
-    tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
-    return *tensors, list(case.window), list(case.stride), list(case.dilation), list(case.causal), 0.5
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize(
@@ -149,19 +143,7 @@ def library_arguments(case: Case, dtype=torch.float32, requires_grad: bool = Tru
     ],
 )
 def test_opcheck(case, dtype, requires_grad):
-    arguments = library_arguments(case, dtype, requires_grad)
-    torch.library.opcheck(torch.ops.foveal.neighborhood_forward, arguments, atol=1e-2, rtol=1e-2)
-
-
-def test_opcheck_of_the_backward():
-    *tensors, window, stride, dilation, causal, scale = library_arguments(FULL, requires_grad=False)
-    out, lse = torch.ops.foveal.neighborhood_forward(*tensors, window, stride, dilation, causal, scale)
-    arguments = (*tensors[:3], out, lse, torch.randn_like(out), torch.randn_like(lse), *tensors[3:])
-    torch.library.opcheck(
-        torch.ops.foveal.neighborhood_backward,
-        (*arguments, window, stride, dilation, causal, scale),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
+    opcheck("neighborhood", case, dtype, requires_grad=requires_grad)
 
 
 def test_compiled_whole_for_any_size():
