@@ -3,7 +3,7 @@
 Triton makes other machine code where it knows that an integer is 1 or divisible by 16, so a variant says which are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -38,8 +38,9 @@ def source(
     *,
     pointers: Mapping[str, str],
     integers: Mapping[str, int | tuple[int, ...]],
+    floats: Collection[str] = ("scale",),
 ) -> ASTSource:
-    """A kernel with its arguments: 32-bit integers, a float32 `scale`, and pointers `…_ptr` aligned to 16 bytes.
+    """A kernel with its arguments: 32-bit integers, float32 numbers, and pointers `…_ptr` aligned to 16 bytes.
 
     Args:
         kernel: a function of `triton.jit`.
@@ -48,6 +49,7 @@ def source(
         pointers: other types, by argument.
         integers: what is known, by argument: 1 if it is 1, 16 if it is divisible by 16, 0 if nothing; a tuple for an
             argument that is one. Nothing for those left out.
+        floats: arguments that are float32 numbers.
     """
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -64,5 +66,5 @@ def source(
         elif known == 1:
             signature[name], values[name] = "constexpr", 1
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name in floats else "i32"
     return ASTSource(kernel, signature, values, attributes)

@@ -8,6 +8,7 @@ from .block_sparse import (
     routing_attention2d,
 )
 from .explain import explain
+from .linear import linear_attention
 from .low_rank import biased_attention
 from .neighborhood import (
     merge_attentions,
@@ -29,6 +30,7 @@ __all__ = [
     "block_sparse_attention",
     "block_sparse_attention_lse",
     "explain",
+    "linear_attention",
     "merge_attentions",
     "na1d",
     "na1d_lse",

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from . import loops
 
-OPERATORS = ("agent", "block_sparse", "neighborhood", "window")
+OPERATORS = ("agent", "block_sparse", "linear", "neighborhood", "window")
 ARCHITECTURES = {  # shared memory a program may have, in bytes, and which table of sizes the device takes
     "sm_80": (163 * 1024, "ampere"),
     "sm_89": (99 * 1024, "small"),

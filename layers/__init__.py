@@ -2,6 +2,7 @@
 
 from .agent import AgentAttention2d, AgentBranch2d
 from .hilo import HiLo
+from .linear import LinearAttention, LocalConcentration
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .routing import BiLevelRoutingAttention2d
 from .window import WindowAttention2d
@@ -11,6 +12,8 @@ __all__ = [
     "AgentBranch2d",
     "BiLevelRoutingAttention2d",
     "HiLo",
+    "LinearAttention",
+    "LocalConcentration",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",

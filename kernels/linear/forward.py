@@ -1,0 +1,91 @@
+"""Forward kernels of linear attention: keys and values into a state, queries out of it.
+
+A program takes a block of the value's features, all of them while they are few.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import (
+    finish,
+    head_view,
+    load_matrix,
+    load_sums,
+    load_tile,
+    multiplier,
+    positive,
+    program,
+    rounded,
+    state_view,
+    store_block,
+    store_matrix,
+)
+
+
+@triton.jit
+def state_kernel(
+    k_ptr, k_strides, k_inner, v_ptr, v_strides, v_inner, state_ptr, keys, batches, heads, chunk,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    RELU: tl.constexpr, SUMS: tl.constexpr, CENTERED: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """States `[parts, B, heads, …]` of `chunk` keys each; sums of keys with `SUMS`, of values with `CENTERED`."""
+    head, block, batch, part = program(heads, batches, (E + COLUMNS - 1) // COLUMNS)
+    k_ptr = head_view(k_ptr, k_strides, batch, head)
+    v_ptr = head_view(v_ptr, v_strides, batch, head)
+    matrix = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
+    key_sum = tl.zeros([BLOCK_D], tl.float32)
+    value_sum = tl.zeros([COLUMNS], tl.float32)
+    for first in tl.range(part * chunk, min(part * chunk + chunk, keys), ROWS, num_stages=STAGES):
+        row = first + tl.arange(0, ROWS)
+        k = load_tile(k_ptr, k_strides, k_inner, row, keys, D, BLOCK_D, WIDE)
+        v = load_tile(v_ptr, v_strides, v_inner, row, keys, E, COLUMNS, WIDE, block * COLUMNS)
+        if RELU:
+            k = positive(k)
+        matrix = tl.dot(tl.trans(k), v, matrix, input_precision=PRECISION)
+        if SUMS:
+            key_sum += tl.sum(k.to(tl.float32), 0)
+        if CENTERED:
+            value_sum += tl.sum(v.to(tl.float32), 0)
+    state_ptr = state_view(state_ptr, (part * batches + batch) * heads + head, D, E)
+    d, e = tl.arange(0, BLOCK_D), block * COLUMNS + tl.arange(0, COLUMNS)
+    store_matrix(state_ptr, matrix, d, e, D, E)
+    tl.store(state_ptr + D * E + d, key_sum, mask=(d < D) & (block == 0))
+    tl.store(state_ptr + D * E + D + e, value_sum, mask=e < E)
+
+
+@triton.jit
+def apply_kernel(
+    q_ptr, q_strides, q_inner, state_ptr, scale_ptr, out_ptr, queries, batches, heads, chunk, share, scale, floor,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    RELU: tl.constexpr, SCALES: tl.constexpr, MEAN: tl.constexpr, CENTERED: tl.constexpr, NORMALISER: tl.constexpr,
+    WIDE: tl.constexpr, STATE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Out `[B, queries, heads, E]`, `chunk` queries a program.
+
+    `NORMALISER` is "none", "eps" or "floor", and `floor` the number that goes with it.
+    """
+    head, block, batch, part = program(heads, batches, (E + COLUMNS - 1) // COLUMNS)
+    q_ptr = head_view(q_ptr, q_strides, batch, head)
+    out_ptr += (batch.to(tl.int64) * queries * heads + head) * E
+    state_ptr = state_view(state_ptr, batch * heads + head, D, E)
+    d, e = tl.arange(0, BLOCK_D), block * COLUMNS + tl.arange(0, COLUMNS)
+    key_sum, value_sum = load_sums(state_ptr, d, e, D, E)
+    factor = multiplier(scale_ptr, scale, head, share, SCALES, MEAN)
+    matrix = finish(load_matrix(state_ptr, d, e, D, E), key_sum, value_sum, factor, share, CENTERED)
+    matrix = rounded(matrix, STATE_PRECISION)
+    if MEAN:
+        key_sum *= share
+    for first in tl.range(part * chunk, min(part * chunk + chunk, queries), ROWS, num_stages=STAGES):
+        row = first + tl.arange(0, ROWS)
+        q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE).to(tl.float32)
+        if RELU:
+            q = positive(q)
+        out = tl.dot(q, matrix, input_precision=STATE_PRECISION)
+        if NORMALISER == "eps":
+            out /= tl.where(row < queries, tl.sum(q * key_sum[None, :], 1) + floor, 1.0)[:, None]
+        if NORMALISER == "floor":
+            out /= tl.maximum(tl.sum(q * key_sum[None, :], 1), floor)[:, None]
+        if CENTERED:
+            out += (value_sum * share)[None, :]
+        store_block(out_ptr, out, row, queries, heads * E, block * COLUMNS, E, COLUMNS, WIDE)

@@ -1,0 +1,150 @@
+"""Launches of the kernels of linear attention; imported, and triton with it, when a kernel first runs."""
+
+from math import prod
+
+import torch
+import triton
+from torch import Tensor
+
+from ..agent.launch import grid
+from ..launching import block_d, device_class, has_tf32, needs_wide, precision
+from . import configs
+from .backward import key_kernel, query_kernel
+from .forward import apply_kernel, state_kernel
+from .options import Options
+
+
+def constants(
+    kernel: configs.Kernel, config: configs.Config, head_dim: int, value_dim: int, precision: str, state_precision: str
+) -> dict:  # fmt: skip
+    """Compile-time arguments of a kernel but those of the variant of attention."""
+    blocks = {"BLOCK_D": block_d(head_dim), "BLOCK_E": block_d(value_dim)}
+    columns = {name[-1]: min(config.columns, size) for name, size in blocks.items()}
+    kinds = {
+        "state": {"BLOCK_D": blocks["BLOCK_D"], "COLUMNS": columns["E"], "PRECISION": precision},
+        "apply": {"BLOCK_D": blocks["BLOCK_D"], "COLUMNS": columns["E"], "STATE_PRECISION": state_precision},
+        "query": {**blocks, "COLUMNS": columns["D"], "PRECISION": precision, "STATE_PRECISION": state_precision},
+        "key": {
+            **blocks,
+            "COLUMNS_D": columns["D"],
+            "COLUMNS_E": columns["E"],
+            "BLOCKS": max(triton.cdiv(head_dim, columns["D"]), triton.cdiv(value_dim, columns["E"])),
+            "STATE_PRECISION": state_precision,
+        },
+    }
+    launch = {"num_warps": config.warps, "num_stages": config.stages}
+    shared = {"D": head_dim, "E": value_dim, "ROWS": config.rows, "WIDE": config.wide, "STAGES": config.stages}
+    return shared | kinds[kernel] | launch
+
+
+def programs(kernel: configs.Kernel, fixed: dict) -> int:
+    """Programs that share a slice: blocks of features."""
+    if kernel == "key":
+        return fixed["BLOCKS"]
+    return triton.cdiv(fixed["D" if kernel == "query" else "E"], fixed["COLUMNS"])
+
+
+def flags(kernel: configs.Kernel, options: Options, scales: bool) -> dict:
+    """Compile-time arguments of a kernel that say which variant of attention is meant."""
+    kind, _ = normaliser(options)
+    given = {"RELU": options.relu, "CENTERED": options.centered}
+    if kernel == "state":
+        return given | {"SUMS": options.centered or kind != "none"}
+    given |= {"SCALES": scales, "MEAN": options.mean}
+    return given if kernel == "key" else given | {"NORMALISER": kind}
+
+
+def normaliser(options: Options) -> tuple[str, float]:
+    """Its kind, and the number that goes with it."""
+    if options.eps is not None:
+        return "eps", options.eps
+    return ("none", 0.0) if options.floor is None else ("floor", options.floor)
+
+
+def state_precision(query: Tensor, precision: str) -> str:
+    """How products with float32 states are done: for half precision TF32, which has a larger range than float16."""
+    if query.dtype == torch.float32:
+        return precision
+    return "tf32" if has_tf32(query.device) else "ieee"
+
+
+class Call:
+    """Sizes of one call, and what its launches have in common."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scales: Tensor | None, scale: float, options: Options,
+                 *rest: Tensor):  # fmt: skip
+        self.query, self.key, self.value = grid(query), grid(key), grid(value)
+        self.batch, self.heads, self.head_dim = query.shape[0], *query.shape[-2:]
+        self.value_dim = value.shape[-1]
+        self.queries, self.keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
+        self.packed = self.head_dim * self.value_dim + self.head_dim + self.value_dim
+        self.wide = needs_wide(query, key, value, *rest)
+        self.itemsize, self.device = query.element_size(), query.device
+        self.precision = precision(query)
+        self.state_precision = state_precision(query, self.precision)
+        self.scales, self.options = scales, options
+        self.factors, self.floor = (1 / self.keys, scale), normaliser(options)[1]
+
+    def plan(self, name: configs.Kernel, tokens: int) -> tuple[dict, int, int, int]:
+        """Compile-time arguments of a kernel over `tokens`, tokens a program, parts, and programs of a part."""
+        sizes = dict(tokens=tokens, features=max(self.head_dim, self.value_dim))
+        device = device_class(self.device)
+        config = configs.choose(name, **sizes, itemsize=self.itemsize, device=device, wide=self.wide)
+        fixed = constants(name, config, self.head_dim, self.value_dim, self.precision, self.state_precision)
+        slices = self.batch * self.heads * programs(name, fixed)
+        chunk = configs.chunk_length(name, **sizes, rows=config.rows, slices=slices)
+        fixed |= flags(name, self.options, self.scales is not None)
+        return fixed, chunk, triton.cdiv(tokens, chunk), slices
+
+    def run(self, name: configs.Kernel, kernel, tokens: int, operands: tuple, rest: tuple) -> None:
+        """Launch a kernel over `tokens` that takes operands, sizes and numbers."""
+        fixed, chunk, parts, slices = self.plan(name, tokens)
+        kernel[(parts * slices,)](*operands, tokens, self.batch, self.heads, chunk, *rest, **fixed)
+
+    def accumulate(self, name: configs.Kernel, kernel, tokens: int, operands: tuple, rest: tuple = ()) -> Tensor:
+        """The sum `[B, heads, …]`, part after part, of the states that a kernel writes to its last operand."""
+        fixed, chunk, parts, slices = self.plan(name, tokens)
+        shape = (parts, self.batch, self.heads, self.packed)
+        states = torch.empty(shape, dtype=torch.float32, device=self.device)
+        kernel[(parts * slices,)](*operands, states, tokens, self.batch, self.heads, chunk, *rest, **fixed)
+        return states[0] if parts == 1 else states.sum(0)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, scales: Tensor | None, scale: float, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Output, and the packed state `[B, heads, D * E + D + E]` in float32."""
+    call = Call(query, key, value, scales, scale, options)
+    out = torch.empty(*query.shape[:-1], call.value_dim, dtype=query.dtype, device=query.device)
+    if call.batch == 0:
+        return out, out.new_empty(0, call.heads, call.packed, dtype=torch.float32)
+    with torch.cuda.device_of(query):
+        state = call.accumulate("state", state_kernel, call.keys, (*call.key, *call.value))
+        operands = (*call.query, state, scales, out)
+        call.run("apply", apply_kernel, call.queries, operands, (*call.factors, call.floor))
+    return out, state
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    state: Tensor,
+    grad_out: Tensor,
+    scales: Tensor | None,
+    scale: float,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and of the packed state that queries meet, before its factor."""
+    call = Call(query, key, value, scales, scale, options, grad_out)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    if call.batch == 0:
+        return dq, dk, dv, torch.empty_like(state)
+    with torch.cuda.device_of(query):
+        operands = (*call.query, *grid(grad_out), out, state, scales, dq)
+        rest = (*call.factors, call.floor)
+        dstate = call.accumulate("query", query_kernel, call.queries, operands, rest)
+        operands = (*call.key, *call.value, state, dstate, scales, dk, dv)
+        call.run("key", key_kernel, call.keys, operands, call.factors)
+    return dq, dk, dv, dstate

@@ -1,0 +1,89 @@
+"""What the kernels of linear attention share: the packed state of a head, and rounding for matrix units.
+
+A state is D * E + D + E float32 numbers: a matrix, D sums of keys and E sums of values; backwards, the gradients of
+these.
+"""
+
+import triton
+import triton.language as tl
+
+from ..agent.tile import head_view, load_tile
+
+__all__ = ["finish", "head_view", "load_matrix", "load_sums", "load_tile", "multiplier", "positive", "program",
+           "rounded", "state_view", "store_block", "store_matrix"]  # fmt: skip
+
+
+@triton.jit
+def positive(x):
+    """max(x, 0), NaN as it is."""
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """float32 to the nearest TF32 where matrix units take TF32: they would cut it off."""
+    if PRECISION == "tf32":
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def program(heads, batches, BLOCKS: tl.constexpr):
+    """Head, block of features, entry of the batch and part of the tokens of a program; heads are next to each other."""
+    head, rest = tl.program_id(0) % heads, tl.program_id(0) // heads
+    block, rest = rest % BLOCKS, rest // BLOCKS
+    return head, block, rest % batches, rest // batches
+
+
+@triton.jit
+def state_view(ptr, slice, D: tl.constexpr, E: tl.constexpr):
+    """Pointer to one state: its matrix, and behind it the sums."""
+    return ptr + slice.to(tl.int64) * (D * E + D + E)
+
+
+@triton.jit
+def load_matrix(ptr, d, e, D: tl.constexpr, E: tl.constexpr):
+    """Rows `d` and columns `e` of a state's matrix, zeros outside."""
+    return tl.load(ptr + (d * E)[:, None] + e[None, :], mask=(d < D)[:, None] & (e < E)[None, :], other=0.0)
+
+
+@triton.jit
+def store_matrix(ptr, matrix, d, e, D: tl.constexpr, E: tl.constexpr):
+    tl.store(ptr + (d * E)[:, None] + e[None, :], matrix, mask=(d < D)[:, None] & (e < E)[None, :])
+
+
+@triton.jit
+def load_sums(ptr, d, e, D: tl.constexpr, E: tl.constexpr):
+    """A state's sums of keys and of values."""
+    keys = tl.load(ptr + D * E + d, mask=d < D, other=0.0)
+    return keys, tl.load(ptr + D * E + D + e, mask=e < E, other=0.0)
+
+
+@triton.jit
+def multiplier(scale_ptr, scale, head, share, SCALES: tl.constexpr, MEAN: tl.constexpr):
+    """Factor of the matrix of a head: `share` is one over the keys."""
+    if SCALES:
+        scale *= tl.load(scale_ptr + head).to(tl.float32)
+    if MEAN:
+        scale *= share
+    return scale
+
+
+@triton.jit
+def finish(matrix, key_sum, value_sum, factor, share, CENTERED: tl.constexpr):
+    """What queries meet of a block of the matrix, given the sums of its rows and columns."""
+    if CENTERED:
+        matrix -= key_sum[:, None] * (value_sum * share)[None, :]
+    return matrix * factor
+
+
+@triton.jit
+def store_block(
+    ptr, value, token, tokens, stride, first, D: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Store features from `first` on of tokens that lie `stride` apart."""
+    d, keep = first + tl.arange(0, BLOCK), token < tokens
+    if WIDE:
+        token = token.to(tl.int64)
+    mask = keep[:, None] & (d < D)[None, :]
+    tl.store(ptr + (token * stride)[:, None] + d[None, :], value.to(ptr.dtype.element_ty), mask=mask)
