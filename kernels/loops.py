@@ -120,7 +120,7 @@ def hot_loops(sass: str, arch: str, warps: int) -> Iterator[Loop]:
 
 def _jumps(lines: list[str]) -> Iterator[tuple[int, str]]:
     for i, line in enumerate(lines):
-        if match := re.search(r"BRA(?:\.\w+)* (?:\w+, )?`\((\.L\w+)\)", line):
+        if match := re.search(r"BRA(?:\.\w+)* (?:!?\w+, )?`\((\.L\w+)\)", line):
             yield i, match[1]
 
 

@@ -194,9 +194,14 @@ def key_kernel(
                 do = load_tile(
                     head_do, do_desc, corner, q_steps, do_sp, do_strides[5], nq, D, QUERIES, BLOCK_D, DESCRIPTOR, MASKED
                 )
-                keep = inside(column, nq)
-                lse2 = tl.load(head_lse + offset(column, lse_sp), mask=keep, other=float("inf")) * LOG2E
-                delta = tl.load(head_delta + offset(column, lse_sp), mask=keep, other=0.0)
+                place = offset(column, lse_sp)
+                if MASKED:
+                    keep = inside(column, nq)
+                    lse2 = tl.load(head_lse + place, mask=keep, other=float("inf")) * LOG2E
+                    delta = tl.load(head_delta + place, mask=keep, other=0.0)
+                else:
+                    lse2 = tl.load(head_lse + place) * LOG2E
+                    delta = tl.load(head_delta + place)
                 st = logits_tile(
                     k, q, column, lo, hi, head_bias, bias_row, scale,
                     KEYS, QUERIES, BIAS, BIAS_STRIDES, MASKED, PRECISION,

@@ -174,11 +174,22 @@ def tile_origin(
 
 
 @triton.jit
+def _reciprocal(n):
+    return 1.0 / tl.cast(tl.maximum(n, 1), tl.float32)
+
+
+@triton.jit
+def _split(t, n, reciprocal):
+    """Quotient and remainder of 0 <= t < 2**20 by n >= 1: division in a loop would cost as much as a mask."""
+    quotient = tl.cast((tl.cast(t, tl.float32) + 0.5) * reciprocal, tl.int32)
+    return quotient, t - quotient * n
+
+
+@triton.jit
 def _box_tile(t, first, counts):
     """Coordinates, in tiles, of tile number `t` of the box of `counts` tiles that begins at `first`."""
-    z = t % counts[2]
-    y = t // counts[2] % counts[1]
-    x = t // counts[2] // counts[1]
+    x, t = _split(t, counts[1] * counts[2], _reciprocal(counts[1] * counts[2]))
+    y, z = _split(t, counts[2], _reciprocal(counts[2]))
     return first[0] + x, first[1] + y, first[2] + z
 
 
@@ -192,25 +203,22 @@ def _border_tile(t, counts, inner, inner_counts):
     """Coordinates, in tiles, of tile number `t` among those outside the inner box: first the tiles outside it on x,
     then those inside on x and outside on y, then those inside on x and y and outside on z."""
     plane = counts[1] * counts[2]
-    slab_x = (counts[0] - inner_counts[0]) * plane
-    side_y = (counts[1] - inner_counts[1]) * counts[2]
-    slab_y = inner_counts[0] * side_y
-    outer_z = counts[2] - inner_counts[2]
-    side_z = inner_counts[1] * outer_z
+    side = (counts[1] - inner_counts[1]) * counts[2]
+    outer = counts[2] - inner_counts[2]
+    ends = inner_counts[1] * outer
+    slabs = (counts[0] - inner_counts[0]) * plane
+    sides = slabs + inner_counts[0] * side
+    on_x, on_z = t < slabs, t >= sides
 
-    u = t - slab_x
-    v = u - slab_y
-    per_y = tl.maximum(side_y, 1)
-    per_z = tl.maximum(side_z, 1)
-    row_z = tl.maximum(outer_z, 1)
-    ax, ay, az = _skip(t // plane, inner[0], inner_counts[0]), t % plane // counts[2], t % counts[2]
-    bx, by, bz = inner[0] + u // per_y, _skip(u % per_y // counts[2], inner[1], inner_counts[1]), u % per_y % counts[2]
-    cx, cy = inner[0] + v // per_z, inner[1] + v % per_z // row_z
-    cz = _skip(v % per_z % row_z, inner[2], inner_counts[2])
-    on_x, on_y = t < slab_x, u < slab_y
-    x = tl.where(on_x, ax, tl.where(on_y, bx, cx))
-    y = tl.where(on_x, ay, tl.where(on_y, by, cy))
-    z = tl.where(on_x, az, tl.where(on_y, bz, cz))
+    t -= tl.where(on_x, 0, tl.where(on_z, sides, slabs))
+    per_x = tl.where(on_x, plane, tl.where(on_z, ends, side))
+    per_y = tl.where(on_z, outer, counts[2])
+    x, t = _split(t, per_x, tl.where(on_x, _reciprocal(plane), tl.where(on_z, _reciprocal(ends), _reciprocal(side))))
+    y, z = _split(t, per_y, tl.where(on_z, _reciprocal(outer), _reciprocal(counts[2])))
+
+    x = tl.where(on_x, _skip(x, inner[0], inner_counts[0]), inner[0] + x)
+    y = tl.where(on_x, y, tl.where(on_z, inner[1] + y, _skip(y, inner[1], inner_counts[1])))
+    z = tl.where(on_z, _skip(z, inner[2], inner_counts[2]), z)
     return x, y, z
 
 
