@@ -3,10 +3,9 @@
 from math import prod
 
 import torch
-import triton
 from torch import Tensor
 
-from ..launching import block_d, device_class, needs_wide, precision
+from ..launching import block_d, cdiv, device_class, needs_wide, precision
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel
 from .forward import forward_kernel, merge_kernel
@@ -96,9 +95,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
     if this.batch == 0:
         return out, lse
     config = this.config("forward")
-    programs = triton.cdiv(this.queries, config.queries) * this.batch * this.heads
+    programs = cdiv(this.queries, config.queries) * this.batch * this.heads
     chunk = configs.chunk_length(this.keys, config.keys, programs)
-    parts = triton.cdiv(this.keys, chunk)
+    parts = cdiv(this.keys, chunk)
     some, some_lse = out, lse
     if parts > 1:
         some = torch.empty(parts, *out.shape, dtype=torch.float32, device=query.device)
@@ -106,7 +105,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
     with torch.cuda.device_of(query):
         this.run(forward_kernel, programs * parts, some, some_lse, chunk=chunk, config=config, BIAS=bias is not None)
         if parts > 1:
-            merge_kernel[(triton.cdiv(this.queries, MERGE_QUERIES) * this.batch * this.heads,)](
+            merge_kernel[(cdiv(this.queries, MERGE_QUERIES) * this.batch * this.heads,)](
                 some,
                 some_lse,
                 out,
@@ -150,18 +149,18 @@ def backward(
     slices, delta, do = this.batch * this.heads, torch.empty_like(lse), grid(grad_out)
     with torch.cuda.device_of(query):
         config = this.config("query")
-        programs = triton.cdiv(this.queries, config.queries) * slices
+        programs = cdiv(this.queries, config.queries) * slices
         chunk = configs.chunk_length(this.keys, config.keys, programs)
-        parts = triton.cdiv(this.keys, chunk)
+        parts = cdiv(this.keys, chunk)
         dq = _partial(parts, query)
         tensors = (out, *do, lse, delta, dq)
         flags = dict(BIAS=bias is not None, WHOLE=this.keys <= config.keys)
         this.run(query_kernel, programs * parts, *tensors, chunk=chunk, config=config, **flags)
 
         config = this.config("key")
-        programs = triton.cdiv(this.keys, config.keys) * slices
+        programs = cdiv(this.keys, config.keys) * slices
         chunk = configs.chunk_length(this.queries, config.queries, programs)
-        parts = triton.cdiv(this.queries, chunk)
+        parts = cdiv(this.queries, chunk)
         dk, dv = _partial(parts, key), _partial(parts, value)
         tensors = (*do, lse, delta, dk, dv)
         this.run(key_kernel, programs * parts, *tensors, chunk=chunk, config=config, BIAS=bias is not None)
@@ -169,9 +168,9 @@ def backward(
         dbias = query.new_empty(0)
         if bias is not None and bias_gradient:
             config = this.config("bias")
-            programs = triton.cdiv(this.queries, config.queries) * triton.cdiv(this.keys, config.keys) * this.heads
+            programs = cdiv(this.queries, config.queries) * cdiv(this.keys, config.keys) * this.heads
             chunk = configs.chunk_length(this.batch, 1, programs, "batch")
-            parts = triton.cdiv(this.batch, chunk)
+            parts = cdiv(this.batch, chunk)
             partial = torch.empty(parts, *bias.shape, dtype=torch.float32, device=bias.device)
             tensors = (*do, lse, delta, partial)
             flags = bias_constants(this.head_dim, this.itemsize)

@@ -3,10 +3,9 @@
 from math import prod
 
 import torch
-import triton
 from torch import Tensor
 
-from ..launching import block_d, device_class, grid_strides, needs_wide, padded, precision
+from ..launching import block_d, cdiv, device_class, grid_strides, needs_wide, padded, precision
 from ..neighborhood.geometry import Axis
 from ..neighborhood.launch import EXTRA_KEYS, extra_gradient
 from . import configs
@@ -51,7 +50,7 @@ def constants(
 
 def programs(shape, block: tuple[int, ...], rows: int, batch_heads: int) -> int:
     """Programs of a kernel that owns tiles of `rows` tokens of every box of a grid."""
-    return prod(boxes(shape, block)) * triton.cdiv(prod(block), rows) * batch_heads
+    return prod(boxes(shape, block)) * cdiv(prod(block), rows) * batch_heads
 
 
 def _packed(x: Tensor | None) -> Tensor | None:

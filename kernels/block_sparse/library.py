@@ -4,6 +4,7 @@ There are two pairs of operators: the Triton kernels, and the tiled path as `tor
 is imported here, so a first call may be a compiled one; the modules that compute are imported when they first run.
 """
 
+from functools import cache, partial
 from importlib import import_module
 from math import prod
 
@@ -33,11 +34,12 @@ def _define(name: str, module: str) -> None:
     forward_name, backward_name = f"foveal::{name}_forward", f"foveal::{name}_backward"
     torch.library.define(forward_name, FORWARD)
     torch.library.define(backward_name, BACKWARD)
+    kernels = cache(partial(import_module, module, __package__))
 
     @torch.library.impl(forward_name, "default")
     def forward(query, key, value, extra_key, extra_value, *rest):
         *mask, scale = rest
-        return import_module(module, __package__).forward(
+        return kernels().forward(
             query, key, value, mask=_mask(*mask), scale=scale, extra_key=extra_key, extra_value=extra_value
         )
 
@@ -45,7 +47,7 @@ def _define(name: str, module: str) -> None:
     def backward(query, key, value, out, lse, grad_out, grad_lse, extra_key, extra_value, *rest):
         *mask, scale = rest
         given = query, key, value, extra_key, extra_value
-        gradients = import_module(module, __package__).backward(
+        gradients = kernels().backward(
             *(query, key, value, out, lse, grad_out, grad_lse),
             **dict(mask=_mask(*mask), scale=scale, extra_key=extra_key, extra_value=extra_value),
         )

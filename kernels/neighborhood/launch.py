@@ -9,6 +9,7 @@ from torch import Tensor
 from ..launching import (
     aligned,
     block_d,
+    cdiv,
     device_class,
     device_scratch,
     grid_strides,
@@ -94,7 +95,7 @@ def programs(axes: tuple[Axis, ...], tile: tuple[int, ...], batch_heads: int, *,
     """Programs of a kernel whose rows, queries or `keys`, are tiled by `tile`: tiles of the longest dilation group, for
     every group."""
     tiles = prod(
-        a.dilation * triton.cdiv(triton.cdiv(a.length if keys else query_count(a), a.dilation), t)
+        a.dilation * cdiv(cdiv(a.length if keys else query_count(a), a.dilation), t)
         for a, t in zip(axes, tile[3 - len(axes) :], strict=True)
     )
     return tiles * batch_heads
@@ -250,8 +251,8 @@ def bias_gradient(q, k, v, do, lse, delta, table, bias: Tensor, axes: tuple[Axis
     """Gradient of the relative position table: partial sums of chunks of queries, added by torch in a fixed order."""
     query, heads, entries = q[0], bias.shape[0], prod(bias.shape[1:])
     total = query.shape[0] * prod(map(query_count, axes))
-    chunk = max(MIN_CHUNK, triton.cdiv(total, triton.cdiv(PROGRAMS, heads * entries)))
-    chunks = triton.cdiv(total, chunk)
+    chunk = max(MIN_CHUNK, cdiv(total, cdiv(PROGRAMS, heads * entries)))
+    chunks = cdiv(total, chunk)
     partial = torch.empty(chunks, heads, entries, dtype=torch.float32, device=query.device)
     bias_kernel[(chunks * heads * entries,)](
         *q,
@@ -278,9 +279,9 @@ def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, ax
     """Gradients of the extra keys and values: partial sums of chunks of queries, added by torch in a fixed order."""
     query, (batch, extra, key_heads, head_dim) = q[0], extra_key.shape
     tokens = prod(map(query_count, axes))
-    blocks = triton.cdiv(extra, EXTRA_KEYS) * key_heads * batch
-    chunk = max(MIN_CHUNK, triton.cdiv(tokens, triton.cdiv(PROGRAMS, blocks)))
-    chunks = triton.cdiv(tokens, chunk)
+    blocks = cdiv(extra, EXTRA_KEYS) * key_heads * batch
+    chunk = max(MIN_CHUNK, cdiv(tokens, cdiv(PROGRAMS, blocks)))
+    chunks = cdiv(tokens, chunk)
     dk = torch.empty(chunks, *extra_key.shape, dtype=torch.float32, device=query.device)
     dv = torch.empty_like(dk)
     extra_kernel[(chunks * blocks,)](

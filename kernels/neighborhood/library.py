@@ -6,6 +6,7 @@ first call may be a compiled one; the modules that compute are imported when the
 """
 
 from collections.abc import Sequence
+from functools import cache, partial
 from importlib import import_module
 from math import copysign
 
@@ -42,11 +43,12 @@ def _define(name: str, module: str) -> None:
     forward_name, backward_name = f"foveal::{name}_forward", f"foveal::{name}_backward"
     torch.library.define(forward_name, FORWARD)
     torch.library.define(backward_name, BACKWARD)
+    kernels = cache(partial(import_module, module, __package__))
 
     @torch.library.impl(forward_name, "default")
     def forward(query, key, value, bias, extra_key, extra_value, window, stride, dilation, causal, scale, first=None):
         axes = make_axes(query.shape, key.shape, window, stride, dilation, causal, first)
-        out, lse = import_module(module, __package__).forward(
+        out, lse = kernels().forward(
             query, key, value, bias=bias, extra_key=extra_key, extra_value=extra_value, axes=axes, scale=scale
         )
         return out.contiguous(), lse.contiguous()
@@ -58,7 +60,7 @@ def _define(name: str, module: str) -> None:
     ):  # fmt: skip
         axes = make_axes(query.shape, key.shape, window, stride, dilation, causal, first)
         given = query, key, value, bias, extra_key, extra_value
-        gradients = import_module(module, __package__).backward(
+        gradients = kernels().backward(
             query, key, value, out, lse, grad_out, grad_lse,
             bias=bias, extra_key=extra_key, extra_value=extra_value, axes=axes, scale=scale,
         )  # fmt: skip

@@ -3,10 +3,9 @@
 from math import prod
 
 import torch
-import triton
 from torch import Tensor
 
-from ..launching import block_d, device_class, grid_strides, needs_wide, padded, precision
+from ..launching import block_d, cdiv, device_class, grid_strides, needs_wide, padded, precision
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel, window_kernel
 from .forward import forward_kernel
@@ -51,8 +50,8 @@ class _Call:
         return config, dict(constants(self.axes, config, self.head_dim, self.precision), GROUP=group)
 
     def query_programs(self, config: configs.Config) -> int:
-        blocks = triton.cdiv(self.tokens, config.queries)
-        return triton.cdiv(self.windows, config.pack) * blocks * self.heads * self.batch
+        blocks = cdiv(self.tokens, config.queries)
+        return cdiv(self.windows, config.pack) * blocks * self.heads * self.batch
 
     def strided(self, *tensors: Tensor) -> list:
         return [x for tensor in tensors for x in (tensor, grid_strides(tensor, self.rank))]
@@ -108,10 +107,10 @@ def backward(
     with torch.cuda.device_of(query):
         if configs.in_one_pass(axes, **call.size):
             config, fixed = call.configure("window")
-            packs = triton.cdiv(call.windows, config.pack) * call.batch
+            packs = cdiv(call.windows, config.pack) * call.batch
             summed = bias is not None and call.heads == call.key_heads and configs.sums_bias(config)
-            chunk = triton.cdiv(packs * call.heads, PROGRAMS) if summed else 1
-            chunks = triton.cdiv(packs, chunk)
+            chunk = cdiv(packs * call.heads, PROGRAMS) if summed else 1
+            chunks = cdiv(packs, chunk)
             if summed:
                 partial = torch.empty(chunks * config.pack, *dbias.shape, dtype=torch.float32, device=query.device)
             window_kernel[(chunks * call.key_heads,)](
@@ -137,8 +136,8 @@ def backward(
                 *saved, delta, dq, *rest, call.heads, scale, BIAS=bias is not None, **fixed
             )
             config, fixed = call.configure("key")
-            cells = prod(a.windows + 2 * triton.cdiv(a.margin, a.window) for a in axes)
-            blocks = triton.cdiv(call.tokens, config.keys)
+            cells = prod(a.windows + 2 * cdiv(a.margin, a.window) for a in axes)
+            blocks = cdiv(call.tokens, config.keys)
             key_kernel[(cells * blocks * call.key_heads * call.batch,)](
                 *call.strided(query, key, value, grad_out),
                 lse,
@@ -161,10 +160,10 @@ def backward(
 def _bias_partials(call: _Call, query, key, value, grad_out, lse, delta, table, scale) -> Tensor:
     """Gradients of the bias, summed over chunks of windows: `[chunks, heads, window tokens, key tokens]`."""
     config, fixed = call.configure("bias")
-    blocks = triton.cdiv(table.shape[1], config.queries) * triton.cdiv(table.shape[2], config.keys)
+    blocks = cdiv(table.shape[1], config.queries) * cdiv(table.shape[2], config.keys)
     steps = call.windows * call.batch
-    chunk = triton.cdiv(steps * blocks * call.heads, PROGRAMS)
-    chunks = triton.cdiv(steps, chunk)
+    chunk = cdiv(steps * blocks * call.heads, PROGRAMS)
+    chunks = cdiv(steps, chunk)
     partial = torch.empty(chunks, *table.shape, dtype=torch.float32, device=query.device)
     bias_kernel[(chunks * call.heads * blocks,)](
         *call.strided(query, key, value, grad_out),
