@@ -1,7 +1,7 @@
 """The synthetic weights and images with which the outputs in `goldens/` were recorded: functions of names and shapes.
 
 Scheme "v1" draws everything small, so attention is nearly uniform and a wrong bias hardly shows; "v2" scales by fan-in,
-with attention far from uniform, and is the real test.
+with attention far from uniform, and is the real test. "hot" is like "v2", with other numbers, for later recordings.
 """
 
 import zlib
@@ -17,9 +17,9 @@ def value(key: str, shape: tuple[int, ...], scheme: str) -> np.ndarray:
     if leaf == "num_batches_tracked":
         return np.zeros(shape, np.int64)
     x = np.random.RandomState(zlib.crc32(key.encode()) & 0x7FFFFFFF).standard_normal(shape)
-    hot = scheme == "v2"
+    hot = scheme != "v1"
     if leaf == "running_var":
-        y = np.abs(x) * 0.2 + 0.5 if hot else np.abs(x) * 0.1 + 1
+        y = np.abs(x) * 0.2 + 0.5 if scheme == "v2" else np.abs(x) * 0.1 + 1
     elif leaf == "running_mean":
         y = (0.1 if hot else 0.02) * x
     elif leaf == "weight" and len(shape) == 1:
@@ -29,10 +29,10 @@ def value(key: str, shape: tuple[int, ...], scheme: str) -> np.ndarray:
     elif not hot:
         y = 0.02 * x
     elif leaf == "weight":
-        depthwise = len(shape) == 4 and shape[1] == 1
-        y = x / np.sqrt(np.prod(shape[1:])) * (0.3 if depthwise else 1.0)
+        quiet = scheme == "v2" and len(shape) == 4 and shape[1] == 1  # depthwise
+        y = x / np.sqrt(np.prod(shape[1:])) * (0.3 if quiet else 1.0)
     else:
-        y = (0.1 if leaf == "bias" else 0.5) * x
+        y = (0.1 if leaf == "bias" else 0.5 if scheme == "v2" else 0.2) * x
     return y.astype(np.float32)
 
 

@@ -35,6 +35,7 @@ NARROW = {  # arguments by module of the zoo
     "dinat_s": FOUR_STAGES,
     "nat_isotropic": ISOTROPIC,
     "litv2": {"embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4)},
+    "l2vit": FOUR_STAGES,
     "biformer": {"embed_dim": 16, "depths": (2, 1, 2, 1), "head_dim": 8},
     "agent_deit": {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2, "agent_blocks": 2},
     "agent_pvt": {"img_size": 64, "embed_dims": (16, 32, 48, 64), "depths": (2, 1, 1, 1), "num_heads": (1, 2, 3, 4)},
@@ -48,6 +49,7 @@ SHALLOW = [
     pytest.param("natten_vitrpb_s", {"depth": 2}),
     pytest.param("litv2_s", {"depths": (1, 1), "num_heads": (2, 4), "windows": (2, 1)}),
     pytest.param("biformer_t", {"depths": (1, 1), "topks": (4, None)}),
+    pytest.param("l2vit_t", {"depths": (1, 2), "num_heads": (2, 4)}),
     pytest.param("agent_deit_s", {"depth": 2, "agent_blocks": 1}),
     pytest.param("agent_cswin_t", {"depths": (1, 1), "num_heads": (2, 4), "num_agents": (9, None)}),
     pytest.param("biformer_stl_nchw", {"depths": (1, 1), "topks": (4, None)}, marks=pytest.mark.slow),
@@ -62,8 +64,8 @@ SHALLOW = [
 ]
 ONE_OF_EACH = ["natten_dinat_s", "natten_nat_b", "natten_dinats_t", "natten_dinat_iso_s", "natten_vitrpb_s",
                "litv2_s", "biformer_t", "biformer_stl_nchw", "agent_deit_s", "agent_pvt_t", "agent_swin_t",
-               "agent_cswin_t"]  # fmt: skip
-PICO = ["natten_dinat_pico", "agent_swin_pico"]
+               "agent_cswin_t", "l2vit_t"]  # fmt: skip
+PICO = ["natten_dinat_pico", "agent_swin_pico", "l2vit_pico"]
 SAMPLED = [*ONE_OF_EACH, *PICO]
 EVERY = [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
@@ -277,7 +279,7 @@ def test_parameter_groups(name):
     names = {n for n, _ in model.named_parameters()}
     tables = model.no_weight_decay()
     positions = {n for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith((".weight", ".bias"))}
-    assert tables == positions and bool(tables) == name.startswith(("natten_", "agent_"))
+    assert tables == positions and bool(tables) == name.startswith(("natten_", "agent_", "l2vit_"))
     stem = model.pretrained_cfg["first_conv"] + ".weight"
     for coarse in (False, True):
         groups = group_parameters(model, model.group_matcher(coarse), reverse=True)

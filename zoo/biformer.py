@@ -10,16 +10,16 @@ from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Literal
 
-import torch
 from timm.layers import DropPath, LayerNorm, calculate_drop_path_rates, register_notrace_module
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..kernels.calling import Impl
 from ..layers.routing import BiLevelRoutingAttention2d, ConvRoutingAttention2d, LePEAttention2d, conv_nhwc, pointwise
-from .backbone import Backbone, Stage, at_least
+from .backbone import Stage, at_least
 from .builder import build_backbone, imagenet_cfg
 from .checkpoint import checkpoint_filter_fn
+from .listed_backbone import Blocks, ListedBackbone
 
 for layer in (BiLevelRoutingAttention2d, ConvRoutingAttention2d, LePEAttention2d):
     register_notrace_module(layer)  # torch.fx cannot trace their checks of shapes
@@ -67,15 +67,6 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp_drop(y))
 
 
-class Blocks(nn.Sequential):
-    """A stage that is nothing but its blocks; `[B, H, W, C]`."""
-
-    grad_checkpointing = False
-
-    def forward(self, input: Tensor) -> Tensor:
-        return checkpoint_seq(self, input) if self.grad_checkpointing else super().forward(input)
-
-
 class Stem(nn.Sequential):
     """Layers on `[B, C, H, W]` that end in `[B, H, W, C]`."""
 
@@ -114,7 +105,7 @@ def make_downsampling(layout: Layout, in_chans: int, channels: Sequence[int], *,
     return nn.ModuleList([stem, *merges])
 
 
-class BiFormer(Backbone):
+class BiFormer(ListedBackbone):
     """BiFormer for images of any size.
 
     Args:
@@ -135,7 +126,6 @@ class BiFormer(Backbone):
         impl: implementation of the attention; see `foveal.kernels.ops.routing_attention2d`.
     """
 
-    stages_name: ClassVar[str] = "stages"
     stage_norm_name: ClassVar[str] = "extra_norms.{}"
 
     def __init__(
@@ -217,30 +207,6 @@ class BiFormer(Backbone):
         if not stage_norms:
             self.norm = nn.BatchNorm2d(channels[-1], **dd)
         self.init_weights(needs_reset=False)
-
-    @property
-    def patch_embed(self) -> nn.Module:
-        """The stem."""
-        return self.downsample_layers[0]
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Regular expressions that order parameters by depth (layer decay, freezing)."""
-        fine = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(?:blocks\.)?(\d+)", None)]
-        return {
-            "stem": r"^downsample_layers\.0",
-            "blocks": r"^(?:stages|downsample_layers)\.(\d+)" if coarse else [*fine, (r"^(?:extra_)?norm", (99999,))],
-        }
-
-    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
-        return stage(x)
-
-    def _down(self, index: int, x: Tensor) -> Tensor:
-        return self.downsample_layers[index + 1](x)
-
-    def _shorten(self, last: int) -> None:
-        self.stages = self.stages[: last + 1]
-        self.downsample_layers = self.downsample_layers[: last + 1]
 
     def _norm_map(self, index: int, x: Tensor, *, final: bool) -> Tensor:
         if self.stage_norms or not final or index < len(self.feature_info) - 1:

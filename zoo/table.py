@@ -42,16 +42,16 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
 - Maps smaller than window times dilation are zero-padded inside the attention, as the official checkpoints expect.
   That happens below the size a model was designed for.
 - Models with dense attention (`natten_vitrpb_*`) take one input size: `img_size=`, later `model.set_input_size(...)`.
-- LITv2 and BiFormer take any size, too. HiLo's windows and BiFormer's regions are completed by zeros that take part in
-  the attention, as in the official detection code. On the way down LITv2 and the STL models drop the last row or
-  column of odd maps, also as in the official code. `timm.create_model("litv2_s", alpha=0.5)` sets the share of
-  low-frequency heads.
+- LITv2, BiFormer and L2ViT take any size, too. The windows of HiLo and L2ViT and BiFormer's regions are completed by
+  zeros that take part in the attention, as in the official detection code. On the way down LITv2 and the STL models
+  drop the last row or column of odd maps, also as in the official code. `timm.create_model("litv2_s", alpha=0.5)` sets
+  the share of low-frequency heads.
 - Agent models learn position biases for one input size, the checkpoint's, or `img_size=`. Images of other sizes go
   through with biases interpolated on the way; `model.set_input_size(...)` and loading interpolate them for good, by the
   authors' rule. Their repository states no licence: the links below lead to the authors' own files.
 - `impl=` chooses the attention kernels (see [Operations](operations.md)); other knobs are in the docstrings of the
-  models in `foveal.zoo`: `DiNAT`, `NATIsotropic`, `LITv2`, `BiFormer`, `AgentDeiT`, `AgentPVT`, `AgentSwin`,
-  `AgentCSWin`.
+  models in `foveal.zoo`: `DiNAT`, `NATIsotropic`, `LITv2`, `BiFormer`, `L2ViT`, `AgentDeiT`, `AgentPVT`,
+  `AgentSwin`, `AgentCSWin`.
 - `torch.compile(fullgraph=True)` and `torch.export` work; TorchScript refuses (tracing takes `impl="reference"`).
 
 A row is a released checkpoint, created as `model.tag`; the first of a model is its default. Multiply-accumulates
