@@ -1,0 +1,64 @@
+"""Calls go through Triton's own specialisation of arguments and compile for sm_90, without a device."""
+
+import pytest
+import torch
+from foveal.kernels.neighborhood import configs as neighborhood
+from foveal.kernels.ops import agent_attention, linear_attention, na2d, routing_attention2d, window_attention
+from launch_driver import launches
+
+
+def leaves(*shape: int) -> list[torch.Tensor]:
+    """Query, key and value as they are cut from one projection, so that outer strides differ from a tensor's own."""
+    return [
+        x.detach().requires_grad_() for x in torch.randn(*shape[:-2], 3, *shape[-2:], dtype=torch.bfloat16).unbind(-3)
+    ]
+
+
+def call_neighborhood(descriptor: bool) -> torch.Tensor:
+    extra = torch.randn(2, 2, 5, 2, 16, dtype=torch.bfloat16).requires_grad_().unbind(0)
+    bias = torch.randn(2, 5, 5, requires_grad=True)
+    with neighborhood.override(size=neighborhood.Size(16, 16, 4, 1), descriptor=descriptor):
+        out = na2d(
+            *leaves(2, 9, 12, 2, 16), window=3, bias=bias, extra_key=extra[0], extra_value=extra[1], impl="triton"
+        )
+        out.sum().backward()  # an expanded gradient: strides of zero
+    return out
+
+
+def call_window() -> None:
+    bias = torch.randn(2, 16, 16, requires_grad=True)
+    window_attention(*leaves(2, 8, 12, 2, 16), window=4, shift=2, bias=bias, impl="triton").sum().backward()
+
+
+def call_block_sparse() -> None:
+    routing_attention2d(*leaves(1, 14, 14, 2, 16), topk=2, impl="triton").sum().backward()
+
+
+def call_agent() -> None:
+    token = torch.randn(2, 9, 2, 16, dtype=torch.bfloat16).requires_grad_()
+    agent_attention(*leaves(2, 8, 8, 2, 16), token, impl="triton").sum().backward()
+
+
+def call_linear() -> None:
+    linear_attention(*leaves(2, 8, 8, 2, 16), relu=True, floor=100.0, impl="triton").sum().backward()
+
+
+CALLS = {
+    "neighborhood": (lambda: call_neighborhood(False), {"forward", "query", "key", "bias", "extra"}),
+    "neighborhood, descriptors": (lambda: call_neighborhood(True), {"forward", "query", "key", "bias", "extra"}),
+    "window": (call_window, {"forward", "window"}),
+    "block_sparse": (call_block_sparse, {"forward", "query", "key"}),
+    "agent": (call_agent, {"forward", "query", "key"}),
+    "linear": (call_linear, {"state", "apply", "query", "key"}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_kernel_of_a_call_compiles_once(name):
+    call, kernels = CALLS[name]
+    with launches() as driver:
+        call()
+        compiled = list(driver.compiled)
+        call()
+    assert {f"{kernel}_kernel" for kernel in kernels} == set(driver.launched)
+    assert driver.compiled == compiled
