@@ -1,4 +1,4 @@
-"""Agent attention on a real device: `pytest -m gpu tests/test_agent_gpu.py`."""
+"""Agent attention on a real device: `pytest -m gpu -n 16 tests/test_agent_gpu.py`; `--cases 600` is the long run."""
 
 from itertools import islice
 from random import Random
@@ -10,15 +10,12 @@ from foveal.kernels.agent import configs
 from foveal.kernels.ops import agent_attention, explain
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")]
-SWEEP = 600
-CHUNK = 50
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SWIN = Case((56, 56), (56, 56), agents=9, batch=8, heads=3, head_dim=32, agent_bias=True, query_bias=True)
 
 
-@pytest.mark.parametrize("first", range(0, SWEEP, CHUNK))
-def test_random_cases_keep_the_error_rule(first):
-    for case in islice(cases(SWEEP, seed=3), first, first + CHUNK):
+def test_random_cases_keep_the_error_rule(sweep):
+    for case in islice(cases(sweep.stop, seed=3), sweep.start, None):
         random = Random(case.seed)
         forced = dict(wide=True) if random.random() < 0.3 else {}
         if random.random() < 0.3:

@@ -1,4 +1,8 @@
-"""Neighborhood attention on a real device: `pytest -m gpu tests/test_neighborhood_gpu.py`."""
+"""Neighborhood attention on a real device: `pytest -m gpu -n 16 tests/test_neighborhood_gpu.py`.
+
+Most of the time goes into compilation, so use as many processes as there are cores. `--cases 700` takes 700 random
+cases a rank, which compile 7,400 kernels.
+"""
 
 import os
 import shutil
@@ -17,8 +21,6 @@ from neighborhood_matrix import Case, cases, check, errors, make_inputs, run
 from operator_matrix import assert_same_bits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")]
-SWEEP = 700  # cases a rank
-CHUNK = 50
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = [
     Size(q, k, w, s) for q, k, w, s in ((16, 16, 4, 1), (32, 16, 4, 2), (16, 64, 4, 1), (64, 32, 4, 2), (32, 64, 8, 1))
@@ -32,10 +34,9 @@ BIAS = Case(
 )
 
 
-@pytest.mark.parametrize("first", range(0, SWEEP, CHUNK))
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_random_cases_keep_the_error_rule(rank, first):
-    for case in islice(cases(rank, SWEEP, seed=3), first, first + CHUNK):
+def test_random_cases_keep_the_error_rule(rank, sweep):
+    for case in islice(cases(rank, sweep.stop, seed=3), sweep.start, None):
         random = Random(case.seed)
         forced = {"size": random.choice(SIZES)} if random.random() < 0.3 else {}
         if random.random() < 0.3:
@@ -129,6 +130,7 @@ def test_side_stream():
 
 @pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
 def test_compiled_whole(mode):
+    torch._dynamo.reset()  # what another mode compiled counts towards the limit
     compiled = torch.compile(na2d_lse, fullgraph=True, dynamic=True, mode=mode)
     with torch._dynamo.config.patch(recompile_limit=1):
         for shape in ((33, 40), (48, 31), (56, 56), (64, 37), (29, 70)):
@@ -201,6 +203,8 @@ def test_compute_sanitizer(tool):
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if "Device not supported" in done.stdout + done.stderr:
+        pytest.skip("compute-sanitizer does not support this device, or not in this virtual machine")
     assert done.returncode == 0, done.stdout[-4000:]
 
 
