@@ -107,13 +107,14 @@ def has_tf32(device: torch.device) -> bool:
 def precision(query: Tensor) -> str:
     """How products of float32 matrices are done, for Triton.
 
-    To float32 accuracy, unless `torch.set_float32_matmul_precision` allows TF32. On NVIDIA that is three TF32 products
-    (an error of 2^-22, where float32 rounds at 2^-24): products without the matrix units hold whole rows in registers
-    and spill.
+    To float32 accuracy, unless `torch.set_float32_matmul_precision` or `torch.backends.cuda.matmul.fp32_precision`
+    allows TF32. On NVIDIA that is three TF32 products (an error of 2^-22, where float32 rounds at 2^-24): products
+    without the matrix units hold whole rows in registers and spill.
     """
     if query.dtype != torch.float32 or not has_tf32(query.device):
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # both set this one; `torch.get_float32_matmul_precision` raises once the second was used
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def device_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
