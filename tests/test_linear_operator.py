@@ -178,9 +178,11 @@ def test_compile_dynamic_does_not_recompile():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     operator = torch.compile(linear_attention, fullgraph=True, dynamic=True, backend=counter)
+    counts = set()
     for shape, key_shape in (((14, 12), (6, 7)), ((25, 6), (5, 11)), ((19, 31), (10, 24))):
         check(replace(EPS, shape=shape, key_shape=key_shape), torch.float32, "tiled", operator=operator)
-    assert counter.frame_count == 1
+        counts.add(counter.frame_count)
+    assert len(counts) == 1
 
 
 class Exported(torch.nn.Module):

@@ -1,6 +1,7 @@
 """Linear attention in plain PyTorch, for the CPU and any other device: two products with the state between them.
 
-Half precision is computed in float32, which takes CPUs no longer.
+The normaliser is one more column of the state, so queries are read once. Half precision is computed in float32, which
+takes CPUs no longer.
 """
 
 import torch
@@ -15,13 +16,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, options: Options, scale
     q, k, v = (x.to(dtype).flatten(1, -3).transpose(1, 2) for x in (query, key, value))  # [B, heads, T, d]
     if options.relu:
         q, k = q.relu(), k.relu()
+    if isinstance(scale, Tensor):
+        scale = scale.to(dtype)[:, None, None]
     share = 1 / k.shape[2] if options.mean else 1.0
-    mean_value = v.mean(2, keepdim=True) if options.centered else 0.0
-    state = k.transpose(-1, -2) @ (v - mean_value if options.centered else v) * share  # [B, heads, d, e]
-    out = q @ (state * (scale.to(dtype)[:, None, None] if isinstance(scale, Tensor) else scale))  # [B, heads, N_q, e]
     if options.centered:
-        out = out + mean_value
-    elif options.eps is not None or options.floor is not None:
-        normaliser = q @ (k.sum(2) * share).unsqueeze(-1)  # [B, heads, N_q, 1]
+        middle = v.mean(2, keepdim=True)
+        out = q @ (k.transpose(-1, -2) @ (v - middle) * (share * scale)) + middle
+    elif options.eps is None and options.floor is None:
+        out = q @ (k.transpose(-1, -2) @ v * (share * scale))
+    else:
+        state = torch.cat([k.transpose(-1, -2) @ v * (share * scale), k.sum(2).unsqueeze(-1) * share], -1)
+        out = q @ state  # [B, heads, N_q, e + 1]
+        out, normaliser = out[..., :-1], out[..., -1:]
         out = out / (normaliser.clamp(min=options.floor) if options.eps is None else normaliser + options.eps)
     return out.transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype)
