@@ -112,16 +112,22 @@ def file_of(benchmark: str, device_name: str, results: Path = RESULTS) -> Path:
     return results / f"{benchmark}_{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.csv"
 
 
+def commit() -> str:
+    """The commit of the checkout; empty for a copy without its history, or without git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
 def environment(device: torch.device, rounds: int) -> dict[str, Any]:
     """The columns that say what was measured on."""
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     return {
         "config": f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, median of {rounds} rounds",
         "device": name_of(device),
         "torch": torch.__version__,
         "triton": installed("triton"),
         "date": datetime.date.today().isoformat(),
-        "commit": revision.stdout.strip(),
+        "commit": commit(),
     }

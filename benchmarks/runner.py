@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -77,9 +78,11 @@ class Runner:
             for number, case in enumerate(cases, 1):
                 with self.console.status(f"verifying {number}/{len(cases)}: {case.kernel} {case.name}"):
                     benchmark.verify(case, self.device)
-        except WrongResultError as error:
-            self.console.print(f"[red]refused[/]: {error}")
-            outcome.refused.append(str(error))
+        except Exception as error:  # wrong results, or none at all: what else is to be measured still is
+            if not isinstance(error, WrongResultError):
+                self.console.print_exception()
+            outcome.refused.append(f"{benchmark.name}: {error}")
+            self.console.print(f"[red]refused[/]: {escape(outcome.refused[-1])}")
             return
         path = records.file_of(benchmark.name, records.name_of(self.device), self.results)
         stored = records.read(path)
@@ -134,9 +137,10 @@ class Runner:
                 calls[name] = call
             except SkippedError as why:
                 self.console.print(f"  [dim]{case.name}: no {name}: {why}[/]")
-            except (RuntimeError, NotImplementedError, ValueError) as error:  # what a provider itself refuses
-                first = str(error).strip().splitlines() or [type(error).__name__]
-                self.console.print(f"  [dim]{case.name}: no {name}: {first[0][:160]}[/]", markup=True)
+            except Exception as error:  # what a provider itself refuses, in whatever way: the others still run
+                first = str(error).strip().splitlines() or [""]
+                why = escape(f"{type(error).__name__}: {first[0][:160]}")
+                self.console.print(f"  [dim]{case.name}: no {name}: {why}[/]")
         return calls
 
     def _floors(self, benchmark: Benchmark, case: Any, mode: str, metrics: Sequence[Metric]) -> list[Metric]:

@@ -47,6 +47,20 @@ class Wrong(Tiny):
         return right if impl == "reference" else lambda **tensors: 1.0001 * right(**tensors)
 
 
+class Broken(Tiny):
+    """Ours does not run at all."""
+
+    def ours(self, case, impl="auto"):
+        raise TypeError("no [kernel] for this device")
+
+
+class Impossible(Tiny):
+    """A peer that refuses in a way of its own."""
+
+    def eager(self, case, device):
+        raise ImportError("libpeer.so: [/lib] is missing")
+
+
 class Impostor(Tiny):
     """A peer that computes something else."""
 
@@ -130,6 +144,14 @@ def test_wrong_results_are_refused(tmp_path):
     assert not outcome.rows and not list(tmp_path.iterdir())
     assert "refused" in text and len(outcome.refused) == 1
     assert "9x10 w3 h2x8 float32: out is off by" in outcome.refused[0]
+
+
+def test_what_does_not_run_leaves_the_rest_to_be_measured(tmp_path):
+    console = Console(file=StringIO(), width=150)
+    outcome = Runner(CPU, "forward -backward", 1, tmp_path, console).run([Broken(), Impossible()])
+    assert outcome.refused == ["neighborhood: no [kernel] for this device"]
+    assert {row.provider for row in outcome.rows} == {"foveal", "dense flash", "roofline"}
+    assert "no unfold: ImportError: libpeer.so: [/lib] is missing" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

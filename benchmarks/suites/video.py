@@ -16,7 +16,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from foveal.kernels.neighborhood import cost, make_axes
-from foveal.zoo.video import VideoDiT
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,7 +52,9 @@ class Case:
         window = {"type": "window", "window": list(self.window)}
         return {"dense": "dense", "window": window, "window strided": window | {"stride": list(self.stride)}}
 
-    def model(self, attention: str | dict, device: torch.device) -> VideoDiT:
+    def model(self, attention: str | dict, device: torch.device):
+        from foveal.zoo.video import VideoDiT  # with diffusers, which benchmarks of operators do without
+
         options = {} if self.layers is None else {"num_layers": self.layers}
         with device:
             model = VideoDiT.from_preset(self.preset, attention=[attention], **options)
