@@ -14,7 +14,8 @@ from .geometry import Axis
 from .launch import EXTRA_KEYS, constants, extra_constants, token_constants
 
 GRIDS = {
-    "7x7": (Axis(56, 7), Axis(56, 7)),  # small windows: every tile is masked
+    "7x7": (Axis(56, 7), Axis(56, 7)),  # small windows: few tiles, all masked
+    "21x21": (Axis(64, 21), Axis(64, 21)),
     "18x24x24": (Axis(30, 18), Axis(48, 24), Axis(80, 24)),  # large windows: wholly visible tiles, then masked ones
 }
 # wide: 64-bit offsets; grouped: two query heads a key head; part: queries that are a box of the grid
@@ -61,19 +62,19 @@ def _window_variants(
     kernel, grid: str, dtype, head_dim: int, size, device: Device, precision: str
 ) -> Iterator[Variant]:
     axes = GRIDS[grid]
-    with configs.override(size=size):
-        config = configs.choose(
-            kernel,
-            axes,
-            head_dim=head_dim,
-            itemsize=dtype.itemsize,
-            device=device,
-            descriptor=device == "hopper",
-            wide=False,
-        )
-    for flags in FLAGS if head_dim == 64 and len(axes) == 2 else FLAGS[: 4 - len(axes)]:
+    for flags in FLAGS if head_dim == 64 and grid == "21x21" else FLAGS[: 4 - len(axes)]:
         full, wide, ones = "bias" in flags, "wide" in flags, "ones" in flags
-        fixed = dict(constants(axes, config._replace(wide=wide), head_dim, precision), BIAS=full, GROUP=1 + wide)
+        with configs.override(size=size):
+            config = configs.choose(
+                kernel,
+                axes,
+                head_dim=head_dim,
+                itemsize=dtype.itemsize,
+                device=device,
+                descriptor=device == "hopper",
+                wide=wide,
+            )
+        fixed = dict(constants(axes, config, head_dim, precision), BIAS=full, GROUP=1 + wide)
         fixed["PART"] = "part" in flags
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
         if kernel != "key":

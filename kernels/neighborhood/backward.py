@@ -50,7 +50,8 @@ def query_kernel(
     DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dQ, and delta for the other kernels. `delta` has the strides of lse, dQ those of out; see `forward_kernel`."""
-    batch, head, group, n, first = program(tl.program_id(0), counts if PART else lengths, heads, QUERIES, DILATION)
+    grid = counts if PART else lengths
+    batch, head, group, n, first = program(tl.program_id(0), grid, heads, QUERIES, DILATION, CAUSAL)
     n, begin, nq, origin = part(group, n, lengths, start, counts, DILATION, PART)
     if (first[0] >= nq[0]) | (first[1] >= nq[1]) | (first[2] >= nq[2]):
         return
@@ -145,7 +146,7 @@ def key_kernel(
     DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dK and dV of a tile of keys, over the queries that see it, of every query head that shares the key head."""
-    batch, key_head, group, n, first = program(tl.program_id(0), lengths, key_heads, KEYS, DILATION)
+    batch, key_head, group, n, first = program(tl.program_id(0), lengths, key_heads, KEYS, DILATION, (False,) * 3)
     if (first[0] >= n[0]) | (first[1] >= n[1]) | (first[2] >= n[2]):
         return
     n, begin, nq, origin = part(group, n, lengths, start, counts, DILATION, PART)

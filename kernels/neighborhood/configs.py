@@ -50,14 +50,15 @@ class Config(NamedTuple):
 # (device, kernel, element bytes) -> {head dim up to: sizes}. Several sizes stand for small and large windows.
 SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
     ("hopper", "forward", 2): {
+        32: (Size(128, 64, 4, 2), Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
         64: (Size(128, 64, 4, 3), Size(64, 64, 4, 3), Size(64, 32, 4, 3)),
         128: (Size(128, 128, 8, 2), Size(128, 64, 8, 2), Size(64, 64, 4, 2)),
-        256: (Size(128, 32, 8, 2),),
+        256: (Size(64, 64, 8, 2),),
     },
     ("hopper", "query", 2): {
         64: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
         128: (Size(128, 64, 8, 2), Size(64, 64, 4, 2)),
-        256: (Size(64, 32, 8, 2),),
+        256: (Size(32, 32, 8, 1),),
     },
     ("hopper", "key", 2): {
         64: (Size(64, 64, 4, 2), Size(32, 64, 4, 2)),
@@ -94,6 +95,10 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
 }
 TILE_OVERHEAD = 4096  # (query, key) pairs that the fixed work of one visited tile is worth
 MASK_COST = 0.25  # of a tile's work that its mask adds, as `python -m foveal.kernels.report --loop` counts
+
+# Building two descriptors is a third of the 1,000 instructions that a program has outside its loop, and a turn to
+# memory; pointers add 5 to 13 a tile of narrow heads, 45 and many registers a tile of wide ones.
+FEW_TILES, NARROW_HEAD = 6, 32
 
 forced = Overrides(*Config._fields, "size")
 override = forced.override
@@ -146,7 +151,10 @@ def choose(
     descriptor: bool,
     wide: bool,
 ) -> Config:
-    """Launch parameters of one kernel for a grid of up to three axes."""
+    """Launch parameters of one kernel for a grid of up to three axes.
+
+    `descriptor` says whether there are any; programs with few tiles take pointers nevertheless.
+    """
     table = SIZES[device, kernel, itemsize]
     sizes = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
     if isinstance(size := forced.get("size"), Size):
@@ -156,12 +164,13 @@ def choose(
     inverse = kernel == "key"
     rows, columns = (keys, queries) if inverse else (queries, keys)
     walks = [tile_walk(a, r, c, inverse=inverse) for a, r, c in zip(axes, rows, columns, strict=True)]
+    few = prod(w.visited for w in walks) <= FEW_TILES * prod(w.rows for w in walks)
     config = Config(
         queries=three_axes(queries),
         keys=three_axes(keys),
         warps=size.warps,
-        stages=size.stages,
-        descriptor=descriptor,
+        stages=1 if wide and inverse else size.stages,  # 64-bit offsets take the registers of a second stage
+        descriptor=descriptor and not (few and block_d(head_dim) <= NARROW_HEAD),
         inner=all(w.inner for w in walks),
         border=any(w.inner < w.visited for w in walks),
         wide=wide,

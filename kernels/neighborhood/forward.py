@@ -78,8 +78,10 @@ def forward_kernel(
 ):
     """Strides are of `[B, X, Y, Z, heads, head_dim]` (extra: `[B, tokens, heads, head_dim]`), `GROUP` query heads
     share a key head, and `INNER`/`BORDER` say whether any key tile is wholly seen / not wholly seen. With `PART` the
-    queries are the box of `counts` tokens from `start` on."""
-    batch, head, group, n, first = program(tl.program_id(0), counts if PART else lengths, heads, QUERIES, DILATION)
+    queries are the box of `counts` tokens from `start` on. Causal axes are walked from their end: the last queries have
+    the most keys, and programs that take long must not begin last."""
+    grid = counts if PART else lengths
+    batch, head, group, n, first = program(tl.program_id(0), grid, heads, QUERIES, DILATION, CAUSAL)
     n, begin, nq, origin = part(group, n, lengths, start, counts, DILATION, PART)
     if (first[0] >= nq[0]) | (first[1] >= nq[1]) | (first[2] >= nq[2]):
         return

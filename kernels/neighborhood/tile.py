@@ -98,20 +98,25 @@ def spans(
 
 
 @triton.jit
-def program(pid, lengths, heads, TILE: tl.constexpr, DILATION: tl.constexpr):
+def _turn(i, count, BACKWARD: tl.constexpr):
+    return count - 1 - i if BACKWARD else i
+
+
+@triton.jit
+def program(pid, lengths, heads, TILE: tl.constexpr, DILATION: tl.constexpr, BACKWARD: tl.constexpr):
     """What program `pid` owns: batch, head, the origin and lengths of its dilation group, and its first row.
 
-    Tiles vary fastest, so that neighbouring programs share columns in L2. A tile past the end of a short group is
-    empty: its first row is not below the group's length.
+    Tiles vary fastest, so that neighbouring programs share columns in L2; axes of `BACKWARD` are walked from their end.
+    A tile past the end of a short group is empty: its first row is not below the group's length.
     """
     tx = tl.cdiv(tl.cdiv(lengths[0], DILATION[0]), TILE[0])
     ty = tl.cdiv(tl.cdiv(lengths[1], DILATION[1]), TILE[1])
     tz = tl.cdiv(tl.cdiv(lengths[2], DILATION[2]), TILE[2])
-    z = pid % tz * TILE[2]
+    z = _turn(pid % tz, tz, BACKWARD[2]) * TILE[2]
     pid = pid // tz
-    y = pid % ty * TILE[1]
+    y = _turn(pid % ty, ty, BACKWARD[1]) * TILE[1]
     pid = pid // ty
-    x = pid % tx * TILE[0]
+    x = _turn(pid % tx, tx, BACKWARD[0]) * TILE[0]
     pid = pid // tx
     gz = pid % DILATION[2]
     pid = pid // DILATION[2]

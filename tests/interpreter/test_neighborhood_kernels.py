@@ -7,7 +7,9 @@ from random import Random
 
 import pytest
 import torch
-from foveal.kernels.neighborhood import configs
+import triton
+import triton.language as tl
+from foveal.kernels.neighborhood import configs, geometry, tile
 from foveal.kernels.neighborhood.configs import Size
 from foveal.kernels.ops import na2d, na2d_lse
 from neighborhood_matrix import Case, cases, check, check_part, make_inputs, opcheck, run
@@ -88,6 +90,37 @@ def test_pinned_tiles_are_right():
         Case(shape=(2, 6, 11), window=(2, 5, 4), stride=(1, 5, 1), dilation=(1, 1, 2), causal=(False,) * 3),
     ):
         check(case, torch.float32, "triton")
+
+
+@triton.jit
+def note_first_rows(out_ptr, lengths, TILE: tl.constexpr, DILATION: tl.constexpr, BACKWARD: tl.constexpr):
+    pid = tl.program_id(0)
+    _, _, _, _, first = tile.program(pid, lengths, 1, TILE, DILATION, BACKWARD)
+    for axis in tl.static_range(3):
+        tl.store(out_ptr + 3 * pid + axis, first[axis])
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("causal", [(True, False), (False, True), (True, True)])
+def test_programs_that_take_longest_begin_first(causal, inverse):
+    """Along causal axes: queries walk from the end, keys from the beginning. Windows span the other axes."""
+    lengths, rows = (23, 30), (4, 8)
+    counts = tuple(-(-n // r) for n, r in zip(lengths, rows, strict=True))
+    first = torch.full((prod(counts), 3), -1, dtype=torch.int32)
+    backward = (False,) * 3 if inverse else (False, *causal)
+    note_first_rows[(prod(counts),)](first, (1, *lengths), TILE=(1, *rows), DILATION=(1,) * 3, BACKWARD=backward)
+    assert len({tuple(row) for row in first.tolist()}) == prod(counts), "every tile once"
+
+    rule = geometry.inverse_bounds if inverse else geometry.window_bounds
+    seen = torch.empty(prod(counts), 2, dtype=torch.int32)  # columns that a tile touches, by axis
+    for program, row in enumerate(first[:, 1:].tolist()):
+        for axis, (n, r) in enumerate(zip(lengths, rows, strict=True)):
+            low, _ = rule(row[axis], n, n, 1, causal[axis])
+            _, high = rule(min(row[axis] + r, n) - 1, n, n, 1, causal[axis])
+            seen[program, axis] = high - low
+    seen = seen.view(*counts, 2)
+    assert (seen[1:, :, 0] <= seen[:-1, :, 0]).all() and (seen[:, 1:, 1] <= seen[:, :-1, 1]).all()
+    assert (bool(seen[0, 0, 0] > seen[-1, 0, 0]), bool(seen[0, 0, 1] > seen[0, -1, 1])) == causal
 
 
 def test_gradients_are_the_same_bits_every_time():
