@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from foveal.kernels.agent.plot import plot_agent_attention
+from foveal.kernels.linear.plot import plot_linear_attention
 from foveal.kernels.neighborhood import make_axes
 from foveal.kernels.neighborhood.geometry import Axis, axis_bounds, visible_pairs
 from foveal.kernels.neighborhood.plot import (
@@ -196,6 +197,7 @@ def main() -> None:
         tile_bounds(IMAGES / "tile_bounds.png")
         sharded(IMAGES / "sharded.png")
     agents(IMAGES / "agents.png")
+    plot_linear_attention(discs(), discs(), token=(14, 12), path=IMAGES / "linear.png")
     plot_receptive_field((21, 21), window=7, path=IMAGES / "window.png")
     plot_receptive_field((27, 27), window=7, dilation=3, path=IMAGES / "dilation.png")
     plot_receptive_field((21, 21), window=9, stride=3, path=IMAGES / "stride.png")

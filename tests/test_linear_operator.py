@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from foveal.kernels.linear import cost
+from foveal.kernels.linear.plot import attention_maps, plot_linear_attention
 from foveal.kernels.ops import explain, linear_attention
 from linear_matrix import VARIANTS, Case, cases, check, make_inputs, run
 from operator_matrix import LAYOUTS
@@ -268,3 +269,18 @@ def test_long_heads_are_left_to_plain_pytorch():
         assert explain("linear_attention", long, long, long).impl == "tiled"
         assert "head_dim 160 exceeds 128" in explain("linear_attention", long, long, long).reasons["triton"]
         assert explain("linear_attention", short, short, long).impl == "triton"
+
+
+def test_pictures_show_the_weights_of_the_operator(tmp_path):
+    query, key, value = torch.randn(3, 1, 6, 9, 1, 4, dtype=torch.float64)
+    token = (2, 7)
+    single = (query[0, ..., 0, :], key[0, ..., 0, :])
+    variants = ({"relu": True, "eps": 0.0}, {"centered": True, "scale": 0.5})
+    _, *maps = attention_maps(*single, token)
+    for weights, options in zip(maps, variants, strict=True):
+        expected = linear_attention(query, key, value, **options)[0, 2, 7, 0]
+        torch.testing.assert_close(weights.flatten() @ value.view(-1, 4), expected)
+    picture = plot_linear_attention(*single, token=token, path=tmp_path / "linear.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"token=\(6, 0\)"):
+        plot_linear_attention(*single, token=(6, 0), path=picture)

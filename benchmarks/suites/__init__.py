@@ -4,6 +4,7 @@ from ..benchmark import Benchmark
 from ..operators import Operator
 from .agent import Agent
 from .hilo import HiLoLayer
+from .linear import Linear
 from .models import Models
 from .neighborhood import Neighborhood
 from .routing import Routing
@@ -11,7 +12,7 @@ from .scaling import Scaling
 from .video import Video
 from .window import Window
 
-OPERATORS: tuple[Operator, ...] = (Neighborhood(), Window(), Routing(), Agent())
+OPERATORS: tuple[Operator, ...] = (Neighborhood(), Window(), Routing(), Agent(), Linear())
 REGISTRY: tuple[Benchmark, ...] = (*OPERATORS, HiLoLayer(), Scaling(OPERATORS), Models(), Video())
 SUITES = tuple(dict.fromkeys(benchmark.suite for benchmark in REGISTRY))
 

@@ -23,7 +23,7 @@ from ..benchmark import Benchmark, Maker, Metric
 from ..figures import in_order, select
 from ..records import Row
 
-SMALL = ("natten_dinat_m", "litv2_s", "biformer_t", "agent_swin_t")  # near Swin-T in size
+SMALL = ("natten_dinat_m", "litv2_s", "biformer_t", "agent_swin_t", "l2vit_t")  # near Swin-T in size
 OURS = (*SMALL, "natten_dinat_s", "biformer_s")
 PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "swin_small_patch4_window7_224", "convnext_small")
 PEERS += ("vit_small_patch16_224",)
