@@ -3,11 +3,10 @@
 from math import prod
 
 import torch
-import triton
 from torch import Tensor
 
 from ..agent.launch import grid
-from ..launching import block_d, device_class, has_tf32, needs_wide, precision
+from ..launching import block_d, cdiv, device_class, has_tf32, needs_wide, precision
 from . import configs
 from .backward import key_kernel, query_kernel
 from .forward import apply_kernel, state_kernel
@@ -28,7 +27,7 @@ def constants(
             **blocks,
             "COLUMNS_D": columns["D"],
             "COLUMNS_E": columns["E"],
-            "BLOCKS": max(triton.cdiv(head_dim, columns["D"]), triton.cdiv(value_dim, columns["E"])),
+            "BLOCKS": max(cdiv(head_dim, columns["D"]), cdiv(value_dim, columns["E"])),
             "STATE_PRECISION": state_precision,
         },
     }
@@ -41,7 +40,7 @@ def programs(kernel: configs.Kernel, fixed: dict) -> int:
     """Programs that share a slice: blocks of features."""
     if kernel == "key":
         return fixed["BLOCKS"]
-    return triton.cdiv(fixed["D" if kernel == "query" else "E"], fixed["COLUMNS"])
+    return cdiv(fixed["D" if kernel == "query" else "E"], fixed["COLUMNS"])
 
 
 def flags(kernel: configs.Kernel, options: Options, scales: bool) -> dict:
@@ -78,7 +77,8 @@ class Call:
         self.value_dim = value.shape[-1]
         self.queries, self.keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
         self.packed = self.head_dim * self.value_dim + self.head_dim + self.value_dim
-        self.wide = needs_wide(query, key, value, *rest)
+        made = max(self.queries, self.keys) * self.heads * max(self.head_dim, self.value_dim)  # offsets in what is made
+        self.wide = made >= 2**31 or needs_wide(query, key, value, *rest)
         self.itemsize, self.device = query.element_size(), query.device
         self.precision = precision(query)
         self.state_precision = state_precision(query, self.precision)
@@ -94,7 +94,7 @@ class Call:
         slices = self.batch * self.heads * programs(name, fixed)
         chunk = configs.chunk_length(name, **sizes, rows=config.rows, slices=slices)
         fixed |= flags(name, self.options, self.scales is not None)
-        return fixed, chunk, triton.cdiv(tokens, chunk), slices
+        return fixed, chunk, cdiv(tokens, chunk), slices
 
     def run(self, name: configs.Kernel, kernel, tokens: int, operands: tuple, rest: tuple) -> None:
         """Launch a kernel over `tokens` that takes operands, sizes and numbers."""
