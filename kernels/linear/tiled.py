@@ -1,8 +1,8 @@
 """Linear attention in plain PyTorch, for the CPU and any other device: two products with the state between them.
 
-The normaliser is one more column of the state, so queries are read once. Heads are brought one after the other in memory
-first: products would do so by themselves, sums and ReLU only go faster. Half precision is computed in float32, which
-takes CPUs no longer.
+The normaliser is one more column of the state, so queries are read once. Heads are first brought one after the other in
+memory: products would do so by themselves, and sums and ReLU are faster for it. Half precision is computed in float32,
+which takes CPUs no longer.
 """
 
 import torch
