@@ -1,10 +1,13 @@
 """The Triton kernels of neighborhood attention without a device."""
 
+from random import Random
+
 import kernel_checks
 import pytest
+import torch
 from foveal.kernels import report
 from foveal.kernels.neighborhood import configs
-from foveal.kernels.neighborhood.geometry import Axis
+from foveal.kernels.neighborhood.geometry import Axis, inverse_bounds, window_bounds
 
 pytest.importorskip("triton")
 
@@ -24,6 +27,36 @@ def test_descriptors_where_a_program_has_many_tiles(kernel):
 
     assert [addresses(window, descriptor=True) for window in (7, 29)] == [False, True]
     assert not addresses(29, descriptor=False)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_every_pair_of_a_visited_tile_has_its_entry_in_the_bias_table(inverse):
+    """Kernels read entries of pairs that are not seen, too, also past the ends of the grid."""
+    from foveal.kernels.neighborhood import launch
+
+    random, bounds, least = Random(0), inverse_bounds if inverse else window_bounds, 10**6
+    for _ in range(300):
+        window = random.choice((1, 3, 5, 7, 11))
+        n, stride = random.randint(window, 40), random.randint(1, window)
+        axis = Axis(n, window, stride, 1, random.random() < 0.5)
+        rows, columns = random.choice((1, 2, 4, 8, 16)), random.choice((1, 2, 4, 8, 16))
+        known: dict = dict(warps=4, stages=1, descriptor=False, inner=True, border=True, wide=False)
+        half = launch.table_lengths((axis,), configs.Config((1, 1, rows), (1, 1, columns), **known))[2] // 2
+        for first in range(0, n, rows):
+            low, _ = bounds(first, n, *axis[1:3], axis.causal)
+            _, high = bounds(min(first + rows, n) - 1, n, *axis[1:3], axis.causal)
+            last = low + -(-(high - low) // columns) * columns - 1
+            least = min(least, half - (last - first), half - (first + rows - 1 - low))
+    assert least == 0, "no pair outside, and none of the table for nothing"
+
+
+def test_the_table_is_widened_around_its_middle():
+    from foveal.kernels.neighborhood import launch
+
+    bias = torch.randn(2, 3, 5)
+    wide = launch.widen(bias, (1, 7, 11))
+    assert wide.shape == (2, 7, 11) and torch.equal(wide[:, 2:5, 3:8], bias) and wide.count_nonzero() == 30
+    assert torch.equal(launch.widen(bias, (1, 3, 5)), bias)
 
 
 def check_report(**kwargs) -> None:

@@ -46,8 +46,9 @@ def query_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr, EXTRA: tl.constexpr, PART: tl.constexpr, INNER: tl.constexpr, BORDER: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, TABLE: tl.constexpr, EXTRA: tl.constexpr, PART: tl.constexpr,
+    INNER: tl.constexpr, BORDER: tl.constexpr, DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dQ, and delta for the other kernels. `delta` has the strides of lse, dQ those of out; see `forward_kernel`."""
     grid = counts if PART else lengths
@@ -82,13 +83,13 @@ def query_kernel(
 
     position = shift(row, begin)
     lo, hi = row_bounds(row, n, begin, nq, WINDOW, STRIDE, CAUSAL, False, PART)
-    BIAS_STRIDES: tl.constexpr = ((2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1), 2 * WINDOW[2] - 1, 1)
+    BIAS_STRIDES: tl.constexpr = (TABLE[1] * TABLE[2], TABLE[2], 1)
     bias_row = row[0]
     factor = scale * LOG2E
     if BIAS:
-        bias_ptr += head * (2 * WINDOW[0] - 1) * BIAS_STRIDES[0]
+        bias_ptr += head * TABLE[0] * BIAS_STRIDES[0]
         bias_row = offset(
-            (WINDOW[0] - 1 - position[0], WINDOW[1] - 1 - position[1], WINDOW[2] - 1 - position[2]), BIAS_STRIDES
+            (TABLE[0] // 2 - position[0], TABLE[1] // 2 - position[1], TABLE[2] // 2 - position[2]), BIAS_STRIDES
         )
         factor = LOG2E
 
@@ -100,11 +101,10 @@ def query_kernel(
     for MASKED in tl.static_range(1 - INNER, 1 + BORDER):
         for t in tl.range(0, tile_count(visits, inner_visits, MASKED), num_stages=STAGES):
             corner = tile_origin(t, starts, visits, inner, inner_visits, KEYS, MASKED, INNER)
-            column = shift(corner, k_steps)
             k = load_tile(k_ptr, k_desc, corner, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
             v = load_tile(v_ptr, v_desc, corner, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
             s = logits_tile(
-                q, k, column, lo, hi, bias_ptr, bias_row, scale,
+                q, k, corner, k_steps, lo, hi, bias_ptr, bias_row, scale,
                 QUERIES, KEYS, BIAS, BIAS_STRIDES, MASKED, PRECISION,
             )
             dq = query_step(dq, q, do, lse2, delta, s, k, v, factor, PRECISION)
@@ -142,8 +142,9 @@ def key_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr, PART: tl.constexpr, INNER: tl.constexpr, BORDER: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, TABLE: tl.constexpr, PART: tl.constexpr,
+    INNER: tl.constexpr, BORDER: tl.constexpr, DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dK and dV of a tile of keys, over the queries that see it, of every query head that shares the key head."""
     batch, key_head, group, n, first = program(tl.program_id(0), lengths, key_heads, KEYS, DILATION, (False,) * 3)
@@ -158,12 +159,12 @@ def key_kernel(
     v = load_tile(v_ptr, v_ptr, first, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, False, True)
 
     lo, hi = row_bounds(row, n, begin, nq, WINDOW, STRIDE, CAUSAL, True, PART)
-    TABLE_STRIDES: tl.constexpr = ((2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1), 2 * WINDOW[2] - 1, 1)
-    BIAS_STRIDES: tl.constexpr = (-(2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1), -(2 * WINDOW[2] - 1), -1)
+    TABLE_STRIDES: tl.constexpr = (TABLE[1] * TABLE[2], TABLE[2], 1)
+    BIAS_STRIDES: tl.constexpr = (-TABLE[1] * TABLE[2], -TABLE[2], -1)
     bias_row = row[0]
     factor = scale * LOG2E
     if BIAS:
-        bias_row = offset((WINDOW[0] - 1 + row[0], WINDOW[1] - 1 + row[1], WINDOW[2] - 1 + row[2]), TABLE_STRIDES)
+        bias_row = offset((TABLE[0] // 2 + row[0], TABLE[1] // 2 + row[1], TABLE[2] // 2 + row[2]), TABLE_STRIDES)
         if PART:
             bias_row -= offset(begin, TABLE_STRIDES)
         factor = LOG2E
@@ -180,7 +181,7 @@ def key_kernel(
         head_delta, _ = group_view(delta_ptr, lse_strides, batch, head, origin, DILATION, WIDE)
         head_bias = bias_ptr
         if BIAS:
-            head_bias = bias_ptr + head * (2 * WINDOW[0] - 1) * TABLE_STRIDES[0]
+            head_bias = bias_ptr + head * TABLE[0] * TABLE_STRIDES[0]
         q_desc, do_desc = head_q, head_do
         if DESCRIPTOR:
             q_desc = describe(head_q, q_sp, nq, D, QUERIES, BLOCK_D)
@@ -204,7 +205,7 @@ def key_kernel(
                     lse2 = tl.load(head_lse + place) * LOG2E
                     delta = tl.load(head_delta + place)
                 st = logits_tile(
-                    k, q, column, lo, hi, head_bias, bias_row, scale,
+                    k, q, corner, q_steps, lo, hi, head_bias, bias_row, scale,
                     KEYS, QUERIES, BIAS, BIAS_STRIDES, MASKED, PRECISION,
                 )
                 dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, factor, PRECISION)

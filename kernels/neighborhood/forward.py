@@ -27,26 +27,28 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def logits_tile(
-    rows, columns, column, lo, hi, bias_ptr, bias_row, scale,
+    rows, columns, corner, steps, lo, hi, bias_ptr, bias_row, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, BIAS_STRIDES: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Logits `[rows, columns]` of a tile, -inf where a row does not see a column; scaled only if there is a bias.
 
-    `bias_row` holds, for every row, the table entry of column zero; `BIAS_STRIDES` steps the table along the columns.
+    The columns begin at `corner` and go on by `steps`. `bias_row` holds, for every row, the table entry of column zero;
+    `BIAS_STRIDES` steps the table along the columns. The table is wide enough for columns that a row does not see.
     """
     s = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
-    if BIAS:
-        entry = offset(column, BIAS_STRIDES)[None, :] + bias_row[:, None]
+    if BIAS:  # one address a row: what steps add is known when compiling, and part of the load
+        entry = bias_ptr + (bias_row + offset(corner, BIAS_STRIDES))[:, None] + offset(steps, BIAS_STRIDES)[None, :]
     if MASKED:
+        column = shift(corner, steps)
         see = visible(column[0], lo[0], hi[0], 0, ROWS, COLUMNS)
         see &= visible(column[1], lo[1], hi[1], 1, ROWS, COLUMNS)
         see &= visible(column[2], lo[2], hi[2], 2, ROWS, COLUMNS)
         if BIAS:
-            s = s * scale + tl.load(bias_ptr + entry, mask=see, other=0.0).to(tl.float32)
+            s = s * scale + tl.load(entry).to(tl.float32)
         s = tl.where(see, s, float("-inf"))
     elif BIAS:
-        s = s * scale + tl.load(bias_ptr + entry).to(tl.float32)
+        s = s * scale + tl.load(entry).to(tl.float32)
     return s
 
 
@@ -73,13 +75,15 @@ def forward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr, EXTRA: tl.constexpr, PART: tl.constexpr, INNER: tl.constexpr, BORDER: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, TABLE: tl.constexpr, EXTRA: tl.constexpr, PART: tl.constexpr,
+    INNER: tl.constexpr, BORDER: tl.constexpr, DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Strides are of `[B, X, Y, Z, heads, head_dim]` (extra: `[B, tokens, heads, head_dim]`), `GROUP` query heads
-    share a key head, and `INNER`/`BORDER` say whether any key tile is wholly seen / not wholly seen. With `PART` the
-    queries are the box of `counts` tokens from `start` on. Causal axes are walked from their end: the last queries have
-    the most keys, and programs that take long must not begin last."""
+    share a key head, `TABLE` is the size of the widened bias table of a head, and `INNER`/`BORDER` say whether any key
+    tile is wholly seen / not wholly seen. With `PART` the queries are the box of `counts` tokens from `start` on.
+    Causal axes are walked from their end: the last queries have the most keys, and what takes long must not begin last.
+    """
     grid = counts if PART else lengths
     batch, head, group, n, first = program(tl.program_id(0), grid, heads, QUERIES, DILATION, CAUSAL)
     n, begin, nq, origin = part(group, n, lengths, start, counts, DILATION, PART)
@@ -98,13 +102,13 @@ def forward_kernel(
     q = load_tile(q_ptr, q_ptr, first, q_steps, q_sp, q_strides[5], nq, D, QUERIES, BLOCK_D, False, True)
     position = shift(row, begin)
     lo, hi = row_bounds(row, n, begin, nq, WINDOW, STRIDE, CAUSAL, False, PART)
-    BIAS_STRIDES: tl.constexpr = ((2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1), 2 * WINDOW[2] - 1, 1)
+    BIAS_STRIDES: tl.constexpr = (TABLE[1] * TABLE[2], TABLE[2], 1)
     bias_row = row[0]
     factor = scale * LOG2E
     if BIAS:
-        bias_ptr += head * (2 * WINDOW[0] - 1) * BIAS_STRIDES[0]
+        bias_ptr += head * TABLE[0] * BIAS_STRIDES[0]
         bias_row = offset(
-            (WINDOW[0] - 1 - position[0], WINDOW[1] - 1 - position[1], WINDOW[2] - 1 - position[2]), BIAS_STRIDES
+            (TABLE[0] // 2 - position[0], TABLE[1] // 2 - position[1], TABLE[2] // 2 - position[2]), BIAS_STRIDES
         )
         factor = LOG2E
 
@@ -119,10 +123,9 @@ def forward_kernel(
     for MASKED in tl.static_range(1 - INNER, 1 + BORDER):
         for t in tl.range(0, tile_count(visits, inner_visits, MASKED), num_stages=STAGES):
             corner = tile_origin(t, starts, visits, inner, inner_visits, KEYS, MASKED, INNER)
-            column = shift(corner, k_steps)
             k = load_tile(k_ptr, k_desc, corner, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
             s = logits_tile(
-                q, k, column, lo, hi, bias_ptr, bias_row, scale,
+                q, k, corner, k_steps, lo, hi, bias_ptr, bias_row, scale,
                 QUERIES, KEYS, BIAS, BIAS_STRIDES, MASKED, PRECISION,
             )
             v = load_tile(v_ptr, v_desc, corner, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)

@@ -62,6 +62,7 @@ def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, pre
         **window_constants(axes, head_dim),
         QUERIES=config.queries,
         KEYS=config.keys,
+        TABLE=table_lengths(axes, config),
         INNER=config.inner,
         BORDER=config.border,
         DESCRIPTOR=config.descriptor,
@@ -71,6 +72,24 @@ def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, pre
         num_warps=config.warps,
         num_stages=config.stages,
     )
+
+
+def table_lengths(axes: tuple[Axis, ...], config: configs.Config) -> tuple[int, int, int]:
+    """Lengths of the bias table widened by zeros: every pair of a visited tile has its entry, whether seen or not.
+
+    A tile of columns reaches less than itself and a tile of rows further than windows do.
+    """
+    x, y, z = (
+        2 * (window + queries + keys) - 5
+        for window, queries, keys in zip(padded([a.window for a in axes], 1), config.queries, config.keys, strict=True)
+    )
+    return x, y, z
+
+
+def widen(bias: Tensor, lengths: tuple[int, int, int]) -> Tensor:
+    """The relative position table `[heads, …]` in the middle of zeros of `table_lengths`."""
+    margins = [(n - old) // 2 for n, old in zip(reversed(lengths), reversed(bias.shape[1:]), strict=False)]
+    return torch.nn.functional.pad(bias, [m for margin in margins for m in (margin, margin)]).contiguous()
 
 
 def token_constants(axes: tuple[Axis, ...], head_dim: int, itemsize: int) -> dict:
@@ -141,7 +160,7 @@ def forward(
             grid_strides(out, rank),
             lse,
             grid_strides(lse, rank),
-            bias if bias is None else bias.contiguous(),
+            bias if bias is None else widen(bias, table_lengths(axes, config)),
             extra_k,
             extra_k.stride()[:4],
             extra_v,
@@ -184,7 +203,6 @@ def backward(
     delta = torch.empty_like(lse)
     extra = 0 if extra_key is None else extra_key.shape[1]
     extra_k, extra_v = (query, query) if extra_key is None else (extra_key, extra_value)
-    table = bias if bias is None else bias.contiguous()
     group = heads // key_heads
     q, k, v, do = ((x, grid_strides(x, rank)) for x in (query, key, value, grad_out))
     triton.set_allocator(device_scratch)
@@ -203,7 +221,7 @@ def backward(
             grid_strides(grad_lse, rank),
             delta,
             dq,
-            table,
+            bias if bias is None else widen(bias, table_lengths(axes, config)),
             extra_k,
             extra_k.stride()[:4],
             extra_v,
@@ -232,7 +250,7 @@ def backward(
             dk,
             dv,
             grid_strides(dk, rank),
-            table,
+            bias if bias is None else widen(bias, table_lengths(axes, config)),
             *grids(axes),
             key_heads,
             scale,
@@ -240,14 +258,14 @@ def backward(
             BIAS=bias is not None,
             **constants(axes, config, head_dim, precision(query)),
         )
-        dbias = none if bias is None else bias_gradient(q, k, v, do, lse, delta, table, bias, axes, scale)
+        dbias = none if bias is None else bias_gradient(q, k, v, do, lse, delta, bias, axes, scale)
         dek, dev = (none, none) if not extra else extra_gradient(q, do, lse, delta, extra_k, extra_v, axes, scale)
     if extra_key is not None and not extra:
         dek, dev = torch.empty_like(extra_key), torch.empty_like(extra_value)
     return dq, dk, dv, dbias, dek, dev
 
 
-def bias_gradient(q, k, v, do, lse, delta, table, bias: Tensor, axes: tuple[Axis, ...], scale: float) -> Tensor:
+def bias_gradient(q, k, v, do, lse, delta, bias: Tensor, axes: tuple[Axis, ...], scale: float) -> Tensor:
     """Gradient of the relative position table: partial sums of chunks of queries, added by torch in a fixed order."""
     query, heads, entries = q[0], bias.shape[0], prod(bias.shape[1:])
     total = query.shape[0] * prod(map(query_count, axes))
@@ -262,7 +280,7 @@ def bias_gradient(q, k, v, do, lse, delta, table, bias: Tensor, axes: tuple[Axis
         lse,
         delta,
         grid_strides(lse, len(axes)),
-        table,
+        bias.contiguous(),
         partial,
         *grids(axes),
         query.shape[0],
