@@ -109,7 +109,8 @@ def is_compiled_on_cpu(query: Tensor) -> bool:
     To compile its many small steps takes minutes, and they then run more slowly. An exported graph keeps them: it needs
     nothing but torch.
     """
-    compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    # `torch.compiler.is_exporting()` reads this, but is True in every graph of torch 2.11
+    compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag
     return query.device.type == "cpu" and compiling
 
 

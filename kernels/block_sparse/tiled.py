@@ -7,7 +7,6 @@ inputs, output and log-sum-exp are kept for the backward, so memory is linear in
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from math import prod
 from operator import index
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from ..calling import without_autocast
 from .mask import BlockMask, boxes
 
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
@@ -456,8 +456,6 @@ class _Attention(torch.autograd.Function):
         query, key, value, extra_key, extra_value, kv_num, kv_idx, bias, q_len, kv_len, lse = ctx.saved_tensors
         mask = BlockMask(ctx.query_block, ctx.key_block, kv_num, kv_idx, bias, q_len, kv_len)
         rest = {"mask": mask, "extra_key": extra_key, "extra_value": extra_value}
-        device = grad_out.device.type
-        cast = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if cast else nullcontext():  # as in the forward
+        with without_autocast(grad_out.device):  # as in the forward
             grads = backward(query, key, value, None, lse, grad_out, grad_lse, scale=ctx.scale, **rest)
         return *grads, *(None,) * 8

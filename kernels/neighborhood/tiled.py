@@ -6,7 +6,6 @@ for the backward, which gathers again, and chunks bound what is gathered at a ti
 """
 
 import math
-from contextlib import nullcontext
 from operator import index
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from ..calling import without_autocast
 from . import tiled_plan
 from .geometry import Axis, query_count
 from .tiled_plan import Chunk, Plan, Sizes
@@ -295,8 +295,6 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         query, key, value, bias, extra_key, extra_value, lse = ctx.saved_tensors
         extra = {"extra_key": extra_key, "extra_value": extra_value}
-        device = grad_out.device.type
-        cast = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if cast else nullcontext():  # as in the forward
+        with without_autocast(grad_out.device):  # as in the forward
             grads = backward(query, key, value, None, lse, grad_out, grad_lse, bias=bias, **extra, **ctx.given)
         return *grads, None, None
