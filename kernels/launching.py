@@ -65,6 +65,15 @@ def grid_strides(x: Tensor, rank: int) -> tuple[int, ...]:
     return x.stride(0), *(outer,) * (3 - rank), *x.stride()[1:]
 
 
+def unspecialised(values: tuple[int, ...]) -> tuple[int, ...]:
+    """Integers of a tuple as odd ones, 2n - 1, which kernels turn back.
+
+    Triton makes other machine code where an integer is divisible by 16: lengths of grids gain nothing by it, and
+    kernels would be compiled again for images of another size. A one stays one, and folds away an axis of length 1.
+    """
+    return tuple(2 * n - 1 for n in values)
+
+
 def has_descriptors(device: torch.device) -> bool:
     """Whether the device addresses tiles by tensor descriptors: Hopper and newer."""
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)

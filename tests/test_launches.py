@@ -62,3 +62,13 @@ def test_every_kernel_of_a_call_compiles_once(name):
         call()
     assert {f"{kernel}_kernel" for kernel in kernels} == set(driver.launched)
     assert driver.compiled == compiled
+
+
+def test_images_of_any_size_take_few_kernels():
+    torch.manual_seed(0)
+    sizes = [(66, 36), (43, 37), (69, 70), (44, 20), (20, 60), (34, 39), (51, 52), (47, 42), (57, 64), (56, 48)]
+    with launches() as driver, torch.no_grad():
+        for size in sizes:
+            na2d(*leaves(1, *size, 3, 32), window=7, impl="triton")
+    assert len(driver.launched) == len(sizes)
+    assert len(driver.compiled) <= 2

@@ -34,8 +34,7 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
     integers |= {"lengths": (1,) * (3 - rank) + (0,) * rank, "start": (0,) * 3, "counts": (0,) * 3}
     for name in kernel.arg_names:
         if name.endswith("_strides"):
-            outer = (0,) * 4 if "lse" in name else (aligned,) * (3 if name.startswith("extra") else 5)
-            integers[name] = (*outer, 1)
+            integers[name] = (*(aligned,) * (3 if name.startswith("extra") else 5), 1)
     return source(kernel, dtype, fixed, pointers=dict.fromkeys(floats, "fp32"), integers=integers)
 
 

@@ -12,8 +12,10 @@ from .forward import LOG2E, logits_tile
 from .tile import (
     bounds,
     describe,
+    grids,
     group_view,
     inside,
+    integers,
     load_extra,
     load_tile,
     local,
@@ -21,6 +23,7 @@ from .tile import (
     part,
     program,
     row_bounds,
+    row_strides,
     shift,
     spans,
     tile_count,
@@ -40,7 +43,7 @@ def query_step(dq, q, do, lse2, delta, s, k, v, factor, PRECISION: tl.constexpr)
 @triton.jit(do_not_specialize=["extra"])
 def query_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, do_ptr, do_strides,
-    lse_ptr, lse_strides, dlse_ptr, dlse_strides, delta_ptr, dq_ptr,
+    lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
     bias_ptr, extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
     lengths, start, counts, heads, extra, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -50,9 +53,10 @@ def query_kernel(
     INNER: tl.constexpr, BORDER: tl.constexpr, DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """dQ, and delta for the other kernels. `delta` has the strides of lse, dQ those of out; see `forward_kernel`."""
-    grid = counts if PART else lengths
-    batch, head, group, n, first = program(tl.program_id(0), grid, heads, QUERIES, DILATION, CAUSAL)
+    """dQ, and delta for the other kernels. dQ has the strides of out; lse, its gradient and delta are contiguous; see
+    `forward_kernel`."""
+    lengths, start, counts = grids(lengths, start, counts, PART)
+    batch, head, group, n, first = program(tl.program_id(0), counts, heads, QUERIES, DILATION, CAUSAL)
     n, begin, nq, origin = part(group, n, lengths, start, counts, DILATION, PART)
     if (first[0] >= nq[0]) | (first[1] >= nq[1]) | (first[2] >= nq[2]):
         return
@@ -62,9 +66,9 @@ def query_kernel(
     out_ptr, out_sp = group_view(out_ptr, out_strides, batch, head, origin, DILATION, WIDE)
     dq_ptr, _ = group_view(dq_ptr, out_strides, batch, head, origin, DILATION, WIDE)
     do_ptr, do_sp = group_view(do_ptr, do_strides, batch, head, origin, DILATION, WIDE)
-    lse_ptr, lse_sp = group_view(lse_ptr, lse_strides, batch, head, origin, DILATION, WIDE)
-    dlse_ptr, dlse_sp = group_view(dlse_ptr, dlse_strides, batch, head, origin, DILATION, WIDE)
-    delta_ptr, _ = group_view(delta_ptr, lse_strides, batch, head, origin, DILATION, WIDE)
+    lse_ptr, lse_sp = group_view(lse_ptr, row_strides(counts, heads), batch, head, origin, DILATION, WIDE)
+    dlse_ptr, _ = group_view(dlse_ptr, row_strides(counts, heads), batch, head, origin, DILATION, WIDE)
+    delta_ptr, _ = group_view(delta_ptr, row_strides(counts, heads), batch, head, origin, DILATION, WIDE)
     k_desc, v_desc = k_ptr, v_ptr
     if DESCRIPTOR:
         k_desc = describe(k_ptr, k_sp, n, D, KEYS, BLOCK_D)
@@ -78,7 +82,7 @@ def query_kernel(
     out = load_tile(out_ptr, out_ptr, first, q_steps, out_sp, 1, nq, D, QUERIES, BLOCK_D, False, True)
     lse2 = tl.load(lse_ptr + offset(row, lse_sp), mask=keep, other=float("inf")) * LOG2E
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    delta -= tl.load(dlse_ptr + offset(row, dlse_sp), mask=keep, other=0.0)
+    delta -= tl.load(dlse_ptr + offset(row, lse_sp), mask=keep, other=0.0)
     tl.store(delta_ptr + offset(row, lse_sp), delta, mask=keep)
 
     position = shift(row, begin)
@@ -137,7 +141,7 @@ def key_step(dk, dv, q, do, lse2, delta, st, v, factor, PRECISION: tl.constexpr)
 @triton.jit
 def key_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides,
-    lse_ptr, lse_strides, delta_ptr, dk_ptr, dv_ptr, dk_strides, bias_ptr,
+    lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_strides, bias_ptr,
     lengths, start, counts, key_heads, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -147,10 +151,12 @@ def key_kernel(
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dK and dV of a tile of keys, over the queries that see it, of every query head that shares the key head."""
+    lengths, start, counts = grids(lengths, start, counts, PART)
     batch, key_head, group, n, first = program(tl.program_id(0), lengths, key_heads, KEYS, DILATION, (False,) * 3)
     if (first[0] >= n[0]) | (first[1] >= n[1]) | (first[2] >= n[2]):
         return
     n, begin, nq, origin = part(group, n, lengths, start, counts, DILATION, PART)
+    lse_strides = row_strides(counts, key_heads * GROUP)
     k_ptr, k_sp = group_view(k_ptr, k_strides, batch, key_head, group, DILATION, WIDE)
     v_ptr, v_sp = group_view(v_ptr, v_strides, batch, key_head, group, DILATION, WIDE)
     k_steps, q_steps = local(KEYS), local(QUERIES)
@@ -228,7 +234,7 @@ def token(t, lengths):
 
 @triton.jit(do_not_specialize=["extra"])
 def extra_kernel(
-    q_ptr, q_strides, do_ptr, do_strides, lse_ptr, delta_ptr, lse_strides,
+    q_ptr, q_strides, do_ptr, do_strides, lse_ptr, delta_ptr,
     extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, dk_ptr, dv_ptr,
     lengths, batches, key_heads, extra, chunk, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -244,6 +250,7 @@ def extra_kernel(
     key_head = pid // blocks % key_heads
     batch = pid // blocks // key_heads % batches
     part = pid // blocks // key_heads // batches
+    lengths = integers(lengths)
     tokens = lengths[0] * lengths[1] * lengths[2]
 
     extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + key_head.to(tl.int64) * extra_k_strides[2]
@@ -263,7 +270,7 @@ def extra_kernel(
             load = keep[:, None] & (d < D)[None, :]
             q = row_vectors(q_ptr, q_strides, batch, query, head, d, load)
             do = row_vectors(do_ptr, do_strides, batch, query, head, d, load)
-            place = row_offset(lse_strides, batch, query, head)
+            place = row_offset(row_strides(lengths, key_heads * GROUP), batch, query, head)
             lse2 = tl.load(lse_ptr + place, mask=keep, other=float("inf")) * LOG2E
             delta = tl.load(delta_ptr + place, mask=keep, other=0.0)
             st = tl.dot(k, tl.trans(q), input_precision=PRECISION)
@@ -279,7 +286,7 @@ def extra_kernel(
 
 @triton.jit
 def bias_kernel(
-    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides, lse_ptr, delta_ptr, lse_strides,
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides, lse_ptr, delta_ptr,
     bias_ptr, partial_ptr, lengths, start, counts, batches, heads, chunk, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr, PART: tl.constexpr,
@@ -295,15 +302,15 @@ def bias_kernel(
     part = pid // TABLE // heads
     ox, oy, oz = entry // (NY * NZ) - WINDOW[0] + 1, entry // NZ % NY - WINDOW[1] + 1, entry % NZ - WINDOW[2] + 1
     bias = tl.load(bias_ptr + head * TABLE + entry).to(tl.float32)
-    grid = counts if PART else lengths  # of queries
-    tokens = grid[0] * grid[1] * grid[2]
+    lengths, start, counts = grids(lengths, start, counts, PART)
+    tokens = counts[0] * counts[1] * counts[2]
     total = tl.cast(batches, tl.int64) * tokens
     d = tl.arange(0, BLOCK_D)
     acc = tl.zeros([QUERIES], tl.float32)
     for begin in range(0, chunk, QUERIES):
         t = part.to(tl.int64) * chunk + begin + tl.arange(0, QUERIES)
         batch = t // tokens
-        query = token((t % tokens).to(tl.int32), grid)
+        query = token((t % tokens).to(tl.int32), counts)
         place = shift(query, start) if PART else query
         see = (begin + tl.arange(0, QUERIES) < chunk) & (t < total)
         see &= sees(place[0], ox, lengths[0], 0, WINDOW, STRIDE, DILATION, CAUSAL)
@@ -315,7 +322,7 @@ def bias_kernel(
         k = row_vectors(k_ptr, k_strides, batch, key, head // GROUP, d, load).to(tl.float32)
         v = row_vectors(v_ptr, v_strides, batch, key, head // GROUP, d, load).to(tl.float32)
         do = row_vectors(do_ptr, do_strides, batch, query, head, d, load).to(tl.float32)
-        where = row_offset(lse_strides, batch, query, head)
+        where = row_offset(row_strides(counts, heads), batch, query, head)
         lse = tl.load(lse_ptr + where, mask=see, other=float("inf"))
         delta = tl.load(delta_ptr + where, mask=see, other=0.0)
         p = tl.exp2((tl.sum(q * k, 1) * scale + bias - lse) * LOG2E)

@@ -93,6 +93,7 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
     ("small", "query", 4): {64: (Size(16, 16, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
     ("small", "key", 4): {64: (Size(16, 16, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
 }
+SAME_COST = 1.1  # the estimate is not better than that
 TILE_OVERHEAD = 4096  # (query, key) pairs that the fixed work of one visited tile is worth
 MASK_COST = 0.25  # of a tile's work that its mask adds, as `python -m foveal.kernels.report --loop` counts
 
@@ -126,7 +127,7 @@ def three_axes(tile: tuple[int, ...]) -> tuple[int, int, int]:
 def shapes(kernel: Kernel, axes: tuple[Axis, ...], size: Size) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
     """The cheapest tile shapes of `size`: estimated cost in pairs, query tile, key tile."""
     inverse = kernel == "key"
-    best = None
+    options = []
     for queries in splits(size.queries, len(axes)):
         for keys in splits(size.keys, len(axes)):
             rows, columns = (keys, queries) if inverse else (queries, keys)
@@ -134,11 +135,11 @@ def shapes(kernel: Kernel, axes: tuple[Axis, ...], size: Size) -> tuple[float, t
             visited, tiles = prod(w.visited for w in walks), prod(w.rows for w in walks)
             work = visited + MASK_COST * (visited - prod(w.inner for w in walks))
             cost = work * (size.queries * size.keys + TILE_OVERHEAD) + tiles * TILE_OVERHEAD
-            even = sum(x * x for x in (*queries, *keys))  # of equal cost, the most cubic: fewest border tiles
-            if best is None or (cost, even) < best[:2]:
-                best = cost, even, queries, keys
-    assert best is not None
-    return best[0], best[2], best[3]
+            options.append((cost, queries, keys))
+    least = min(cost for cost, _, _ in options)
+    # Of about equal cost, the most cubic: grids of other lengths take the same tiles, and the same compiled kernel.
+    near = [option for option in options if option[0] <= SAME_COST * least]
+    return min(near, key=lambda option: (sum(x * x for tile in option[1:] for x in tile), option[0]))
 
 
 def choose(

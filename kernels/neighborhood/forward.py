@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .tile import (
     describe,
+    grids,
     group_view,
     inside,
     load_extra,
@@ -14,6 +15,7 @@ from .tile import (
     part,
     program,
     row_bounds,
+    row_strides,
     shift,
     spans,
     tile_count,
@@ -69,7 +71,7 @@ def softmax_step(acc, m, l, s, v, factor, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["extra"])  # a loop known to run once is scheduled into the rest, and spills
 def forward_kernel(
-    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr, lse_strides,
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr,
     bias_ptr, extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
     lengths, start, counts, heads, extra, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -84,8 +86,8 @@ def forward_kernel(
     tile is wholly seen / not wholly seen. With `PART` the queries are the box of `counts` tokens from `start` on.
     Causal axes are walked from their end: the last queries have the most keys, and what takes long must not begin last.
     """
-    grid = counts if PART else lengths
-    batch, head, group, n, first = program(tl.program_id(0), grid, heads, QUERIES, DILATION, CAUSAL)
+    lengths, start, counts = grids(lengths, start, counts, PART)
+    batch, head, group, n, first = program(tl.program_id(0), counts, heads, QUERIES, DILATION, CAUSAL)
     n, begin, nq, origin = part(group, n, lengths, start, counts, DILATION, PART)
     if (first[0] >= nq[0]) | (first[1] >= nq[1]) | (first[2] >= nq[2]):
         return
@@ -142,7 +144,7 @@ def forward_kernel(
 
     keep = inside(row, nq)
     out_ptr, out_sp = group_view(out_ptr, out_strides, batch, head, origin, DILATION, WIDE)
-    lse_ptr, lse_sp = group_view(lse_ptr, lse_strides, batch, head, origin, DILATION, WIDE)
+    lse_ptr, lse_sp = group_view(lse_ptr, row_strides(counts, heads), batch, head, origin, DILATION, WIDE)
     d = tl.arange(0, BLOCK_D)
     out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offset(row, out_sp)[:, None] + d[None, :], out, mask=keep[:, None] & (d < D)[None, :])

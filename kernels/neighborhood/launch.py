@@ -17,6 +17,7 @@ from ..launching import (
     needs_wide,
     padded,
     precision,
+    unspecialised,
 )
 from . import configs
 from .backward import bias_kernel, extra_kernel, key_kernel, query_kernel
@@ -50,10 +51,11 @@ def is_part(axes: tuple[Axis, ...]) -> bool:
 
 def grids(axes: tuple[Axis, ...]) -> tuple:
     """Lengths of the grid, and of the queries where they are a part of it the start and the lengths."""
-    lengths = padded([a.length for a in axes], 1)
+    lengths = unspecialised(padded([a.length for a in axes], 1))
     if not is_part(axes):
         return lengths, None, None
-    return lengths, padded([query_range(a)[0] for a in axes], 0), padded([query_count(a) for a in axes], 1)
+    start, counts = padded([query_range(a)[0] for a in axes], 0), padded([query_count(a) for a in axes], 1)
+    return lengths, unspecialised(start), unspecialised(counts)
 
 
 def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, precision: str) -> dict:
@@ -159,7 +161,6 @@ def forward(
             out,
             grid_strides(out, rank),
             lse,
-            grid_strides(lse, rank),
             bias if bias is None else widen(bias, table_lengths(axes, config)),
             extra_k,
             extra_k.stride()[:4],
@@ -216,9 +217,7 @@ def backward(
             grid_strides(out, rank),
             *do,
             lse,
-            grid_strides(lse, rank),
-            grad_lse,
-            grid_strides(grad_lse, rank),
+            grad_lse.contiguous(),
             delta,
             dq,
             bias if bias is None else widen(bias, table_lengths(axes, config)),
@@ -245,7 +244,6 @@ def backward(
             *v,
             *do,
             lse,
-            grid_strides(lse, rank),
             delta,
             dk,
             dv,
@@ -279,7 +277,6 @@ def bias_gradient(q, k, v, do, lse, delta, bias: Tensor, axes: tuple[Axis, ...],
         *do,
         lse,
         delta,
-        grid_strides(lse, len(axes)),
         bias.contiguous(),
         partial,
         *grids(axes),
@@ -307,14 +304,13 @@ def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, ax
         *do,
         lse,
         delta,
-        grid_strides(lse, len(axes)),
         extra_key,
         extra_key.stride()[:4],
         extra_value,
         extra_value.stride()[:4],
         dk,
         dv,
-        padded([query_count(a) for a in axes], 1),
+        unspecialised(padded([query_count(a) for a in axes], 1)),
         batch,
         key_heads,
         extra,

@@ -98,6 +98,29 @@ def spans(
 
 
 @triton.jit
+def integers(odd):
+    """The integers that `launching.unspecialised` made odd."""
+    return (odd[0] + 1) // 2, (odd[1] + 1) // 2, (odd[2] + 1) // 2
+
+
+@triton.jit
+def grids(lengths, start, counts, PART: tl.constexpr):
+    """Lengths of the grid, and first coordinates and lengths of the box of queries; without `PART` that is the grid."""
+    lengths = integers(lengths)
+    if PART:
+        return lengths, integers(start), integers(counts)
+    else:
+        return lengths, (0, 0, 0), lengths
+
+
+@triton.jit
+def row_strides(lengths, heads):
+    """Strides of contiguous `[B, X, Y, Z, heads]`: of log-sum-exps, and what goes with them."""
+    y, x = lengths[2] * heads, lengths[1] * lengths[2] * heads
+    return tl.cast(lengths[0], tl.int64) * x, x, y, heads, 1
+
+
+@triton.jit
 def _turn(i, count, BACKWARD: tl.constexpr):
     return count - 1 - i if BACKWARD else i
 
