@@ -140,7 +140,7 @@ def _shape(lines: list[str], i: int) -> tuple[int, int, int]:
     opcode = _opcode(lines[i]) or ""
     if group := re.search(r"GMMA\.64x(\d+)x(\d+)", opcode):  # four warps together
         return 16, int(group[1]), int(group[2])
-    if warp := re.search(r"MMA\.(16)(\d)(\d\d)", opcode):
+    if warp := re.search(r"MMA\.(16)(8)(\d+)", opcode):
         return int(warp[1]), int(warp[2]), int(warp[3])
     register = re.findall(r"idesc\[(UR\d+)\]", lines[i])[0]  # one thread for all warps; the shape is a constant before
     values = (re.search(rf"UMOV {register}, (0x\w+)", line) for line in reversed(lines[:i]))
@@ -157,6 +157,6 @@ def _count(lines: list[str], begin: int, end: int, arch: str, warps: int) -> Loo
             m, n, k = _shape(lines, i)
             done = m * n * k * (1 if "UTC" in lines[i] else warps)
             products += done
-            eight_bits = "QGMMA" in lines[i] or "QMMA" in lines[i]
-            clocks += done / DEVICES[arch].products / (2 if eight_bits else 1)
+            eight_bits, tf32 = "QGMMA" in lines[i] or "QMMA" in lines[i], "TF32" in lines[i]
+            clocks += done / DEVICES[arch].products / (2 if eight_bits else 0.5 if tf32 else 1)
     return Loop(products=products, tensor=clocks, issue=len(units) * warps / SCHEDULERS, **counts)

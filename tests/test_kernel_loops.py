@@ -40,6 +40,11 @@ def test_units_of_a_loop():
     assert [loop.share("sm_80", programs) for programs in (1, 2, 3)] == [0.5, 1, 1]
 
 
+def test_tf32_takes_twice_as_long():
+    (loop,) = loops.hot_loops(SASS.replace("HMMA.16816.F32.BF16", "HMMA.1688.F32.TF32"), "sm_80", warps=8)
+    assert (loop.products, loop.tensor) == (8 * 16 * 8 * 8, 16)
+
+
 def test_programs_on_an_sm():
     most = loops.resident_programs
     assert most("sm_90", registers=168, shared=0, warps=8) == 65536 // (168 * 256)

@@ -57,18 +57,19 @@ def query_kernel(
         own_sum *= share
         key_sum *= share
     dmatrix = tl.zeros([COLUMNS, BLOCK_E], tl.float32)
-    dz = tl.zeros([COLUMNS], tl.float32)
-    do_sum = tl.zeros([BLOCK_E], tl.float32)
+    dzs = tl.zeros([ROWS, COLUMNS], tl.float32)
+    do_sums = tl.zeros([ROWS, BLOCK_E], tl.float32)
     for first in tl.range(part * chunk, min(part * chunk + chunk, queries), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, COLUMNS, WIDE, block * COLUMNS)
         do = load_tile(do_ptr, do_strides, do_inner, row, queries, E, BLOCK_E, WIDE)
-        features = positive(q) if RELU else q
+        wide = q.to(tl.float32)
+        if RELU:
+            wide = positive(wide)
         dq = tl.dot(do.to(tl.float32), transposed, input_precision=STATE_PRECISION)
         if NORMALISER == "none":
-            dmatrix = tl.dot(tl.trans(features), do, dmatrix, input_precision=PRECISION)
+            dmatrix = tl.dot(tl.trans(wide.to(q.dtype)), do, dmatrix, input_precision=PRECISION)
         else:
-            wide = features.to(tl.float32)
             if WHOLE:
                 n = tl.sum(wide * key_sum[None, :], 1)
             else:
@@ -76,27 +77,28 @@ def query_kernel(
                 n = tl.sum((positive(whole) if RELU else whole) * key_sum[None, :], 1)
             falls = (n >= floor) if NORMALISER == "floor" else (row < queries)
             n = tl.maximum(n, floor) if NORMALISER == "floor" else tl.where(row < queries, n + floor, 1.0)
+            inverse = 1.0 / n
             if WHOLE:
-                share_of_out = tl.sum(wide * dq, 1) / n
+                share_of_out = tl.sum(wide * dq, 1) * inverse
             else:
                 out_row = row.to(tl.int64) if WIDE else row
                 mask = (row < queries)[:, None] & (e < E)[None, :]
                 out = tl.load(out_ptr + (out_row * heads * E)[:, None] + e[None, :], mask=mask, other=0.0)
                 share_of_out = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-            dn = tl.where(falls, -share_of_out / n, 0.0)
-            dq = dq / n[:, None] + dn[:, None] * own_sum[None, :]
-            dz += tl.sum(dn[:, None] * wide, 0)
-            du = rounded(do.to(tl.float32) / n[:, None], STATE_PRECISION)
+            dn = tl.where(falls, -share_of_out * inverse, 0.0)
+            dq = dq * inverse[:, None] + dn[:, None] * own_sum[None, :]
+            dzs += dn[:, None] * wide
+            du = rounded(do.to(tl.float32) * inverse[:, None], STATE_PRECISION)
             dmatrix = tl.dot(tl.trans(wide), du, dmatrix, input_precision=STATE_PRECISION)
         if CENTERED:
-            do_sum += tl.sum(do.to(tl.float32), 0)
+            do_sums += do.to(tl.float32)
         if RELU:
-            dq = tl.where(q > 0.0, dq, 0.0)
+            dq = tl.where(wide > 0.0, dq, 0.0)
         store_block(dq_ptr, dq, row, queries, heads * D, block * COLUMNS, D, COLUMNS, WIDE)
     dstate_ptr = state_view(dstate_ptr, (part * batches + batch) * heads + head, D, E)
     store_matrix(dstate_ptr, dmatrix, own, e, D, E)
-    tl.store(dstate_ptr + D * E + own, dz, mask=own < D)
-    tl.store(dstate_ptr + D * E + D + e, do_sum, mask=(e < E) & (block == 0))
+    tl.store(dstate_ptr + D * E + own, tl.sum(dzs, 0), mask=own < D)
+    tl.store(dstate_ptr + D * E + D + e, tl.sum(do_sums, 0), mask=(e < E) & (block == 0))
 
 
 @triton.jit

@@ -34,24 +34,26 @@ def state_kernel(
     k_ptr = head_view(k_ptr, k_strides, batch, head)
     v_ptr = head_view(v_ptr, v_strides, batch, head)
     matrix = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
-    key_sum = tl.zeros([BLOCK_D], tl.float32)
-    value_sum = tl.zeros([COLUMNS], tl.float32)
+    key_sums = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    value_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in tl.range(part * chunk, min(part * chunk + chunk, keys), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         k = load_tile(k_ptr, k_strides, k_inner, row, keys, D, BLOCK_D, WIDE)
         v = load_tile(v_ptr, v_strides, v_inner, row, keys, E, COLUMNS, WIDE, block * COLUMNS)
+        wide = k.to(tl.float32)
         if RELU:
-            k = positive(k)
+            wide = positive(wide)
+            k = wide.to(k.dtype)
         matrix = tl.dot(tl.trans(k), v, matrix, input_precision=PRECISION)
         if SUMS:
-            key_sum += tl.sum(k.to(tl.float32), 0)
+            key_sums += wide
         if CENTERED:
-            value_sum += tl.sum(v.to(tl.float32), 0)
+            value_sums += v.to(tl.float32)
     state_ptr = state_view(state_ptr, (part * batches + batch) * heads + head, D, E)
     d, e = tl.arange(0, BLOCK_D), block * COLUMNS + tl.arange(0, COLUMNS)
     store_matrix(state_ptr, matrix, d, e, D, E)
-    tl.store(state_ptr + D * E + d, key_sum, mask=(d < D) & (block == 0))
-    tl.store(state_ptr + D * E + D + e, value_sum, mask=e < E)
+    tl.store(state_ptr + D * E + d, tl.sum(key_sums, 0), mask=(d < D) & (block == 0))
+    tl.store(state_ptr + D * E + D + e, tl.sum(value_sums, 0), mask=e < E)
 
 
 @triton.jit
@@ -83,9 +85,9 @@ def apply_kernel(
             q = positive(q)
         out = tl.dot(q, matrix, input_precision=STATE_PRECISION)
         if NORMALISER == "eps":
-            out /= tl.where(row < queries, tl.sum(q * key_sum[None, :], 1) + floor, 1.0)[:, None]
+            out *= (1.0 / tl.where(row < queries, tl.sum(q * key_sum[None, :], 1) + floor, 1.0))[:, None]
         if NORMALISER == "floor":
-            out /= tl.maximum(tl.sum(q * key_sum[None, :], 1), floor)[:, None]
+            out *= (1.0 / tl.maximum(tl.sum(q * key_sum[None, :], 1), floor))[:, None]
         if CENTERED:
             out += (value_sum * share)[None, :]
         store_block(out_ptr, out, row, queries, heads * E, block * COLUMNS, E, COLUMNS, WIDE)

@@ -15,15 +15,15 @@ __all__ = ["finish", "head_view", "load_matrix", "load_sums", "load_tile", "mult
 
 @triton.jit
 def positive(x):
-    """max(x, 0), NaN as it is."""
-    return tl.where(x < 0.0, 0.0, x)
+    """max(x, 0) of float32, NaN as it is."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def rounded(x, PRECISION: tl.constexpr):
-    """float32 to the nearest TF32 where matrix units take TF32: they would cut it off."""
+    """float32 that is nearest in TF32 once matrix units cut off its last 13 bits, where they take TF32."""
     if PRECISION == "tf32":
-        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        x = (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
     return x
 
 
