@@ -65,7 +65,8 @@ class Pass:
         self.batch, self.heads, self.head_dim = query.shape[0], *query.shape[-2:]
         self.queries, self.keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
         self.bias, self.scale = bias, scale
-        self.wide = needs_wide(query, key, value, *rest, *(() if bias is None else (bias,)))
+        made = max(prod(x.shape[1:]) for x in (query, key))  # numbers an entry of what is written
+        self.wide = made >= 2**31 or needs_wide(query, key, value, *rest, *(() if bias is None else (bias,)))
         self.precision, self.itemsize, self.device = precision(query), query.element_size(), query.device
 
     def config(self, kernel: configs.Kernel) -> configs.Config:

@@ -137,11 +137,12 @@ def backward(
         return dq, dk, dv, *(none if x is None else x.new_zeros(x.shape) for x in (extra_key, extra_value))
     most, extra = mask.kv_idx.shape[-1], 0 if extra_key is None else extra_key.shape[1]
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+    out, lse = out.contiguous(), lse.contiguous()  # dQ and delta have their strides
     delta = torch.empty_like(lse)
     q, k, v, do = ((x, grid_strides(x, rank)) for x in (query, key, value, grad_out))
     lists, group = tuple(mask.kv_idx.shape[:2]), heads // key_heads
     common = dict(GROUP=group, **_flags(mask))
-    blocks, tensors = (mask.query_block, mask.key_block), (query, key, value, grad_out, grad_lse)
+    blocks, tensors = (mask.query_block, mask.key_block), (query, key, value, grad_out, grad_lse, dq, dk)
     with torch.cuda.device_of(query):
         config = configure("query", mask.query_block, most * prod(mask.key_block), query, tensors)
         query_kernel[(programs(shape, mask.query_block, config.size.rows, batch * heads),)](

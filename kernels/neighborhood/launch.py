@@ -201,6 +201,7 @@ def backward(
     if batch == 0:
         rest = (none if x is None else x.new_zeros(x.shape) for x in (bias, extra_key, extra_value))
         return dq, dk, dv, *rest
+    out, lse, grad_lse = out.contiguous(), lse.contiguous(), grad_lse.contiguous()  # as the kernels take them
     delta = torch.empty_like(lse)
     extra = 0 if extra_key is None else extra_key.shape[1]
     extra_k, extra_v = (query, query) if extra_key is None else (extra_key, extra_value)
@@ -208,7 +209,7 @@ def backward(
     q, k, v, do = ((x, grid_strides(x, rank)) for x in (query, key, value, grad_out))
     triton.set_allocator(device_scratch)
     with torch.cuda.device_of(query):
-        config = configure("query", axes, (key, value), (query, key, value, grad_out, grad_lse))
+        config = configure("query", axes, (key, value), (query, key, value, grad_out, dq))
         query_kernel[(programs(axes, config.queries, batch * heads),)](
             *q,
             *k,
@@ -217,7 +218,7 @@ def backward(
             grid_strides(out, rank),
             *do,
             lse,
-            grad_lse.contiguous(),
+            grad_lse,
             delta,
             dq,
             bias if bias is None else widen(bias, table_lengths(axes, config)),
@@ -235,7 +236,7 @@ def backward(
             EXTRA=extra_key is not None,
             **constants(axes, config, head_dim, precision(query)),
         )
-        config = configure("key", axes, (query, grad_out), (query, key, value, grad_out))
+        config = configure("key", axes, (query, grad_out), (query, key, value, grad_out, dk))
         if any(query_count(a) < a.dilation for a in axes):  # no descriptor of a dilation group without queries
             config = config._replace(descriptor=False)
         key_kernel[(programs(axes, config.keys, batch * key_heads, keys=True),)](

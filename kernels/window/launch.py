@@ -99,7 +99,8 @@ def backward(
     dbias = query.new_empty(0) if bias is None else bias.new_zeros(bias.shape)
     if query.shape[0] == 0:
         return dq, dk, dv, dbias
-    call = _Call(query, key, axes, (query, key, value, out, grad_out, grad_lse))
+    call = _Call(query, key, axes, (query, key, value, out, grad_out, grad_lse, dk))
+    out, lse = out.contiguous(), lse.contiguous()  # dQ and delta have their strides
     table, delta = bias if bias is None else bias.contiguous(), torch.empty_like(lse)
     rest = (table, call.lengths)
     saved = call.strided(query, key, value, out, grad_out, lse, grad_lse)
