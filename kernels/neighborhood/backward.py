@@ -86,7 +86,7 @@ def query_kernel(
     tl.store(delta_ptr + offset(row, lse_sp), delta, mask=keep)
 
     position = shift(row, begin)
-    lo, hi = row_bounds(row, n, begin, nq, WINDOW, STRIDE, CAUSAL, False, PART)
+    lo, count = row_bounds(row, n, begin, nq, WINDOW, STRIDE, CAUSAL, False, PART)
     BIAS_STRIDES: tl.constexpr = (TABLE[1] * TABLE[2], TABLE[2], 1)
     bias_row = row[0]
     factor = scale * LOG2E
@@ -108,7 +108,7 @@ def query_kernel(
             k = load_tile(k_ptr, k_desc, corner, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
             v = load_tile(v_ptr, v_desc, corner, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
             s = logits_tile(
-                q, k, corner, k_steps, lo, hi, bias_ptr, bias_row, scale,
+                q, k, corner, k_steps, lo, count, bias_ptr, bias_row, scale,
                 QUERIES, KEYS, BIAS, BIAS_STRIDES, MASKED, PRECISION,
             )
             dq = query_step(dq, q, do, lse2, delta, s, k, v, factor, PRECISION)
@@ -164,7 +164,7 @@ def key_kernel(
     k = load_tile(k_ptr, k_ptr, first, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, False, True)
     v = load_tile(v_ptr, v_ptr, first, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, False, True)
 
-    lo, hi = row_bounds(row, n, begin, nq, WINDOW, STRIDE, CAUSAL, True, PART)
+    lo, count = row_bounds(row, n, begin, nq, WINDOW, STRIDE, CAUSAL, True, PART)
     TABLE_STRIDES: tl.constexpr = (TABLE[1] * TABLE[2], TABLE[2], 1)
     BIAS_STRIDES: tl.constexpr = (-TABLE[1] * TABLE[2], -TABLE[2], -1)
     bias_row = row[0]
@@ -211,7 +211,7 @@ def key_kernel(
                     lse2 = tl.load(head_lse + place) * LOG2E
                     delta = tl.load(head_delta + place)
                 st = logits_tile(
-                    k, q, corner, q_steps, lo, hi, head_bias, bias_row, scale,
+                    k, q, corner, q_steps, lo, count, head_bias, bias_row, scale,
                     KEYS, QUERIES, BIAS, BIAS_STRIDES, MASKED, PRECISION,
                 )
                 dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, factor, PRECISION)

@@ -95,7 +95,7 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
 }
 SAME_COST = 1.1  # the estimate is not better than that
 TILE_OVERHEAD = 4096  # (query, key) pairs that the fixed work of one visited tile is worth
-MASK_COST = 0.25  # of a tile's work that its mask adds, as `python -m foveal.kernels.report --loop` counts
+MASK_COST = 0.125  # of a tile's work that its mask adds, as `python -m foveal.kernels.report --loop` counts
 
 # Building two descriptors is a third of the 1,000 instructions that a program has outside its loop, and a turn to
 # memory; pointers add 5 to 13 a tile of narrow heads, 45 and many registers a tile of wide ones.

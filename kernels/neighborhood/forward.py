@@ -29,7 +29,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def logits_tile(
-    rows, columns, corner, steps, lo, hi, bias_ptr, bias_row, scale,
+    rows, columns, corner, steps, lo, count, bias_ptr, bias_row, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, BIAS_STRIDES: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -42,10 +42,7 @@ def logits_tile(
     if BIAS:  # one address a row: what steps add is known when compiling, and part of the load
         entry = bias_ptr + (bias_row + offset(corner, BIAS_STRIDES))[:, None] + offset(steps, BIAS_STRIDES)[None, :]
     if MASKED:
-        column = shift(corner, steps)
-        see = visible(column[0], lo[0], hi[0], 0, ROWS, COLUMNS)
-        see &= visible(column[1], lo[1], hi[1], 1, ROWS, COLUMNS)
-        see &= visible(column[2], lo[2], hi[2], 2, ROWS, COLUMNS)
+        see = visible(shift(corner, steps), lo, count, ROWS, COLUMNS)
         if BIAS:
             s = s * scale + tl.load(entry).to(tl.float32)
         s = tl.where(see, s, float("-inf"))
@@ -103,7 +100,7 @@ def forward_kernel(
     row = shift(first, q_steps)
     q = load_tile(q_ptr, q_ptr, first, q_steps, q_sp, q_strides[5], nq, D, QUERIES, BLOCK_D, False, True)
     position = shift(row, begin)
-    lo, hi = row_bounds(row, n, begin, nq, WINDOW, STRIDE, CAUSAL, False, PART)
+    lo, count = row_bounds(row, n, begin, nq, WINDOW, STRIDE, CAUSAL, False, PART)
     BIAS_STRIDES: tl.constexpr = (TABLE[1] * TABLE[2], TABLE[2], 1)
     bias_row = row[0]
     factor = scale * LOG2E
@@ -127,7 +124,7 @@ def forward_kernel(
             corner = tile_origin(t, starts, visits, inner, inner_visits, KEYS, MASKED, INNER)
             k = load_tile(k_ptr, k_desc, corner, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
             s = logits_tile(
-                q, k, corner, k_steps, lo, hi, bias_ptr, bias_row, scale,
+                q, k, corner, k_steps, lo, count, bias_ptr, bias_row, scale,
                 QUERIES, KEYS, BIAS, BIAS_STRIDES, MASKED, PRECISION,
             )
             v = load_tile(v_ptr, v_desc, corner, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)

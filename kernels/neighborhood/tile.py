@@ -51,11 +51,11 @@ def row_bounds(
     row, n, begin, queries,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, INVERSE: tl.constexpr, PART: tl.constexpr,
 ):
-    """Columns that rows see, per axis: 3-tuples of the first and of one past the last."""
+    """Columns that rows see, per axis: 3-tuples of the first and of how many."""
     lo_x, hi_x = bounds(row[0], n[0], begin[0], queries[0], 0, WINDOW, STRIDE, CAUSAL, INVERSE, PART)
     lo_y, hi_y = bounds(row[1], n[1], begin[1], queries[1], 1, WINDOW, STRIDE, CAUSAL, INVERSE, PART)
     lo_z, hi_z = bounds(row[2], n[2], begin[2], queries[2], 2, WINDOW, STRIDE, CAUSAL, INVERSE, PART)
-    return (lo_x, lo_y, lo_z), (hi_x, hi_y, hi_z)
+    return (lo_x, lo_y, lo_z), (tl.maximum(hi_x - lo_x, 0), tl.maximum(hi_y - lo_y, 0), tl.maximum(hi_z - lo_z, 0))
 
 
 @triton.jit
@@ -251,14 +251,27 @@ def _border_tile(t, counts, inner, inner_counts):
 
 
 @triton.jit
-def visible(column, lo, hi, A: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Whether rows see columns on one axis, `[rows, columns]`; True where the walk already makes it so."""
-    if ROWS[A] == 1 and COLUMNS[A] == 1:
-        return True
-    elif ROWS[A] == 1:
-        return column[None, :] < hi[:, None]
-    else:
-        return (column[None, :] >= lo[:, None]) & (column[None, :] < hi[:, None])
+def _below(a, b):
+    """Whether 0 <= a < b, for b >= 0: one comparison."""
+    return tl.cast(a, tl.uint32) < tl.cast(b, tl.uint32)
+
+
+@triton.jit
+def visible(column, lo, count, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Whether rows see columns, `[rows, columns]`; rows see `count` columns from `lo` on.
+
+    A row sees no column on an axis where it does not see that of the axis before. So a logit costs one comparison, and
+    another every run of columns that differ on the last axis only. An axis of one row and one column needs none.
+    """
+    seen = count[2][:, None]
+    if ROWS[1] * COLUMNS[1] > 1:
+        seen_y = count[1][:, None]
+        if ROWS[0] * COLUMNS[0] > 1:
+            seen_y = tl.where(_below(column[0][None, :] - lo[0][:, None], count[0][:, None]), seen_y, 0)
+        seen = tl.where(_below(column[1][None, :] - lo[1][:, None], seen_y), seen, 0)
+    elif ROWS[0] * COLUMNS[0] > 1:
+        seen = tl.where(_below(column[0][None, :] - lo[0][:, None], count[0][:, None]), seen, 0)
+    return _below(column[2][None, :] - lo[2][:, None], seen)
 
 
 @triton.jit
