@@ -151,3 +151,14 @@ def errors(
 def check(case: Case, dtype: torch.dtype, impl: str, **kwargs) -> None:
     """Assert that `impl` keeps the error rule on this case, naming the case and everything that breaks it."""
     operator_matrix.assert_exact(errors(case, dtype, impl, **kwargs), f"{impl} in {dtype} on {case!r}")
+
+
+def check_large_means(impl: str) -> None:
+    """Assert that centred attention and its gradients are exact where means are a hundred times the spreads."""
+    case = Case((20,), (33,), centered=True)
+    inputs = {name: x.detach() for name, x in make_inputs(case, torch.float32).items()}
+    inputs = as_leaves(inputs | {name: inputs[name] + 100 for name in ("key", "value")})
+    got, exact = run(case, inputs, impl), run(case, as_leaves(inputs, torch.float64), "reference")
+    for name, truth in exact.items():
+        coarse = 2e-5 if name == "out" else 0.0  # the output holds the mean: float32 near 100
+        torch.testing.assert_close(got[name].double(), truth, rtol=0, atol=1e-5 * truth.std().item() + coarse)

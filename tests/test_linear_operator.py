@@ -8,7 +8,7 @@ import torch
 from foveal.kernels.linear import cost
 from foveal.kernels.linear.plot import attention_maps, plot_linear_attention
 from foveal.kernels.ops import explain, linear_attention
-from linear_matrix import VARIANTS, Case, cases, check, make_inputs, run
+from linear_matrix import VARIANTS, Case, cases, check, check_large_means, make_inputs, run
 from operator_matrix import LAYOUTS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import softplus
@@ -150,6 +150,10 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(operator, tuple(inputs.values()))
 
 
+def test_large_means_do_not_swallow_the_covariance():
+    check_large_means("tiled")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
     check(replace(FLOOR, layout=layout), torch.float64, "tiled")
@@ -272,6 +276,7 @@ def test_long_heads_are_left_to_plain_pytorch():
 
 
 def test_pictures_show_the_weights_of_the_operator(tmp_path):
+    torch.manual_seed(0)  # of a query without a positive feature nothing is left
     query, key, value = torch.randn(3, 1, 6, 9, 1, 4, dtype=torch.float64)
     token = (2, 7)
     single = (query[0, ..., 0, :], key[0, ..., 0, :])

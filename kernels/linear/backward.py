@@ -5,9 +5,10 @@ out = u / n (+ mean value):
 
     dn = -(dO u) / n^2                dq = dO M^T / n + dn z
     dM = sum q^T dO / n               dz = sum dn q
-    dk = v (c dM)^T + dκ              dv = k (c dM) + dν
+    dk = v (c dM)^T + dz              dv = k (c dM)
 
-c is the factor of the state; dκ and dν, the gradients of the sums of keys and values, hold dz and what centering adds.
+c is the factor of the state. When centred, v and k are less their means, there is no z, and the mean of dO is added to
+dv.
 dO u is q (dO M^T) where a program has all features of the queries, n dO out where it has a block of them.
 """
 
@@ -16,6 +17,7 @@ import triton.language as tl
 
 from .tile import (
     finish,
+    first_token,
     head_view,
     load_matrix,
     load_sums,
@@ -128,22 +130,28 @@ def key_kernel(
         dkey_sum *= share
     if CENTERED:
         key_sum, value_sum = load_sums(state_ptr, d, e, D, E)
-        dkey_sum = -tl.sum(for_keys * (value_sum * share)[None, :], 1)
-        dvalue_sum = dvalue_sum * share - tl.sum(for_values * (key_sum * share)[:, None], 0)
+        mean_key = first_token(k_ptr, k_strides, d, D, RELU) + key_sum * share
+        mean_value = first_token(v_ptr, v_strides, e, E, False) + value_sum * share
     for_keys, for_values = tl.trans(rounded(for_keys, STATE_PRECISION)), rounded(for_values, STATE_PRECISION)
     for first in tl.range(part * chunk, min(part * chunk + chunk, keys), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         k = load_tile(k_ptr, k_strides, k_inner, row, keys, D, BLOCK_D, WIDE).to(tl.float32)
         v = load_tile(v_ptr, v_strides, v_inner, row, keys, E, BLOCK_E, WIDE).to(tl.float32)
-        dk = tl.dot(v, for_keys, input_precision=STATE_PRECISION) + dkey_sum[None, :]
+        if CENTERED:
+            v = rounded(v - mean_value[None, :], STATE_PRECISION)
+        dk = tl.dot(v, for_keys, input_precision=STATE_PRECISION)
+        if not CENTERED:
+            dk += dkey_sum[None, :]
         if RELU:
             own = k
             if COLUMNS_D != BLOCK_D:
                 own = load_tile(k_ptr, k_strides, k_inner, row, keys, D, COLUMNS_D, WIDE, block * COLUMNS_D)
             dk = tl.where(own > 0.0, dk, 0.0)
             k = positive(k)
+        if CENTERED:
+            k = rounded(k - mean_key[None, :], STATE_PRECISION)
         store_block(dk_ptr, dk, row, keys, heads * D, block * COLUMNS_D, D, COLUMNS_D, WIDE)
         dv = tl.dot(k, for_values, input_precision=STATE_PRECISION)
         if CENTERED:
-            dv += dvalue_sum[None, :]
+            dv += (dvalue_sum * share)[None, :]
         store_block(dv_ptr, dv, row, keys, heads * E, block * COLUMNS_E, E, COLUMNS_E, WIDE)

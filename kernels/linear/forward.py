@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .tile import (
     finish,
+    first_token,
     head_view,
     load_matrix,
     load_sums,
@@ -27,15 +28,19 @@ def state_kernel(
     k_ptr, k_strides, k_inner, v_ptr, v_strides, v_inner, state_ptr, keys, batches, heads, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     RELU: tl.constexpr, SUMS: tl.constexpr, CENTERED: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, STATE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """States `[parts, B, heads, …]` of `chunk` keys each; sums of keys with `SUMS`, of values with `CENTERED`."""
     head, block, batch, part = program(heads, batches, (E + COLUMNS - 1) // COLUMNS)
     k_ptr = head_view(k_ptr, k_strides, batch, head)
     v_ptr = head_view(v_ptr, v_strides, batch, head)
+    d, e = tl.arange(0, BLOCK_D), block * COLUMNS + tl.arange(0, COLUMNS)
     matrix = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
     key_sums = tl.zeros([ROWS, BLOCK_D], tl.float32)
     value_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if CENTERED:
+        first_key = first_token(k_ptr, k_strides, d, D, RELU)
+        first_value = first_token(v_ptr, v_strides, e, E, False)
     for first in tl.range(part * chunk, min(part * chunk + chunk, keys), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         k = load_tile(k_ptr, k_strides, k_inner, row, keys, D, BLOCK_D, WIDE)
@@ -44,13 +49,18 @@ def state_kernel(
         if RELU:
             wide = positive(wide)
             k = wide.to(k.dtype)
-        matrix = tl.dot(tl.trans(k), v, matrix, input_precision=PRECISION)
+        if CENTERED:
+            keep = (row < keys)[:, None]
+            wide = tl.where(keep, wide - first_key[None, :], 0.0)
+            value = tl.where(keep, v.to(tl.float32) - first_value[None, :], 0.0)
+            value_sums += value
+            left, right = rounded(wide, STATE_PRECISION), rounded(value, STATE_PRECISION)
+            matrix = tl.dot(tl.trans(left), right, matrix, input_precision=STATE_PRECISION)
+        else:
+            matrix = tl.dot(tl.trans(k), v, matrix, input_precision=PRECISION)
         if SUMS:
             key_sums += wide
-        if CENTERED:
-            value_sums += v.to(tl.float32)
     state_ptr = state_view(state_ptr, (part * batches + batch) * heads + head, D, E)
-    d, e = tl.arange(0, BLOCK_D), block * COLUMNS + tl.arange(0, COLUMNS)
     store_matrix(state_ptr, matrix, d, e, D, E)
     tl.store(state_ptr + D * E + d, tl.sum(key_sums, 0), mask=(d < D) & (block == 0))
     tl.store(state_ptr + D * E + D + e, tl.sum(value_sums, 0), mask=e < E)
@@ -58,7 +68,8 @@ def state_kernel(
 
 @triton.jit
 def apply_kernel(
-    q_ptr, q_strides, q_inner, state_ptr, scale_ptr, out_ptr, queries, batches, heads, chunk, share, scale, floor,
+    q_ptr, q_strides, q_inner, v_ptr, v_strides, v_inner, state_ptr, scale_ptr, out_ptr,
+    queries, batches, heads, chunk, share, scale, floor,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     RELU: tl.constexpr, SCALES: tl.constexpr, MEAN: tl.constexpr, CENTERED: tl.constexpr, NORMALISER: tl.constexpr,
     WIDE: tl.constexpr, STATE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -78,6 +89,8 @@ def apply_kernel(
     matrix = rounded(matrix, STATE_PRECISION)
     if MEAN:
         key_sum *= share
+    if CENTERED:
+        mean_value = first_token(head_view(v_ptr, v_strides, batch, head), v_strides, e, E, False) + value_sum * share
     for first in tl.range(part * chunk, min(part * chunk + chunk, queries), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE).to(tl.float32)
@@ -89,5 +102,5 @@ def apply_kernel(
         if NORMALISER == "floor":
             out *= (1.0 / tl.maximum(tl.sum(q * key_sum[None, :], 1), floor))[:, None]
         if CENTERED:
-            out += (value_sum * share)[None, :]
+            out += mean_value[None, :]
         store_block(out_ptr, out, row, queries, heads * E, block * COLUMNS, E, COLUMNS, WIDE)

@@ -20,7 +20,12 @@ def constants(
     blocks = {"BLOCK_D": block_d(head_dim), "BLOCK_E": block_d(value_dim)}
     columns = {name[-1]: min(config.columns, size) for name, size in blocks.items()}
     kinds = {
-        "state": {"BLOCK_D": blocks["BLOCK_D"], "COLUMNS": columns["E"], "PRECISION": precision},
+        "state": {
+            "BLOCK_D": blocks["BLOCK_D"],
+            "COLUMNS": columns["E"],
+            "PRECISION": precision,
+            "STATE_PRECISION": state_precision,
+        },
         "apply": {"BLOCK_D": blocks["BLOCK_D"], "COLUMNS": columns["E"], "STATE_PRECISION": state_precision},
         "query": {**blocks, "COLUMNS": columns["D"], "PRECISION": precision, "STATE_PRECISION": state_precision},
         "key": {
@@ -120,7 +125,7 @@ def forward(
         return out, out.new_empty(0, call.heads, call.packed, dtype=torch.float32)
     with torch.cuda.device_of(query):
         state = call.accumulate("state", state_kernel, call.keys, (*call.key, *call.value))
-        operands = (*call.query, state, scales, out)
+        operands = (*call.query, *call.value, state, scales, out)
         call.run("apply", apply_kernel, call.queries, operands, (*call.factors, call.floor))
     return out, state
 

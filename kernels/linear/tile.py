@@ -1,7 +1,8 @@
 """What the kernels of linear attention share: the packed state of a head, and rounding for matrix units.
 
 A state is D * E + D + E float32 numbers: a matrix, D sums of keys and E sums of values; backwards, the gradients of
-these.
+these. When centred, all are of keys and values less the first of them: the covariance is the same, and large means do
+not swallow it.
 """
 
 import triton
@@ -9,8 +10,8 @@ import triton.language as tl
 
 from ..agent.tile import head_view, load_tile
 
-__all__ = ["finish", "head_view", "load_matrix", "load_sums", "load_tile", "multiplier", "positive", "program",
-           "rounded", "state_view", "store_block", "store_matrix"]  # fmt: skip
+__all__ = ["finish", "first_token", "head_view", "load_matrix", "load_sums", "load_tile", "multiplier", "positive",
+           "program", "rounded", "state_view", "store_block", "store_matrix"]  # fmt: skip
 
 
 @triton.jit
@@ -57,6 +58,13 @@ def load_sums(ptr, d, e, D: tl.constexpr, E: tl.constexpr):
     """A state's sums of keys and of values."""
     keys = tl.load(ptr + D * E + d, mask=d < D, other=0.0)
     return keys, tl.load(ptr + D * E + D + e, mask=e < E, other=0.0)
+
+
+@triton.jit
+def first_token(ptr, strides, d, D: tl.constexpr, RELU: tl.constexpr):
+    """Features `d` of the token that a `head_view` points to, in float32."""
+    x = tl.load(ptr + d * strides[5], mask=d < D, other=0.0).to(tl.float32)
+    return positive(x) if RELU else x
 
 
 @triton.jit

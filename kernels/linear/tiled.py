@@ -22,7 +22,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, options: Options, scale
     share = 1 / k.shape[2] if options.mean else 1.0
     if options.centered:
         middle = v.mean(2, keepdim=True)
-        out = q @ (k.transpose(-1, -2) @ (v - middle) * (share * scale)) + middle
+        out = q @ ((k - k.mean(2, keepdim=True)).transpose(-1, -2) @ (v - middle) * (share * scale)) + middle
     elif options.eps is None and options.floor is None:
         out = q @ (k.transpose(-1, -2) @ v * (share * scale))
     else:

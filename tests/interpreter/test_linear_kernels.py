@@ -9,7 +9,7 @@ import pytest
 import torch
 from foveal.kernels.linear import configs
 from foveal.kernels.ops import linear_attention
-from linear_matrix import Case, cases, check, make_inputs, run
+from linear_matrix import Case, cases, check, check_large_means, make_inputs, run
 from operator_matrix import LAYOUTS
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,6 +65,11 @@ def test_head_dim_128_with_the_pinned_tiles(case):
 def test_head_dims_of_keys_and_values_may_differ(head_dim, value_dim):
     case = replace(FLOOR, head_dim=head_dim, value_dim=value_dim, heads=1)
     check(replace(case, scale=1.0), torch.float32, "triton")
+
+
+def test_large_means_do_not_swallow_the_covariance():
+    with configs.override(rows=16, chunk=16):
+        check_large_means("triton")
 
 
 def test_sums_of_float16_past_its_range():
