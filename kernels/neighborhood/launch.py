@@ -1,5 +1,6 @@
 """Launches of the neighborhood kernels; imported, and triton with it, when a kernel first runs."""
 
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -49,6 +50,7 @@ def is_part(axes: tuple[Axis, ...]) -> bool:
     return any(a.queries is not None for a in axes)
 
 
+@lru_cache(maxsize=1024)
 def grids(axes: tuple[Axis, ...]) -> tuple:
     """Lengths of the grid, and of the queries where they are a part of it the start and the lengths."""
     lengths = unspecialised(padded([a.length for a in axes], 1))
@@ -58,6 +60,7 @@ def grids(axes: tuple[Axis, ...]) -> tuple:
     return lengths, unspecialised(start), unspecialised(counts)
 
 
+@lru_cache(maxsize=1024)
 def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, precision: str) -> dict:
     """Compile-time arguments of the kernels that walk windows."""
     return dict(
@@ -112,6 +115,7 @@ def extra_constants(head_dim: int, itemsize: int, precision: str) -> dict:
     )
 
 
+@lru_cache(maxsize=1024)
 def programs(axes: tuple[Axis, ...], tile: tuple[int, ...], batch_heads: int, *, keys: bool = False) -> int:
     """Programs of a kernel whose rows, queries or `keys`, are tiled by `tile`: tiles of the longest dilation group, for
     every group."""
