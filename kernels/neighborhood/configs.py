@@ -50,7 +50,7 @@ class Config(NamedTuple):
 # (device, kernel, element bytes) -> {head dim up to: sizes}. Several sizes stand for small and large windows.
 SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
     ("hopper", "forward", 2): {
-        32: (Size(128, 64, 8, 2), Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
+        32: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
         64: (Size(128, 64, 4, 3), Size(64, 64, 4, 3), Size(64, 32, 4, 3)),
         128: (Size(128, 128, 8, 2), Size(128, 64, 8, 2), Size(64, 64, 4, 2)),
         256: (Size(64, 64, 8, 2),),
