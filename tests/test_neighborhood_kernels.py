@@ -79,12 +79,12 @@ def test_kernels_compile_without_spills(arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", report.ARCHITECTURES)
 def test_every_pinned_size_compiles_without_spills(arch):
-    """All but float32 at head dim 256, whose rows alone fill the registers. On sm_100 the assembler spills up to 40
-    bytes at head dim 32 with most registers free; bias and extra keys together take as many from head dim 128 on."""
+    """All but float32 at head dim 256, whose rows alone fill the registers. Up to 40 bytes are let pass where bias and
+    extra keys together crowd head dims from 128 on, and where the assembler leaves half of the registers free."""
 
     def unspilled(row: report.Row) -> bool:
         crowded = "bias, extra" in row.flags and row.head_dim >= 128
-        few = row.spills <= 40 and (crowded or (row.arch == "sm_100" and row.head_dim == 32))
+        few = row.spills <= 40 and (crowded or row.registers < 128)
         return not few and not (row.dtype == "fp32" and row.head_dim == 256)
 
     check_report(architectures=[arch], unspilled=unspilled)
