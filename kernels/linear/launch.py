@@ -87,7 +87,8 @@ class Call:
         self.itemsize, self.device = query.element_size(), query.device
         self.precision = precision(query)
         self.state_precision = state_precision(query, self.precision)
-        self.scales, self.options = scales, options
+        self.scales = None if scales is None else scales.contiguous()
+        self.options = options
         self.factors, self.floor = (1 / self.keys, scale), normaliser(options)[1]
 
     def plan(self, name: configs.Kernel, tokens: int) -> tuple[dict, int, int, int]:
@@ -125,7 +126,7 @@ def forward(
         return out, out.new_empty(0, call.heads, call.packed, dtype=torch.float32)
     with torch.cuda.device_of(query):
         state = call.accumulate("state", state_kernel, call.keys, (*call.key, *call.value))
-        operands = (*call.query, *call.value, state, scales, out)
+        operands = (*call.query, *call.value, state, call.scales, out)
         call.run("apply", apply_kernel, call.queries, operands, (*call.factors, call.floor))
     return out, state
 
@@ -147,9 +148,10 @@ def backward(
     if call.batch == 0:
         return dq, dk, dv, torch.empty_like(state)
     with torch.cuda.device_of(query):
-        operands = (*call.query, *grid(grad_out), out, state, scales, dq)
+        out, state = out.contiguous(), state.contiguous()  # as the kernels take them
+        operands = (*call.query, *grid(grad_out), out, state, call.scales, dq)
         rest = (*call.factors, call.floor)
         dstate = call.accumulate("query", query_kernel, call.queries, operands, rest)
-        operands = (*call.key, *call.value, state, dstate, scales, dk, dv)
+        operands = (*call.key, *call.value, state, dstate, call.scales, dk, dv)
         call.run("key", key_kernel, call.keys, operands, call.factors)
     return dq, dk, dv, dstate

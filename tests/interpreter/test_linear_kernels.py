@@ -56,6 +56,13 @@ def test_layouts_are_read_in_place(layout):
     assert torch.equal(out, linear_attention(**packed, **FLOOR.options, impl="triton"))
 
 
+def test_scales_of_any_stride():
+    inputs = {name: x.detach() for name, x in make_inputs(FLOOR, torch.float32).items()}
+    strided = inputs | {"scale": inputs["scale"].repeat_interleave(3)[::3]}
+    outs = [linear_attention(**given, **FLOOR.options, impl="triton") for given in (inputs, strided)]
+    assert strided["scale"].stride() == (3,) and torch.equal(*outs)
+
+
 @pytest.mark.parametrize("case", [FLOOR, CENTERED], ids=["floor", "centered"])
 def test_head_dim_128_with_the_pinned_tiles(case):
     check(replace(case, head_dim=128, value_dim=128, heads=1, shape=(20,), key_shape=(17,)), torch.float32, "triton")
