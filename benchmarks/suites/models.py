@@ -138,7 +138,8 @@ class Models(Benchmark):
                 names = [name for name in bars_of[mode, size] if name in found][::-1]
                 colors = ["#c1440e" if name in self.our_names else "#56789a" for name in names]
                 drawn = axes.barh([short(name) for name in names], [found[name] for name in names], color=colors)
-                axes.bar_label(drawn, [f"{found[n]:.3g}" for n in names], padding=3, fontsize=8)
+                labels = [f"{found[n]:,.0f}" if found[n] >= 100 else f"{found[n]:.3g}" for n in names]
+                axes.bar_label(drawn, labels, padding=3, fontsize=8)
                 axes.set_title(f"{mode} at {size}x{size}: {label}", fontsize=10)
                 axes.tick_params(labelsize=8)
                 axes.margins(x=0.12, y=0.02)
