@@ -65,6 +65,25 @@ def grid_strides(x: Tensor, rank: int) -> tuple[int, ...]:
     return x.stride(0), *(outer,) * (3 - rank), *x.stride()[1:]
 
 
+def grid(x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, int]]:
+    """`x [B, *spatial, heads, head_dim]` on three spatial axes, its strides, and the lengths of the last two axes.
+
+    Axes that lie behind each other in memory count as one. Only where more than three are left, `x` is copied.
+    """
+    lengths, strides = [x.shape[1]], [x.stride(1)]
+    for length, stride in zip(x.shape[2:-2], x.stride()[2:-2], strict=True):
+        if lengths[-1] == 1 or strides[-1] == length * stride or length == 1:
+            strides[-1] = strides[-1] if length == 1 else stride
+            lengths[-1] *= length
+        else:
+            lengths.append(length)
+            strides.append(stride)
+    if len(lengths) > 3:
+        return grid(x.contiguous())
+    _, y, z = lengths + [1] * (3 - len(lengths))
+    return x, (x.stride(0), *strides, *[0] * (3 - len(strides)), *x.stride()[-2:]), (y, z)
+
+
 def unspecialised(values: tuple[int, ...]) -> tuple[int, ...]:
     """Integers of a tuple as odd ones, 2n - 1, which kernels turn back.
 

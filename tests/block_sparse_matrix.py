@@ -23,7 +23,6 @@ LENGTHS = {1: (1, 2, 5, 8, 13, 24, 37, 64, 90), 2: (1, 2, 3, 4, 6, 7, 9, 11, 13)
 BOXES = {1: (1, 2, 4, 7, 16, 32, 70), 2: (1, 2, 3, 4, 5, 8), 3: (1, 2, 3, 4)}
 MAX_TOKENS = 140
 HEAD_DIMS = (1, 2, 3, 5, 8, 12, 16, 17, 24, 32, 40)
-OPCHECKS_OF_BACKWARD = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 TENSORS = ("query", "key", "value", "extra_key", "extra_value")
 
 
@@ -197,9 +196,4 @@ def opcheck(name: str, case: Case, *, requires_grad: bool) -> None:
     tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
     lists = mask.kv_num, mask.kv_idx, mask.bias, mask.q_len, mask.kv_len, *(mask.inverse or (None, None))
     rest = *tensors[3:], *lists, list(case.query_block), list(case.key_block), 0.5
-    forward, backward = (getattr(torch.ops.foveal, f"{name}_{way}") for way in ("forward", "backward"))
-    torch.library.opcheck(forward, (*tensors[:3], *rest), atol=1e-4, rtol=1e-4)
-    if not requires_grad:
-        out, lse = forward(*tensors[:3], *rest)
-        arguments = (*tensors[:3], out, lse, torch.randn_like(out), torch.randn_like(lse), *rest)
-        torch.library.opcheck(backward, arguments, test_utils=OPCHECKS_OF_BACKWARD)
+    operator_matrix.opcheck(name, tensors[:3], rest, 1e-4)

@@ -27,7 +27,6 @@ LENGTHS = {
 }
 MAX_TOKENS = 420
 HEAD_DIMS = (1, 2, 3, 4, 5, 8, 12, 16, 17, 24, 32, 40)
-OPCHECKS_OF_BACKWARD = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 TENSORS = ("query", "key", "value", "bias", "extra_key", "extra_value")
 
 
@@ -210,9 +209,4 @@ def opcheck(name: str, case: Case, dtype: torch.dtype, *, requires_grad: bool) -
     inputs = make_inputs(case, dtype)
     tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
     geometry = list(case.window), list(case.stride), list(case.dilation), list(case.causal), 0.5
-    forward, backward = (getattr(torch.ops.foveal, f"{name}_{way}") for way in ("forward", "backward"))
-    torch.library.opcheck(forward, (*tensors, *geometry), atol=1e-2, rtol=1e-2)
-    if not requires_grad:
-        out, lse = forward(*tensors, *geometry)
-        arguments = (*tensors[:3], out, lse, torch.randn_like(out), torch.randn_like(lse), *tensors[3:], *geometry)
-        torch.library.opcheck(backward, arguments, test_utils=OPCHECKS_OF_BACKWARD)
+    operator_matrix.opcheck(name, tensors[:3], (*tensors[3:], *geometry), 1e-2)

@@ -99,3 +99,17 @@ def assert_exact(found: dict[str, tuple[float, float]], what: str) -> None:
     """Assert that the error rule is kept, naming everything that breaks it."""
     broken = {name: f"{error:.3g} > {allowed:.3g}" for name, (error, allowed) in found.items() if not error <= allowed}
     assert not broken, f"{what}: {broken}"
+
+
+def opcheck(name: str, tensors: Sequence[Tensor], rest: Sequence, tolerance: float) -> None:
+    """torch's own checks of `torch.ops.foveal.{name}_forward` and, if no gradient is asked for, of its backward.
+
+    `tensors` are query, key and value, `rest` all other arguments.
+    """
+    forward, backward = (getattr(torch.ops.foveal, f"{name}_{way}") for way in ("forward", "backward"))
+    torch.library.opcheck(forward, (*tensors, *rest), atol=tolerance, rtol=tolerance)
+    if not any(x.requires_grad for x in tensors):
+        out, lse = forward(*tensors, *rest)
+        arguments = (*tensors, out, lse, torch.randn_like(out), torch.randn_like(lse), *rest)
+        utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(backward, arguments, test_utils=utils)

@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..launching import block_d, cdiv, device_class, needs_wide, precision
+from ..launching import block_d, cdiv, device_class, grid, needs_wide, precision
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel
 from .forward import forward_kernel, merge_kernel
@@ -36,25 +36,6 @@ def bias_constants(head_dim: int, itemsize: int) -> dict:
 def merge_constants(head_dim: int, wide: bool) -> dict:
     """Compile-time arguments of the kernel that merges parts."""
     return dict(D=head_dim, BLOCK_D=block_d(head_dim), QUERIES=MERGE_QUERIES, WIDE=wide)
-
-
-def grid(x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, int]]:
-    """`x [B, *spatial, heads, head_dim]` on three spatial axes, its strides, and the lengths of the last two axes.
-
-    Axes that lie behind each other in memory count as one. Only where more than three are left, `x` is copied.
-    """
-    lengths, strides = [x.shape[1]], [x.stride(1)]
-    for length, stride in zip(x.shape[2:-2], x.stride()[2:-2], strict=True):
-        if lengths[-1] == 1 or strides[-1] == length * stride or length == 1:
-            strides[-1] = strides[-1] if length == 1 else stride
-            lengths[-1] *= length
-        else:
-            lengths.append(length)
-            strides.append(stride)
-    if len(lengths) > 3:
-        return grid(x.contiguous())
-    _, y, z = lengths + [1] * (3 - len(lengths))
-    return x, (x.stride(0), *strides, *[0] * (3 - len(strides)), *x.stride()[-2:]), (y, z)
 
 
 class Pass:

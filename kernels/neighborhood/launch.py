@@ -152,6 +152,7 @@ def forward(
     if batch == 0:
         return out, lse
     config = configure("forward", axes, (key, value), (query, key, value, out))
+    fixed = constants(axes, config, head_dim, precision(query))
     extra_k, extra_v = (query, query) if extra_key is None else (extra_key, extra_value)
     triton.set_allocator(device_scratch)
     with torch.cuda.device_of(query):
@@ -165,7 +166,7 @@ def forward(
             out,
             grid_strides(out, rank),
             lse,
-            bias if bias is None else widen(bias, table_lengths(axes, config)),
+            bias if bias is None else widen(bias, fixed["TABLE"]),
             extra_k,
             extra_k.stride()[:4],
             extra_v,
@@ -178,7 +179,7 @@ def forward(
             EXTRA_KEYS=EXTRA_KEYS,
             BIAS=bias is not None,
             EXTRA=extra_key is not None,
-            **constants(axes, config, head_dim, precision(query)),
+            **fixed,
         )
     return out, lse
 
@@ -214,6 +215,7 @@ def backward(
     triton.set_allocator(device_scratch)
     with torch.cuda.device_of(query):
         config = configure("query", axes, (key, value), (query, key, value, grad_out, dq))
+        fixed = constants(axes, config, head_dim, precision(query))
         query_kernel[(programs(axes, config.queries, batch * heads),)](
             *q,
             *k,
@@ -225,7 +227,7 @@ def backward(
             grad_lse,
             delta,
             dq,
-            bias if bias is None else widen(bias, table_lengths(axes, config)),
+            bias if bias is None else widen(bias, fixed["TABLE"]),
             extra_k,
             extra_k.stride()[:4],
             extra_v,
@@ -238,11 +240,12 @@ def backward(
             EXTRA_KEYS=EXTRA_KEYS,
             BIAS=bias is not None,
             EXTRA=extra_key is not None,
-            **constants(axes, config, head_dim, precision(query)),
+            **fixed,
         )
         config = configure("key", axes, (query, grad_out), (query, key, value, grad_out, dk))
         if any(query_count(a) < a.dilation for a in axes):  # no descriptor of a dilation group without queries
             config = config._replace(descriptor=False)
+        fixed = constants(axes, config, head_dim, precision(query))
         key_kernel[(programs(axes, config.keys, batch * key_heads, keys=True),)](
             *q,
             *k,
@@ -253,13 +256,13 @@ def backward(
             dk,
             dv,
             grid_strides(dk, rank),
-            bias if bias is None else widen(bias, table_lengths(axes, config)),
+            bias if bias is None else widen(bias, fixed["TABLE"]),
             *grids(axes),
             key_heads,
             scale,
             GROUP=group,
             BIAS=bias is not None,
-            **constants(axes, config, head_dim, precision(query)),
+            **fixed,
         )
         dbias = none if bias is None else bias_gradient(q, k, v, do, lse, delta, bias, axes, scale)
         dek, dev = (none, none) if not extra else extra_gradient(q, do, lse, delta, extra_k, extra_v, axes, scale)
