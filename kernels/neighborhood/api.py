@@ -16,7 +16,7 @@ from ..calling import (
     per_axis,
     without_autocast,
 )
-from . import library, reference, tiled, whole
+from . import dense, library, reference, tiled
 from .geometry import Axis
 
 __all__ = [
@@ -104,9 +104,9 @@ def _attend(
     rank, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl
 ) -> Tensor:
     axes = _axes_of(rank, query, key, value, window, stride, dilation, causal, bias, extra_key, extra_value)
-    if extra_key is None and whole.covers(axes) and choose(query, impl) == "tiled":
+    if extra_key is None and choose(query, impl) == "tiled" and dense.covers(axes, query, key, value, bias):
         with without_autocast(query.device):
-            return whole.attend(query, key, value, axes=axes, scale=scale, bias=bias)
+            return dense.attend(query, key, value, axes=axes, scale=scale, bias=bias)
     extra = {"extra_key": extra_key, "extra_value": extra_value}
     return dispatch(query, key, value, axes=axes, bias=bias, scale=scale, **extra, impl=impl)[0]
 

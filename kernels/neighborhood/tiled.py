@@ -21,7 +21,8 @@ from .tiled_plan import Chunk, Plan, Sizes
 
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
 CACHE_BYTES = 6 << 20  # what a chunk works on should stay in cache
-MEMORY_RATIO = 1.75  # and be no more than this many times query, key, value and output
+MEMORY_RATIO = 1.75  # and be no more than this many times query, key, value and output,
+SMALL_BYTES = 4 << 20  # unless it is as little as this: the thirty calls of a chunk take longer than a small map
 COMPILED_RATIO = 12  # chunks are unrolled in a compiled graph: small windows must do with one
 
 
@@ -76,7 +77,7 @@ def _make_plan(query: Tensor, key: Tensor, extra_key: Tensor | None, axes: tuple
             (a.window, a.stride, a.causal, tiled_plan.positions(a), tiled_plan.query_positions(a) if a.queries else 0)
             for a in axes
         )
-        most = MEMORY_RATIO * 2 * (query.numel() + key.numel()) * query.dtype.itemsize / dtype.itemsize
+        most = _most_bytes(2 * (query.numel() + key.numel()) * query.dtype.itemsize) / dtype.itemsize
         cut = tiled_plan.choose_cut(known, group, d, extra, most)
         return tiled_plan.cached_plan(axes, cut, extra, dtype, query.device)
     # Lengths may be symbolic: they do not choose the cut, and the tables join the graph.
@@ -94,6 +95,11 @@ def _make_plan(query: Tensor, key: Tensor, extra_key: Tensor | None, axes: tuple
     return tiled_plan.make_plan(axes, tiled_plan.choose_cut(known, group, d, index(extra)), extra, query.device)
 
 
+def _most_bytes(in_out: int) -> float:
+    """Bytes that a tile, or a chunk of them, may take where query, key, value and output are `in_out`."""
+    return max(SMALL_BYTES, MEMORY_RATIO * in_out)
+
+
 def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int) -> tuple[int, int]:
     """Into how many chunks tiles and key heads are split, by the copies held of gathered rows and of logits."""
     batch, key_heads, group = rows.sizes
@@ -103,7 +109,7 @@ def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int) -> tupl
     if tiled_plan.tracing():  # the number of chunks must not depend on the number of tokens
         return index(-(-unit * key_heads // (COMPILED_RATIO * in_out * plan.queries))), 1
     tokens = batch * math.prod([query_count(axis) for axis in plan.axes])
-    units = max(1, int(min(CACHE_BYTES, MEMORY_RATIO * in_out * tokens) // unit))
+    units = max(1, int(min(CACHE_BYTES, _most_bytes(in_out * tokens)) // unit))
     if units < key_heads:
         return max(1, batch * plan.tiles), math.ceil(key_heads / units)
     return max(1, math.ceil(batch * plan.tiles / (units // key_heads))), 1
