@@ -20,22 +20,26 @@ GRIDS = {
 }
 # wide: 64-bit offsets; grouped: two query heads a key head; part: queries that are a box of the grid
 FLAGS = ("", "bias, extra", "wide, grouped", "ones", "part")
+E4M3_FLAGS = ("e4m3", "e4m3, bias, extra", "e4m3, wide, grouped", "e4m3, ones")
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
 
 
-FLOATS = {"lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "bias_ptr"}
+FLOATS = {"lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "bias_ptr", "factor_ptr"}
+E4M3 = {"q_ptr", "k_ptr", "extra_k_ptr"}
 
 
 def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: bool = False) -> ASTSource:
     """Arguments as a contiguous call gives them; with `ones`, there is one batch and one head."""
     floats = FLOATS | {"dk_ptr", "dv_ptr"} if kernel is extra_kernel else FLOATS
+    eights = E4M3 if fixed.get("QUANTIZED") else ()
     aligned = 16 if head_dim % 8 == 0 else 0
     integers: dict = dict.fromkeys(("batches", "heads", "key_heads"), 1) if ones else {}
     integers |= {"lengths": (1,) * (3 - rank) + (0,) * rank, "start": (0,) * 3, "counts": (0,) * 3}
     for name in kernel.arg_names:
         if name.endswith("_strides"):
             integers[name] = (*(aligned,) * (3 if name.startswith("extra") else 5), 1)
-    return source(kernel, dtype, fixed, pointers=dict.fromkeys(floats, "fp32"), integers=integers)
+    pointers = dict.fromkeys(floats, "fp32") | dict.fromkeys(eights, "fp8e4nv")
+    return source(kernel, dtype, fixed, pointers=pointers, integers=integers)
 
 
 def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
@@ -52,23 +56,34 @@ def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
                 for head_dim, sizes in table.items():
                     for size in sizes:
                         for grid in GRIDS:
-                            yield from _window_variants(kernel, grid, dtype, head_dim, size, device, precision)
+                            flags = FLAGS if head_dim == 64 and grid == "21x21" else FLAGS[: 4 - len(GRIDS[grid])]
+                            yield from _window_variants(kernel, grid, dtype, head_dim, size, device, precision, flags)
+        if tf32 and dtype.itemsize == 2:  # the matrix units of gfx942 know another e4m3
+            yield from _e4m3_variants(dtype, device)
         for head_dim in (64, 128, 256):
             yield from _token_variants(dtype, head_dim, precision)
 
 
+def _e4m3_variants(dtype, device: Device) -> Iterator[Variant]:
+    """The forward with queries and keys in e4m3, on the grid with large windows."""
+    for head_dim, sizes in configs.SIZES.get((device, "forward", 1), {}).items():
+        flags = E4M3_FLAGS if head_dim == 64 else E4M3_FLAGS[:1]
+        for size in sizes:
+            yield from _window_variants("forward", "18x24x24", dtype, head_dim, size, device, "ieee", flags)
+
+
 def _window_variants(
-    kernel, grid: str, dtype, head_dim: int, size, device: Device, precision: str
+    kernel, grid: str, dtype, head_dim: int, size, device: Device, precision: str, all_flags: tuple[str, ...]
 ) -> Iterator[Variant]:
     axes = GRIDS[grid]
-    for flags in FLAGS if head_dim == 64 and grid == "21x21" else FLAGS[: 4 - len(axes)]:
-        full, wide, ones = "bias" in flags, "wide" in flags, "ones" in flags
+    for flags in all_flags:
+        full, wide, ones, e4m3 = (word in flags for word in ("bias", "wide", "ones", "e4m3"))
         with configs.override(size=size):
             config = configs.choose(
                 kernel,
                 axes,
                 head_dim=head_dim,
-                itemsize=dtype.itemsize,
+                itemsize=1 if e4m3 else dtype.itemsize,
                 device=device,
                 descriptor=device == "hopper",
                 wide=wide,
@@ -78,6 +93,8 @@ def _window_variants(
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
         if kernel != "key":
             fixed |= dict(EXTRA=full or ones, EXTRA_KEYS=EXTRA_KEYS)
+        if kernel == "forward":
+            fixed |= dict(QUANTIZED=e4m3) if e4m3 else dict(QUANTIZED=False, factor_ptr=None)
         if not full:
             fixed["bias_ptr"] = None
         if not fixed["PART"]:

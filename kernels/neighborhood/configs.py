@@ -47,8 +47,15 @@ class Config(NamedTuple):
     wide: bool
 
 
-# (device, kernel, element bytes) -> {head dim up to: sizes}. Several sizes stand for small and large windows.
+# (device, kernel, element bytes) -> {head dim up to: sizes}. Several sizes stand for small and large windows. One byte
+# is of e4m3 queries and keys, whose values are half precision.
 SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
+    ("hopper", "forward", 1): {
+        32: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
+        64: (Size(128, 64, 4, 3), Size(64, 64, 4, 3), Size(64, 32, 4, 3)),
+        128: (Size(128, 128, 8, 2), Size(128, 64, 8, 2), Size(64, 64, 4, 2)),
+        256: (Size(64, 64, 8, 2),),
+    },
     ("hopper", "forward", 2): {
         32: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
         64: (Size(128, 64, 4, 3), Size(64, 64, 4, 3), Size(64, 32, 4, 3)),
@@ -86,6 +93,7 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
     ("ampere", "forward", 4): {64: (Size(32, 32, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
     ("ampere", "query", 4): {64: (Size(16, 32, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
     ("ampere", "key", 4): {64: (Size(16, 32, 4, 1),), 128: (Size(16, 16, 8, 1),), 256: (Size(16, 16, 8, 1),)},
+    ("small", "forward", 1): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 1),), 256: (Size(32, 16, 8, 1),)},
     ("small", "forward", 2): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 1),), 256: (Size(32, 16, 8, 1),)},
     ("small", "query", 2): {64: (Size(32, 32, 4, 1),), 128: (Size(32, 16, 4, 1),), 256: (Size(16, 16, 4, 1),)},
     ("small", "key", 2): {64: (Size(32, 64, 4, 1),), 128: (Size(32, 32, 4, 1),), 256: (Size(16, 16, 4, 1),)},

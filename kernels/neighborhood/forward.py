@@ -69,12 +69,12 @@ def softmax_step(acc, m, l, s, v, factor, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=["extra"])  # a loop known to run once is scheduled into the rest, and spills
 def forward_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr,
-    bias_ptr, extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
+    factor_ptr, bias_ptr, extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
     lengths, start, counts, heads, extra, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr, TABLE: tl.constexpr, EXTRA: tl.constexpr, PART: tl.constexpr,
+    QUANTIZED: tl.constexpr, BIAS: tl.constexpr, TABLE: tl.constexpr, EXTRA: tl.constexpr, PART: tl.constexpr,
     INNER: tl.constexpr, BORDER: tl.constexpr, DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
@@ -82,6 +82,7 @@ def forward_kernel(
     share a key head, `TABLE` is the size of the widened bias table of a head, and `INNER`/`BORDER` say whether any key
     tile is wholly seen / not wholly seen. With `PART` the queries are the box of `counts` tokens from `start` on.
     Causal axes are walked from their end: the last queries have the most keys, and what takes long must not begin last.
+    `QUANTIZED` query and keys have another scale for each batch entry and head: `scale` times that of `[B, heads]`.
     """
     lengths, start, counts = grids(lengths, start, counts, PART)
     batch, head, group, n, first = program(tl.program_id(0), counts, heads, QUERIES, DILATION, CAUSAL)
@@ -96,6 +97,8 @@ def forward_kernel(
         k_desc = describe(k_ptr, k_sp, n, D, KEYS, BLOCK_D)
         v_desc = describe(v_ptr, v_sp, n, D, KEYS, BLOCK_D)
 
+    if QUANTIZED:
+        scale *= tl.load(factor_ptr + batch * heads + head)
     q_steps, k_steps = local(QUERIES), local(KEYS)
     row = shift(first, q_steps)
     q = load_tile(q_ptr, q_ptr, first, q_steps, q_sp, q_strides[5], nq, D, QUERIES, BLOCK_D, False, True)

@@ -143,11 +143,23 @@ def configure(
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, *, bias, extra_key, extra_value, axes: tuple[Axis, ...], scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias,
+    extra_key,
+    extra_value,
+    axes: tuple[Axis, ...],
+    scale: float,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, head_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
+    """Output `[B, *spatial, heads, head_dim]` and float32 log-sum-exp `[B, *spatial, heads]`.
+
+    With a `factor`, float32 `[B, heads]`, query, key and extra key are e4m3 numbers whose products it multiplies.
+    """
     rank, (batch, heads, head_dim) = len(axes), (query.shape[0], *query.shape[-2:])
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = torch.empty(query.shape, dtype=value.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     if batch == 0:
         return out, lse
@@ -166,6 +178,7 @@ def forward(
             out,
             grid_strides(out, rank),
             lse,
+            factor,
             bias if bias is None else widen(bias, fixed["TABLE"]),
             extra_k,
             extra_k.stride()[:4],
@@ -177,6 +190,7 @@ def forward(
             scale,
             GROUP=heads // key.shape[-2],
             EXTRA_KEYS=EXTRA_KEYS,
+            QUANTIZED=factor is not None,
             BIAS=bias is not None,
             EXTRA=extra_key is not None,
             **fixed,
