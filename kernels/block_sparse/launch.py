@@ -127,14 +127,13 @@ def backward(
     scale: float,
     extra_key,
     extra_value,
-) -> tuple[Tensor, ...]:
-    """Gradients of query, key, value, extra_key and extra_value, contiguous; empty for those not given."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, extra_key and extra_value, contiguous; None for those not given."""
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
     batch, heads, head_dim, key_heads = query.shape[0], *query.shape[-2:], key.shape[-2]
-    none = query.new_empty(0)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=query.device) for x in (query, key, value))
     if batch == 0:
-        return dq, dk, dv, *(none if x is None else x.new_zeros(x.shape) for x in (extra_key, extra_value))
+        return dq, dk, dv, *(None if x is None else x.new_zeros(x.shape) for x in (extra_key, extra_value))
     most, extra = mask.kv_idx.shape[-1], 0 if extra_key is None else extra_key.shape[1]
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     out, lse = out.contiguous(), lse.contiguous()  # dQ and delta have their strides
@@ -200,7 +199,7 @@ def backward(
             **common,
             **constants(config, *blocks, head_dim, precision(query)),
         )
-        dek, dev = (none, none) if extra_key is None else _extra(q, do, lse, delta, extra_key, extra_value, mask, scale)
+        dek, dev = (None, None) if extra_key is None else _extra(q, do, lse, delta, extra_key, extra_value, mask, scale)
     return dq, dk, dv, dek, dev
 
 

@@ -93,12 +93,11 @@ def backward(
     bias: Tensor | None,
     axes: tuple[Axis, ...],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and bias, contiguous; an empty tensor for a bias that is not given."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and bias, contiguous; None for a bias that is not given."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
-    dbias = query.new_empty(0) if bias is None else bias.new_zeros(bias.shape)
     if query.shape[0] == 0:
-        return dq, dk, dv, dbias
+        return dq, dk, dv, None if bias is None else bias.new_zeros(bias.shape)
     call = _Call(query, key, axes, (query, key, value, out, grad_out, grad_lse, dk))
     out, lse = out.contiguous(), lse.contiguous()  # dQ and delta have their strides
     table, delta = bias if bias is None else bias.contiguous(), torch.empty_like(lse)
@@ -113,7 +112,7 @@ def backward(
             chunk = cdiv(packs * call.heads, PROGRAMS) if summed else 1
             chunks = cdiv(packs, chunk)
             if summed:
-                partial = torch.empty(chunks * config.pack, *dbias.shape, dtype=torch.float32, device=query.device)
+                partial = torch.empty(chunks * config.pack, *table.shape, dtype=torch.float32, device=query.device)
             window_kernel[(chunks * call.key_heads,)](
                 *saved,
                 delta,
@@ -153,9 +152,7 @@ def backward(
             )
         if bias is not None and partial is None:
             partial = _bias_partials(call, query, key, value, grad_out, lse, delta, table, scale)
-    if partial is not None:
-        dbias = partial.sum(0).to(dbias.dtype)
-    return dq, dk, dv, dbias
+    return dq, dk, dv, None if bias is None or partial is None else partial.sum(0).to(bias.dtype)
 
 
 def _bias_partials(call: _Call, query, key, value, grad_out, lse, delta, table, scale) -> Tensor:
