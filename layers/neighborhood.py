@@ -36,6 +36,7 @@ class _NeighborhoodAttention(nn.Module):
         pad: bool = False,
         proj_bias: bool = True,
         proj_drop: float = 0.0,
+        qk_dtype: torch.dtype | None = None,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -55,7 +56,7 @@ class _NeighborhoodAttention(nn.Module):
         self.dilation, self.causal = self._per_axis("dilation", dilation), self._per_axis("causal", causal)
         if rpb and any(w % 2 == 0 for w in self.window):
             raise ValueError(f"window={self.window} must be odd on every axis when rpb=True")
-        self.pad, self.impl = pad, impl
+        self.pad, self.qk_dtype, self.impl = pad, qk_dtype, impl
 
         inner = num_heads * self.head_dim
         table = (num_heads, *(2 * w - 1 for w in self.window))
@@ -94,7 +95,8 @@ class _NeighborhoodAttention(nn.Module):
 
         Raises:
             ValueError: a shape that does not fit, or a window that does not fit into the grid while `pad` is off.
-            NotImplementedError: under torch.jit.trace, unless `impl` is "reference".
+            NotImplementedError: under torch.jit.trace, unless `impl` is "reference"; with `qk_dtype` outside
+                torch.no_grad().
         """
         if x.dim() != self.rank + 2 or x.shape[-1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, {self.rank} spatial axes, {self.dim}]")
@@ -119,6 +121,7 @@ class _NeighborhoodAttention(nn.Module):
             bias=self.rpb,
             extra_key=extra_key,
             extra_value=extra_value,
+            qk_dtype=self.qk_dtype,
             impl=self.impl,
         )
         if self.pad:
@@ -183,6 +186,8 @@ class NeighborhoodAttention2d(_NeighborhoodAttention):
             attention. The padded tokens are ordinary keys, without a mask: what NATTEN up to 0.15 did and NAT and DiNAT
             checkpoints expect. Otherwise such a map is an error.
         proj_drop: dropout after the output projection.
+        qk_dtype: torch.float8_e4m3fn for products of queries and keys in e4m3, without gradients; see
+            `foveal.kernels.ops.na2d`. It may be set later, as an attribute: train without, sample with it.
         impl: "auto", "triton", "tiled" or "reference"; see `foveal.kernels.ops.na2d`.
 
     Raises:

@@ -25,6 +25,13 @@ def call_neighborhood(descriptor: bool) -> torch.Tensor:
     return out
 
 
+def call_neighborhood_e4m3() -> None:
+    with torch.no_grad():
+        extra = torch.randn(2, 2, 5, 2, 32, dtype=torch.bfloat16).unbind(0)
+        tensors, options = leaves(2, 9, 12, 2, 32), dict(window=3, bias=torch.randn(2, 5, 5), impl="triton")
+        na2d(*tensors, extra_key=extra[0], extra_value=extra[1], qk_dtype=torch.float8_e4m3fn, **options)
+
+
 def call_window() -> None:
     bias = torch.randn(2, 16, 16, requires_grad=True)
     window_attention(*leaves(2, 8, 12, 2, 16), window=4, shift=2, bias=bias, impl="triton").sum().backward()
@@ -46,6 +53,7 @@ def call_linear() -> None:
 CALLS = {
     "neighborhood": (lambda: call_neighborhood(False), {"forward", "query", "key", "bias", "extra"}),
     "neighborhood, descriptors": (lambda: call_neighborhood(True), {"forward", "query", "key", "bias", "extra"}),
+    "neighborhood, e4m3": (call_neighborhood_e4m3, {"forward"}),
     "window": (call_window, {"forward", "window"}),
     "block_sparse": (call_block_sparse, {"forward", "query", "key"}),
     "agent": (call_agent, {"forward", "query", "key"}),

@@ -239,3 +239,16 @@ def test_resizing_keeps_symmetry_constants_and_equal_sizes():
     assert resized.shape == (3, 21, 17) and resized.dtype == torch.float64
     torch.testing.assert_close(resized, resized.flip(1, 2), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(resize_bias_table(torch.ones(1, 13, 13), (21, 21)), torch.ones(1, 21, 21))
+
+
+def test_products_in_e4m3_are_for_inference_only():
+    layer = NeighborhoodAttention2d(32, num_heads=1, window=3).eval()
+    x = torch.randn(1, 6, 7, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = layer(x)
+    layer.qk_dtype = torch.float8_e4m3fn
+    with torch.no_grad():
+        rounded = layer(x)
+    assert 1e-5 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+    with pytest.raises(NotImplementedError, match="qk_dtype"):
+        layer(x)

@@ -16,7 +16,7 @@ from ..calling import (
     per_axis,
     without_autocast,
 )
-from . import dense, library, reference, tiled
+from . import dense, library, quantized, reference, tiled
 from .geometry import Axis
 
 __all__ = [
@@ -101,22 +101,44 @@ def _axes_of(rank, query, key, value, window, stride, dilation, causal, bias, ex
 
 
 def _attend(
-    rank, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl
+    rank, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
 ) -> Tensor:
     axes = _axes_of(rank, query, key, value, window, stride, dilation, causal, bias, extra_key, extra_value)
+    given = {"axes": axes, "bias": bias, "extra_key": extra_key, "extra_value": extra_value}
+    if qk_dtype is not None:
+        return _attend_rounded(query, key, value, **given, scale=scale, qk_dtype=qk_dtype, impl=impl)[0]
     if extra_key is None and choose(query, impl) == "tiled" and dense.covers(axes, query, key, value, bias):
         with without_autocast(query.device):
             return dense.attend(query, key, value, axes=axes, scale=scale, bias=bias)
-    extra = {"extra_key": extra_key, "extra_value": extra_value}
-    return dispatch(query, key, value, axes=axes, bias=bias, scale=scale, **extra, impl=impl)[0]
+    return dispatch(query, key, value, **given, scale=scale, impl=impl)[0]
 
 
 def _attend_lse(
-    rank, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl
+    rank, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
 ) -> tuple[Tensor, Tensor]:
     axes = _axes_of(rank, query, key, value, window, stride, dilation, causal, bias, extra_key, extra_value)
-    extra = {"extra_key": extra_key, "extra_value": extra_value}
-    return dispatch(query, key, value, axes=axes, bias=bias, scale=scale, **extra, impl=impl)
+    given = {"axes": axes, "bias": bias, "extra_key": extra_key, "extra_value": extra_value}
+    if qk_dtype is None:
+        return dispatch(query, key, value, **given, scale=scale, impl=impl)
+    out, lse, mean = _attend_rounded(query, key, value, **given, scale=scale, qk_dtype=qk_dtype, impl=impl)
+    return out, lse + quantized.mean_logits(query, mean, query.shape[-1] ** -0.5 if scale is None else float(scale))
+
+
+def _attend_rounded(
+    query, key, value, *, axes, bias, extra_key, extra_value, scale, qk_dtype, impl
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and log-sum-exp of query and key rounded to `qk_dtype`, the latter without what the mean of the keys adds,
+    and that mean."""
+    quantized.check(qk_dtype, query, key, value, bias, extra_key, extra_value)
+    query, scale = library.with_positive_scale(query, query.shape[-1] ** -0.5 if scale is None else float(scale))
+    rounded = quantized.quantize(query, key, extra_key)
+    given = {"axes": axes, "scale": scale, "bias": bias, "extra_value": extra_value}
+    if choose(query, impl) == "triton" and quantized.obstacle(query) is None:
+        out, lse = quantized.attend(rounded, value, **given)
+    else:
+        query, key, extra_key = quantized.restore(rounded, query.dtype)
+        out, lse = dispatch(query, key, value, **given, extra_key=extra_key, impl=impl)
+    return out, lse, rounded.mean
 
 
 def dispatch(
@@ -160,6 +182,7 @@ def na1d(
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    qk_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Generalized neighborhood attention on a sequence: `na2d` with 1 spatial axis.
@@ -170,7 +193,8 @@ def na1d(
     Returns:
         `[B, L, heads, head_dim]` in the dtype of query.
     """
-    return _attend(1, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)
+    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
+    return _attend(1, query, key, value, *rest)
 
 
 def na2d(
@@ -186,6 +210,7 @@ def na2d(
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    qk_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Generalized neighborhood attention on a 2-D grid (arXiv:2204.07143, arXiv:2209.15001, arXiv:2504.16922).
@@ -205,6 +230,10 @@ def na2d(
             (key - query) / dilation + window - 1 and added to the scaled logits; odd windows only.
         scale: factor on query . key; head_dim ** -0.5 when None.
         extra_key, extra_value: `[B, tokens, key_heads, head_dim]`, seen by every query (text, registers), without bias.
+        qk_dtype: torch.float8_e4m3fn rounds query and key, less the mean of its keys, to e4m3 with one power of two for
+            each batch entry and head (SageAttention, arXiv:2410.02367, section 4.2), and matrix units that have
+            products of e4m3 numbers make those at twice the rate of half precision. Values, probabilities and sums stay
+            as they are. Inference only; docs/numerics.md has the error.
         impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "tiled"
             or "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
 
@@ -213,9 +242,11 @@ def na2d(
 
     Raises:
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
-        NotImplementedError: `impl` cannot take this call; the message says why.
+        NotImplementedError: `impl` cannot take this call, or qk_dtype is given and a gradient asked for; the message
+            says why.
     """
-    return _attend(2, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)
+    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
+    return _attend(2, query, key, value, *rest)
 
 
 def na3d(
@@ -231,6 +262,7 @@ def na3d(
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    qk_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Generalized neighborhood attention on a 3-D grid: `na2d` with 3 spatial axes.
@@ -241,7 +273,8 @@ def na3d(
     Returns:
         `[B, T, H, W, heads, head_dim]` in the dtype of query.
     """
-    return _attend(3, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl)
+    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
+    return _attend(3, query, key, value, *rest)
 
 
 def na1d_lse(
@@ -257,6 +290,7 @@ def na1d_lse(
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    qk_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`na1d` and the natural log-sum-exp of its logits, both differentiable.
@@ -265,7 +299,7 @@ def na1d_lse(
         output `[B, L, heads, head_dim]` and log-sum-exp `[B, L, heads]`, the latter
         float32, or float64 for float64 inputs.
     """
-    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl
+    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
     return _attend_lse(1, query, key, value, *rest)
 
 
@@ -282,6 +316,7 @@ def na2d_lse(
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    qk_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`na2d` and the natural log-sum-exp of its logits, both differentiable.
@@ -290,7 +325,7 @@ def na2d_lse(
         output `[B, H, W, heads, head_dim]` and log-sum-exp `[B, H, W, heads]`, the latter
         float32, or float64 for float64 inputs.
     """
-    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl
+    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
     return _attend_lse(2, query, key, value, *rest)
 
 
@@ -307,6 +342,7 @@ def na3d_lse(
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    qk_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`na3d` and the natural log-sum-exp of its logits, both differentiable.
@@ -315,7 +351,7 @@ def na3d_lse(
         output `[B, T, H, W, heads, head_dim]` and log-sum-exp `[B, T, H, W, heads]`, the latter
         float32, or float64 for float64 inputs.
     """
-    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, impl
+    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
     return _attend_lse(3, query, key, value, *rest)
 
 

@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from . import geometry
+from . import geometry, quantized
 from .api import PerAxis, make_axes
 from .geometry import Axis
 
@@ -101,6 +101,7 @@ def summarize(
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    qk_dtype: torch.dtype | None = None,
 ) -> dict[str, int | float | str]:
     """The cost of one call, by name, for `foveal.kernels.ops.explain`; arguments as in `na2d`."""
     batch, *shape, heads, head_dim = query.shape
@@ -118,6 +119,11 @@ def summarize(
         "forward_bytes": forward_bytes(axes, **sizes, **operands),
         "backward_bytes": backward_bytes(axes, **sizes, **operands),
     }
+    e4m3 = False
+    if qk_dtype is not None:
+        why = quantized.obstacle(query) if impl == "triton" else f"impl is {impl}"
+        e4m3, dtype = why is None, str(query.dtype).removeprefix("torch.")
+        summary["query_key_products"] = "of e4m3 numbers" + ("" if e4m3 else f" restored to {dtype}: {why}")
     if impl == "triton":
         from ..launching import device_class
         from . import configs, simulator
@@ -126,7 +132,7 @@ def summarize(
             "forward",
             axes,
             head_dim=head_dim,
-            itemsize=query.itemsize,
+            itemsize=1 if e4m3 else query.itemsize,
             device=device_class(query.device) if torch.cuda.is_available() else "hopper",
             descriptor=False,  # neither this nor the width of offsets changes the tile
             wide=False,

@@ -29,13 +29,13 @@ def _axes(queries: Sequence[int], keys: Sequence[int], window, stride, dilation,
     return tuple(a._replace(queries=(i, i + n)) for a, i, n in zip(axes, first, queries[1:-2], strict=True))
 
 
-def _unpack(query, key, bias, extra_key, extra_value, window, stride, dilation, causal, scale, first=None) -> dict:
+def unpack(query, key, bias, extra_key, extra_value, window, stride, dilation, causal, scale, first=None) -> dict:
     """Arguments of `launch` and `tiled`."""
     axes = _axes(query.shape, key.shape, window, stride, dilation, causal, first)
     return {"bias": bias, "extra_key": extra_key, "extra_value": extra_value, "axes": axes, "scale": scale}
 
 
-def _flops(
+def flops(
     query, key, value, bias, extra_key, extra_value, window, stride, dilation, causal, scale, first=None
 ) -> tuple[int, int]:
     from . import cost
@@ -44,6 +44,13 @@ def _flops(
     axes = _axes(query, key, window, stride, dilation, causal, first)
     sizes = dict(batch=batch, heads=heads, head_dim=head_dim, extra=extra_key[1] if extra_key else 0)
     return cost.forward_flops(axes, **sizes), cost.backward_flops(axes, **sizes)
+
+
+def with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Query and scale of the same logits; the kernels take positive scales."""
+    if scale > 0:
+        return query, scale
+    return query * (copysign(1.0, scale) if scale else 0.0), abs(scale) or 1.0
 
 
 def attend(
@@ -57,12 +64,9 @@ def attend(
     extra_key: Tensor | None,
     extra_value: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and natural log-sum-exp by the Triton kernels; see `api.na2d`. The kernels take positive scales."""
-    if scale <= 0:
-        query, scale = query * (copysign(1.0, scale) if scale else 0.0), abs(scale) or 1.0
-    return torch.ops.foveal.neighborhood_forward(
-        query, key, value, bias, extra_key, extra_value, *_geometry(axes, scale)
-    )
+    """Output and natural log-sum-exp by the Triton kernels; see `api.na2d`."""
+    query, scale = with_positive_scale(query, scale)
+    return torch.ops.foveal.neighborhood_forward(query, key, value, bias, extra_key, extra_value, *pack(axes, scale))
 
 
 def attend_tiled(
@@ -78,11 +82,12 @@ def attend_tiled(
 ) -> tuple[Tensor, Tensor]:
     """Output and natural log-sum-exp by the tiled path, as one operator in a compiled graph."""
     return torch.ops.foveal.neighborhood_tiled_forward(
-        query, key, value, bias, extra_key, extra_value, *_geometry(axes, scale)
+        query, key, value, bias, extra_key, extra_value, *pack(axes, scale)
     )
 
 
-def _geometry(axes: tuple[Axis, ...], scale: float) -> tuple:
+def pack(axes: tuple[Axis, ...], scale: float) -> tuple:
+    """Arguments of `GEOMETRY`."""
     _, window, stride, dilation, causal, queries = zip(*axes, strict=True)
     first = None if not any(queries) else [query_range(axis)[0] for axis in axes]
     return window, stride, dilation, causal, scale, first
@@ -94,7 +99,7 @@ for _name, _module in (("neighborhood", "launch"), ("neighborhood_tiled", "tiled
         f"{__package__}.{_module}",
         extras=EXTRAS,
         rest=GEOMETRY,
-        unpack=_unpack,
-        flops=_flops,
+        unpack=unpack,
+        flops=flops,
         title="neighborhood attention",
     )

@@ -1,0 +1,170 @@
+"""Queries and keys as e4m3 numbers, whose products matrix units make at twice the rate of half precision.
+
+The mean of a head's keys is subtracted from all of them: it adds the same to every logit of a query, which a softmax
+does not see, and what is left spans less ("smoothing", SageAttention, arXiv:2410.02367, section 4.2). Query and key are
+then divided by one number for each batch entry and head. It is a power of two, so that numbers rounded to e4m3 are
+exact in every dtype once multiplied by it: implementations without products of e4m3 attend to the very same ones.
+
+Only torch is imported here, and nothing waits for the device. The operator on e4m3 numbers is defined here, too.
+"""
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .geometry import Axis
+from .library import GEOMETRY, flops, pack, unpack
+
+DTYPE = torch.float8_e4m3fn
+LARGEST, SMALLEST = 448.0, 2.0**-9  # numbers that e4m3 has
+LEAST_SCALE = 2.0**-60  # the product of two stays a normal float32
+MIN_HEAD_DIM = 17  # matrix instructions of e4m3 add over 32 features
+
+
+class Rounded(NamedTuple):
+    """Queries and keys as e4m3 numbers.
+
+    Attributes:
+        query: query over `query_scale`, float8_e4m3fn.
+        key, extra_key: key minus `mean` over `key_scale`, float8_e4m3fn.
+        query_scale: float32 `[B, heads]`, powers of two.
+        key_scale: float32 `[B, key_heads]`, powers of two.
+        mean: float32 `[B, key_heads, head_dim]`, of all keys.
+    """
+
+    query: Tensor
+    key: Tensor
+    extra_key: Tensor | None
+    query_scale: Tensor
+    key_scale: Tensor
+    mean: Tensor
+
+
+def check(qk_dtype: torch.dtype, *tensors: Tensor | None) -> None:
+    """Refuse other dtypes, and tensors that a gradient is asked of."""
+    if qk_dtype != DTYPE:
+        raise ValueError(f"qk_dtype={qk_dtype!r} must be None or {DTYPE}")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise NotImplementedError(
+            f"qk_dtype={qk_dtype} has no gradients and got a tensor that requires one: call it under torch.no_grad()"
+        )
+
+
+def _of_heads(x: Tensor, like: Tensor) -> Tensor:
+    """`[B, heads, …]` as it broadcasts against `like` `[B, …, heads, head_dim]`."""
+    return x.view(x.shape[0], *(1,) * (like.dim() - 3), x.shape[1], x.shape[2] if x.dim() == 3 else 1)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Largest absolute value of each batch entry and head, float32 `[B, heads]`."""
+    if x.dim() == 4 and x.shape[1] == 0:  # no extra tokens
+        return torch.zeros(x.shape[0], x.shape[2], device=x.device)
+    return torch.linalg.vector_norm(x, torch.inf, dim=(*range(1, x.dim() - 2), -1)).float()
+
+
+def _power_of_two(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """The least power of two that divides `largest` down to what e4m3 has; one where that is NaN or infinite.
+
+    It is no less than what keeps every multiple of e4m3's smallest number exact in `dtype`.
+    """
+    info = torch.finfo(dtype)
+    least = max(LEAST_SCALE, info.smallest_normal * info.eps / SMALLEST)
+    ratio = torch.where(largest.isfinite(), largest / LARGEST, 1.0).clamp(min=least)
+    return ((ratio.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # the exponent, rounded up
+
+
+def quantize(query: Tensor, key: Tensor, extra_key: Tensor | None) -> Rounded:
+    """Round query and key to e4m3, all in float32.
+
+    A channel of a key head that holds NaN or infinities keeps its mean, and its head is not scaled: other tokens stay
+    what they are, but numbers beyond 448 become 448, as infinities do (NaN where PyTorch casts so).
+    """
+    keys = [key] if extra_key is None else [key, extra_key]
+    count = sum(prod(x.shape[1:-2]) for x in keys)
+    total = torch.stack([x.sum(tuple(range(1, x.dim() - 2)), dtype=torch.float32) for x in keys]).sum(0)
+    mean = torch.where(total.isfinite(), total / count, 0.0)  # [B, key_heads, head_dim]
+    centred = [x - _of_heads(mean, x) for x in keys]  # float32
+    query_scale = _power_of_two(_largest(query), query.dtype)
+    key_scale = _power_of_two(torch.stack([_largest(x) for x in centred]).amax(0), query.dtype)
+    query = (query * _of_heads(1 / query_scale, query)).to(DTYPE)
+    key, *extra = ((x * _of_heads(1 / key_scale, x)).to(DTYPE) for x in centred)
+    return Rounded(query, key, extra[0] if extra else None, query_scale, key_scale, mean)
+
+
+def restore(rounded: Rounded, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rounded query, key without its mean, and extra key, in `dtype`, which holds them exactly."""
+
+    def scaled(x: Tensor, scale: Tensor) -> Tensor:
+        return x.to(dtype) * _of_heads(scale, x).to(dtype)
+
+    extra = None if rounded.extra_key is None else scaled(rounded.extra_key, rounded.key_scale)
+    return scaled(rounded.query, rounded.query_scale), scaled(rounded.key, rounded.key_scale), extra
+
+
+def mean_logits(query: Tensor, mean: Tensor, scale: float) -> Tensor:
+    """What the mean of the keys adds to every logit of a query, and to its log-sum-exp: `[B, *spatial, heads]`."""
+    mean = mean.repeat_interleave(query.shape[-2] // mean.shape[1], dim=1)
+    return (query * _of_heads(mean, query)).sum(-1) * scale  # float32 at least, as mean is
+
+
+def obstacle(query: Tensor) -> str | None:
+    """Why the Triton kernel does not multiply e4m3 numbers as they are, or None where it does.
+
+    A device that is not there counts as one that can.
+    """
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"values of {query.dtype} are not half precision"
+    if query.shape[-1] < MIN_HEAD_DIM:
+        return f"head_dim {query.shape[-1]} is under {MIN_HEAD_DIM}"
+    if query.device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    if torch.version.hip:
+        return "ROCm devices are not asked for e4m3"
+    device = torch.cuda.get_device_properties(query.device)
+    if (device.major, device.minor) < (8, 9):
+        return f"{device.name} has no matrix instructions of e4m3"
+    return None
+
+
+def attend(
+    rounded: Rounded,
+    value: Tensor,
+    *,
+    axes: tuple[Axis, ...],
+    scale: float,
+    bias: Tensor | None,
+    extra_value: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and natural log-sum-exp by the Triton kernel, of keys without their mean; `scale` > 0."""
+    group = rounded.query.shape[-2] // rounded.key.shape[-2]
+    factor = (rounded.query_scale * rounded.key_scale.repeat_interleave(group, dim=1)).contiguous()  # [B, heads]
+    return torch.ops.foveal.neighborhood_fp8_forward(
+        rounded.query, rounded.key, value, factor, bias, rounded.extra_key, extra_value, *pack(axes, scale)
+    )
+
+
+torch.library.define(
+    "foveal::neighborhood_fp8_forward",
+    "(Tensor query, Tensor key, Tensor value, Tensor factor, Tensor? bias, Tensor? extra_key, Tensor? extra_value, "
+    f"{GEOMETRY}) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("foveal::neighborhood_fp8_forward", "default")
+def _forward(query, key, value, factor, *more):
+    from . import launch
+
+    return launch.forward(query, key, value, factor=factor, **unpack(query, key, *more))
+
+
+@torch.library.register_fake("foveal::neighborhood_fp8_forward")
+def _fake(query, key, value, *_):
+    return value.new_empty(query.shape), value.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.foveal.neighborhood_fp8_forward)
+def _count(query, key, value, factor, *more, out_shape=None, **_) -> int:
+    return flops(query, key, value, *more)[0]
