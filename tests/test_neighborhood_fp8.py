@@ -190,6 +190,40 @@ def test_exported():
 
 # kernels
 
+on_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 9),
+    reason="no device with products of e4m3 numbers",
+)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [17, 32, 64, 80, 128, 256])
+@pytest.mark.gpu
+@on_gpu
+def test_random_cases_on_a_gpu(rank, dtype, head_dim):
+    for case in cases(rank, 12, seed=head_dim):
+        case = replace(case, head_dim=head_dim)
+        fp8_matrix.check(case, dtype, "triton", device="cuda")
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_compiled_whole_on_a_gpu():
+    torch._dynamo.reset()
+    compiled = torch.compile(na2d_lse, fullgraph=True, dynamic=True)
+    for shape in ((33, 40), (48, 31)):
+        fp8_matrix.check(replace(FULL, shape=shape, head_dim=64), torch.bfloat16, "triton", "cuda", compiled)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_nan_on_a_gpu():
+    query, key, value = tensors(1, 12, 12, 1, 64, dtype=torch.bfloat16).cuda()
+    key[0, 5, 7, 0, 3] = math.nan
+    out = na2d(query, key, value, window=3, qk_dtype=E4M3, impl="triton").isnan()[0, :, :, 0]
+    assert out[4:7, 6:9].all() and out.any(-1).sum() == 9
+
 
 def test_interpreter():
     """The tests under `interpreter/`, in a process where Triton interprets its kernels."""
@@ -206,11 +240,12 @@ INSTRUCTIONS = {
 
 @pytest.mark.parametrize("arch", INSTRUCTIONS)
 def test_matrix_units_multiply_e4m3_numbers(arch):
+    """The first size of head dim 128; a slow test of all kernels has the others."""
     triton = pytest.importorskip("triton")
-    chosen = {"flags": {"e4m3"}, "head_dim": {128}, "dtype": {"bf16"}}
-    rows = kernel_checks.check_report(operators=["neighborhood"], architectures=[arch], select=chosen)
-    assert all(row.tma == (arch != "sm_89") for row in rows)
-    variant = next(v for v in report._variants("neighborhood", arch) if v.flags == "e4m3" and v.head_dim == 128)
+    variants = report._variants("neighborhood", arch)
+    index, variant = next((i, v) for i, v in enumerate(variants) if v.flags == "e4m3" and v.head_dim == 128)
+    row = report.describe("neighborhood", arch, index)
+    assert not row.error and not row.spills and row.tma == (arch != "sm_89"), row
     ptx = triton.compile(variant.source, target=report._target(arch), options=variant.options).asm["ptx"]
     assert re.search(INSTRUCTIONS[arch], ptx)
 

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..benchmark import SkippedError
 from ..operators import MOST_REFERENCE_LOGITS, Operator, Tensors, randn
-from ..peers import Attend, block_mask, check_flex, dense_makers, flex, heads_first, heads_last
+from ..peers import Attend, block_mask, check_flex, compiled, dense_makers, flex, heads_first, heads_last
 
 OPERATORS = {1: na1d, 2: na2d, 3: na3d}
 MOST_CROPPED = 10_000  # tokens of a crop, where windows may be halved for it
@@ -155,6 +155,9 @@ class Neighborhood(Operator):
             axes[i] = axes[i]._replace(window=axes[i].window // 2)
         return replace(case, shape=shape, window=tuple(a.window for a in axes), heads=1, batch=1)
 
+    def same_result(self, provider: str) -> bool:
+        return super().same_result(provider) and "e4m3" not in provider
+
     def peers(self, case: Case, mode: str, device: torch.device) -> dict[str, Callable[[], Attend]]:
         shape = (case.batch, *case.shape, case.heads, case.head_dim)
 
@@ -174,4 +177,7 @@ class Neighborhood(Operator):
             return lambda query, key, value: function(query, key, value, **options)
 
         made = dense_makers(shape, case.dtype, device) | {"flex": make_flex, "unfold": make_unfold}
+        if mode == "forward" and case.head_dim >= 64 and case.dtype.itemsize == 2:
+            e4m3 = partial(self.ours(case), qk_dtype=torch.float8_e4m3fn)  # rounding included
+            made |= {"foveal e4m3": lambda: e4m3, "foveal e4m3 compiled": lambda: compiled(e4m3)}
         return made | ({"natten": make_natten} if find_spec("natten") else {})

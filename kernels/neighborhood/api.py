@@ -232,8 +232,8 @@ def na2d(
         extra_key, extra_value: `[B, tokens, key_heads, head_dim]`, seen by every query (text, registers), without bias.
         qk_dtype: torch.float8_e4m3fn rounds query and key, less the mean of its keys, to e4m3 with one power of two for
             each batch entry and head (SageAttention, arXiv:2410.02367, section 4.2), and matrix units that have
-            products of e4m3 numbers make those at twice the rate of half precision. Values, probabilities and sums stay
-            as they are. Inference only; docs/numerics.md has the error.
+            products of e4m3 numbers make those at twice the rate of half precision. Values and probabilities stay as
+            they are. Inference only; docs/numerics.md has the error.
         impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "tiled"
             or "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
 

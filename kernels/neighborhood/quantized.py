@@ -58,13 +58,6 @@ def _of_heads(x: Tensor, like: Tensor) -> Tensor:
     return x.view(x.shape[0], *(1,) * (like.dim() - 3), x.shape[1], x.shape[2] if x.dim() == 3 else 1)
 
 
-def _largest(x: Tensor) -> Tensor:
-    """Largest absolute value of each batch entry and head, float32 `[B, heads]`."""
-    if x.dim() == 4 and x.shape[1] == 0:  # no extra tokens
-        return torch.zeros(x.shape[0], x.shape[2], device=x.device)
-    return torch.linalg.vector_norm(x, torch.inf, dim=(*range(1, x.dim() - 2), -1)).float()
-
-
 def _power_of_two(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """The least power of two that divides `largest` down to what e4m3 has; one where that is NaN or infinite.
 
@@ -72,26 +65,40 @@ def _power_of_two(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """
     info = torch.finfo(dtype)
     least = max(LEAST_SCALE, info.smallest_normal * info.eps / SMALLEST)
-    ratio = torch.where(largest.isfinite(), largest / LARGEST, 1.0).clamp(min=least)
+    ratio = torch.where(largest.isfinite(), largest.float() / LARGEST, 1.0).clamp(min=least)
     return ((ratio.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # the exponent, rounded up
 
 
 def quantize(query: Tensor, key: Tensor, extra_key: Tensor | None) -> Rounded:
-    """Round query and key to e4m3, all in float32.
+    """Round query and key to e4m3, in float32 where their own dtype would round, too.
 
-    A channel of a key head that holds NaN or infinities keeps its mean, and its head is not scaled: other tokens stay
-    what they are, but numbers beyond 448 become 448, as infinities do (NaN where PyTorch casts so).
+    Of a channel that holds NaN or infinities no mean is subtracted, and no scale taken of a head: other tokens keep
+    their meaning. There numbers beyond 448 become 448, as infinities do (NaN where PyTorch casts so).
     """
-    keys = [key] if extra_key is None else [key, extra_key]
-    count = sum(prod(x.shape[1:-2]) for x in keys)
-    total = torch.stack([x.sum(tuple(range(1, x.dim() - 2)), dtype=torch.float32) for x in keys]).sum(0)
-    mean = torch.where(total.isfinite(), total / count, 0.0)  # [B, key_heads, head_dim]
-    centred = [x - _of_heads(mean, x) for x in keys]  # float32
-    query_scale = _power_of_two(_largest(query), query.dtype)
-    key_scale = _power_of_two(torch.stack([_largest(x) for x in centred]).amax(0), query.dtype)
-    query = (query * _of_heads(1 / query_scale, query)).to(DTYPE)
-    key, *extra = ((x * _of_heads(1 / key_scale, x)).to(DTYPE) for x in centred)
-    return Rounded(query, key, extra[0] if extra else None, query_scale, key_scale, mean)
+    tokens = tuple(range(1, query.dim() - 2))
+    keys = [(key, tokens)]
+    if extra_key is not None and extra_key.shape[1]:
+        keys.append((extra_key, (1,)))
+    count = sum(prod(x.shape[1:-2]) for x, _ in keys)
+    total = torch.stack([x.sum(dims, dtype=torch.float32) for x, dims in keys]).sum(0)  # [B, key_heads, head_dim]
+    mean = torch.where(total.isfinite(), total / count, 0.0)
+    highest = torch.stack([x.amax(dims) for x, dims in keys]).amax(0) - mean
+    lowest = torch.stack([x.amin(dims) for x, dims in keys]).amin(0) - mean
+    key_scale = _power_of_two(torch.maximum(highest, -lowest).amax(-1), query.dtype)
+    query_scale = _power_of_two(torch.linalg.vector_norm(query, torch.inf, dim=(*tokens, -1)), query.dtype)
+
+    def divided(x: Tensor) -> Tensor:  # one operation in float32: dividing by a power of two is exact
+        shift, factor = -mean / key_scale[..., None], (1 / key_scale)[..., None].expand_as(mean)
+        return torch.addcmul(_of_heads(shift, x), x, _of_heads(factor, x)).to(DTYPE)
+
+    return Rounded(
+        (query * _of_heads(1 / query_scale, query).to(query.dtype)).to(DTYPE),
+        divided(key),
+        None if extra_key is None else divided(extra_key),
+        query_scale,
+        key_scale,
+        mean,
+    )
 
 
 def restore(rounded: Rounded, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -35,7 +35,7 @@ def fp8_cases(rank: int, n: int) -> list[Case]:
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_random_cases_match_the_reference_on_the_rounded_numbers(rank):
-    for case in fp8_cases(rank, 16):
+    for case in fp8_cases(rank, 12):
         random = Random(case.seed)
         launch = dict(size=random.choice(SIZES), descriptor=random.random() < 0.6, wide=random.random() < 0.3)
         with configs.override(**launch):
@@ -74,14 +74,6 @@ def arguments() -> tuple:
 def test_opcheck():
     utils = ("test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")  # no sums of e4m3 on CPU
     torch.library.opcheck(torch.ops.foveal.neighborhood_fp8_forward, arguments(), test_utils=utils)
-
-
-def test_compiled_whole_for_any_size():
-    torch._dynamo.reset()
-    compiled = torch.compile(fp8_matrix.OPERATORS[2], fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch._dynamo.config.patch(recompile_limit=1):
-        for shape in ((12, 14), (13, 11)):
-            fp8_matrix.check(replace(FULL, shape=shape), torch.float16, "triton", operator=compiled)
 
 
 def test_flops_are_those_of_half_precision():

@@ -1,0 +1,105 @@
+"""What rounding queries and keys to e4m3 costs: `python -m benchmarks.rounding` prints the table of docs/numerics.md.
+
+Errors are those of bfloat16 inputs by the tiled path, against float64 on the same inputs. Trained activations are of
+the DiNAT that ships with its weights, on the digits that it was tested on.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import foveal.zoo  # noqa: F401  registers the model
+import timm
+import torch
+from foveal.kernels.neighborhood import quantized
+from foveal.kernels.ops import na2d_lse
+from foveal.layers import NeighborhoodAttention2d
+from foveal.zoo.data.digits import Digits
+from torch import Tensor, nn
+
+E4M3 = quantized.DTYPE
+HEAD = (
+    "| queries and keys | numbers | output, RMS | output, largest | log-sum-exp, largest |",
+    "| --- | --- | --: | --: | --: |",
+)
+
+
+class Error(NamedTuple):
+    """Of the output over the RMS of the exact one: RMS and largest; of the log-sum-exp the largest."""
+
+    rms: float
+    largest: float
+    lse: float
+
+    @classmethod
+    def of(cls, got: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> "Error":
+        off, size = (got[0].double() - exact[0]), exact[0].square().mean().sqrt()
+        rms, largest = off.square().mean().sqrt() / size, off.abs().max() / size
+        return cls(rms.item(), largest.item(), (got[1] - exact[1]).abs().max().item())
+
+
+def errors(query: Tensor, key: Tensor, value: Tensor, **options) -> dict[str, Error]:
+    """By what queries and keys are: bfloat16, e4m3, and e4m3 of keys with their mean."""
+    given = [x.bfloat16() for x in (query, key, value)]
+    exact = na2d_lse(*(x.double() for x in given), **options)
+    mirrored = quantized.quantize(given[0], given[1], -given[1].flatten(1, 2))  # whose mean is zero
+    unshifted = quantized.restore(mirrored, torch.bfloat16)[:2]
+    return {
+        "bfloat16": Error.of(na2d_lse(*given, **options), exact),
+        "e4m3": Error.of(na2d_lse(*given, **options, qk_dtype=E4M3), exact),
+        "e4m3, mean not subtracted": Error.of(na2d_lse(*unshifted, given[2], **options), exact),
+    }
+
+
+def random_cases() -> Iterator[tuple[str, dict[str, Error]]]:
+    draw = torch.Generator().manual_seed(0)
+    for side, window, head_dim in ((56, 7, 32), (48, 21, 64), (48, 21, 128)):
+        query, key, value = torch.randn(3, 1, side, side, 4, head_dim, generator=draw)
+        yield f"normal, {window}×{window} keys, head dim {head_dim}", errors(query, key, value, window=window)
+    shift = 8 * torch.randn(4, 128, generator=draw)
+    yield "the last, every channel of keys shifted by 8 · normal", errors(query, key + shift, value, window=21)
+
+
+@torch.no_grad()
+def trained() -> tuple[list[dict[str, Error]], list[float]]:
+    """Errors of the layers of a trained DiNAT, and what share of test images it names without and with e4m3."""
+    model = timm.create_model("natten_dinat_pico", pretrained=True).eval()
+    layers = [m for m in model.modules() if isinstance(m, NeighborhoodAttention2d)]
+    found: list[dict[str, Error]] = []
+
+    def measure(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        assert isinstance(layer, NeighborhoodAttention2d)
+        query, key, value = layer._project(layer._pad(inputs[0]))
+        found.append(errors(query, key, value, window=layer.window, dilation=layer.dilation, bias=layer.rpb))
+
+    data = Digits(batch_size=360)
+    data.setup("test")
+    images, digits = next(iter(data.test_dataloader()))
+    right = []
+    for qk_dtype in (None, E4M3):
+        for layer in layers:
+            layer.qk_dtype = qk_dtype
+        right.append((model(images).argmax(-1) == digits).float().mean().item())
+    for layer in layers:
+        layer.qk_dtype = None
+        layer.register_forward_pre_hook(measure)
+    model(images)
+    return found, right
+
+
+def rows(name: str, found: dict[str, Error]) -> Iterator[str]:
+    for i, (numbers, error) in enumerate(found.items()):
+        yield f"| {'' if i else name} | {numbers} | {error.rms:.2%} | {error.largest:.1%} | {error.lse:.2g} |"
+
+
+def main() -> None:
+    print(*HEAD, sep="\n")
+    for name, found in random_cases():
+        print(*rows(name, found), sep="\n")
+    layers, right = trained()
+    worst = {kind: Error(*map(max, zip(*(layer[kind] for layer in layers), strict=True))) for kind in layers[0]}
+    print(*rows(f"a trained DiNAT, the worst of {len(layers)} layers", worst), sep="\n")
+    print("\nImages named rightly without and with e4m3: {:.2%}, {:.2%}".format(*right))
+
+
+if __name__ == "__main__":
+    main()
