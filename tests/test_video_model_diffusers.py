@@ -144,6 +144,19 @@ def test_attention_processors_can_be_replaced(conditioning):
     assert torch.equal(call(model), out)
 
 
+@every_condition
+def test_window_layers_sample_with_queries_and_keys_in_e4m3(conditioning):
+    window = {"type": "window", "window": (3, 3, 3)}
+    model = make(**CONDITIONS[conditioning], attention=[window, "dense"])
+    with torch.no_grad():
+        exact = call(model)
+        model.set_attn_processor(VideoAttnProcessor(qk_dtype=torch.float8_e4m3fn))
+        rounded = call(model)
+    assert 1e-6 < (rounded - exact).abs().max() / exact.abs().max() < 0.1
+    with pytest.raises(NotImplementedError, match="qk_dtype"):
+        call(model)
+
+
 def test_dense_layers_take_the_attention_backend_of_diffusers():
     model = make(attention=["dense", {"type": "dense", "causal": True}, "spatial"], num_layers=3).float()
     out = call(model)

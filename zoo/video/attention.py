@@ -19,10 +19,18 @@ class VideoAttnProcessor:
 
     A processor is called as `processor(attn, hidden_states, ...)` with the arguments of `VideoAttention.forward`, and
     returns its results. Whatever a caller puts into `attention_kwargs` arrives by keyword.
+
+    Args:
+        qk_dtype: torch.float8_e4m3fn for queries and keys of window layers in e4m3, to sample with; see
+            `foveal.kernels.ops.na2d`.
     """
 
     _attention_backend = None
     _parallel_config = None
+    qk_dtype: torch.dtype | None = None  # of subclasses that do not call __init__
+
+    def __init__(self, *, qk_dtype: torch.dtype | None = None):
+        self.qk_dtype = qk_dtype
 
     def __call__(
         self,
@@ -67,7 +75,7 @@ class VideoAttnProcessor:
 
     def see(self, attn: "VideoAttention", query: Tensor, key: Tensor, value: Tensor, text: Text | None) -> Tensor:
         """What the video sees of itself, and of a text that attends along, `[B, T, H, W, heads, d]`."""
-        return attend(attn.pattern, query, key, value, text=text, dense=self.dense)
+        return attend(attn.pattern, query, key, value, text=text, dense=self.dense, qk_dtype=self.qk_dtype)
 
     def read(self, attn: "VideoAttention", query: Tensor, text: Text, key: Tensor, value: Tensor) -> Tensor:
         """What words `[B, L, heads, d]` see of their text and of the video."""

@@ -128,7 +128,16 @@ def _per_axis(layer: object, name: str, value: Any) -> tuple[int, ...]:
     return values
 
 
-def attend(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, *, text: Text | None, dense: Attend) -> Tensor:
+def attend(
+    pattern: Pattern,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    text: Text | None,
+    dense: Attend,
+    qk_dtype: torch.dtype | None = None,
+) -> Tensor:
     """Attention of a layer: `[B, T, H, W, heads, d]`.
 
     Args:
@@ -137,9 +146,10 @@ def attend(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, *, text:
         key, value: `[B, past + T, H, W, heads, d]`; past = 0 for spatial layers.
         text: what the queries see besides.
         dense: what computes attention without a pattern.
+        qk_dtype: what queries and keys of windows are rounded to; see `foveal.kernels.ops.na3d`.
     """
     if pattern.type == "window" or (text is not None and pattern.type != "dense"):
-        return _window(pattern, query, key, value, text)
+        return _window(pattern, query, key, value, text, qk_dtype)
     if pattern.type == "spatial":
         q, k, v = (x.flatten(2, 3).flatten(0, 1) for x in (query, key, value))
         return dense(q, k, v).unflatten(1, query.shape[2:4]).unflatten(0, query.shape[:2])
@@ -193,9 +203,12 @@ def key_mask(text: Text | None, video_tokens: int) -> Tensor | None:
     return torch.nn.functional.pad(text.mask, (0, video_tokens), value=True)[:, None, None]
 
 
-def _window(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, text: Text | None) -> Tensor:
+def _window(
+    pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, text: Text | None, qk_dtype: torch.dtype | None
+) -> Tensor:
     past = key.shape[1] - query.shape[1]
     options, padding = pattern.fit((key.shape[1], *key.shape[2:4]))
+    options["qk_dtype"] = qk_dtype
     queries = query
     if past or padding:
         # na3d wants queries for every frame: those of the past are zeros, and what they see is thrown away
