@@ -1,12 +1,16 @@
 """Agent attention in plain PyTorch, for the CPU and any other device.
 
-Of two ways to attend, the one that measures faster on CPUs: with a bias all logits, which are few since agents are few,
-and without one PyTorch's fused attention. Half precision is computed in float32, which takes CPUs no longer.
+Of three ways to attend, the one that measures faster on CPUs. Without a bias it is PyTorch's fused attention, and with
+one where agents attend and no gradient is wanted, which it does not have for biases. Else it is all logits, which are
+few since agents are; where agents are fewer than numbers in a vector register, tokens come last. Half precision is
+computed in float32, which takes CPUs no longer.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from ..softmax import REGISTER
 
 
 def attend(
@@ -31,8 +35,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
     """One pass, on `[B, heads, T, d]`."""
     if bias is None:
         return scaled_dot_product_attention(query, key, value, scale=scale)
-    if query.shape[2] < key.shape[2]:  # the scale goes to the fewer
-        query = query * scale
-    else:
-        key = key * scale
-    return (query @ key.transpose(-1, -2) + bias.to(query.dtype)).softmax(-1) @ value
+    bias = bias.to(query.dtype)
+    if not torch.compiler.is_compiling() and key.shape[2] < REGISTER:  # a graph that is open in agents would close
+        return ((key * scale) @ query.mT + bias.mT).softmax(-2).mT @ value
+    if query.shape[2] >= key.shape[2]:  # the scale goes to the fewer
+        return (query @ (key * scale).mT + bias).softmax(-1) @ value
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias)):
+        return ((query * scale) @ key.mT + bias).softmax(-1) @ value
+    return scaled_dot_product_attention(query, key, value, attn_mask=bias[None], scale=scale)

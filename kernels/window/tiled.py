@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..softmax import softmax
 from .geometry import Axis, Run, runs
 
 Cut = tuple[int, int, int, int]  # how many stretches, the first coordinate, coordinates of one, from one to the next
@@ -97,7 +98,7 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float,
     logits = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
     if bias is not None:
         logits = (logits.unflatten(0, size[:2]) + bias.to(accumulate)).flatten(0, 1)
-    out = torch.bmm(logits.softmax(-1), v).to(dtype)
+    out = torch.bmm(softmax(logits), v).to(dtype)
     return out.unflatten(0, size[:2]), logits.logsumexp(-1).unflatten(0, size[:2]) if lse else None
 
 
