@@ -156,15 +156,15 @@ def sharded(path: Path) -> None:
         axis, lengths = Axis(24, 9, **options), split_evenly(24, ranks)
         shard = make_shards(axis, lengths)[rank]
         classes, end = torch.zeros(24, 20, dtype=torch.int64), 0
-        for other, (length, count) in enumerate(zip(lengths, shard.receive, strict=True)):
+        for other, length in enumerate(lengths):
+            count = length if other == rank else shard.receive[other]
             first = end if other >= rank else end + length - count  # what it needs lies at the near end of a piece
             classes[first : first + count] = 1 + (other == rank)
             end += length
             if other:
                 ax.plot((-1.8, 19.5), (end - length - 0.5,) * 2, color=INK, linewidth=1, clip_on=False)
             ax.text(-1.2, end - length / 2 - 0.5, str(other), ha="center", va="center", fontsize=7.5, color=INK)
-        fetched = sum(shard.receive) - shard.receive[rank]
-        caption = f"{caption}\nholds {lengths[rank]} frames, fetches {fetched}"
+        caption = f"{caption}\nholds {lengths[rank]} frames, fetches {sum(shard.receive)}"
         grid(ax, classes, [UNSEEN, KEY, QUERY], title, caption)
         ax.set_xlim(-0.5, 19.5)
     figure.axes[0].set_ylabel("24 frames, split over ranks", fontsize=9.5, color=INK, labelpad=16)

@@ -7,6 +7,7 @@ An exception in a function becomes an assertion in the test that called it.
 """
 
 import multiprocessing
+import time
 import traceback
 from datetime import timedelta
 from itertools import accumulate
@@ -20,6 +21,8 @@ from operator_matrix import as_leaves, seeded_randn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 SPLIT = ("query", "key", "value")
 
@@ -76,8 +79,8 @@ def cotangents(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def gradients(inputs: dict, outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """The outputs and, by the name of each input, its gradient."""
-    given = {name: x for name, x in inputs.items() if x is not None}
+    """The outputs and, by the name of each input that requires it, its gradient."""
+    given = {name: x for name, x in inputs.items() if x is not None and x.requires_grad}
     found = torch.autograd.grad(outputs, tuple(given.values()), grads)
     return dict(zip(("out", "lse", *given), (*(x.detach() for x in outputs), *found), strict=True))
 
@@ -92,15 +95,121 @@ def _pieces(case: Case, axis: int, lengths: tuple[int, ...], rank: int, dtype: t
     return as_leaves({n: piece(x, axis, lengths, rank) if n in SPLIT else x for n, x in inputs.items()})
 
 
-def attend(groups, case: Case, axis: int, lengths: tuple[int, ...], given: bool, impl: str, dtype=torch.float64):
-    """Outputs and gradients of this rank's piece of a case."""
+def attend(
+    groups,
+    case: Case,
+    axis: int,
+    lengths: tuple[int, ...],
+    given: bool,
+    impl: str,
+    dtype=torch.float64,
+    leaves: tuple[str, ...] | None = None,
+):
+    """Outputs and gradients of this rank's piece of a case, those of `leaves` only unless None."""
     rank, group = dist.get_rank(), groups[len(lengths)]
     inputs = _pieces(case, axis, lengths, rank, dtype)
+    for name, x in inputs.items():
+        if x is not None and leaves is not None:
+            x.requires_grad_(name in leaves)
     outputs = sharded_neighborhood_attention_lse(
         **inputs, **case.options, mesh=group, axis=axis, lengths=lengths if given else None, impl=impl
     )
     grads = tuple(piece(x, axis, lengths, rank).to(y.dtype) for x, y in zip(cotangents(case), outputs, strict=True))
     return gradients(inputs, outputs, grads)
+
+
+def attend_twice(groups, cases: tuple[Case, Case], axis: int, lengths: tuple[int, ...]) -> dict[str, Tensor]:
+    """`attend` for the sum of two calls with the same inputs."""
+    rank = dist.get_rank()
+    inputs = _pieces(cases[0], axis, lengths, rank, torch.float64)
+    where = {"mesh": groups[len(lengths)], "axis": axis, "lengths": lengths}
+    outputs = [sharded_neighborhood_attention_lse(**inputs, **case.options, **where) for case in cases]
+    grads = tuple(piece(x, axis, lengths, rank) for x in cotangents(cases[0]))
+    return gradients(inputs, tuple(sum(x) for x in zip(*outputs, strict=True)), grads)
+
+
+def attend_checkpointed(groups, case: Case, axis: int, lengths: tuple[int, ...]) -> tuple[dict, int]:
+    """`attend` with a forward that is computed again in the backward, and how many exchanges nobody waited for."""
+    rank = dist.get_rank()
+    inputs = _pieces(case, axis, lengths, rank, torch.float64)
+    options = case.options | {"mesh": groups[len(lengths)], "axis": axis, "lengths": lengths}
+    outputs = checkpoint(sharded_neighborhood_attention_lse, **inputs, **options, use_reentrant=False)
+    found = gradients(inputs, outputs, tuple(piece(x, axis, lengths, rank) for x in cotangents(case)))
+    return found, torch._C._distributed_c10d._get_work_registry_size()
+
+
+def attend_with_anomaly_detection(groups, case: Case, axis: int, lengths: tuple[int, ...]) -> dict[str, Tensor]:
+    """`attend` while autograd looks for NaN, which new memory is full of; rank 1 is the first to go backwards."""
+    rank = dist.get_rank()
+    inputs = _pieces(case, axis, lengths, rank, torch.float64)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            outputs = sharded_neighborhood_attention_lse(
+                **inputs, **case.options, mesh=groups[len(lengths)], axis=axis, lengths=lengths
+            )
+            time.sleep(0.0 if rank == 1 else 0.5)
+            return gradients(inputs, outputs, tuple(piece(x, axis, lengths, rank) for x in cotangents(case)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class Steps(TorchFunctionMode):
+    """Records in what order this process sends, waits and computes; a file appears before it waits."""
+
+    def __init__(self, path: Path):
+        self.path, self.steps = path, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.add({"all_to_all_single": "send", "wait_tensor": "wait", "bmm": "attend"}.get(func.__name__))
+        return func(*args, **(kwargs or {}))
+
+    def add(self, step: str | None) -> None:
+        if step is not None and self.steps[-1:] != [step]:
+            self.steps.append(step)
+        if step == "wait":
+            self.path.touch()
+
+
+def _backward_steps(out: Tensor, path: Path) -> Steps:
+    """Records them for a backward to come, node by node: the mode is off inside one."""
+    names = {"WaitBackward": "send", "PackBackward": "wait", "_AttentionBackward": "attend"}
+    found, nodes, seen = Steps(path), [out.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [after for after, _ in node.next_functions]
+        step = names.get(node.name())
+        node.register_prehook(lambda grads, step=step: found.add(step))
+    return found
+
+
+def _meet(path: Path) -> None:
+    """Wait until another rank makes the file."""
+    for _ in range(9000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no rank made {path.name}")
+
+
+def overlap(groups, case: Case, axis: int, lengths: tuple[int, ...], folder: Path) -> tuple[list[str], list[str]]:
+    """Steps of forward and backward of rank 1. The others start either only when it waits for them."""
+    rank, forward, backward = dist.get_rank(), folder / "forward", folder / "backward"
+    inputs = _pieces(case, axis, lengths, rank, torch.float64)
+    if rank != 1:
+        _meet(forward)
+    with (there := Steps(forward)):
+        out = sharded_neighborhood_attention(
+            **inputs, **case.options, mesh=groups[len(lengths)], axis=axis, lengths=lengths
+        )
+    if rank != 1:
+        _meet(backward)
+    back = _backward_steps(out, backward)
+    out.sum().backward()
+    return there.steps, back.steps
 
 
 def attend_compiled(groups, case: Case, axis: int, lengths: tuple[int, ...], impl: str):

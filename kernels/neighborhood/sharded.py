@@ -6,18 +6,17 @@ with the windows of the whole grid. Gradients of what it fetched go back to the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..calling import Impl, PerAxis, check_extra, check_grids, choose, per_axis
 from .api import check_bias, dispatch, make_axes
 from .geometry import Axis
-from .shards import Shard, make_shards
+from .shards import Part, Shard, make_shards
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -127,11 +126,40 @@ def sharded_neighborhood_attention_lse(
         )
     shape = [sum(lengths) if i == axis else n for i, n in enumerate(query.shape[1:-2])]
     axes = make_axes(shape, **neighborhood)
-    if len(lengths) > 1:
-        shard = make_shards(axes[axis], lengths)[rank]
-        key, value = _fetch(key, value, 1 + axis, shard, group)
-        axes = (*axes[:axis], shard.axis, *axes[axis + 1 :])
-    return dispatch(query, key, value, axes=axes, **rest)
+    shards = make_shards(axes[axis], lengths)
+    if len(lengths) == 1:
+        return dispatch(query, key, value, axes=axes, **rest)
+
+    def attend(part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return dispatch(query, key, value, axes=(*axes[:axis], part.axis, *axes[axis + 1 :]), **rest)
+
+    if not any(shard.border for shard in shards):  # windows end where pieces do, and no token travels
+        return attend(shards[rank].parts[0], query, key, value)
+    return _attend_parts(query, key, value, dim=1 + axis, shard=shards[rank], group=group, attend=attend)
+
+
+def _attend_parts(
+    query: Tensor, key: Tensor, value: Tensor, *, dim: int, shard: Shard, group: ProcessGroup, attend: Callable
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a rank's queries, those of the interior while the others' keys travel."""
+    from .exchange import Pack, Wait, send
+
+    parts, interior = shard.parts, shard.interior
+    queries = query.split([last - first for first, last in (part.queries for part in parts)], dim)
+    outgoing, *own = Pack.apply(key, value, shard, dim)
+    incoming = send(outgoing.detach(), shard.sent, shard.receive, group)
+    keys, values = own[::2], own[1::2]
+    meanwhile = ()
+    if interior is not None:
+        meanwhile = attend(parts[interior], queries[interior], keys[interior], values[interior])
+    border = [i for i in range(len(parts)) if i != interior]
+    waiting = [x for i in border for x in (keys[i], values[i])]
+    arrived = Wait.apply(shard, dim, group, outgoing, incoming, *waiting, *meanwhile)
+    results = [attend(parts[i], queries[i], *arrived[2 * n : 2 * n + 2]) for n, i in enumerate(border)]
+    if interior is not None:
+        results.insert(interior, arrived[-2:])
+    outs, lses = zip(*results, strict=True)
+    return (outs[0], lses[0]) if len(parts) == 1 else (torch.cat(outs, dim), torch.cat(lses, dim))
 
 
 def _process_group(mesh: DeviceMesh | ProcessGroup) -> ProcessGroup:
@@ -196,46 +224,3 @@ def _agree(group: ProcessGroup, query: Tensor, key: Tensor, value: Tensor, axis:
         if any(x != values[0] for x in values):
             raise ValueError(f"{name} must be the same on every rank of mesh, got {values}")
     return [other["length"] for other in ranks]
-
-
-def _fetch(key: Tensor, value: Tensor, dim: int, shard: Shard, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Key and value with `shard.axis` along `dim`."""
-    own = torch.stack([key.movedim(dim, 0), value.movedim(dim, 0)], dim=1)  # [tokens, 2, …]
-    keys, values = _Exchange.apply(own, shard, group).unbind(1)
-    return keys.movedim(0, dim), values.movedim(0, dim)
-
-
-def _parts(shard: Shard) -> list[int]:
-    """How many tokens of `shard.axis` lie before those that are received, are received, and lie after."""
-    count = sum(shard.receive)
-    return [shard.margin, count, shard.axis.length - shard.margin - count]
-
-
-class _Exchange(torch.autograd.Function):
-    """From own tokens `[tokens, …]` to those of `shard.axis`; the backward is the transposed exchange."""
-
-    @staticmethod
-    def forward(ctx, own: Tensor, shard: Shard, group: ProcessGroup) -> Tensor:
-        ctx.shard, ctx.group, ctx.tokens = shard, group, own.shape[0]
-        outgoing = torch.cat([own[first:last] for first, last in shard.send])
-        found = own.new_empty(shard.axis.length, *own.shape[1:])
-        before, incoming, after = found.split(_parts(shard))
-        before.zero_()
-        after.zero_()
-        sizes = [last - first for first, last in shard.send]
-        dist.all_to_all_single(incoming, outgoing, list(shard.receive), sizes, group=group)
-        return found
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        shard: Shard = ctx.shard
-        sizes = [last - first for first, last in shard.send]
-        outgoing = grad.split(_parts(shard))[1].contiguous()
-        incoming = grad.new_empty(sum(sizes), *grad.shape[1:])
-        dist.all_to_all_single(incoming, outgoing, sizes, list(shard.receive), group=ctx.group)
-        accumulate = torch.promote_types(grad.dtype, torch.float32)
-        total = grad.new_zeros(ctx.tokens, *grad.shape[1:], dtype=accumulate)
-        for (first, last), part in zip(shard.send, incoming.split(sizes), strict=True):
-            total[first:last] += part
-        return total.to(grad.dtype), None, None

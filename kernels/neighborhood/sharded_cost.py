@@ -1,4 +1,4 @@
-"""How many bytes travel when one axis of a grid is split over ranks, exact, on Python integers.
+"""How many bytes travel when one axis of a grid is split over ranks, and what is computed meanwhile: exact integers.
 
 python -m foveal.kernels.neighborhood.sharded_cost --shape 30 48 80 --window 18 24 24 --heads 24 --head-dim 128
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from . import cost
 from .api import make_axes
-from .geometry import Axis
+from .geometry import Axis, query_count
 from .shards import make_shards, split_evenly
 
 
@@ -23,6 +23,8 @@ class RankCost(NamedTuple):
         queries, keys: tokens of the split axis.
         sent, received: bytes of the forward that go to and come from other ranks.
         forward_flops: useful FLOPs, see `cost.forward_flops`.
+        interior: those of `queries` that are attended while bytes travel.
+        interior_flops: those of `forward_flops` that are theirs.
     """
 
     queries: int
@@ -30,6 +32,8 @@ class RankCost(NamedTuple):
     sent: int
     received: int
     forward_flops: int
+    interior: int
+    interior_flops: int
 
 
 def sharded_cost(
@@ -56,11 +60,14 @@ def sharded_cost(
     plane = token * prod(a.length for i, a in enumerate(axes) if i != axis)
     ranks = []
     for rank, shard in enumerate(make_shards(axes[axis], tuple(lengths))):
-        sent = sum(last - first for i, (first, last) in enumerate(shard.send) if i != rank)
-        local = (*axes[:axis], shard.axis, *axes[axis + 1 :])
-        flops = cost.forward_flops(local, batch=batch, heads=heads, head_dim=head_dim)
-        keys = sum(shard.receive)
-        ranks.append(RankCost(lengths[rank], keys, sent * plane, (keys - shard.receive[rank]) * plane, flops))
+        parts = [(*axes[:axis], part.axis, *axes[axis + 1 :]) for part in shard.parts]
+        flops = [cost.forward_flops(part, batch=batch, heads=heads, head_dim=head_dim) for part in parts]
+        inside, inside_flops = 0, 0
+        if shard.interior is not None:
+            inside, inside_flops = query_count(shard.parts[shard.interior].axis), flops[shard.interior]
+        sent, received = sum(shard.sent), sum(shard.receive)
+        keys = lengths[rank] + received
+        ranks.append(RankCost(lengths[rank], keys, sent * plane, received * plane, sum(flops), inside, inside_flops))
     return tuple(ranks)
 
 
@@ -70,11 +77,13 @@ def _row(axes: Sequence[Axis], axis: int, ranks: int, **sizes) -> str:
     share = cost.forward_flops(axes, **{name: sizes[name] for name in ("batch", "heads", "head_dim")}) / ranks
     worst = max(cost.forward_flops for cost in costs) / share
     pieces = f"{min(c.queries for c in costs)} to {max(c.queries for c in costs)}"
-    return f"{ranks:5}  {axis:4}  {pieces:>9}  {most.keys:4}  {most.received / 2**20:12,.1f}  {worst:12.2f}"
+    hidden = f"{most.interior / most.queries:8.0%}  {most.interior_flops / max(most.received, 1):12,.0f}"
+    row = f"{ranks:5}  {axis:4}  {pieces:>9}  {most.keys:4}  {most.received / 2**20:12,.1f}  {worst:12.2f}"
+    return f"{row}  {hidden}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print what the rank with the largest share sends and computes, for every axis that could be split."""
+    """Print what the rank that receives most fetches and computes meanwhile, for every axis that could be split."""
     parser = argparse.ArgumentParser(
         prog="python -m foveal.kernels.neighborhood.sharded_cost",
         description="What a rank receives in the forward, and sends in the backward, when one axis is split.",
@@ -96,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     sizes = {name: getattr(args, name) for name in ("batch", "heads", "key_heads", "head_dim", "itemsize")}
-    print("ranks  axis     pieces  keys  MiB received  FLOPs / even")
+    print("ranks  axis     pieces  keys  MiB received  FLOPs / even  interior  FLOPs a byte")
     for ranks in args.ranks:
         for axis in range(len(axes)):
             if axes[axis].length >= ranks:

@@ -1,0 +1,122 @@
+"""Keys and values on their way between ranks: two steps of the graph, with work that needs neither between them.
+
+    forward:   Pack, send | interior | Wait, border
+    backward:  border, Wait sends gradients | interior | Pack waits and adds
+
+The results of the interior pass through Wait: so their gradients enter the interior only after those that other ranks
+wait for have left. A rank that sends or receives nothing takes part all the same.
+
+What `send` returns has not arrived: nobody may read it before `wait`. Autograd hands it from Wait to Pack as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed._functional_collectives import wait_tensor
+
+from .shards import Part, Shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Span = tuple[int, int]
+
+
+def send(outgoing: Tensor, counts: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Send every rank its count of rows; returns those of the other ranks, `[sum(receive), …]`, on their way."""
+    return torch.ops._c10d_functional.all_to_all_single(outgoing, list(receive), list(counts), group.group_name)
+
+
+def wait(incoming: Tensor) -> Tensor:
+    """The tensor, arrived. On a GPU the current stream waits, on CPU the host; it is no error to wait twice."""
+    return wait_tensor(incoming)
+
+
+def _cut(x: Tensor, dim: int, span: Span) -> Tensor:
+    return x.narrow(dim, span[0], span[1] - span[0])
+
+
+def _spans(part: Part) -> tuple[Span, Span, Span]:
+    """Where the tokens of lower ranks, own tokens and those of higher ranks lie on `part.axis`."""
+    lower, own, upper = (last - first for first, last in (part.lower, part.own, part.upper))
+    first, last = part.margin + lower, part.margin + lower + own
+    return (part.margin, first), (first, last), (last, last + upper)
+
+
+def _lay_out(part: Part, arrived: Tensor, own: Tensor, dim: int) -> Tensor:
+    """Key or value on `part.axis`, zero where no query looks."""
+    end = _spans(part)[2][1]
+    shape = [*own.shape]
+    zeros = [own.new_zeros(shape[:dim] + [n] + shape[dim + 1 :]) for n in (part.margin, part.axis.length - end)]
+    return torch.cat([zeros[0], _cut(arrived, dim, part.lower), own, _cut(arrived, dim, part.upper), zeros[1]], dim)
+
+
+class Pack(torch.autograd.Function):
+    """Copy own keys and values that other ranks need.
+
+    Args: key, value `[B, *spatial, key_heads, head_dim]`; the shard and the split dimension.
+    Returns: what to send, `[tokens, 2, …]`; then of every part its own keys and values, as views.
+    """
+
+    @staticmethod
+    def forward(ctx, key: Tensor, value: Tensor, shard: Shard, dim: int) -> tuple[Tensor, ...]:
+        ctx.shard, ctx.dim, ctx.shape = shard, dim, key.shape
+        both = [torch.stack([_cut(x, dim, span).movedim(dim, 0) for x in (key, value)], 1) for span in shard.send]
+        return torch.cat(both), *(_cut(x, dim, part.own) for part in shard.parts for x in (key, value))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, returned: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        shard: Shard = ctx.shard
+        accumulate = torch.promote_types(returned.dtype, torch.float32)
+        totals = [returned.new_zeros(ctx.shape, dtype=accumulate) for _ in range(2)]  # of key and value
+        for i, grad in enumerate(grads):
+            _cut(totals[i % 2], ctx.dim, shard.parts[i // 2].own).add_(grad)
+        for span, part in zip(shard.send, wait(returned).split(shard.sent), strict=True):
+            for total, grad in zip(totals, part.unbind(1), strict=True):
+                _cut(total, ctx.dim, span).add_(grad.movedim(0, ctx.dim))
+        return *(total.to(returned.dtype) for total in totals), None, None
+
+
+class Wait(torch.autograd.Function):
+    """Wait for the tokens of other ranks and lay out the keys and values of the border.
+
+    Args: the shard, the split dimension, the process group; what was sent and what comes; own keys and values of the
+        border, as `Pack` returned them; the results of the interior.
+    Returns: key and value of every part of the border; the results of the interior as they are.
+    """
+
+    @staticmethod
+    def forward(ctx, shard: Shard, dim: int, group: ProcessGroup, outgoing: Tensor, incoming: Tensor, *tensors: Tensor):
+        ctx.shard, ctx.dim, ctx.group, ctx.shape = shard, dim, group, incoming.shape
+        # A checkpoint recomputes as far as tensors were saved: this one makes it wait even where no border follows.
+        ctx.save_for_backward(incoming.new_empty(0))
+        arrived = [x.movedim(0, dim) for x in wait(incoming).unbind(1)]
+        count = 2 * len(shard.border)
+        laid = [_lay_out(shard.border[i // 2], arrived[i % 2], tensors[i], dim) for i in range(count)]
+        return *laid, *tensors[count:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        shard, dim, count = ctx.shard, ctx.dim, 2 * len(ctx.shard.border)
+        if not ctx.needs_input_grad[3]:  # neither key nor value requires a gradient, on any rank
+            return *(None for _ in range(5 + count)), *grads[count:]
+        (like,) = ctx.saved_tensors
+        total = like.new_zeros(ctx.shape, dtype=torch.promote_types(like.dtype, torch.float32))
+        own = []
+        for i, grad in enumerate(grads[:count]):
+            part, received = shard.border[i // 2], total[:, i % 2].movedim(0, dim)
+            below, mine, above = _spans(part)
+            _cut(received, dim, part.lower).add_(_cut(grad, dim, below))
+            _cut(received, dim, part.upper).add_(_cut(grad, dim, above))
+            own.append(_cut(grad, dim, mine))
+        returned = send(total.to(like.dtype), shard.receive, shard.sent, ctx.group)
+        if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():  # it reads what nodes return
+            returned = wait(returned)
+        return None, None, None, returned, None, *own, *grads[count:]
