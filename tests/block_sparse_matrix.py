@@ -196,4 +196,4 @@ def opcheck(name: str, case: Case, *, requires_grad: bool) -> None:
     tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
     lists = mask.kv_num, mask.kv_idx, mask.bias, mask.q_len, mask.kv_len, *(mask.inverse or (None, None))
     rest = *tensors[3:], *lists, list(case.query_block), list(case.key_block), 0.5
-    operator_matrix.opcheck(name, tensors[:3], rest, 1e-4)
+    operator_matrix.opcheck(f"{name}_forward", f"{name}_backward", tensors[:3], rest, 1e-4)

@@ -7,7 +7,7 @@ A case prints as the call that makes it again, so a failure can be pasted into a
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from random import Random
 
@@ -162,3 +162,11 @@ def check_large_means(impl: str) -> None:
     for name, truth in exact.items():
         coarse = 2e-5 if name == "out" else 0.0  # the output holds the mean: float32 near 100
         torch.testing.assert_close(got[name].double(), truth, rtol=0, atol=1e-5 * truth.std().item() + coarse)
+
+
+def opcheck(name: str, case: Case, dtype: torch.dtype, *, requires_grad: bool, scales: bool) -> None:
+    """torch's own checks of `torch.ops.foveal.{name}` and, without gradients, of its backward."""
+    inputs = make_inputs(replace(case, scale=None), dtype)
+    *tensors, factors = (x.detach().requires_grad_(requires_grad) for x in inputs.values())
+    rest = factors if scales else None, 0.5, case.relu, case.mean or case.centered, case.centered, case.eps, case.floor
+    operator_matrix.opcheck(name, f"{name}_backward", tensors, rest, 1e-2, differentiable=1, wanted=(scales,))

@@ -207,4 +207,5 @@ def opcheck(name: str, case: Case, dtype: torch.dtype, *, requires_grad: bool) -
     inputs = make_inputs(case, dtype)
     tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
     geometry = list(case.window), list(case.stride), list(case.dilation), list(case.causal), 0.5
-    operator_matrix.opcheck(name, tensors[:3], (*tensors[3:], *geometry), 1e-2)
+    forward, backward = f"{name}_forward", f"{name}_backward"
+    operator_matrix.opcheck(forward, backward, tensors[:3], (*tensors[3:], *geometry), 1e-2)

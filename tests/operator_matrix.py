@@ -101,15 +101,28 @@ def assert_exact(found: dict[str, tuple[float, float]], what: str) -> None:
     assert not broken, f"{what}: {broken}"
 
 
-def opcheck(name: str, tensors: Sequence[Tensor], rest: Sequence, tolerance: float) -> None:
-    """torch's own checks of `torch.ops.foveal.{name}_forward` and, if no gradient is asked for, of its backward.
+def opcheck(
+    forward: str,
+    backward: str,
+    tensors: Sequence[Tensor],
+    rest: Sequence,
+    tolerance: float,
+    *,
+    differentiable: int = 2,
+    wanted: Sequence[bool] = (),
+) -> None:
+    """torch's own checks of `torch.ops.foveal.{forward}` and, if no gradient is asked for, of its backward.
 
-    `tensors` are query, key and value, `rest` all other arguments.
+    The backward takes `tensors` (query, key and value), what the forward returns, gradients of its first
+    `differentiable` outputs, `rest` (all other arguments of the forward), and `wanted`.
     """
-    forward, backward = (getattr(torch.ops.foveal, f"{name}_{way}") for way in ("forward", "backward"))
-    torch.library.opcheck(forward, (*tensors, *rest), atol=tolerance, rtol=tolerance)
+    operator = getattr(torch.ops.foveal, forward)
+    torch.library.opcheck(operator, (*tensors, *rest), atol=tolerance, rtol=tolerance)
     if not any(x.requires_grad for x in tensors):
-        out, lse = forward(*tensors, *rest)
-        arguments = (*tensors, out, lse, torch.randn_like(out), torch.randn_like(lse), *rest)
-        utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-        torch.library.opcheck(backward, arguments, test_utils=utils)
+        outputs = operator(*tensors, *rest)
+        gradients = [torch.randn_like(x) for x in outputs[:differentiable]]
+        torch.library.opcheck(
+            getattr(torch.ops.foveal, backward),
+            (*tensors, *outputs, *gradients, *rest, *wanted),
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )

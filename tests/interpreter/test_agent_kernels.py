@@ -10,7 +10,7 @@ import torch
 from agent_matrix import Case, cases, check, make_inputs, run
 from foveal.kernels.agent import configs
 from foveal.kernels.ops import agent_attention
-from operator_matrix import LAYOUTS
+from operator_matrix import LAYOUTS, opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 CASES = 160
@@ -103,30 +103,15 @@ def test_memory_around_the_tensors_is_not_read():
         assert got.isfinite().all() and torch.equal(got, expected)
 
 
-def pass_arguments(dtype, requires_grad, bias=True) -> tuple:
-    inputs = make_inputs(replace(FULL, layout="fused"), dtype)
-    names = ("agent", "key", "value", "agent_bias")
-    tensors = [inputs[name].detach().requires_grad_(requires_grad) for name in names]
-    return (*tensors[:3], tensors[3] if bias else None, 0.5)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_opcheck(dtype, requires_grad, bias):
-    arguments = pass_arguments(dtype, requires_grad, bias)
-    torch.library.opcheck(torch.ops.foveal.agent_pass, arguments, atol=1e-2, rtol=1e-2)
-
-
-@pytest.mark.parametrize("bias_gradient", [False, True])
-def test_opcheck_of_the_backward(bias_gradient):
-    query, key, value, bias, scale = pass_arguments(torch.float32, requires_grad=False)
-    out, lse = torch.ops.foveal.agent_pass(query, key, value, bias, scale)
-    torch.library.opcheck(
-        torch.ops.foveal.agent_pass_backward,
-        (query, key, value, out, lse, torch.randn_like(out), bias, scale, bias_gradient),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
+@pytest.mark.parametrize("bias, wanted", [(False, False), (True, False), (True, True)])
+def test_opcheck(dtype, requires_grad, bias, wanted):
+    inputs = make_inputs(replace(FULL, layout="fused"), dtype)
+    names = ("agent", "key", "value", "agent_bias")
+    *tensors, table = (inputs[name].detach().requires_grad_(requires_grad) for name in names)
+    rest = table if bias else None, 0.5
+    opcheck("agent_pass", "agent_pass_backward", tensors, rest, 1e-2, differentiable=1, wanted=(wanted,))
 
 
 def test_only_what_requires_a_gradient_gets_one():

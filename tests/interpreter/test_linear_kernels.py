@@ -9,7 +9,7 @@ import pytest
 import torch
 from foveal.kernels.linear import configs
 from foveal.kernels.ops import linear_attention
-from linear_matrix import Case, cases, check, check_large_means, make_inputs, run
+from linear_matrix import Case, cases, check, check_large_means, make_inputs, opcheck, run
 from operator_matrix import LAYOUTS
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,7 +17,6 @@ CASES = 80
 CHUNK = 20
 FLOOR = Case((5, 7), (4, 6), heads=2, relu=True, floor=20.0, scale=None)
 CENTERED = replace(FLOOR, floor=None, centered=True, value_dim=12)
-OPTIONS = (1.0, False, True, False, 1e-3, None)  # scale, relu, mean, centered, eps, floor
 
 
 def affordable(case: Case) -> bool:
@@ -123,29 +122,12 @@ def test_not_a_number_is_not_hidden_by_relu():
     assert out[0, 0, 0, 0].isnan().all() and out[0, 1:].isfinite().all()
 
 
-def arguments(dtype, requires_grad, scales=False) -> list:
-    inputs = make_inputs(replace(FLOOR, layout="fused", relu=False, floor=None, eps=1e-3, mean=True), dtype)
-    tensors = [x.detach().requires_grad_(requires_grad) for x in inputs.values()]
-    return [*tensors[:3], tensors[3] if scales else None, *OPTIONS]
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("scales", [False, True])
 def test_opcheck(dtype, requires_grad, scales):
-    given = arguments(dtype, requires_grad, scales)
-    torch.library.opcheck(torch.ops.foveal.linear_attention, given, atol=1e-2, rtol=1e-2)
-
-
-@pytest.mark.parametrize("scales", [False, True])
-def test_opcheck_of_the_backward(scales):
-    query, key, value, *rest = arguments(torch.float32, False, scales)
-    out, state = torch.ops.foveal.linear_attention(query, key, value, *rest)
-    torch.library.opcheck(
-        torch.ops.foveal.linear_attention_backward,
-        (query, key, value, out, state, torch.randn_like(out), *rest, scales),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
+    case = replace(FLOOR, layout="fused", relu=False, floor=None, eps=1e-3, mean=True)
+    opcheck("linear_attention", case, dtype, requires_grad=requires_grad, scales=scales)
 
 
 def test_only_what_requires_a_gradient_gets_one():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from foveal.kernels.ops import window_attention, window_attention_lse
 from foveal.kernels.window import configs
+from operator_matrix import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 from window_matrix import TENSORS, Case, cases, check, make_inputs, run
 
@@ -86,28 +87,13 @@ def test_memory_around_the_tensors_is_not_read():
         assert out.isfinite().all()
 
 
-def library_arguments(case: Case, requires_grad: bool) -> tuple:
-    inputs = make_inputs(case, torch.float32)
-    tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
-    return *tensors, list(case.window), list(case.shift), list(case.halo), case.padded, 0.5
-
-
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("case", [FULL, HALO, Case((13,), (5,), (2,), (0,), layout="fused")])
 def test_opcheck(case, requires_grad):
-    arguments = library_arguments(case, requires_grad)
-    torch.library.opcheck(torch.ops.foveal.window_forward, arguments, atol=1e-4, rtol=1e-4)
-
-
-def test_opcheck_of_the_backward():
-    *tensors, window, shift, halo, padded, scale = library_arguments(FULL, False)
-    out, lse = torch.ops.foveal.window_forward(*tensors, window, shift, halo, padded, scale)
-    arguments = (*tensors[:3], out, lse, torch.randn_like(out), torch.randn_like(lse), tensors[3])
-    torch.library.opcheck(
-        torch.ops.foveal.window_backward,
-        (*arguments, window, shift, halo, padded, scale),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
+    inputs = make_inputs(case, torch.float32)
+    tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
+    rest = tensors[3], list(case.window), list(case.shift), list(case.halo), case.padded, 0.5
+    opcheck("window_forward", "window_backward", tensors[:3], rest, 1e-4)
 
 
 def test_compiled_whole_for_any_size():
