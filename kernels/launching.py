@@ -121,9 +121,11 @@ def device_class(device: torch.device) -> Device:
     return "hopper" if has_descriptors(device) else "ampere"
 
 
-def needs_wide(*tensors: Tensor) -> bool:
-    """Whether an offset inside one batch and head passes 32 bits."""
-    return any(sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31 for x in tensors)
+def needs_wide(*tensors: Tensor, made: int = 0) -> bool:
+    """Whether an offset inside one batch and head passes 32 bits, or one in `made` numbers a batch entry."""
+    return made >= 2**31 or any(
+        sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31 for x in tensors
+    )
 
 
 @lru_cache

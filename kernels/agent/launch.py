@@ -47,7 +47,7 @@ class Pass:
         self.queries, self.keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
         self.bias, self.scale = bias, scale
         made = max(prod(x.shape[1:]) for x in (query, key))  # numbers an entry of what is written
-        self.wide = made >= 2**31 or needs_wide(query, key, value, *rest, *(() if bias is None else (bias,)))
+        self.wide = needs_wide(query, key, value, *rest, *(() if bias is None else (bias,)), made=made)
         self.precision, self.itemsize, self.device = precision(query), query.element_size(), query.device
 
     def config(self, kernel: configs.Kernel) -> configs.Config:
