@@ -1,6 +1,7 @@
 """Linear attention: the plain path against the fp64 reference, the formulas of the papers, and what is refused."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from foveal.kernels.linear import cost
 from foveal.kernels.linear.plot import attention_maps, plot_linear_attention
 from foveal.kernels.ops import explain, linear_attention
-from linear_matrix import VARIANTS, Case, cases, check, check_large_means, make_inputs, run
+from linear_matrix import VARIANTS, Case, cases, check, check_large_means, make_inputs, opcheck, run
 from operator_matrix import LAYOUTS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import softplus
@@ -172,11 +173,48 @@ def test_autocast_leaves_the_dtype_alone():
     assert torch.equal(out, linear_attention(**inputs, **CENTERED.options))
 
 
-def test_compile():
+@pytest.mark.parametrize("case", [FLOOR, CENTERED, EPS], ids=["floor", "centered", "eps"])
+def test_tokens_in_parts(case):
+    """More tokens than are worked on at a time, 512 of these, of one entry and of several."""
+    long = replace(case, heads=4, head_dim=128, value_dim=48)
+    check(replace(long, shape=(30, 25), key_shape=(27, 30)), torch.float32, "tiled")
+    check(replace(long, shape=(15, 10), key_shape=(40, 10), batch=5), torch.float32, "tiled")
+
+
+def test_second_derivative_is_refused():
+    inputs = make_inputs(FLOOR, torch.float64)
+    out = linear_attention(**inputs, **FLOOR.options)
+    (grad,) = torch.autograd.grad(out.square().sum(), inputs["query"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_compiled_as_one_operator():
     torch._dynamo.reset()
-    operator = torch.compile(linear_attention, fullgraph=True, dynamic=False, backend="aot_eager")
-    for case in (FLOOR, CENTERED, EPS):
-        check(case, torch.float32, "tiled", operator=operator)
+    counter = CompileCounterWithBackend("aot_eager")
+    operator = torch.compile(linear_attention, fullgraph=True, dynamic=False, backend=counter)
+    for case in (FLOOR, CENTERED, replace(EPS, value_dim=5)):
+        for dtype in (torch.float64, torch.float16):
+            check(case, dtype, "tiled", operator=operator)
+    for graph in counter.graphs:
+        called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        assert called.count(torch.ops.foveal.linear_attention_chunked) == 1
+        assert torch.matmul not in called and torch.bmm not in called
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("case", [FLOOR, CENTERED, EPS], ids=["floor", "centered", "eps"])
+def test_opcheck(case, scales, requires_grad):
+    opcheck("linear_attention_chunked", case, torch.float32, requires_grad=requires_grad, scales=scales)
+
+
+def test_only_what_requires_a_gradient_gets_one():
+    for operator in (linear_attention, torch.compile(linear_attention, backend="aot_eager")):
+        inputs = make_inputs(replace(FLOOR, scale=None), torch.float32)
+        inputs["scale"].requires_grad_(False)
+        operator(**inputs, relu=True, floor=20.0).sum().backward()
+        assert inputs["scale"].grad is None and inputs["key"].grad is not None
 
 
 def test_compile_dynamic_does_not_recompile():
@@ -188,6 +226,27 @@ def test_compile_dynamic_does_not_recompile():
         check(replace(EPS, shape=shape, key_shape=key_shape), torch.float32, "tiled", operator=operator)
         counts.add(counter.frame_count)
     assert len(counts) == 1
+
+
+def check_graph(case: Case, dtype: torch.dtype, trace: Callable) -> None:
+    """Graphs of torch alone have plain products, which PyTorch differentiates."""
+
+    class Model(torch.nn.Module):
+        def forward(self, query, key, value, scale):
+            return linear_attention(query, key, value, scale=scale, **case.options)
+
+    graph = trace(Model(), tuple(x.detach() for x in make_inputs(case, dtype).values()))
+    check(case, dtype, "tiled", operator=lambda query, key, value, scale, **_: graph(query, key, value, scale))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_exported_graphs_keep_the_definition(variant):
+    case = replace(EPS, **({"eps": None, "mean": False, "scale": None, "key_shape": (4, 7), "value_dim": 5} | variant))
+    check_graph(case, torch.float64, lambda model, inputs: torch.export.export(model, inputs).module())
+
+
+def test_jit_trace():
+    check_graph(FLOOR, torch.float32, torch.jit.trace)
 
 
 class Exported(torch.nn.Module):

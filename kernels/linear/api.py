@@ -1,11 +1,13 @@
 """Public linear attention: validation and semantics."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .. import calling
-from ..calling import Impl, without_autocast
-from . import library, reference, tiled
+from ..calling import Impl, is_compiled_on_cpu, without_autocast
+from . import chunked, library, reference, tiled
 from .options import Options
 
 __all__ = ["choose", "linear_attention", "obstacles"]
@@ -28,6 +30,14 @@ def choose(query: Tensor, impl: Impl = "auto") -> str:
         raise NotImplementedError(f"impl='triton' cannot take this call: {obstacle}")
     chosen = calling.choose(query, impl)
     return "tiled" if chosen == "triton" and obstacle is not None else chosen
+
+
+def _plain(query: Tensor) -> Callable[..., Tensor]:
+    """The plain PyTorch that suits a call: graphs that need nothing but torch, and other devices, take all tokens."""
+    if is_compiled_on_cpu(query):
+        return library.attend_chunked
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return tiled.attend if traced or query.device.type != "cpu" else chunked.attend
 
 
 def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -90,8 +100,9 @@ def linear_attention(
     around their means, `out = mean(value) + scale * query @ cov(key, value)`, the injective attention of
     arXiv:2412.06590. Features other than ReLU are made before the call.
 
-    Nothing is causal. Differentiable in query, key, value and a tensor of scales. Spatial axes are flattened in C
-    order; queries and keys may lie on different grids, or on none: `[B, N, heads, head_dim]`.
+    Nothing is causal. Differentiable in query, key, value and a tensor of scales: once, with `impl="reference"` any
+    number of times. Spatial axes are flattened in C order; queries and keys may lie on different grids, or on none:
+    `[B, N, heads, head_dim]`.
 
     Args:
         query: `[B, *spatial, heads, head_dim]`, float16, bfloat16, float32 or float64, any strides.
@@ -118,6 +129,6 @@ def linear_attention(
     options = Options(relu, mean or centered, centered, eps, floor)
     if not isinstance(scale, (Tensor, torch.SymFloat)):
         scale = float(scale)
-    attend = {"triton": library.attend, "tiled": tiled.attend, "reference": reference.attend}[choose(query, impl)]
+    attend = {"triton": library.attend, "tiled": _plain(query), "reference": reference.attend}[choose(query, impl)]
     with without_autocast(query.device):
         return attend(query, key, value, options=options, scale=scale)

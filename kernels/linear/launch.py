@@ -81,8 +81,8 @@ class Call:
         self.value_dim = value.shape[-1]
         self.queries, self.keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
         self.packed = self.head_dim * self.value_dim + self.head_dim + self.value_dim
-        made = max(self.queries, self.keys) * self.heads * max(self.head_dim, self.value_dim)  # offsets in what is made
-        self.wide = made >= 2**31 or needs_wide(query, key, value, *rest)
+        made = max(self.queries, self.keys) * self.heads * max(self.head_dim, self.value_dim)  # of what is written
+        self.wide = needs_wide(query, key, value, *rest, made=made)
         self.itemsize, self.device = query.element_size(), query.device
         self.precision = precision(query)
         self.state_precision = state_precision(query, self.precision)
@@ -140,12 +140,13 @@ def backward(
     scales: Tensor | None,
     scale: float,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and of the packed state that queries meet, before its factor."""
+    scales_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and, if wanted, scales."""
     call = Call(query, key, value, scales, scale, options, grad_out)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     if call.batch == 0:
-        return dq, dk, dv, torch.empty_like(state)
+        return dq, dk, dv, scales.new_zeros(scales.shape) if scales_gradient else None
     with torch.cuda.device_of(query):
         out, state = out.contiguous(), state.contiguous()  # as the kernels take them
         operands = (*call.query, *grid(grad_out), out, state, call.scales, dq)
@@ -153,4 +154,15 @@ def backward(
         dstate = call.accumulate("query", query_kernel, call.queries, operands, rest)
         operands = (*call.key, *call.value, state, dstate, call.scales, dk, dv)
         call.run("key", key_kernel, call.keys, operands, call.factors)
-    return dq, dk, dv, dstate
+    return dq, dk, dv, _scales_gradient(call, state, dstate).to(scales.dtype) if scales_gradient else None
+
+
+def _scales_gradient(call: Call, state: Tensor, dstate: Tensor) -> Tensor:
+    """Gradient of the scales, from the packed state before its factor and the gradient of the one that queries meet."""
+    d, e, (share, scale) = call.head_dim, call.value_dim, call.factors
+    matrix, key_sum, value_sum = state.split([d * e, d, e], -1)
+    met = matrix.unflatten(-1, (d, e))
+    if call.options.centered:
+        met = met - key_sum.unsqueeze(-1) * value_sum.unsqueeze(-2) * share
+    found = (dstate[..., : d * e].unflatten(-1, (d, e)) * met).sum((0, 2, 3))
+    return found * (share * scale if call.options.mean else scale)
