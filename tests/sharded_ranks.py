@@ -10,7 +10,7 @@ import multiprocessing
 import time
 import traceback
 from datetime import timedelta
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
@@ -19,12 +19,15 @@ from foveal.kernels.ops import na3d, sharded_neighborhood_attention, sharded_nei
 from neighborhood_matrix import Case, make_inputs
 from operator_matrix import as_leaves, seeded_randn
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 SPLIT = ("query", "key", "value")
+STEPS = {"all_to_all_single": "send", "wait_tensor": "wait", "bmm": "attend"}
 
 
 class Ranks:
@@ -161,7 +164,7 @@ class Steps(TorchFunctionMode):
         self.path, self.steps = path, []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.add({"all_to_all_single": "send", "wait_tensor": "wait", "bmm": "attend"}.get(func.__name__))
+        self.add(STEPS.get(func.__name__))
         return func(*args, **(kwargs or {}))
 
     def add(self, step: str | None) -> None:
@@ -213,18 +216,24 @@ def overlap(groups, case: Case, axis: int, lengths: tuple[int, ...], folder: Pat
 
 
 def attend_compiled(groups, case: Case, axis: int, lengths: tuple[int, ...], impl: str):
-    """`attend` on a mesh, lengths given, under `torch.compile(fullgraph=True)`."""
+    """`attend` on a mesh, lengths given, under `torch.compile(fullgraph=True)`, and the steps of both graphs."""
     rank, mesh = dist.get_rank(), DeviceMesh.from_group(groups[len(lengths)], "cpu")
-    inputs = _pieces(case, axis, lengths, rank, torch.float64)
+    inputs, graphs = _pieces(case, axis, lengths, rank, torch.float64), []
 
     def operator(**tensors):
         return sharded_neighborhood_attention_lse(
             **tensors, **case.options, mesh=mesh, axis=axis, lengths=lengths, impl=impl
         )
 
-    outputs = torch.compile(operator, fullgraph=True, backend="aot_eager")(**inputs)
+    def record(graph, _):
+        names = (getattr(node.target, "overloadpacket", node.target) for node in graph.graph.nodes)
+        steps = [STEPS[name.__name__] for name in names if getattr(name, "__name__", "") in STEPS]
+        graphs.append([step for step, _ in groupby(steps)])
+        return make_boxed_func(graph)
+
+    outputs = torch.compile(operator, fullgraph=True, backend=aot_autograd(fw_compiler=record))(**inputs)
     grads = tuple(piece(x, axis, lengths, rank) for x in cotangents(case))
-    return gradients(inputs, outputs, grads)
+    return gradients(inputs, outputs, grads), graphs
 
 
 def attend_on_meshes(groups, case: Case, axis: int, lengths: tuple[int, ...]):

@@ -6,7 +6,9 @@
 The results of the interior pass through Wait: so their gradients enter the interior only after those that other ranks
 wait for have left. A rank that sends or receives nothing takes part all the same.
 
-What `send` returns has not arrived: nobody may read it before `wait`. Autograd hands it from Wait to Pack as it is.
+What `send` returns has not arrived: nobody may read it before `wait`. Autograd hands it from Wait to Pack as it is. The
+process group keeps what it sends until then. Collectives of torch.ops._c10d_functional, unlike those with a handle, are
+operators of a compiled graph, too.
 """
 
 from __future__ import annotations

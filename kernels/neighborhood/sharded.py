@@ -1,7 +1,8 @@
 """Neighborhood attention over several processes, each with a piece of one spatial axis.
 
 A rank fetches the keys and values that its queries see, from however many neighbours hold them, and attends to them
-with the windows of the whole grid. Gradients of what it fetched go back to the owners, who add them in order of rank.
+with the windows of the whole grid; queries that see own tokens only are attended meanwhile. Gradients of what it
+fetched go back to the owners, who add them in order of rank.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def sharded_neighborhood_attention(
     """`na1d`, `na2d` or `na3d` on a grid of which every rank holds a piece (sequence parallelism).
 
     The pieces, in order of rank, are consecutive along one spatial axis; they may differ in length, and windows may
-    reach past a neighbour. Output and gradients are those of one process with the whole grid. Every rank of `mesh` must
-    make the call, and its backward. `foveal.kernels.neighborhood.sharded_cost` counts what travels.
+    reach past a neighbour. Output and gradients are those of one process with the whole grid. Queries that see own
+    tokens only are attended while keys, values and their gradients travel. Every rank of `mesh` must make the call, and
+    its backward. `foveal.kernels.neighborhood.sharded_cost` counts what travels and what is computed meanwhile.
 
     Args:
         query: this rank's piece `[B, *spatial, heads, head_dim]`, one to three spatial axes.

@@ -114,13 +114,14 @@ def _make_part(axis: Axis, piece: tuple[int, int], need: tuple[int, int], querie
     first, cropped = crop(axis._replace(queries=queries))
     run = first, first + cropped.length
     before = piece[0] - need[0]
+    start, stop = _overlap((piece[1], need[1]), run)
     return Part(
         queries=_overlap(piece, queries),
         axis=cropped,
         margin=max(need[0] - first, 0),
         lower=_overlap((need[0], piece[0]), run),
         own=_overlap(piece, run),
-        upper=tuple(before + i for i in _overlap((piece[1], need[1]), run)),
+        upper=(before + start, before + stop),
     )
 
 
