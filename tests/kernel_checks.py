@@ -20,9 +20,20 @@ def run_interpreter(file: str, select: str) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-def spills_more_than_a_few(row: report.Row) -> bool:
-    """Up to 160 bytes a thread are few; float32 from head dim 128 on, whose rows fill the registers, is not asked."""
-    return row.spills > 160 and not (row.dtype == "fp32" and row.head_dim >= 128)
+def must_not_spill(row: report.Row) -> bool:
+    """Whether the spill of a row is an error: not where rows of float32 fill the registers, nor up to a few bytes.
+
+    These are 160 bytes a thread, and 40 in neighborhood attention, whose float32 is asked up to head dim 128. It may
+    spill them only where bias and extra keys together, or float32, crowd head dims from 128 on, and where the assembler
+    leaves a third of the registers free.
+    """
+    strict = row.operator == "neighborhood"
+    if row.dtype == "fp32" and row.head_dim >= (256 if strict else 128):
+        return False
+    crowded = row.head_dim >= 128 and ("bias, extra" in row.flags or row.dtype == "fp32")
+    if strict and not crowded and row.registers > 168:
+        return True
+    return row.spills > (40 if strict else 160)
 
 
 def check_report(*, unspilled: Callable[[report.Row], bool] = lambda row: True, **kwargs) -> list[report.Row]:

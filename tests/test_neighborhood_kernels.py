@@ -59,16 +59,8 @@ def test_the_table_is_widened_around_its_middle():
     assert torch.equal(launch.widen(bias, (1, 3, 5)), bias)
 
 
-def must_not_spill(row: report.Row) -> bool:
-    """Up to 40 bytes are let pass where bias and extra keys together, or float32, crowd head dims from 128 on, and
-    where the assembler leaves a third of the registers free."""
-    crowded = row.head_dim >= 128 and ("bias, extra" in row.flags or row.dtype == "fp32")
-    few = row.spills <= 40 and (crowded or row.registers <= 168)
-    return not few and not (row.dtype == "fp32" and row.head_dim == 256)
-
-
 def check_report(**kwargs) -> None:
-    for row in kernel_checks.check_report(operators=["neighborhood"], unspilled=must_not_spill, **kwargs):
+    for row in kernel_checks.check_report(operators=["neighborhood"], unspilled=kernel_checks.must_not_spill, **kwargs):
         if row.arch == "sm_90" and row.kernel in ("forward", "query", "key"):
             assert row.tma or (row.grid == "7x7" and row.head_dim == 32), row
             assert row.wgmma or row.dtype == "fp32" or row.head_dim == 256, row
