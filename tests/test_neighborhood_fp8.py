@@ -57,6 +57,16 @@ def test_the_largest_number_takes_the_upper_half_of_e4m3():
         assert math.frexp(rounded.query_scale.item())[0] == 0.5 and largest / 448 <= rounded.query_scale < largest / 223
 
 
+def test_rounding_without_the_dtype_is_the_cast():
+    """Every e4m3 number, the middles between them and what lies around those."""
+    numbers = torch.arange(127, dtype=torch.uint8).view(E4M3).float()
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat([numbers, middles, middles.nextafter(numbers[1:]), middles.nextafter(numbers[:-1])])
+    x = torch.cat([x, -x, torch.tensor([math.nan])])
+    torch.testing.assert_close(quantized._round(x), x.to(E4M3).float(), rtol=0.0, atol=0.0, equal_nan=True)
+    assert quantized._round(torch.tensor([500.0, -1e9, math.inf])).tolist() == [448.0, -448.0, 448.0]
+
+
 # what is computed
 
 

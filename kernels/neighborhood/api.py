@@ -131,9 +131,10 @@ def _attend_rounded(
     and that mean."""
     quantized.check(qk_dtype, query, key, value, bias, extra_key, extra_value)
     query, scale = library.with_positive_scale(query, query.shape[-1] ** -0.5 if scale is None else float(scale))
-    rounded = quantized.quantize(query, key, extra_key)
     given = {"axes": axes, "scale": scale, "bias": bias, "extra_value": extra_value}
-    if choose(query, impl) == "triton" and quantized.obstacle(query) is None:
+    e4m3 = choose(query, impl) == "triton" and quantized.obstacle(query) is None
+    rounded = quantized.quantize(query, key, extra_key, cast=e4m3)
+    if e4m3:
         out, lse = quantized.attend(rounded, value, **given)
     else:
         query, key, extra_key = quantized.restore(rounded, query.dtype)

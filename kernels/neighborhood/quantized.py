@@ -25,11 +25,11 @@ MIN_HEAD_DIM = 17  # matrix instructions of e4m3 add over 32 features
 
 
 class Rounded(NamedTuple):
-    """Queries and keys as e4m3 numbers.
+    """Queries and keys as e4m3 numbers, in float8_e4m3fn or float32.
 
     Attributes:
-        query: query over `query_scale`, float8_e4m3fn.
-        key, extra_key: key minus `mean` over `key_scale`, float8_e4m3fn.
+        query: query over `query_scale`.
+        key, extra_key: key minus `mean` over `key_scale`.
         query_scale: float32 `[B, heads]`, powers of two.
         key_scale: float32 `[B, key_heads]`, powers of two.
         mean: float32 `[B, key_heads, head_dim]`, of all keys.
@@ -69,8 +69,16 @@ def _power_of_two(largest: Tensor, dtype: torch.dtype) -> Tensor:
     return ((ratio.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # the exponent, rounded up
 
 
-def quantize(query: Tensor, key: Tensor, extra_key: Tensor | None) -> Rounded:
-    """Round query and key to e4m3, in float32 where their own dtype would round, too.
+def _round(x: Tensor) -> Tensor:
+    """The nearest e4m3 numbers, in float32: the cast, for compilers to whose devices e4m3 is unknown."""
+    x = x.float().clamp(-LARGEST, LARGEST)
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # of two, at most |x|
+    step = power.clamp(min=8 * SMALLEST) / 8
+    return (x / step).round() * step
+
+
+def quantize(query: Tensor, key: Tensor, extra_key: Tensor | None, *, cast: bool = True) -> Rounded:
+    """Round query and key to e4m3, in float32 where their own dtype would round, too; `cast` makes it float8_e4m3fn.
 
     Of a channel that holds NaN or infinities no mean is subtracted, and no scale taken of a head: other tokens keep
     their meaning. There numbers beyond 448 become 448, as infinities do (NaN where PyTorch casts so).
@@ -87,14 +95,17 @@ def quantize(query: Tensor, key: Tensor, extra_key: Tensor | None) -> Rounded:
     key_scale = _power_of_two(torch.maximum(highest, -lowest).amax(-1), query.dtype)
     query_scale = _power_of_two(torch.linalg.vector_norm(query, torch.inf, dim=(*tokens, -1)), query.dtype)
 
+    def nearest(x: Tensor) -> Tensor:
+        return x.to(DTYPE) if cast else _round(x)
+
     def divided(x: Tensor) -> Tensor:  # one operation in float32: dividing by a power of two is exact
         shift, factor = -mean / key_scale[..., None], (1 / key_scale)[..., None].expand_as(mean)
-        return torch.addcmul(_of_heads(shift, x), x, _of_heads(factor, x)).to(DTYPE)
+        return torch.addcmul(_of_heads(shift, x), x, _of_heads(factor, x))
 
     return Rounded(
-        (query * _of_heads(1 / query_scale, query).to(query.dtype)).to(DTYPE),
-        divided(key),
-        None if extra_key is None else divided(extra_key),
+        nearest(query * _of_heads(1 / query_scale, query).to(query.dtype)),
+        nearest(divided(key)),
+        None if extra_key is None else nearest(divided(extra_key)),
         query_scale,
         key_scale,
         mean,
