@@ -8,6 +8,8 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 Impl = Literal["auto", "triton", "tiled", "reference"]
 T = TypeVar("T")
@@ -101,6 +103,19 @@ def choose(query: Tensor, impl: Impl = "auto") -> str:
 def obstacles(query: Tensor) -> dict[str, str | None]:
     """For every implementation, why it cannot take a call with this query, or None."""
     return {"triton": triton_obstacle(query), "tiled": None, "reference": None}
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of one of these tensors may be asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def is_plain_call() -> bool:
+    """Whether operators are called one by one on tensors with data: no graph is made of them, and neither `torch.func`
+    nor forward-mode differentiation asks for formulas that only PyTorch's own operators have."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or len(_get_current_dispatch_mode_stack()) > 0
+    return not transformed and not traced
 
 
 def is_compiled_on_cpu(query: Tensor) -> bool:

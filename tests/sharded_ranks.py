@@ -141,6 +141,18 @@ def attend_checkpointed(groups, case: Case, axis: int, lengths: tuple[int, ...])
     return found, torch._C._distributed_c10d._get_work_registry_size()
 
 
+def attend_for(groups, case: Case, axis: int, lengths: tuple[int, ...], name: str) -> tuple[dict[str, Tensor], int]:
+    """The gradient of one input where others require gradients, too, and how many exchanges nobody waited for."""
+    rank = dist.get_rank()
+    inputs = _pieces(case, axis, lengths, rank, torch.float64)
+    where = {"mesh": groups[len(lengths)], "axis": axis, "lengths": lengths}
+    outputs = sharded_neighborhood_attention_lse(**inputs, **case.options, **where)
+    grads = tuple(piece(x, axis, lengths, rank) for x in cotangents(case))
+    (found,) = torch.autograd.grad(outputs, inputs[name], grads)
+    out, lse = (x.detach() for x in outputs)
+    return {"out": out, "lse": lse, name: found}, torch._C._distributed_c10d._get_work_registry_size()
+
+
 def attend_with_anomaly_detection(groups, case: Case, axis: int, lengths: tuple[int, ...]) -> dict[str, Tensor]:
     """`attend` while autograd looks for NaN, which new memory is full of; rank 1 is the first to go backwards."""
     rank = dist.get_rank()

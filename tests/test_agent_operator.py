@@ -72,6 +72,17 @@ def test_repeats_bitwise():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("agents", [9, 25])
+def test_an_agent_that_sees_nothing_is_nan_with_and_without_gradients(agents):
+    query, key, value = torch.randn(3, 1, 8, 8, 2, 4)
+    agent, bias = torch.randn(1, agents, 2, 4), torch.randn(2, agents, 64)
+    bias[0, 3] = -float("inf")
+    for impl in ("tiled", "reference"):
+        for x in (query, query.clone().requires_grad_()):
+            out = agent_attention(x, key, value, agent, agent_bias=bias, impl=impl)
+            assert out[..., 0, :].isnan().all() and out[..., 1, :].isfinite().all()
+
+
 def test_autocast_leaves_the_dtype_alone():
     inputs = make_inputs(FULL, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -181,6 +181,21 @@ def test_tokens_in_parts(case):
     check(replace(long, shape=(15, 10), key_shape=(40, 10), batch=5), torch.float32, "tiled")
 
 
+def test_function_transforms():
+    query, key, value = torch.randn(3, 2, 5, 6, 2, 4, dtype=torch.float64)
+
+    def total(query: torch.Tensor) -> torch.Tensor:
+        return linear_attention(query, key, value, relu=True, eps=0.5).square().sum()
+
+    (expected,) = torch.autograd.grad(total(query.requires_grad_()), query)
+    query = query.detach()
+    torch.testing.assert_close(torch.func.grad(total)(query), expected)
+    _, slope = torch.func.jvp(total, (query,), (query,))
+    torch.testing.assert_close(slope, (expected * query).sum())
+    stacked = torch.stack([query, 2 * query])
+    torch.testing.assert_close(torch.func.vmap(total)(stacked), torch.stack([total(x) for x in stacked]))
+
+
 def test_second_derivative_is_refused():
     inputs = make_inputs(FLOOR, torch.float64)
     out = linear_attention(**inputs, **FLOOR.options)

@@ -57,6 +57,29 @@ def test_the_largest_number_takes_the_upper_half_of_e4m3():
         assert math.frexp(rounded.query_scale.item())[0] == 0.5 and largest / 448 <= rounded.query_scale < largest / 223
 
 
+@pytest.mark.parametrize("cast", [True, False])
+def test_numbers_beside_an_infinity_keep_their_meaning(cast):
+    query, key = torch.randn(2, 1, 6, 1, 32)
+    for x in (query, key):
+        x[0, 0], x[0, 1] = float("inf"), 600.0
+    rounded = quantized.quantize(query, key, None, cast=cast)
+    assert (rounded.query[0, :2].float() == 448).all() and (rounded.key[0, :2].float() == 448).all()
+    for name, x in (("query", query), ("key", key)):
+        error = (getattr(rounded, name)[0, 2:].float() - x[0, 2:]).abs()
+        assert (error <= x[0, 2:].abs() / 16 + 2**-10).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_the_largest_numbers_of_a_dtype_stay_finite(dtype):
+    largest = torch.finfo(dtype).max
+    query, key, value = torch.randn(3, 1, 12, 2, 32, dtype=dtype)
+    query[0, 0, 0, 0], key[0, 3, 0], key[0, 4, 0, 1] = largest * 0.99, -largest * 0.9, largest * 0.9
+    for x in quantized.restore(quantized.quantize(query, key, None), dtype)[:2]:
+        assert x[..., 1, :].isfinite().all() and (dtype == torch.float64 or x.isfinite().all())
+    out = na1d(query * 1e-3, key, value, window=5, qk_dtype=quantized.DTYPE)
+    assert out[..., 1, :].isfinite().all()
+
+
 def test_rounding_without_the_dtype_is_the_cast():
     """Every e4m3 number, the middles between them and what lies around those."""
     numbers = torch.arange(127, dtype=torch.uint8).view(E4M3).float()

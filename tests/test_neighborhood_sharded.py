@@ -136,6 +136,13 @@ def test_checkpoints_leave_nothing_on_its_way(ranks):
     assert [waiting for _, waiting in found] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("name", ["query", "value"])
+def test_a_gradient_of_one_input_leaves_nothing_on_its_way(ranks, name):
+    found = ranks("attend_for", LONG, 0, (10, 10, 10), name)
+    assert_equals_one_process([gradients for gradients, _ in found], LONG, 0, (name,))
+    assert [waiting for _, waiting in found] == [0, 0, 0]
+
+
 def test_anomaly_detection_sees_what_arrived(ranks):
     assert_equals_one_process(ranks("attend_with_anomaly_detection", LONG, 0, (9, 12, 9)), LONG, 0)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from foveal.kernels.neighborhood import tiled_plan
+from foveal.kernels.neighborhood import dense, tiled_plan
 from foveal.kernels.neighborhood.tiled import SMALL_BYTES
 from foveal.kernels.ops import na1d, na2d, na2d_lse, na3d
 from neighborhood_matrix import (
@@ -197,6 +197,17 @@ def test_a_bad_number_stays_in_its_neighborhood(name, bad):
         (out, lse), (expected, expected_lse) = (operator(**x, **case.options, impl="tiled") for x in (poisoned, clean))
         assert torch.equal(out[0][~sees], expected[0][~sees]) and torch.equal(lse[0][~sees], expected_lse[0][~sees])
         assert not out[0][sees].isfinite().all(-1).any()
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference", "meta"])
+def test_what_is_kept_of_a_small_map_serves_every_mode(mode):
+    dense._mask.cache_clear()
+    query, key, value = torch.randn(3, 1, 7, 7, 2, 8)
+    expected = na2d(query, key, value, window=5, impl="reference")
+    with mode():
+        first = na2d(query, key, value, window=5)
+    torch.testing.assert_close(first, expected)
+    torch.testing.assert_close(na2d(query.requires_grad_(), key, value, window=5), expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

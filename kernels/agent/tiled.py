@@ -6,10 +6,13 @@ few since agents are; where agents are fewer than numbers in a vector register, 
 computed in float32, which takes CPUs no longer.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..calling import is_plain_call, wants_gradient
 from ..softmax import REGISTER
 
 
@@ -40,6 +43,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
         return ((key * scale) @ query.mT + bias.mT).softmax(-2).mT @ value
     if query.shape[2] >= key.shape[2]:  # the scale goes to the fewer
         return (query @ (key * scale).mT + bias).softmax(-1) @ value
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias)):
+    # fused attention makes zeros of a row that is all minus infinity, and softmax NaN
+    if wants_gradient(query, key, value, bias) or not is_plain_call() or not math.isfinite(bias.sum().item()):
         return ((query * scale) @ key.mT + bias).softmax(-1) @ value
     return scaled_dot_product_attention(query, key, value, attn_mask=bias[None], scale=scale)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import calling
-from ..calling import Impl, is_compiled_on_cpu, without_autocast
+from ..calling import Impl, is_compiled_on_cpu, is_plain_call, wants_gradient, without_autocast
 from . import chunked, library, reference, tiled
 from .options import Options
 
@@ -32,12 +32,14 @@ def choose(query: Tensor, impl: Impl = "auto") -> str:
     return "tiled" if chosen == "triton" and obstacle is not None else chosen
 
 
-def _plain(query: Tensor) -> Callable[..., Tensor]:
-    """The plain PyTorch that suits a call: graphs that need nothing but torch, and other devices, take all tokens."""
+def _plain(query: Tensor, key: Tensor, value: Tensor, scale: float | Tensor) -> Callable[..., Tensor]:
+    """The plain PyTorch that suits a call: graphs that need nothing but torch, and other devices, take all tokens, as
+    do few tokens without gradients, which are quicker so."""
     if is_compiled_on_cpu(query):
         return library.attend_chunked
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return tiled.attend if traced or query.device.type != "cpu" else chunked.attend
+    trains = wants_gradient(query, key, value, scale if isinstance(scale, Tensor) else None)
+    few = max(query.numel(), key.numel(), value.numel()) <= chunked.CHUNK and not trains
+    return tiled.attend if few or query.device.type != "cpu" or not is_plain_call() else chunked.attend
 
 
 def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -129,6 +131,8 @@ def linear_attention(
     options = Options(relu, mean or centered, centered, eps, floor)
     if not isinstance(scale, (Tensor, torch.SymFloat)):
         scale = float(scale)
-    attend = {"triton": library.attend, "tiled": _plain(query), "reference": reference.attend}[choose(query, impl)]
+    attend = {"triton": library.attend, "tiled": _plain(query, key, value, scale), "reference": reference.attend}[
+        choose(query, impl)
+    ]
     with without_autocast(query.device):
         return attend(query, key, value, options=options, scale=scale)

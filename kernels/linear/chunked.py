@@ -1,8 +1,9 @@
 """Linear attention on CPU: the products of `tiled.py` for some tokens at a time, with the gradient written out.
 
 What some tokens need stays in cache, where memory for all of them would take longer to get than the products take. The
-formulas of the gradient are those of `backward.py`; nothing but the state is kept for them. In what follows `q`, `k`,
-`v` and their gradients are `[B, tokens, heads, d]`, and `x` and `y` some tokens of them, heads first.
+formulas of the gradient are those of `backward.py`; beside inputs and output nothing but the state is kept for them. In
+what follows `q`, `k`, `v` and their gradients are `[B, tokens, heads, d]`, and `x` and `y` some tokens of them, heads
+first.
 """
 
 from typing import NamedTuple

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..calling import wants_gradient
 from ..window import Axis as WindowAxis
 from ..window import relative_bias
 from ..window import tiled as windows
@@ -42,10 +43,10 @@ def covers(axes: tuple[Axis, ...], query: Tensor, key: Tensor, value: Tensor, bi
     keys = prod(a.length // a.dilation for a in axes)
     if bias is not None or query.dtype.itemsize < 4 or keys > min(MOST_MASKED, MOST_HIDDEN * window):
         return False
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if not training and query.numel() // query.shape[-1] * keys > MOST_LOGITS:
+    if not wants_gradient(query, key, value) and query.numel() // query.shape[-1] * keys > MOST_LOGITS:
         return False
-    # a mask adds minus infinity, and NaN stays NaN; on CPU it costs nothing to look
+    # A mask adds minus infinity, and NaN stays NaN; on CPU it costs nothing to look. Nobody looks for finite numbers
+    # whose product is not.
     return query.device.type == "cpu" and all(_is_finite(x) for x in (key, value))
 
 
@@ -72,15 +73,16 @@ def _ungroup(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # it is kept for calls in any mode, and for any default device
 def _mask(axes: tuple[Axis, ...], dtype: torch.dtype) -> Tensor:
     """Zero where a query of a group sees a key and minus infinity elsewhere, `[positions, positions]`."""
-    seen = torch.ones(1, 1, dtype=torch.bool)
+    seen = torch.ones(1, 1, dtype=torch.bool, device="cpu")
     for a in axes:
-        position = torch.arange(a.length // a.dilation)
+        position = torch.arange(a.length // a.dilation, device="cpu")
         lo, hi = window_bounds(position, len(position), a.window, a.stride, a.causal)
         axis = (position >= lo[:, None]) & (position < hi[:, None])
         seen = (seen[:, None, :, None] & axis[None, :, None, :]).flatten(2).flatten(0, 1)
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -math.inf)
+    return torch.zeros(seen.shape, dtype=dtype, device="cpu").masked_fill(~seen, -math.inf)
 
 
 def attend(

@@ -58,6 +58,11 @@ def _lay_out(part: Part, arrived: Tensor, own: Tensor, dim: int) -> Tensor:
     return torch.cat([zeros[0], _cut(arrived, dim, part.lower), own, _cut(arrived, dim, part.upper), zeros[1]], dim)
 
 
+def _is_next(node) -> bool:
+    """Whether this backward goes on to a node: `torch.autograd.grad` goes no further than to what it was asked for."""
+    return torch._C._will_engine_execute_node(node)
+
+
 class Pack(torch.autograd.Function):
     """Copy own keys and values that other ranks need.
 
@@ -119,6 +124,6 @@ class Wait(torch.autograd.Function):
             _cut(received, dim, part.upper).add_(_cut(grad, dim, above))
             own.append(_cut(grad, dim, mine))
         returned = send(total.to(like.dtype), shard.receive, shard.sent, ctx.group)
-        if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():  # it reads what nodes return
-            returned = wait(returned)
+        if not torch.compiler.is_compiling() and (torch.is_anomaly_enabled() or not _is_next(ctx.next_functions[0][0])):
+            returned = wait(returned)  # anomaly mode reads it; or Pack, which waits, does not run
         return None, None, None, returned, None, *own, *grads[count:]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..calling import wants_gradient
 from .geometry import Axis
 from .library import GEOMETRY, flops, pack, unpack
 
@@ -47,7 +48,7 @@ def check(qk_dtype: torch.dtype, *tensors: Tensor | None) -> None:
     """Refuse other dtypes, and tensors that a gradient is asked of."""
     if qk_dtype != DTYPE:
         raise ValueError(f"qk_dtype={qk_dtype!r} must be None or {DTYPE}")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    if wants_gradient(*tensors):
         raise NotImplementedError(
             f"qk_dtype={qk_dtype} has no gradients and got a tensor that requires one: call it under torch.no_grad()"
         )
@@ -65,7 +66,8 @@ def _power_of_two(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """
     info = torch.finfo(dtype)
     least = max(LEAST_SCALE, info.smallest_normal * info.eps / SMALLEST)
-    ratio = torch.where(largest.isfinite(), largest.float() / LARGEST, 1.0).clamp(min=least)
+    largest = largest.float()
+    ratio = torch.where(largest.isfinite(), largest / LARGEST, 1.0).clamp(min=least)
     return ((ratio.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # the exponent, rounded up
 
 
@@ -81,7 +83,7 @@ def quantize(query: Tensor, key: Tensor, extra_key: Tensor | None, *, cast: bool
     """Round query and key to e4m3, in float32 where their own dtype would round, too; `cast` makes it float8_e4m3fn.
 
     Of a channel that holds NaN or infinities no mean is subtracted, and no scale taken of a head: other tokens keep
-    their meaning. There numbers beyond 448 become 448, as infinities do (NaN where PyTorch casts so).
+    their meaning. There numbers beyond 448 become 448, as infinities do.
     """
     tokens = tuple(range(1, query.dim() - 2))
     keys = [(key, tokens)]
@@ -96,7 +98,7 @@ def quantize(query: Tensor, key: Tensor, extra_key: Tensor | None, *, cast: bool
     query_scale = _power_of_two(torch.linalg.vector_norm(query, torch.inf, dim=(*tokens, -1)), query.dtype)
 
     def nearest(x: Tensor) -> Tensor:
-        return x.to(DTYPE) if cast else _round(x)
+        return x.clamp(-LARGEST, LARGEST).to(DTYPE) if cast else _round(x)
 
     def divided(x: Tensor) -> Tensor:  # one operation in float32: dividing by a power of two is exact
         shift, factor = -mean / key_scale[..., None], (1 / key_scale)[..., None].expand_as(mean)
@@ -113,10 +115,11 @@ def quantize(query: Tensor, key: Tensor, extra_key: Tensor | None, *, cast: bool
 
 
 def restore(rounded: Rounded, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rounded query, key without its mean, and extra key, in `dtype`, which holds them exactly."""
+    """The rounded query, key without its mean, and extra key, in `dtype`: exact, up to its largest number."""
+    accumulate, largest = torch.promote_types(dtype, torch.float32), torch.finfo(dtype).max
 
     def scaled(x: Tensor, scale: Tensor) -> Tensor:
-        return x.to(dtype) * _of_heads(scale, x).to(dtype)
+        return (x.to(accumulate) * _of_heads(scale, x)).clamp(-largest, largest).to(dtype)
 
     extra = None if rounded.extra_key is None else scaled(rounded.extra_key, rounded.key_scale)
     return scaled(rounded.query, rounded.query_scale), scaled(rounded.key, rounded.key_scale), extra

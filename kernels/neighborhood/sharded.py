@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..calling import Impl, PerAxis, check_extra, check_grids, choose, per_axis
+from ..calling import Impl, PerAxis, check_extra, check_grids, choose, per_axis, wants_gradient
 from .api import check_bias, dispatch, make_axes
 from .geometry import Axis
 from .shards import Part, Shard, make_shards
@@ -201,7 +201,7 @@ def _describe(query: Tensor, key: Tensor, value: Tensor, axis: int, neighborhood
         split = 1 + axis if name in ("query", "key") else None
         shapes[name] = (str(x.dtype), *("split" if i == split else n for i, n in enumerate(x.shape)))
     scale = None if rest["scale"] is None else float(rest["scale"])
-    trains = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
+    trains = wants_gradient(key, value)
     return {"axis": axis, **same, **shapes, "scale": scale, "whether key or value requires a gradient": trains}
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..calling import wants_gradient
 from ..softmax import softmax
 from .geometry import Axis, Run, runs
 
@@ -104,9 +105,8 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float,
 
 def _is_fused(tensors: tuple[Tensor, ...], bias: Tensor | None, rows: int, lse: bool) -> bool:
     """Whether PyTorch's fused attention computes a box: faster for many rows, but it has no lse."""
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    biased = torch.is_grad_enabled() and bias is not None and bias.requires_grad
-    return not lse and not biased and rows >= (FUSED_TRAINING if training else FUSED_INFERENCE)
+    least = FUSED_TRAINING if wants_gradient(*tensors) else FUSED_INFERENCE
+    return not lse and not wants_gradient(bias) and rows >= least
 
 
 def attend(
