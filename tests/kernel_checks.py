@@ -11,10 +11,10 @@ from foveal.kernels import report
 INTERPRETER = Path(__file__).parent / "interpreter"
 
 
-def run_interpreter(file: str, select: str) -> None:
+def run_interpreter(file: str, select: str, *options: str) -> None:
     """Run the tests of `interpreter/<file>` that match `select`, in a process where Triton interprets its kernels."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += [str(INTERPRETER / file), "-k", select]
+    command += [str(INTERPRETER / file), "-k", select, *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=INTERPRETER.parents[1])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -19,6 +19,12 @@ def test_interpreter(part):
     kernel_checks.run_interpreter("test_neighborhood_kernels.py", select)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["[1-", "[2-", "[3-"])
+def test_interpreter_on_more_random_cases(part):
+    kernel_checks.run_interpreter("test_neighborhood_kernels.py", f"random and {part}", "-m", "slow")
+
+
 @pytest.mark.parametrize("kernel", ["forward", "query", "key"])
 def test_descriptors_where_a_program_has_many_tiles(kernel):
     def addresses(window: int, descriptor: bool) -> bool:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 CASES = 300
 CHUNK = 50
+CHUNKS = [pytest.param(first, marks=[pytest.mark.slow] * (first >= CASES // 2)) for first in range(0, CASES, CHUNK)]
 SIZES = [Size(queries, keys, 4, 1) for queries, keys in ((16, 16), (32, 16), (16, 32), (32, 32), (64, 32), (64, 64))]
 
 
@@ -38,7 +39,7 @@ def forced(case: Case) -> dict:
     return dict(size=random.choice(sizes), descriptor=random.random() < 0.6, wide=random.random() < 0.3)
 
 
-@pytest.mark.parametrize("first", range(0, CASES, CHUNK))
+@pytest.mark.parametrize("first", CHUNKS)
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_random_cases_match_the_reference(rank, first):
     for case in affordable_cases(rank, seed=1)[first : first + CHUNK]:
