@@ -100,6 +100,11 @@ def choose(query: Tensor, impl: Impl = "auto") -> str:
     return impl
 
 
+def resolve_scale(query: Tensor, scale: float | None) -> float:
+    """The factor on products of queries and keys; head_dim ** -0.5 when None."""
+    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
 def obstacles(query: Tensor) -> dict[str, str | None]:
     """For every implementation, why it cannot take a call with this query, or None."""
     return {"triton": triton_obstacle(query), "tiled": None, "reference": None}
@@ -110,12 +115,16 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def tracing() -> bool:
+    """Whether tensors made now may be fake or symbolic: then nothing is kept between calls."""
+    return torch.compiler.is_compiling() or len(_get_current_dispatch_mode_stack()) > 0
+
+
 def is_plain_call() -> bool:
     """Whether operators are called one by one on tensors with data: no graph is made of them, and neither `torch.func`
     nor forward-mode differentiation asks for formulas that only PyTorch's own operators have."""
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or len(_get_current_dispatch_mode_stack()) > 0
-    return not transformed and not traced
+    return not (transformed or tracing() or torch.jit.is_tracing())
 
 
 def is_compiled_on_cpu(query: Tensor) -> bool:

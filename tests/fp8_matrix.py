@@ -4,12 +4,10 @@ import neighborhood_matrix
 import operator_matrix
 import torch
 from foveal.kernels.neighborhood import quantized
-from foveal.kernels.ops import na1d_lse, na2d_lse, na3d_lse
-from neighborhood_matrix import Case
+from neighborhood_matrix import OPERATORS, Case
 from operator_matrix import as_leaves
 
 E4M3 = torch.float8_e4m3fn
-OPERATORS = {1: na1d_lse, 2: na2d_lse, 3: na3d_lse}
 
 
 def check(case: Case, dtype: torch.dtype, impl: str, device: str = "cpu", operator=None) -> None:

@@ -4,7 +4,7 @@ from math import prod
 
 from torch import Tensor
 
-from ..calling import Impl, choose, obstacles, without_autocast
+from ..calling import Impl, choose, obstacles, resolve_scale, without_autocast
 from . import library, reference, tiled
 
 __all__ = ["agent_attention", "choose", "obstacles"]
@@ -90,7 +90,7 @@ def agent_attention(
     queries, keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
     _check_bias("agent_bias", agent_bias, query, (heads, agents, keys), "[heads, agents, keys]")
     _check_bias("query_bias", query_bias, query, (heads, queries, agents), "[heads, queries, agents]")
-    key_scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    key_scale = resolve_scale(query, scale)
     attend = {"triton": library.attend, "tiled": tiled.attend, "reference": reference.attend}[choose(query, impl)]
     with without_autocast(query.device):
         return attend(

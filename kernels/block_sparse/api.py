@@ -5,7 +5,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..calling import Impl, check_extra, check_grids, choose, is_compiled_on_cpu, obstacles, without_autocast
+from ..calling import (
+    Impl,
+    check_extra,
+    check_grids,
+    choose,
+    is_compiled_on_cpu,
+    obstacles,
+    resolve_scale,
+    without_autocast,
+)
 from . import library, reference, tiled
 from .mask import BlockMask, boxes
 
@@ -69,7 +78,7 @@ def _attend(query, key, value, mask, scale, extra_key, extra_value, impl) -> tup
             key,
             value,
             mask=mask,
-            scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+            scale=resolve_scale(query, scale),
             extra_key=extra_key,
             extra_value=extra_value,
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import calling
 from ..calling import Impl, is_compiled_on_cpu, is_plain_call, wants_gradient, without_autocast
 from . import chunked, library, reference, tiled
-from .options import Options
+from .options import Options, factors
 
 __all__ = ["choose", "linear_attention", "obstacles"]
 
@@ -37,9 +37,10 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, scale: float | Tensor) -> 
     do few tokens without gradients, which are quicker so."""
     if is_compiled_on_cpu(query):
         return library.attend_chunked
-    trains = wants_gradient(query, key, value, scale if isinstance(scale, Tensor) else None)
-    few = max(query.numel(), key.numel(), value.numel()) <= chunked.CHUNK and not trains
-    return tiled.attend if few or query.device.type != "cpu" or not is_plain_call() else chunked.attend
+    if query.device.type != "cpu" or not is_plain_call():
+        return tiled.attend
+    few = max(query.numel(), key.numel(), value.numel()) <= chunked.CHUNK
+    return tiled.attend if few and not wants_gradient(query, key, value, factors(scale)[0]) else chunked.attend
 
 
 def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -131,8 +132,7 @@ def linear_attention(
     options = Options(relu, mean or centered, centered, eps, floor)
     if not isinstance(scale, (Tensor, torch.SymFloat)):
         scale = float(scale)
-    attend = {"triton": library.attend, "tiled": _plain(query, key, value, scale), "reference": reference.attend}[
-        choose(query, impl)
-    ]
+    chosen = choose(query, impl)
+    attend = {"triton": library.attend, "reference": reference.attend}.get(chosen) or _plain(query, key, value, scale)
     with without_autocast(query.device):
         return attend(query, key, value, options=options, scale=scale)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..calling import without_autocast
 from ..launching import cdiv
-from .options import Options
+from .options import Options, factors
 
 CHUNK = 1 << 18  # numbers of one tensor that are worked on at a time
 Part = tuple[slice, slice]  # entries of the batch, tokens
@@ -25,8 +25,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, options: Options, scale
 
     Differentiable once; a second derivative raises RuntimeError.
     """
-    scales, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    return _Attention.apply(query, key, value, scales, factor, options)
+    return _Attention.apply(query, key, value, *factors(scale), options)
 
 
 class _State(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .options import Options
+from .options import Options, factors
 
 VARIANT = "Tensor? scales, float scale, bool relu, bool mean, bool centered, float? eps, float? floor"
 FORWARD = f"(Tensor query, Tensor key, Tensor value, {VARIANT}) -> (Tensor, Tensor)"
@@ -77,9 +77,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, options: Options, scale: float | Tensor) -> Tensor:
     """Output by the Triton kernels; see `api.linear_attention`."""
-    factors = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     parts = [
-        torch.ops.foveal.linear_attention(query, key, part, *factors, *options)[0]
+        torch.ops.foveal.linear_attention(query, key, part, *factors(scale), *options)[0]
         for part in value.split(MAX_VALUE_DIM, -1)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -87,8 +86,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, options: Options, scale
 
 def attend_chunked(query: Tensor, key: Tensor, value: Tensor, *, options: Options, scale: float | Tensor) -> Tensor:
     """Output by the plain path on CPU, as one operator in a compiled graph."""
-    factors = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    return torch.ops.foveal.linear_attention_chunked(query, key, value, *factors, *options)[0]
+    return torch.ops.foveal.linear_attention_chunked(query, key, value, *factors(scale), *options)[0]
 
 
 def _products(query, key, value) -> int:

@@ -14,6 +14,7 @@ from ..calling import (
     is_compiled_on_cpu,
     obstacles,
     per_axis,
+    resolve_scale,
     without_autocast,
 )
 from . import dense, library, quantized, reference, tiled
@@ -121,7 +122,7 @@ def _attend_lse(
     if qk_dtype is None:
         return dispatch(query, key, value, **given, scale=scale, impl=impl)
     out, lse, mean = _attend_rounded(query, key, value, **given, scale=scale, qk_dtype=qk_dtype, impl=impl)
-    return out, lse + quantized.mean_logits(query, mean, query.shape[-1] ** -0.5 if scale is None else float(scale))
+    return out, lse + quantized.mean_logits(query, mean, resolve_scale(query, scale))
 
 
 def _attend_rounded(
@@ -130,7 +131,7 @@ def _attend_rounded(
     """Output and log-sum-exp of query and key rounded to `qk_dtype`, the latter without what the mean of the keys adds,
     and that mean."""
     quantized.check(qk_dtype, query, key, value, bias, extra_key, extra_value)
-    query, scale = library.with_positive_scale(query, query.shape[-1] ** -0.5 if scale is None else float(scale))
+    query, scale = library.with_positive_scale(query, resolve_scale(query, scale))
     given = {"axes": axes, "scale": scale, "bias": bias, "extra_value": extra_value}
     e4m3 = choose(query, impl) == "triton" and quantized.obstacle(query) is None
     rounded = quantized.quantize(query, key, extra_key, cast=e4m3)
@@ -163,7 +164,7 @@ def dispatch(
             key,
             value,
             axes=axes,
-            scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+            scale=resolve_scale(query, scale),
             bias=bias,
             extra_key=extra_key,
             extra_value=extra_value,

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..calling import wants_gradient
+from ..calling import resolve_scale, tracing, wants_gradient
 from ..window import Axis as WindowAxis
 from ..window import relative_bias
 from ..window import tiled as windows
 from .geometry import Axis, window_bounds
-from .tiled_plan import tracing
 
 MOST_KEYS = 128  # of a window that is a whole group: its logits are kept for the backward
 # Of a group with a mask, measured against tiles: its keys, its keys for every key that a query sees, and where no
@@ -89,7 +88,7 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, *, axes: tuple[Axis, ...], scale: float | None, bias: Tensor | None
 ) -> Tensor:
     """Output `[B, *spatial, heads, head_dim]` of calls that `covers` accepts; `bias` as in `api.na2d`."""
-    factor: float = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = resolve_scale(query, scale)
     groups = [_groups(x, axes) for x in (query, key, value)]
     if not _is_whole(axes):
         rows = [x.flatten(1, -3).transpose(1, 2) for x in groups]

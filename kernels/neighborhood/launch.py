@@ -212,13 +212,13 @@ def backward(
     extra_value,
     axes: tuple[Axis, ...],
     scale: float,
-) -> tuple[Tensor, ...]:
-    """Gradients of query, key, value, bias, extra_key and extra_value, contiguous; empty for those not given."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, bias, extra_key and extra_value, contiguous; None for those not given."""
     rank, (batch, heads, head_dim), key_heads = len(axes), (query.shape[0], *query.shape[-2:]), key.shape[-2]
-    device, none = query.device, query.new_empty(0)
+    device = query.device
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, key, value))
     if batch == 0:
-        rest = (none if x is None else x.new_zeros(x.shape) for x in (bias, extra_key, extra_value))
+        rest = (None if x is None else x.new_zeros(x.shape) for x in (bias, extra_key, extra_value))
         return dq, dk, dv, *rest
     out, lse, grad_lse = out.contiguous(), lse.contiguous(), grad_lse.contiguous()  # as the kernels take them
     delta = torch.empty_like(lse)
@@ -278,8 +278,8 @@ def backward(
             BIAS=bias is not None,
             **fixed,
         )
-        dbias = none if bias is None else bias_gradient(q, k, v, do, lse, delta, bias, axes, scale)
-        dek, dev = (none, none) if not extra else extra_gradient(q, do, lse, delta, extra_k, extra_v, axes, scale)
+        dbias = None if bias is None else bias_gradient(q, k, v, do, lse, delta, bias, axes, scale)
+        dek, dev = (None, None) if not extra else extra_gradient(q, do, lse, delta, extra_k, extra_v, axes, scale)
     if extra_key is not None and not extra:
         dek, dev = torch.empty_like(extra_key), torch.empty_like(extra_value)
     return dq, dk, dv, dbias, dek, dev

@@ -128,9 +128,9 @@ def sharded_neighborhood_attention_lse(
         )
     shape = [sum(lengths) if i == axis else n for i, n in enumerate(query.shape[1:-2])]
     axes = make_axes(shape, **neighborhood)
-    shards = make_shards(axes[axis], lengths)
     if len(lengths) == 1:
         return dispatch(query, key, value, axes=axes, **rest)
+    shards = make_shards(axes[axis], lengths)
 
     def attend(part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return dispatch(query, key, value, axes=(*axes[:axis], part.axis, *axes[axis + 1 :]), **rest)

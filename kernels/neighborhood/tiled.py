@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from ..calling import without_autocast
+from ..calling import tracing, without_autocast
 from . import tiled_plan
 from .geometry import Axis, query_count
 from .tiled_plan import Chunk, Plan, Sizes
@@ -61,7 +61,7 @@ def _prepare(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None
     # A box holds values that a query must not see, and zero times NaN is NaN: the values are made finite, and the keys
     # of those that were not become NaN, which masks keep out. On CPU it costs nothing to look whether it is needed.
     accumulate = torch.promote_types(v.dtype, torch.float32)
-    if tiled_plan.tracing() or v.device.type != "cpu" or not math.isfinite(v.sum(dtype=accumulate).item()):
+    if tracing() or v.device.type != "cpu" or not math.isfinite(v.sum(dtype=accumulate).item()):
         total = v.sum(-1, keepdim=True, dtype=accumulate)
         k, v = k + (total - total).to(k.dtype), v.nan_to_num()
     key_heads = index(key.shape[-2])
@@ -71,7 +71,7 @@ def _prepare(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None
 def _make_plan(query: Tensor, key: Tensor, extra_key: Tensor | None, axes: tuple[Axis, ...]) -> Plan:
     extra = 0 if extra_key is None else extra_key.shape[1]
     group, d = index(query.shape[-2] // key.shape[-2]), index(query.shape[-1])
-    if not tiled_plan.tracing():
+    if not tracing():
         dtype = torch.promote_types(query.dtype, torch.float32)
         known = tuple(
             (a.window, a.stride, a.causal, tiled_plan.positions(a), tiled_plan.query_positions(a) if a.queries else 0)
@@ -106,7 +106,7 @@ def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int) -> tupl
     d, size = index(rows.query.shape[-1]), torch.promote_types(rows.query.dtype, torch.float32).itemsize
     unit = size * tiled_plan.workspace(plan.queries * group, plan.keys, d, row_copies, logit_copies)
     in_out = 2 * (group + 1) * key_heads * d * rows.query.dtype.itemsize  # bytes per token
-    if tiled_plan.tracing():  # the number of chunks must not depend on the number of tokens
+    if tracing():  # the number of chunks must not depend on the number of tokens
         return index(-(-unit * key_heads // (COMPILED_RATIO * in_out * plan.queries))), 1
     tokens = batch * math.prod([query_count(axis) for axis in plan.axes])
     units = max(1, int(min(CACHE_BYTES, _most_bytes(in_out * tokens)) // unit))
@@ -146,7 +146,7 @@ def _hide(logits: Tensor, plan: Plan, chunk: Chunk) -> Tensor:
     n, h, g, q, k = chunk.shape
     if plan.dense:
         return logits
-    if tiled_plan.tracing():
+    if tracing():
         visible = tiled_plan.visibility(plan, chunk.rows)[:, None]
         return torch.where(visible, logits.view(n, h * g, q, k), -math.inf).view(n * h, g * q, k)
     if plan.classes is None or chunk.kind is None:

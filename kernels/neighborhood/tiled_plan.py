@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map_only
 
+from ..calling import tracing
 from .geometry import Axis, group_length, query_count, query_range, window_bounds
 
 TILES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128)
@@ -27,11 +27,6 @@ MINUS_INFINITY = {torch.float32: -0x00800000, torch.float64: -0x0010000000000000
 MAX_QUERIES = 1024  # of a tile
 CACHED_ROWS = 1 << 17  # rows of all chunks together that are kept between calls
 CLASS_ELEMENTS = 1 << 18  # a mask table shared by all tiles of a class may hold this many
-
-
-def tracing() -> bool:
-    """Whether tensors made now may be fake or symbolic: then nothing is kept between calls."""
-    return torch.compiler.is_compiling() or len(_get_current_dispatch_mode_stack()) > 0
 
 
 class AxisTiles(NamedTuple):

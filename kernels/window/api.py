@@ -5,7 +5,7 @@ from math import prod
 
 from torch import Tensor
 
-from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, without_autocast
+from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, resolve_scale, without_autocast
 from . import library, reference, tiled
 from .geometry import Axis
 
@@ -84,7 +84,7 @@ def _attend(query, key, value, window, shift, halo, bias, scale, impl, *, lse: b
     if bias is not None:
         _check_bias(bias, query, axes)
     chosen = choose(query, impl)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = resolve_scale(query, scale)
     with without_autocast(query.device):
         if chosen == "tiled":
             return tiled.attend(query, key, value, axes=axes, scale=scale, bias=bias, lse=lse)
