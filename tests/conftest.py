@@ -2,6 +2,8 @@
 
 import os
 
+from budget import Budget
+
 SWEEP_CHUNK = 8  # cases a test
 
 
@@ -10,6 +12,13 @@ def pytest_addoption(parser):
         "--cases", type=int, default=64, metavar="N",
         help="random cases a sweep on a GPU, of which every one compiles three to six kernels, about a second each",
     )  # fmt: skip
+    parser.addoption(
+        "--freeze", action="store_true", help="write the frozen surfaces anew (tests/house/test_frozen.py)"
+    )
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Budget(), "budget")
 
 
 def pytest_generate_tests(metafunc):
