@@ -1,0 +1,1 @@
+"""What all operators share: their declaration, checks of arguments, facts about tracing, launches and costs."""
