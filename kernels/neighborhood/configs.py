@@ -1,8 +1,8 @@
 """Tile sizes and launch parameters of the neighborhood kernels.
 
-How many tokens a tile holds comes from a pinned table by device, kernel, head dim and element size; its shape is
-the split of that number over the axes that visits the fewest (query, key) pairs. Nothing here depends on timing, so
-a call always takes the same kernel.
+The number of tokens per tile comes from a pinned table by device, kernel, head dim and element size. Its shape is the
+split of that number over the axes that visits the fewest (query, key) pairs. Nothing depends on timing, so a call
+always takes the same kernel.
 """
 
 from functools import lru_cache
@@ -16,7 +16,7 @@ Kernel = Literal["forward", "query", "key"]
 
 
 class Size(NamedTuple):
-    """Tokens of a query and a key tile, warps per program and depth of the load pipeline."""
+    """Tokens per query tile and per key tile, warps per program, and stages of the load pipeline."""
 
     queries: int
     keys: int
@@ -25,16 +25,16 @@ class Size(NamedTuple):
 
 
 class Config(NamedTuple):
-    """How one kernel is launched.
+    """Launch parameters of one kernel.
 
     Attributes:
         queries, keys: tile of queries and of keys along the three axes, powers of two.
         warps: warps per program.
-        stages: depth of the load pipeline.
-        descriptor: whether tensor descriptors (TMA) address the tiles that are walked.
-        inner: whether any walked tile is wholly visible; such tiles skip the mask.
-        border: whether any walked tile is not.
-        wide: whether offsets inside a batch and head take 64 bits.
+        stages: stages of the load pipeline.
+        descriptor: whether tensor descriptors (TMA) load the tiles of the loop.
+        inner: whether some visited tile is wholly visible; such tiles skip the mask.
+        border: whether some visited tile needs the mask.
+        wide: whether offsets within a batch entry and head need 64 bits.
     """
 
     queries: tuple[int, int, int]
@@ -47,8 +47,8 @@ class Config(NamedTuple):
     wide: bool
 
 
-# (device, kernel, element bytes) -> {head dim up to: sizes}. Several sizes stand for small and large windows. One byte
-# is of e4m3 queries and keys, whose values are half precision.
+# (device, kernel, element bytes) -> {head dim up to: sizes}. Small and large windows choose among several sizes. One
+# byte stands for e4m3 queries and keys with values in half precision.
 SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
     ("hopper", "forward", 1): {
         32: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
@@ -101,12 +101,12 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
     ("small", "query", 4): {64: (Size(16, 16, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
     ("small", "key", 4): {64: (Size(16, 16, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
 }
-SAME_COST = 1.1  # the estimate is not better than that
-TILE_OVERHEAD = 4096  # (query, key) pairs that the fixed work of one visited tile is worth
-MASK_COST = 0.125  # of a tile's work that its mask adds, as `python -m foveal.kernels.report --loop` counts
+SAME_COST = 1.1  # costs within 10 % count as equal: the estimate is no more accurate
+TILE_OVERHEAD = 4096  # fixed work per visited tile, in (query, key) pairs
+MASK_COST = 0.125  # work that the mask adds, per work of the tile; counted by `python -m foveal.kernels.report --loop`
 
-# Building two descriptors is a third of the 1,000 instructions that a program has outside its loop, and a turn to
-# memory; pointers add 5 to 13 a tile of narrow heads, 45 and many registers a tile of wide ones.
+# Building two descriptors costs a third of the 1,000 instructions outside the loop, and a round trip to memory.
+# Pointers cost 5 to 13 instructions per tile for narrow heads, but 45 and many registers for wide ones.
 FEW_TILES, NARROW_HEAD = 6, 32
 
 forced = Overrides(*Config._fields, "size")
@@ -114,7 +114,7 @@ override = forced.override
 
 
 def token_block(head_dim: int, itemsize: int) -> int:
-    """Tokens per step of the kernels that walk all tokens: 8 KiB of a head."""
+    """Tokens per iteration of the kernels that loop over all tokens: 8 KiB of a head."""
     return max(MIN_TILE, min(64, 8192 // itemsize // block_d(head_dim)))
 
 
@@ -133,7 +133,11 @@ def three_axes(tile: tuple[int, ...]) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=4096)
 def shapes(kernel: Kernel, axes: tuple[Axis, ...], size: Size) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
-    """The cheapest tile shapes of `size`: estimated cost in pairs, query tile, key tile."""
+    """Cheapest tile shapes of `size`.
+
+    Returns:
+        estimated cost in pairs, query tile, key tile.
+    """
     inverse = kernel == "key"
     options = []
     for queries in splits(size.queries, len(axes)):
@@ -145,7 +149,7 @@ def shapes(kernel: Kernel, axes: tuple[Axis, ...], size: Size) -> tuple[float, t
             cost = work * (size.queries * size.keys + TILE_OVERHEAD) + tiles * TILE_OVERHEAD
             options.append((cost, queries, keys))
     least = min(cost for cost, _, _ in options)
-    # Of about equal cost, the most cubic: grids of other lengths take the same tiles, and the same compiled kernel.
+    # Among equal costs the most cubic shape wins, so that grids of other lengths share the compiled kernel.
     near = [option for option in options if option[0] <= SAME_COST * least]
     return min(near, key=lambda option: (sum(x * x for tile in option[1:] for x in tile), option[0]))
 
@@ -162,7 +166,7 @@ def choose(
 ) -> Config:
     """Launch parameters of one kernel for a grid of up to three axes.
 
-    `descriptor` says whether there are any; programs with few tiles take pointers nevertheless.
+    `descriptor` says whether tensor descriptors are possible; programs with few tiles use pointers even then.
     """
     table = SIZES[device, kernel, itemsize]
     sizes = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
@@ -178,7 +182,7 @@ def choose(
         queries=three_axes(queries),
         keys=three_axes(keys),
         warps=size.warps,
-        stages=1 if wide and inverse else size.stages,  # 64-bit offsets take the registers of a second stage
+        stages=1 if wide and inverse else size.stages,  # 64-bit offsets need the registers of a second stage
         descriptor=descriptor and not (few and block_d(head_dim) <= NARROW_HEAD),
         inner=all(w.inner for w in walks),
         border=any(w.inner < w.visited for w in walks),

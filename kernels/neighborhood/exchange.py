@@ -1,14 +1,14 @@
-"""Keys and values on their way between ranks: two steps of the graph, with work that needs neither between them.
+"""Exchange of keys and values between ranks in two autograd steps, with the interior computed between them.
 
     forward:   Pack, send | interior | Wait, border
     backward:  border, Wait sends gradients | interior | Pack waits and adds
 
-The results of the interior pass through Wait: so their gradients enter the interior only after those that other ranks
-wait for have left. A rank that sends or receives nothing takes part all the same.
+The outputs of the interior pass through Wait. So their gradients enter the interior only after the gradients that
+other ranks wait for were sent. A rank that sends or receives nothing takes part in the collective as well.
 
-What `send` returns has not arrived: nobody may read it before `wait`. Autograd hands it from Wait to Pack as it is. The
-process group keeps what it sends until then. Collectives of torch.ops._c10d_functional, unlike those with a handle, are
-operators of a compiled graph, too.
+The tensor that `send` returns is not filled yet: it may be read only after `wait`. Autograd hands it from Wait to Pack
+unread, and the process group keeps the sent tensor alive. The collectives are those of torch.ops._c10d_functional,
+because collectives with a handle are no operators of a compiled graph.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Span = tuple[int, int]
 
 
 def send(outgoing: Tensor, counts: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> Tensor:
-    """Send every rank its count of rows; returns those of the other ranks, `[sum(receive), …]`, on their way."""
+    """Send `counts[rank]` rows to each rank; returns the tensor `[sum(receive), …]` that will hold the received rows."""
     return torch.ops._c10d_functional.all_to_all_single(outgoing, list(receive), list(counts), group.group_name)
 
 
 def wait(incoming: Tensor) -> Tensor:
-    """The tensor, arrived. On a GPU the current stream waits, on CPU the host; it is no error to wait twice."""
+    """Wait until a received tensor is filled, in the current stream on a GPU. A second wait returns at once."""
     return wait_tensor(incoming)
 
 
@@ -44,14 +44,14 @@ def _cut(x: Tensor, dim: int, span: Span) -> Tensor:
 
 
 def _spans(part: Part) -> tuple[Span, Span, Span]:
-    """Where the tokens of lower ranks, own tokens and those of higher ranks lie on `part.axis`."""
+    """Ranges of `part.axis` that hold the tokens of lower ranks, own tokens, and the tokens of higher ranks."""
     lower, own, upper = (last - first for first, last in (part.lower, part.own, part.upper))
     first, last = part.margin + lower, part.margin + lower + own
     return (part.margin, first), (first, last), (last, last + upper)
 
 
 def _lay_out(part: Part, arrived: Tensor, own: Tensor, dim: int) -> Tensor:
-    """Key or value on `part.axis`, zero where no query looks."""
+    """Assemble key or value on `part.axis`; tokens that no query sees are zero."""
     end = _spans(part)[2][1]
     shape = [*own.shape]
     zeros = [own.new_zeros(shape[:dim] + [n] + shape[dim + 1 :]) for n in (part.margin, part.axis.length - end)]
@@ -59,15 +59,15 @@ def _lay_out(part: Part, arrived: Tensor, own: Tensor, dim: int) -> Tensor:
 
 
 def _is_next(node) -> bool:
-    """Whether this backward goes on to a node: `torch.autograd.grad` goes no further than to what it was asked for."""
+    """Whether autograd will execute `node` in this backward; `torch.autograd.grad(inputs=…)` prunes the rest."""
     return torch._C._will_engine_execute_node(node)
 
 
 class Pack(torch.autograd.Function):
-    """Copy own keys and values that other ranks need.
+    """Copy the own keys and values that other ranks need.
 
     Args: key, value `[B, *spatial, key_heads, head_dim]`; the shard and the split dimension.
-    Returns: what to send, `[tokens, 2, …]`; then of every part its own keys and values, as views.
+    Returns: rows to send, `[tokens, 2, …]`; then per part its own keys and its own values, as views.
     """
 
     @staticmethod
@@ -91,17 +91,18 @@ class Pack(torch.autograd.Function):
 
 
 class Wait(torch.autograd.Function):
-    """Wait for the tokens of other ranks and lay out the keys and values of the border.
+    """Wait for the tokens of other ranks and assemble the keys and values of the border.
 
-    Args: the shard, the split dimension, the process group; what was sent and what comes; own keys and values of the
-        border, as `Pack` returned them; the results of the interior.
-    Returns: key and value of every part of the border; the results of the interior as they are.
+    Args: the shard, the split dimension, the process group; the sent and the incoming tensor; own keys and values of
+        the border, as `Pack` returned them; the outputs of the interior.
+    Returns: key and value per part of the border; the outputs of the interior unchanged.
     """
 
     @staticmethod
     def forward(ctx, shard: Shard, dim: int, group: ProcessGroup, outgoing: Tensor, incoming: Tensor, *tensors: Tensor):
         ctx.shard, ctx.dim, ctx.group, ctx.shape = shard, dim, group, incoming.shape
-        # A checkpoint recomputes as far as tensors were saved: this one makes it wait even where no border follows.
+        # Activation checkpointing recomputes up to the last saved tensor. This one makes it reach the wait even if no
+        # border follows.
         ctx.save_for_backward(incoming.new_empty(0))
         arrived = [x.movedim(0, dim) for x in wait(incoming).unbind(1)]
         count = 2 * len(shard.border)
@@ -112,7 +113,7 @@ class Wait(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         shard, dim, count = ctx.shard, ctx.dim, 2 * len(ctx.shard.border)
-        if not ctx.needs_input_grad[3]:  # neither key nor value requires a gradient, on any rank
+        if not ctx.needs_input_grad[3]:  # neither key nor value requires a gradient
             return *(None for _ in range(5 + count)), *grads[count:]
         (like,) = ctx.saved_tensors
         total = like.new_zeros(ctx.shape, dtype=torch.promote_types(like.dtype, torch.float32))
@@ -125,5 +126,5 @@ class Wait(torch.autograd.Function):
             own.append(_cut(grad, dim, mine))
         returned = send(total.to(like.dtype), shard.receive, shard.sent, ctx.group)
         if not torch.compiler.is_compiling() and (torch.is_anomaly_enabled() or not _is_next(ctx.next_functions[0][0])):
-            returned = wait(returned)  # anomaly mode reads it; or Pack, which waits, does not run
+            returned = wait(returned)  # anomaly mode reads the tensor at once, and a pruned Pack never waits
         return None, None, None, returned, None, *own, *grads[count:]

@@ -1,7 +1,7 @@
-"""Which keys a query sees: the one place that knows the window rule of generalized neighborhood attention.
+"""The window rule of generalized neighborhood attention: visible keys per query, and visible queries per key.
 
-Every axis is independent; a key is visible when it is visible on all axes. On one axis of `length` L with dilation d,
-coordinate i is position p = i // d of dilation group g = i % d, and a group is a dense problem of its own with
+Axes are independent: a key is visible when it is visible on each axis. On an axis of `length` L with dilation d,
+coordinate i is position p = i // d of dilation group g = i % d, and each group is a dense problem of its own with
 n = ceil((L - g) / d) positions. Rules: arXiv:2504.16922 (window, stride, causal) and arXiv:2209.15001 (dilation).
 
 `window_bounds` and `inverse_bounds` use `+ - * // <` only, so one definition serves Python integers, torch tensors
@@ -18,15 +18,15 @@ from torch import Tensor
 
 
 class Axis(NamedTuple):
-    """One spatial axis of a neighborhood.
+    """One spatial axis of neighborhood attention.
 
     Attributes:
         length: number of tokens, >= 1.
         window: keys per query, 1 <= window and window * dilation <= length.
-        stride: queries that share one window, 1 <= stride <= window.
-        dilation: distance between neighbouring keys, >= 1.
-        causal: whether a query sees no key after itself.
-        queries: coordinates [first, last) of the queries where they are a part of the axis; all of it when None.
+        stride: consecutive queries that share a window, 1 <= stride <= window.
+        dilation: distance between neighbouring keys of a window, >= 1.
+        causal: whether keys after the query are masked.
+        queries: coordinates [first, last) of the queries if they are a subset of the axis; None for the whole axis.
     """
 
     length: int
@@ -38,11 +38,11 @@ class Axis(NamedTuple):
 
 
 def window_bounds(p, n, window, stride, causal):
-    """Half-open range [lo, hi) of key positions that query position `p` of a group of `n` sees.
+    """Half-open range [lo, hi) of key positions visible to query position `p` of a group of `n` positions.
 
     Not causal: the window is centred on the leader of p's stride group and shifted inward at borders, so it always has
-    `window` keys. Causal: it ends at p and begins `window` keys before the end of the stride group. Both bounds are
-    monotone in p, so the union over consecutive queries is [lo(first), hi(last)).
+    `window` keys. Causal: the window ends at p and begins `window` keys before the end of the stride group. Both bounds
+    are monotone in p, so the union over consecutive queries is [lo(first), hi(last)).
     """
     if causal:
         leader = p // stride * stride + stride - 1
@@ -61,9 +61,9 @@ def window_bounds(p, n, window, stride, causal):
 
 
 def inverse_bounds(k, n, window, stride, causal):
-    """Half-open range [lo, hi) of query positions that see key position `k`: the inverse of `window_bounds`.
+    """Half-open range [lo, hi) of query positions to which key position `k` is visible: the inverse of `window_bounds`.
 
-    Both bounds are monotone in k, never empty, and a query sees all keys of [a, b] exactly when it lies in
+    Both bounds are monotone in k and the range is never empty. All keys of [a, b] are visible exactly to the queries in
     [lo(b), hi(a)).
     """
     if causal:
@@ -96,7 +96,7 @@ def query_count(axis: Axis) -> int:
 
 
 def axis_bounds(axis: Axis, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """First and last visible key coordinate of every query, both int64 `[queries]` and inclusive."""
+    """First and last visible key coordinate per query, both int64 `[queries]` and inclusive."""
     i = torch.arange(*query_range(axis), device=device)
     group, p = i % axis.dilation, i // axis.dilation
     lo, hi = window_bounds(p, group_length(axis.length, axis.dilation, group), axis.window, axis.stride, axis.causal)
@@ -104,7 +104,7 @@ def axis_bounds(axis: Axis, device: torch.device | None = None) -> tuple[Tensor,
 
 
 def key_range(axis: Axis) -> tuple[int, int]:
-    """Coordinates [first, last) that hold all keys of the queries, of which there is at least one."""
+    """Smallest range [first, last) of coordinates that holds every visible key; there is at least one query."""
     first, last = axis.length, 0
     start, stop = query_range(axis)
     for i in {*range(start, min(start + axis.dilation, stop)), *range(max(stop - axis.dilation, start), stop)}:
@@ -116,12 +116,15 @@ def key_range(axis: Axis) -> tuple[int, int]:
 
 
 def crop(axis: Axis) -> tuple[int, Axis]:
-    """The axis without what its queries do not need: the first coordinate left, and the axis counted from there.
+    """Crop the axis to the keys that its queries can see.
 
-    It holds all keys that the queries see and begins at a multiple of stride * dilation, so stride and dilation groups
-    stay as they are and, as no window reaches over an end, none shifts. The leader of a causal stride group may lie
-    behind what its queries see; there the end is a multiple, too. A dilation group without queries may be left with
-    fewer positions than a window has.
+    The crop begins at a multiple of stride * dilation, so stride and dilation groups stay as they are. It holds each
+    visible key, so no window reaches over its ends and none is shifted. For causal axes the crop also ends at a
+    multiple of stride * dilation, because the leader of the last stride group can lie beyond the last visible key. A
+    dilation group without queries may keep fewer positions than a window has.
+
+    Returns:
+        first coordinate of the crop, and the cropped axis, whose coordinates count from there.
     """
     block = axis.stride * axis.dilation
     first, last = key_range(axis)
@@ -141,7 +144,7 @@ def axis_mask(axis: Axis, device: torch.device | None = None) -> Tensor:
 
 
 def mask(axes: tuple[Axis, ...], device: torch.device | None = None) -> Tensor:
-    """Visibility of every key for every query of the flattened grid: bool `[queries, tokens]`, C order."""
+    """Visibility on the flattened grid: bool `[queries, tokens]`, C order."""
     full = torch.ones(1, 1, dtype=torch.bool, device=device)
     for axis in axes:
         full = torch.kron(full.to(torch.uint8), axis_mask(axis, device).to(torch.uint8)).bool()
@@ -149,9 +152,9 @@ def mask(axes: tuple[Axis, ...], device: torch.device | None = None) -> Tensor:
 
 
 def relative_index(axes: tuple[Axis, ...], device: torch.device | None = None) -> Tensor:
-    """Entry of the flattened bias table for every (query, key) pair: int64 `[queries, tokens]`, C order.
+    """Index into the flattened bias table per (query, key) pair: int64 `[queries, tokens]`, C order.
 
-    Per axis the entry is (key - query) / dilation + window - 1; pairs that do not see each other hold 0.
+    Per axis the index is (key - query) / dilation + window - 1. Masked pairs hold 0.
     """
     index = torch.zeros(1, 1, dtype=torch.int64, device=device)
     for axis in axes:
@@ -164,13 +167,17 @@ def relative_index(axes: tuple[Axis, ...], device: torch.device | None = None) -
 
 
 def key_counts(axis: Axis) -> Tensor:
-    """How many keys each query of one axis sees: int64 `[queries]`."""
+    """Number of visible keys per query of one axis: int64 `[queries]`."""
     first, last = axis_bounds(axis)
     return (last - first) // axis.dilation + 1
 
 
 def group_sizes(axis: Axis) -> tuple[tuple[int, int, int, int], ...]:
-    """The dilation groups of an axis that differ: length, positions [begin, end) of queries, and how many are alike."""
+    """Distinct dilation groups of an axis.
+
+    Returns:
+        per distinct group: its length, begin and end of its query positions, and the number of groups like it.
+    """
     ends = (axis.length, *query_range(axis))
     alike = Counter(tuple(group_length(i, axis.dilation, group) for i in ends) for group in range(axis.dilation))
     return tuple((n, begin, end, groups) for (n, begin, end), groups in alike.items())
@@ -178,7 +185,7 @@ def group_sizes(axis: Axis) -> tuple[tuple[int, int, int, int], ...]:
 
 @lru_cache(maxsize=4096)
 def axis_pairs(axis: Axis) -> int:
-    """Number of (query, key) pairs of one axis, on Python integers: it works under fake tensors, too."""
+    """Number of visible (query, key) pairs of one axis. Python integers only, so it works under fake tensors."""
     pairs = 0
     for n, begin, end, groups in group_sizes(axis):
         for p in range(begin, end):
@@ -188,17 +195,17 @@ def axis_pairs(axis: Axis) -> int:
 
 
 def visible_pairs(axes: tuple[Axis, ...]) -> int:
-    """Number of (query, key) pairs of the whole grid."""
+    """Number of visible (query, key) pairs of the grid."""
     return prod(axis_pairs(axis) for axis in axes)
 
 
 class TileWalk(NamedTuple):
-    """What a kernel visits on one axis, summed over its dilation groups.
+    """Tiles that a kernel visits on one axis, summed over its dilation groups.
 
     Attributes:
         rows: row tiles.
-        visited: (row tile, column tile) pairs that the walk visits.
-        inner: those among them in which every row sees every column.
+        visited: (row tile, column tile) pairs that the kernel visits.
+        inner: visited pairs in which each column is visible to each row, so that no mask is needed.
     """
 
     rows: int
@@ -208,9 +215,9 @@ class TileWalk(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def tile_walk(axis: Axis, rows: int, columns: int, *, inverse: bool = False, aligned: bool = False) -> TileWalk:
-    """Tiles of `rows` queries and the tiles of `columns` keys that they touch; with `inverse`, of keys and queries.
+    """Count the tiles of `columns` keys that tiles of `rows` queries visit; with `inverse`, queries that keys visit.
 
-    A walk begins at the first visible column or, `aligned`, at the multiple of `columns` before it.
+    Columns begin at the first visible one or, with `aligned`, at the multiple of `columns` before it.
     """
     bounds = inverse_bounds if inverse else window_bounds
     total, visited, inner = 0, 0, 0

@@ -1,4 +1,4 @@
-"""How many bytes travel when one axis of a grid is split over ranks, and what is computed meanwhile: exact integers.
+"""Bytes exchanged per rank when one axis is split over ranks, and FLOPs computed meanwhile: exact integers.
 
 python -m foveal.kernels.neighborhood.sharded_cost --shape 30 48 80 --window 18 24 24 --heads 24 --head-dim 128
 """
@@ -17,14 +17,14 @@ from .shards import make_shards, split_evenly
 
 
 class RankCost(NamedTuple):
-    """What one call costs one rank; the backward sends what the forward receives, and receives what it sends.
+    """Cost of one call on one rank. The backward pass sends the bytes that the forward pass receives, and vice versa.
 
     Attributes:
         queries, keys: tokens of the split axis.
-        sent, received: bytes of the forward that go to and come from other ranks.
+        sent, received: bytes that the forward pass sends to and receives from other ranks.
         forward_flops: useful FLOPs, see `cost.forward_flops`.
-        interior: those of `queries` that are attended while bytes travel.
-        interior_flops: those of `forward_flops` that are theirs.
+        interior: queries computed during the exchange.
+        interior_flops: useful FLOPs of those queries.
     """
 
     queries: int
@@ -47,13 +47,13 @@ def sharded_cost(
     key_heads: int | None = None,
     batch: int = 1,
 ) -> tuple[RankCost, ...]:
-    """What `sharded_neighborhood_attention` costs every rank.
+    """Cost of `sharded_neighborhood_attention` per rank.
 
     Args:
-        axes: the whole neighborhood, as `make_axes` gives it.
-        axis: the one that is split.
-        lengths: tokens of every rank's piece along it; `shards.split_evenly` makes those of an even split.
-        heads, key_heads, head_dim, batch: of query, and of key and value.
+        axes: axes of the whole grid, from `make_axes`.
+        axis: index of the split axis.
+        lengths: tokens per rank along the split axis; `shards.split_evenly` gives those of an even split.
+        heads, key_heads, head_dim, batch: sizes of query, and of key and value.
         itemsize: bytes of one element.
     """
     token = 2 * batch * (key_heads or heads) * head_dim * itemsize  # key and value
@@ -83,7 +83,7 @@ def _row(axes: Sequence[Axis], axis: int, ranks: int, **sizes) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print what the rank that receives most fetches and computes meanwhile, for every axis that could be split."""
+    """Print bytes and overlapped FLOPs of the rank that receives most, per axis that can be split."""
     parser = argparse.ArgumentParser(
         prog="python -m foveal.kernels.neighborhood.sharded_cost",
         description="What a rank receives in the forward, and sends in the backward, when one axis is split.",

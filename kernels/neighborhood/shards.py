@@ -1,6 +1,6 @@
-"""One axis of a grid split over ranks: which keys travel from whom to whom, and which queries need none of them.
+"""Split of one axis over ranks: keys to send and receive per rank, and queries that need own keys only.
 
-The keys that the queries of a rank see lie in one range of the axis, which the windows of its outer queries bound.
+The keys visible to the queries of a rank form one range of the axis, bounded by the windows of its outermost queries.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import NamedTuple
 
 from .geometry import Axis, crop, group_length, inverse_bounds, key_range
 
-LEAST_INTERIOR = 1 / 4  # of a rank's queries: a call more costs launches, and hides no more than its own time
+LEAST_INTERIOR = 1 / 4  # of a rank's queries; a smaller interior hides less time than its extra call costs
 
 
 class Part(NamedTuple):
-    """Consecutive queries of a rank that are attended in one call, and where the keys of its axis come from, in order.
+    """Consecutive queries of a rank that one call computes, and the sources of its keys along the axis.
 
     Attributes:
-        queries: [first, last) of the rank's piece.
-        axis: the axis as the call computes on it, cropped to what its queries need.
-        margin: tokens at the start of `axis` that nobody sends, because no query sees them.
-        lower: [first, last) of the tokens received from lower ranks.
-        own: [first, last) of the rank's piece.
-        upper: [first, last) of the tokens received from higher ranks. What `axis` holds beyond, no query sees.
+        queries: range [first, last) of the rank's piece.
+        axis: the axis of the call, cropped to the keys that its queries can see.
+        margin: tokens at the start of `axis` that are not sent, because no query sees them.
+        lower: range of the tokens received from lower ranks.
+        own: range of the rank's piece that follows.
+        upper: range of the tokens received from higher ranks. Tokens of `axis` after those are visible to no query.
     """
 
     queries: tuple[int, int]
@@ -35,13 +35,13 @@ class Part(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What one rank has to do with the split axis.
+    """Calls and exchanges of one rank.
 
     Attributes:
-        parts: its queries, in order, in calls.
-        interior: which part needs nothing but own tokens, so that others travel meanwhile; None if there is none.
-        send: per rank, the range [first, last) of own tokens that it needs; none for the rank itself.
-        receive: per rank, how many tokens come from it; none from the rank itself.
+        parts: the calls that cover its queries, in order.
+        interior: index of the part that needs own tokens only and runs during the exchange; None if there is none.
+        send: per rank, range [first, last) of own tokens to send to it; empty for the rank itself.
+        receive: per rank, number of tokens received from it; 0 for the rank itself.
     """
 
     parts: tuple[Part, ...]
@@ -51,23 +51,23 @@ class Shard(NamedTuple):
 
     @property
     def border(self) -> tuple[Part, ...]:
-        """The parts that wait for what travels."""
+        """Parts that need received tokens."""
         return tuple(part for i, part in enumerate(self.parts) if i != self.interior)
 
     @property
     def sent(self) -> list[int]:
-        """Per rank, how many own tokens it needs."""
+        """Number of own tokens to send per rank."""
         return [last - first for first, last in self.send]
 
 
 def split_evenly(length: int, ranks: int) -> tuple[int, ...]:
-    """The lengths of the pieces that `torch.tensor_split` makes."""
+    """Lengths of the pieces that `torch.tensor_split` makes."""
     return tuple(length // ranks + (rank < length % ranks) for rank in range(ranks))
 
 
 @lru_cache(maxsize=256)
 def make_shards(axis: Axis, lengths: tuple[int, ...]) -> tuple[Shard, ...]:
-    """The shard of every rank of a whole axis whose consecutive pieces have these lengths."""
+    """Shard per rank of a whole axis that is cut into consecutive pieces of these lengths."""
     ends = tuple(accumulate(lengths))
     pieces = [(end - n, end) for n, end in zip(lengths, ends, strict=True)]
     needs = [key_range(axis._replace(queries=piece)) for piece in pieces]
@@ -86,19 +86,19 @@ def make_shards(axis: Axis, lengths: tuple[int, ...]) -> tuple[Shard, ...]:
 
 
 def interior(axis: Axis, piece: tuple[int, int]) -> tuple[int, int]:
-    """Coordinates [first, last) of the queries of a piece for whom `crop` keeps nothing outside the piece.
+    """Range [first, last) of the queries whose cropped axis lies inside the piece; it may be empty.
 
-    Away from the ends of the piece they are whole blocks of stride * dilation. There may be none.
+    Where the range does not reach an end of the piece, it is cut at a multiple of stride * dilation.
     """
     (first, last), block = piece, axis.stride * axis.dilation
-    low = -(-first // block) * block  # keys from here on are left by a crop
-    high = last // block * block if axis.causal and last < axis.length else last  # and those up to here
+    low = -(-first // block) * block  # first key that a crop can keep
+    high = last // block * block if axis.causal and last < axis.length else last  # and the end of those keys
     if low >= high:
         return first, first
     start, stop = first, last
     for group in range(axis.dilation):
         n, before, after = (group_length(i, axis.dilation, group) for i in (axis.length, low, high))
-        if before > 0:  # whoever sees a key before `low` comes before the last that sees the last of them
+        if before > 0:  # bounds are monotone: the last query that sees key low - 1 bounds all that see an earlier one
             _, seen_until = inverse_bounds(before - 1, n, axis.window, axis.stride, axis.causal)
             start = max(start, (seen_until - 1) * axis.dilation + group + 1)
         if after < n:
@@ -110,7 +110,7 @@ def interior(axis: Axis, piece: tuple[int, int]) -> tuple[int, int]:
 
 
 def _make_part(axis: Axis, piece: tuple[int, int], need: tuple[int, int], queries: tuple[int, int]) -> Part:
-    """Some queries of a piece; `need` is what its rank holds or receives, in which a crop may reach over both ends."""
+    """Part of some queries of a piece. `need` is the range of available keys; a crop can reach beyond it."""
     first, cropped = crop(axis._replace(queries=queries))
     run = first, first + cropped.length
     before = piece[0] - need[0]
@@ -126,6 +126,6 @@ def _make_part(axis: Axis, piece: tuple[int, int], need: tuple[int, int], querie
 
 
 def _overlap(piece: tuple[int, int], need: tuple[int, int]) -> tuple[int, int]:
-    """What of `need` lies in `piece`, counted from its start."""
+    """Intersection of `need` with `piece`, counted from the start of `piece`."""
     start, stop = (min(max(end, piece[0]), piece[1]) - piece[0] for end in need)
     return start, stop

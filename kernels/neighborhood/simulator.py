@@ -1,8 +1,8 @@
-"""The tiles that a kernel of some tile shape visits: what a neighborhood can gain over dense attention.
+"""Count the tiles that a kernel visits, and bound its speed-up over dense attention, per tile shape.
 
-The counts are those of the simulator of arXiv:2504.16922 (section 3): the best speed-up that a tile shape allows, were
-every tile to take the same time. They are exact and take O(tokens along an axis): the axes are independent, so the
-tiles of the grid are the product of the tiles of each axis.
+The counts are those of the simulator of arXiv:2504.16922 (section 3). The bound assumes that all tiles take the same
+time. Counting is exact and takes O(tokens along an axis): axes are independent, so the tiles of the grid are the
+product of the tiles per axis.
 
     python -m foveal.kernels.neighborhood.simulator --shape 30 48 80 --window 18 24 24 --stride 16 8 8
 """
@@ -23,15 +23,15 @@ from .geometry import Axis, tile_walk
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles that one head of one batch entry visits under one tile shape.
+    """Visited tiles per head and batch entry for one tile shape.
 
     Attributes:
-        rows, columns: tokens of a tile along each axis: queries and keys or, `inverse`, keys and queries.
+        rows, columns: tokens of a tile along each axis: queries and keys or, with `inverse`, keys and queries.
         row_tiles: tiles of rows, one program each.
         visited: (row tile, column tile) pairs computed.
-        interior: those among them in which every row sees every column, so that no mask is needed.
-        dense: pairs of tiles of as many tokens that dense attention computes.
-        pairs: (query, key) pairs that count.
+        interior: computed pairs in which each column is visible to each row, so that no mask is needed.
+        dense: pairs of tiles of the same size that dense attention computes.
+        pairs: visible (query, key) pairs.
     """
 
     rows: tuple[int, ...]
@@ -47,22 +47,22 @@ class Tiling:
 
     @property
     def computed(self) -> int:
-        """(query, key) pairs computed, padding and masked ones included."""
+        """Computed (query, key) pairs, including padding and masked pairs."""
         return self.visited * prod(self.rows) * prod(self.columns)
 
     @property
     def efficiency(self) -> float:
-        """Useful over computed pairs, at most 1."""
+        """Visible over computed pairs, at most 1."""
         return self.pairs / self.computed
 
     @property
     def interior_share(self) -> float:
-        """Visited tiles that need no mask, at most 1."""
+        """Share of visited tiles that need no mask."""
         return self.interior / self.visited
 
     @property
     def speedup_bound(self) -> float:
-        """Dense over visited tiles: the speed-up over dense attention were all tiles equally fast."""
+        """Dense over visited tiles: the speed-up over dense attention if all tiles were equally fast."""
         return self.dense / self.visited
 
 
@@ -79,16 +79,16 @@ def simulate(
     inverse: bool = False,
     extra: int = 0,
 ) -> Tiling:
-    """Count the tiles that a kernel visits, ragged ends, dilation groups and extra keys included.
+    """Count the tiles that a kernel visits, including ragged ends, dilation groups and extra keys.
 
     Args:
-        axes: the neighborhood, as `make_axes` gives it.
+        axes: axes of the grid, from `make_axes`.
         rows: tokens of a query tile along each axis.
         columns: tokens of a key tile along each axis.
-        aligned: start the first key tile at a multiple of its size, as kernels over permuted tokens must. Otherwise it
-            starts at the first key that the query tile sees, as the kernels here do.
-        inverse: count for the dK/dV kernel: rows are keys, columns the queries that see them.
-        extra: extra keys that every query sees, walked in tiles of as many tokens as a key tile; not with `inverse`.
+        aligned: start the first key tile at a multiple of its size, as kernels over permuted tokens must. By default it
+            starts at the first key visible to the query tile, as in the kernels of this package.
+        inverse: count for the dK/dV kernel: rows are keys, columns the queries to which they are visible.
+        extra: extra keys visible to all queries, in tiles of as many tokens as a key tile; not with `inverse`.
 
     Raises:
         ValueError: a tile that does not name one positive size per axis, or `extra` with `inverse`.
@@ -125,8 +125,9 @@ def rank_tiles(
     inverse: bool = False,
     extra: int = 0,
 ) -> list[Tiling]:
-    """All tile shapes of the given numbers of tokens, sides powers of two: fewest visited tiles first, then most
-    interior ones.
+    """Rank the tile shapes of the given numbers of tokens: fewest visited tiles first, then most interior tiles.
+
+    Sides are powers of two.
 
     Args:
         axes, aligned, inverse, extra: as in `simulate`.
@@ -155,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--stride", type=int, nargs="+", default=[1])
     add("--dilation", type=int, nargs="+", default=[1])
     add("--causal", type=int, nargs="+", default=[0], choices=(0, 1), help="one 0 or 1, or one per axis")
-    add("--extra", type=int, default=0, help="extra keys that every query sees")
+    add("--extra", type=int, default=0, help="extra keys visible to all queries")
     add("--batch", type=int, default=1)
     add("--heads", type=int, default=1)
     add("--head-dim", type=int, default=64)
