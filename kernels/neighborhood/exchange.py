@@ -30,7 +30,7 @@ Span = tuple[int, int]
 
 
 def send(outgoing: Tensor, counts: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> Tensor:
-    """Send `counts[rank]` rows to each rank; returns the tensor `[sum(receive), …]` of received rows, not filled yet."""
+    """Send `counts[rank]` rows to each rank; returns the tensor `[sum(receive), …]` of the rows to come."""
     return torch.ops._c10d_functional.all_to_all_single(outgoing, list(receive), list(counts), group.group_name)
 
 
