@@ -19,12 +19,18 @@ from hydra import compose, initialize_config_module
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n+)?(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)\n *```",
-                   re.DOTALL)  # fmt: skip
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n+)?"
+    r"(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)\n *```",
+    re.DOTALL,
+)
 SHRUNKEN = {  # what a block says -> what runs here
-    "docs/video.md": {'"b", in_channels=16': '"nano", in_channels=16', "torch.randn(1, 16, 5, 30, 52)": "torch.randn(1, 16, 4, 8, 8)"},
+    "docs/video.md": {
+        '"b", in_channels=16': '"nano", in_channels=16',
+        "torch.randn(1, 16, 5, 30, 52)": "torch.randn(1, 16, 4, 8, 8)",
+    },
     "README.md": {"torch.randn(1, 8, 28, 28, 2, 32)": "torch.randn(1, 4, 9, 9, 2, 32)"},
-}  # fmt: skip
+}
 PACKAGED = "natten_dinat_pico"  # its weights are in the wheel; others are built without
 STANDS_FOR = {"FOLDER": "folder", "NAME": "digits_dinat", "LATENTS": "folder"}
 
