@@ -1,1 +1,1 @@
-"""Time and memory of operators, layers and models against what one would use instead: `python -m benchmarks --help`."""
+"""Time and memory of operators, layers and models against the usual alternatives: `python -m benchmarks --help`."""

@@ -49,8 +49,8 @@ def run(
     results: Annotated[Path, typer.Option(help="folder of the CSV files and pictures")] = records.RESULTS,
     strict: Strict = False,
 ) -> None:
-    """Measure, print each case as it is done, and keep the rows; exits with 1 when results were wrong."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, announces every use
+    """Measure cases, print each one when it is done, and store the rows; exits with 1 if a result was wrong."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory prints a line at each use
     if threads:
         torch.set_num_threads(threads)
     outcome = Runner(_device(device), only, rounds, results, console).run(of_suite(suite))
@@ -63,7 +63,7 @@ def run(
 
 @app.command("list")
 def list_(suite: Suite = "all", device: Device = "auto") -> None:
-    """What there is on this device: cases, whose shapes they have, and providers."""
+    """List the cases of this device, the models their shapes come from, and the providers."""
     where = _device(device)
     table = Table("suite", "kernel", "case", "dtype", "shapes of", "providers")
     for benchmark in of_suite(suite):
@@ -75,7 +75,7 @@ def list_(suite: Suite = "all", device: Device = "auto") -> None:
 
 @app.command()
 def compare(old: Path, new: Path, strict: Strict = False) -> None:
-    """Ratios new/old of the rows that two CSV files share."""
+    """Print the ratios new / old of the rows that two CSV files share."""
     for path in (old, new):
         if not path.exists():
             raise typer.BadParameter(f"{path} does not exist")
@@ -91,14 +91,14 @@ def compare(old: Path, new: Path, strict: Strict = False) -> None:
 
 @app.command()
 def roofline() -> None:
-    """The floors of every kernel on an H200, as the READMEs under `kernels/` hold them."""
+    """Write the lower bounds of each kernel on an H200 into the READMEs under `kernels/`."""
     for operator in floors.OPERATORS:
         typer.echo(f"kernels/{operator.folder}/README.md\n\n{floors.table(operator)}\n")
 
 
 @app.command()
 def report(page: Annotated[Path, typer.Argument(help="docs/benchmarks.md")]) -> None:
-    """Write the page of stored results anew, and its pictures beside it under images/benchmarks."""
+    """Write the page of stored results, and its pictures to images/benchmarks beside it."""
     page.write_text(pages.markdown(), encoding="utf-8")
     pages.draw(page.parent / "images" / "benchmarks")
 

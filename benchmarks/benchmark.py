@@ -1,6 +1,6 @@
-"""What a benchmark is: cases, the providers of each case, and a picture. The runner owns everything else.
+"""Definition of a benchmark: cases, providers of each case, and a picture. The runner does the rest.
 
-A new benchmark is a class in `benchmarks/suites/` and its place in the registry there.
+A new benchmark is a class in `benchmarks/suites/` and an entry of the registry there.
 """
 
 from abc import ABC, abstractmethod
@@ -18,15 +18,15 @@ MODES = ("forward", "forward+backward")
 
 
 class SkippedError(Exception):
-    """A provider does not run a case; the text says why."""
+    """Raised when a provider does not run a case; the text gives the reason."""
 
 
 class WrongResultError(Exception):
-    """Ours breaks the error rule; the text says where."""
+    """Raised when a result of this project breaks the error rule; the text says which."""
 
 
 def refuse_wrong(what: str, found: Mapping[str, tuple[float, float]]) -> None:
-    """Raise WrongResultError unless each error is within what is allowed; both by the name of a result."""
+    """Raise WrongResultError unless each error is at most the allowed one; both are keyed by the name of a result."""
     for name, (error, allowed) in found.items():
         if not error <= allowed:
             result = name if name == "out" else f"the gradient of {name}"
@@ -54,7 +54,7 @@ class Metric(NamedTuple):
 
 
 class Case(Protocol):
-    """What is measured: `kernel`, `name` and `dtype` identify it in the CSV, `source` says whose shapes these are."""
+    """Measured case. `kernel`, `name` and `dtype` identify it in the CSV; `source` names the model of its shapes."""
 
     @property
     def kernel(self) -> str: ...
@@ -92,25 +92,25 @@ class Benchmark(ABC):
 
     @abstractmethod
     def makers(self, case: Any, mode: str, device: torch.device, *, everything: bool = False) -> dict[str, Maker]:
-        """By the name of a provider, what makes its call; made only when its turn comes, and called once first."""
+        """Functions that make the call of each provider, when its turn comes; it runs once before it is timed."""
 
     def verify(self, case: Any, device: torch.device) -> None:  # noqa: B027  whole models have tests of their own
-        """Raise WrongResultError unless ours is right on this case."""
+        """Raise WrongResultError unless the result of this project is right on the case."""
 
     def same_result(self, provider: str) -> bool:
-        """Whether the provider computes what ours does, so that its results must agree."""
+        """Whether a provider computes the same function, so that its results must agree."""
         return False
 
     def work(self, case: Any, mode: str) -> Work | None:
-        """What the call must compute and move, where a cost model says."""
+        """Useful FLOPs and compulsory bytes of the call, or None without a cost model."""
         return None
 
     def derive(self, case: Any, mode: str, measured: Sequence[Metric], device: torch.device) -> Iterator[Metric]:
-        """Metrics that follow from those of one case and mode."""
+        """Derive metrics from those of one case and mode."""
         yield from ()
 
     def conclude(self, rows: Sequence[Row]) -> Iterator[Row]:
-        """Rows that follow from those of all cases."""
+        """Derive rows from those of all cases."""
         yield from ()
 
     @abstractmethod

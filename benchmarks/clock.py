@@ -1,11 +1,12 @@
-"""Turns of timed calls, and peak memory.
+"""Time and peak memory of calls, measured in turns.
 
-Providers run in turns, round by round, so a busy machine slows them alike; each timed call follows one that is not, so
-that caches and thread pools are its own. Memory is the peak of a call less what it returns: it counts neither inputs
-nor results.
+Providers run in turns, round by round, so a busy machine slows all of them. Each timed call follows an untimed call of
+the same provider, so that caches and thread pools are its own. Memory is the peak during a call minus its result;
+inputs are not counted.
 
-A GPU waits while the host launches what is timed, so that the time is the device's; how long the host takes is a metric
-of its own. Calls that keep the host busy for longer than `MOST_LAUNCH`, as whole models do, are timed with launches.
+A GPU is kept waiting while the host launches the timed work, so the time is the device's alone. Launch time of the host
+is a separate metric. Calls that keep the host busy for longer than `MOST_LAUNCH`, as whole models do, are timed with
+their launches.
 """
 
 import time
@@ -22,14 +23,14 @@ CYCLES = 2e9  # of a GPU a second, or more
 
 
 def host_seconds(call: Call) -> float:
-    """Until the call returns; on a GPU that is when all is launched, if the device was idle."""
+    """Time until the call returns; on an idle GPU that is the launch time."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def seconds(call: Call, device: torch.device, launch: float = 0.0) -> float:
-    """Time of a call, of which the host needs `launch` before a GPU has all its work."""
+    """Time of a call. `launch` is the time the host needs to launch it."""
     if device.type == "cpu":
         return host_seconds(call)
     torch.empty(64 << 20, dtype=torch.int32, device=device).zero_()  # empty the L2 cache
@@ -44,7 +45,7 @@ def seconds(call: Call, device: torch.device, launch: float = 0.0) -> float:
 
 
 def extra_bytes(call: Call, device: torch.device) -> int:
-    """Peak of memory during a call less what the call returns."""
+    """Peak memory during a call minus the memory of its result."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -67,13 +68,13 @@ def extra_bytes(call: Call, device: torch.device) -> int:
 def measure(
     calls: dict[str, Call], device: torch.device, rounds: int, tick: Callable[[int], None] = lambda done: None
 ) -> Iterator[Metric]:
-    """Time (ms), on a GPU that of the host's launches, and memory (MiB) of each provider.
+    """Time (ms), launch time on a GPU (ms), and memory (MiB) of each provider.
 
     Args:
-        calls: by the name of a provider, its call, already called once.
-        device: that the calls run on.
-        rounds: timed calls of each.
-        tick: told after each round how many are done.
+        calls: call of each provider, already run once.
+        device: device of the calls.
+        rounds: timed calls per provider.
+        tick: called after each round with the number of rounds done.
     """
     times, launches = ({name: [] for name in calls} for _ in range(2))
     for done in range(rounds):

@@ -1,12 +1,12 @@
-"""Old rows against new ones: ratios, and which of them are regressions."""
+"""Compare old and new rows: ratios and regressions."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from .records import Row
 
-ALLOWED = 1.10  # times slower, or more memory, before it may be called a regression
-COMPARED = ("time", "memory")  # less is better; other metrics follow from these
+ALLOWED = 1.10  # ratio of time or memory from which a change can be a regression
+COMPARED = ("time", "memory")  # lower is better; other metrics derive from these
 
 
 class Change(NamedTuple):
@@ -23,7 +23,7 @@ class Change(NamedTuple):
 
     @property
     def is_regression(self) -> bool:
-        """Over the allowed ratio, and with bands from the 20th to the 80th percentile that do not touch."""
+        """Whether a change exceeds the allowed ratio and its bands (20th to 80th percentile) do not overlap."""
         low, high = self.new.p20, self.old.p80
         apart = low is None or high is None or low > high
         return self.ratio > ALLOWED and apart
@@ -35,7 +35,7 @@ class Change(NamedTuple):
 
 
 def changes(old: Sequence[Row], new: Sequence[Row]) -> Iterator[Change]:
-    """What both hold, in the order of the new rows; devices are not compared."""
+    """Changes of the subjects in both files, in the order of the new rows; devices are ignored."""
     before = {(*row.subject, row.metric): row for row in old}
     for row in new:
         if row.metric in COMPARED and (found := before.get((*row.subject, row.metric))):

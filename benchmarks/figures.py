@@ -1,4 +1,4 @@
-"""Pictures of rows: bars a case, and lines over the number of tokens."""
+"""Pictures of rows: bars per case, and lines over the number of tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +49,7 @@ def logarithmic(axes: Axes) -> None:
 
 
 def bars(rows: Sequence[Row], path: Path, *, title: str) -> None:
-    """Bars of time for each case, a panel a mode, logarithmic, with lines from the 20th to the 80th percentile."""
+    """Logarithmic bars of time per case, one panel per mode, with error bars from the 20th to the 80th percentile."""
     modes = in_order(r.mode for r in rows if r.metric == "time")
     names = in_order(r.case for r in rows if r.metric == "time")
     shown = in_order(r.provider for r in rows if r.metric == "time")
@@ -85,7 +85,7 @@ def bars(rows: Sequence[Row], path: Path, *, title: str) -> None:
 
 
 def lines(rows: Sequence[Row], path: Path, *, title: str) -> None:
-    """Time over tokens, a panel a kernel and a row of panels a mode; the legend holds the exponents."""
+    """Time over tokens, one column per kernel and one row per mode; the legend gives the exponents."""
     modes = in_order(r.mode for r in rows)
     kernels = in_order(r.kernel for r in rows)
     figure = Figure(figsize=(3.1 * len(kernels), 3.1 * len(modes)), layout="constrained")

@@ -1,4 +1,4 @@
-"""The table of floors that the README of each kernel holds: computed for an H200, not measured."""
+"""Table of lower bounds in the README of each kernel: computed for an H200, not measured."""
 
 import torch
 
@@ -18,7 +18,7 @@ def digits(x: float) -> str:
 
 
 def table(operator: Operator, gpu: str = GPU) -> str:
-    """A row a case of a GPU; of the two floors the higher one, which is the bound, is bold."""
+    """One row per case of a GPU; the higher of the two lower bounds is bold."""
     lines = [HEADER]
     for case in operator.cases(torch.device("cuda")):
         forward = operator.work(case, MODES[0])

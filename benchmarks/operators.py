@@ -1,7 +1,7 @@
-"""Benchmarks of attention operators: tensors in, a tensor out, held to the float64 reference before they are timed.
+"""Benchmarks of attention operators, which are checked against the float64 reference before they are timed.
 
-The error rule is that of the tests: half precision may have 1.5 times (gradients: twice) the error of the same
-computation done eagerly in that dtype, float32 a relative error of 1e-5.
+The error rule is that of the tests: half precision may have 1.5 times (gradients: twice) the error of the same eager
+computation in that dtype, float32 a relative error of 1e-5.
 """
 
 from abc import abstractmethod
@@ -22,7 +22,7 @@ from .peers import Attend, compiled
 from .records import Row
 
 Tensors = dict[str, Tensor]
-MOST_REFERENCE_LOGITS = 1 << 25  # past these a crop of the case is checked
+MOST_REFERENCE_LOGITS = 1 << 25  # larger cases are checked on a crop
 
 
 def randn(device: torch.device, dtype: torch.dtype, seed: int = 0) -> Callable[..., Tensor]:
@@ -49,11 +49,11 @@ def bind(function: Attend, mode: str, tensors: Tensors, gradient: Tensor) -> Cal
 
 
 class Operator(Benchmark):
-    """A subclass says what the operator is, on what, and against what.
+    """Base of operator benchmarks; a subclass names the operator, its inputs and its peers.
 
     Attributes:
-        cost: its `cost.py`.
-        folder: under `kernels/`, with the README that holds its floors.
+        cost: the operator's `cost.py`.
+        folder: folder under `kernels/` whose README holds the lower bounds.
     """
 
     suite = "kernels"
@@ -74,19 +74,19 @@ class Operator(Benchmark):
 
     @abstractmethod
     def eager(self, case: Any, device: torch.device) -> Attend:
-        """The same without our operator, in plain PyTorch, every step in the dtype of the inputs."""
+        """Plain PyTorch for the same computation, each step in the dtype of the inputs."""
 
     def yardstick(self, case: Any, device: torch.device) -> Attend:
-        """The eager computation whose error in half precision ours is allowed a multiple of."""
+        """Eager computation whose error in half precision is the unit of the error rule."""
         return self.eager(case, device)
 
     @abstractmethod
     def peers(self, case: Any, mode: str, device: torch.device) -> dict[str, Callable[[], Attend]]:
-        """By name, what makes the function of the tensors."""
+        """Functions that make each peer, by name."""
 
     @abstractmethod
     def crop(self, case: Any) -> Any:
-        """A case as like this as possible whose reference is quick."""
+        """Similar case that is small enough for the reference."""
 
     def scaling(self, device: torch.device) -> Sequence[Any]:
         """Cases that differ in the number of tokens only."""
@@ -96,7 +96,7 @@ class Operator(Benchmark):
         return partial(self.function(case), **self.arguments(case), impl=impl)
 
     def definition(self, case: Any, given: Tensors) -> Attend:
-        """The function of float64 tensors that ours must equal on `given`."""
+        """Function of float64 tensors that defines the right result on `given`."""
         return self.ours(case, impl="reference")
 
     def verify(self, case: Any, device: torch.device) -> None:
@@ -134,7 +134,7 @@ class Operator(Benchmark):
         return Work(*(sum(summary[f"{name}_{what}"] for name in passes) for what in ("flops", "bytes")))
 
     def derive(self, case: Any, mode: str, measured: Sequence[Metric], device: torch.device) -> Iterator[Metric]:
-        """Memory over that of query, key, value and output."""
+        """Memory relative to query, key, value and output."""
         tensors = self.inputs(case, torch.device("meta"))
         size = sum(tensors[name].nbytes for name in ("query", "key", "value")) + tensors["query"].nbytes
         for metric in measured:

@@ -1,7 +1,7 @@
-"""What one would use instead of our operators: dense attention, flex_attention, NATTEN.
+"""Alternatives to the operators: dense attention, flex_attention, NATTEN.
 
-Every maker returns a function of query, key and value `[B, *spatial, heads, head_dim]`, and of a bias where a benchmark
-has one, that returns the output in the same layout.
+Each maker returns a function of query, key and value `[B, *spatial, heads, head_dim]`, and of the bias of a benchmark
+that has one. The function returns the output in the same layout.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ BACKENDS = {
         SDPBackend.MATH,
     ),
 }
-MOST_LOGITS = {"cpu": 512 << 20, "cuda": 8 << 30}  # bytes that attention may write out
+MOST_LOGITS = {"cpu": 512 << 20, "cuda": 8 << 30}  # bytes of logits that attention may hold in memory
 MOST_TOKENS = 20_000  # that dense attention takes on a CPU
 
 
@@ -39,13 +39,13 @@ def heads_last(x: Tensor, like: Tensor) -> Tensor:
 
 
 def refuse_logits(count: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise SkippedError when this many logits are too many to write out."""
+    """Raise SkippedError if the logits are too large to be held in memory."""
     if count * dtype.itemsize > MOST_LOGITS[device.type]:
         raise SkippedError(f"would write out {count * dtype.itemsize / 2**30:.0f} GiB of logits")
 
 
 def dense(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, **_: Tensor) -> Tensor:
-    """Attention of all to all, without mask or bias: what the window or the list saves."""
+    """Dense attention without mask or bias."""
     q, k, v = map(heads_first, (query, key, value))
     with sdpa_kernel(backend):
         return heads_last(scaled_dot_product_attention(q, k, v), query)
@@ -70,7 +70,7 @@ def compiled(function: Attend) -> Attend:
 
 
 def block_mask(visible: Callable, tokens: int, device: torch.device) -> BlockMask:
-    """The block mask of `visible(batch, head, query, key)`; on GPUs made without the mask of all pairs in memory."""
+    """Block mask of `visible(batch, head, query, key)`; on GPUs it is made without the dense mask in memory."""
     make = torch.compile(create_block_mask, dynamic=False) if device.type == "cuda" else create_block_mask
     return make(visible, None, None, tokens, tokens, device=device)
 
@@ -79,8 +79,8 @@ def flex(mask: BlockMask, bias_at: Callable[[Tensor], Callable] | None = None) -
     """Compiled flex_attention.
 
     Args:
-        mask: which keys a query sees.
-        bias_at: of a bias, the `score_mod` that adds it.
+        mask: block mask of the visible keys.
+        bias_at: makes the `score_mod` that adds a bias.
     """
 
     @compiled
@@ -89,7 +89,7 @@ def flex(mask: BlockMask, bias_at: Callable[[Tensor], Callable] | None = None) -
         return flex_attention(query, key, value, score_mod=score, block_mask=mask)
 
     def in_our_layout(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        # outside of the compiled function: inductor's lowering for CPU does not take views of more axes
+        # outside the compiled function, because inductor's CPU lowering takes no views of more axes
         return heads_last(attend(*map(heads_first, (query, key, value)), bias), query)
 
     return in_our_layout

@@ -1,6 +1,6 @@
-"""The CSV of a benchmark: one row a metric, with what it was measured on.
+"""CSV of a benchmark: one row per metric, with the device and versions of the measurement.
 
-Metrics that were repeated have a median and the 20th and 80th percentile, others a value in `p50` only.
+Repeated metrics have a median and the 20th and 80th percentile, others a value in `p50` only.
 """
 
 import csv
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the CSV; the fields are its columns."""
+    """Line of the CSV; its fields are the columns."""
 
     kernel: str
     provider: str
@@ -43,12 +43,12 @@ class Row:
 
     @property
     def band(self) -> tuple[float, float]:
-        """The 20th and 80th percentile; the value itself where it was not repeated."""
+        """The 20th and 80th percentile, or twice the value of a metric that was not repeated."""
         return self.p50 if self.p20 is None else self.p20, self.p50 if self.p80 is None else self.p80
 
     @property
     def subject(self) -> tuple[str, ...]:
-        """What was measured: one provider on one case in one mode."""
+        """Key of a measurement: one provider on one case in one mode."""
         return self.kernel, self.case, self.dtype, self.mode, self.provider
 
 
@@ -86,7 +86,7 @@ def write(rows: Iterable[Row], path: Path) -> None:
 
 
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """The old rows with those of the same subject replaced by the new ones."""
+    """Old rows, with those of the same subject replaced by the new rows."""
     measured = {row.subject for row in new}
     return [row for row in old if row.subject not in measured] + list(new)
 
@@ -99,7 +99,7 @@ def installed(package: str) -> str:
 
 
 def name_of(device: torch.device) -> str:
-    """What the device is called; of a CPU also how many threads torch takes."""
+    """Name of the device; for a CPU with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -108,7 +108,7 @@ def name_of(device: torch.device) -> str:
 
 
 def file_of(benchmark: str, device_name: str, results: Path = RESULTS) -> Path:
-    """Where the rows of a benchmark on a device are."""
+    """Path of the CSV of a benchmark on a device."""
     return results / f"{benchmark}_{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.csv"
 
 
@@ -122,7 +122,7 @@ def commit() -> str:
 
 
 def environment(device: torch.device, rounds: int) -> dict[str, Any]:
-    """The columns that say what was measured on."""
+    """Columns that describe device and versions."""
     return {
         "config": f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, median of {rounds} rounds",
         "device": name_of(device),

@@ -1,6 +1,6 @@
-"""The page of stored results: where ours is faster, and where it is slower.
+"""Page of stored results: where the operators and models of this project are faster, and where slower.
 
-Everything on it comes from the CSV files in `benchmarks/results/`.
+All numbers come from the CSV files in `benchmarks/results/`.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ $ python -m benchmarks report docs/benchmarks.md # this page
 
 
 class Pair(NamedTuple):
-    """Our time and the one it has to beat; None where there is none."""
+    """Time of this project and of its rival; None without one."""
 
     ours: Row
     other: Row | None
@@ -58,7 +58,7 @@ class Pair(NamedTuple):
 
 
 def pairs(benchmark: Benchmark, rows: Sequence[Row]) -> list[Pair]:
-    """For each case and mode the best of ours and the fastest other, or each of ours and its rivals."""
+    """Per case and mode: the fastest provider of this project and the fastest other, or each one and its rivals."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.metric == "time":
@@ -78,7 +78,7 @@ def pairs(benchmark: Benchmark, rows: Sequence[Row]) -> list[Pair]:
 
 
 def stored(results: Path = records.RESULTS) -> dict[str, list[tuple[Benchmark, Path, list[Row]]]]:
-    """Benchmarks with their CSV by the name of the device, in the order of the registry."""
+    """Benchmarks with their CSV files by device, in the order of the registry."""
     by_device: dict[str, list[tuple[Benchmark, Path, list[Row]]]] = {}
     for benchmark in REGISTRY:
         for path in sorted(results.glob(f"{benchmark.name}_*.csv")):
@@ -88,7 +88,7 @@ def stored(results: Path = records.RESULTS) -> dict[str, list[tuple[Benchmark, P
 
 
 def _sources(benchmark: Benchmark) -> dict[tuple[str, str], str]:
-    """Whose shapes they are, by kernel and case."""
+    """Models of the shapes, by kernel and case."""
     devices = (torch.device("cpu"), torch.device("cuda"))
     return {(c.kernel, c.name): c.source for device in devices for c in benchmark.cases(device, everything=True)}
 
@@ -116,12 +116,12 @@ def _table(benchmark: Benchmark, rows: Sequence[Row]) -> list[str]:
 
 
 def _short(row: Row) -> str:
-    """The provider without what a name of timm repeats."""
+    """Name of a provider without the parts that all timm names share."""
     return row.provider.replace("_patch4_window7_224", "").replace("_patch16_224", "")
 
 
 def _losses(found: Sequence[Pair]) -> list[str]:
-    """A sentence and a list of what is slower, worst first; nothing where nothing was compared."""
+    """Sentence and list of the slower cases, worst first; empty if nothing was compared."""
     compared = [pair for pair in found if pair.other]
     lost = sorted((pair for pair in compared if pair.ratio > 1), key=lambda pair: -pair.ratio)
     if not compared:

@@ -1,7 +1,7 @@
-"""How fast a call could be: FLOPs over the peak of products, bytes over the peak of memory.
+"""Lower bounds of the time of a call: FLOPs over peak FLOP/s, bytes over peak bandwidth.
 
-Peaks of GPUs are their makers' (dense, without sparsity); a CPU's are measured by a product of matrices and a copy.
-FLOPs and bytes are those of the operators' `cost.py`: useful pairs, and every operand moved once.
+Peaks of GPUs come from data sheets (dense, without sparsity). Peaks of a CPU are measured by a matrix product and a
+copy. FLOPs and bytes are those of the operators' `cost.py`: visible pairs, and each operand moved once.
 """
 
 import time
@@ -15,14 +15,14 @@ from .benchmark import Work
 
 
 class Peak(NamedTuple):
-    """FLOP/s of products by the name of the dtype, and bytes/s of memory."""
+    """Peak FLOP/s by dtype, and bandwidth in bytes/s."""
 
     flops: dict[str, float]
     bytes: float
 
 
 class Floor(NamedTuple):
-    """The least a call takes, in ms, by its products and by its bytes."""
+    """Lower bounds of a call in ms, by FLOPs and by bytes."""
 
     compute: float
     memory: float
@@ -42,7 +42,7 @@ def _half(peak: float, *, tf32: float, float32: float, memory: float) -> Peak:
 
 
 HOPPER = {"tf32": 494.7e12, "float32": 66.9e12}
-PEAKS = {  # by what the name of a device holds; NVIDIA's and AMD's data sheets
+PEAKS = {  # by a part of the device's name; from NVIDIA's and AMD's data sheets
     "H200": _half(989.4e12, **HOPPER, memory=4.8e12),
     "H100 80GB HBM3": _half(989.4e12, **HOPPER, memory=3.35e12),
     "A100-SXM4-80GB": _half(312e12, tf32=156e12, float32=19.5e12, memory=2.039e12),
@@ -61,11 +61,11 @@ def _best(call: Callable[[], object], times: int = 5) -> float:
 
 @lru_cache
 def measured_peak(dtype: torch.dtype, threads: int, side: int = 2048, elements: int = 1 << 26) -> Peak:
-    """Of this CPU with the threads that torch has now; `threads` tells cached answers apart.
+    """Measured peak of this CPU with the current number of threads; `threads` keys the cache.
 
     Args:
-        side: of the matrices that are multiplied.
-        elements: float32 numbers that are copied, more than caches hold.
+        side: side of the multiplied matrices.
+        elements: copied float32 numbers, more than fit into caches.
     """
     a, b = torch.randn(2, side, side).to(dtype)
     source, target = torch.zeros(elements), torch.zeros(elements)

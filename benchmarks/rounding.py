@@ -1,7 +1,7 @@
-"""What rounding queries and keys to e4m3 costs: `python -m benchmarks.rounding` prints the table of docs/numerics.md.
+"""Error of rounding queries and keys to e4m3: `python -m benchmarks.rounding` prints the table of docs/numerics.md.
 
-Errors are those of bfloat16 inputs by the tiled path, against float64 on the same inputs. Trained activations are of
-the DiNAT that ships with its weights, on the digits that it was tested on.
+Errors are those of bfloat16 inputs on the plain PyTorch path, against float64 on the same inputs. Trained activations
+come from the packaged DiNAT on its test digits.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ HEAD = (
 
 
 class Error(NamedTuple):
-    """Of the output over the RMS of the exact one: RMS and largest; of the log-sum-exp the largest."""
+    """RMS and largest error of the output, relative to its RMS, and largest error of the log-sum-exp."""
 
     rms: float
     largest: float
@@ -38,7 +38,7 @@ class Error(NamedTuple):
 
 
 def errors(query: Tensor, key: Tensor, value: Tensor, **options) -> dict[str, Error]:
-    """By what queries and keys are: bfloat16, e4m3, and e4m3 of keys with their mean."""
+    """Errors by format of queries and keys: bfloat16, e4m3, and e4m3 without subtracting the mean of the keys."""
     given = [x.bfloat16() for x in (query, key, value)]
     exact = na2d_lse(*(x.double() for x in given), **options)
     mirrored = quantized.quantize(given[0], given[1], -given[1].flatten(1, 2))  # whose mean is zero
@@ -61,7 +61,7 @@ def random_cases() -> Iterator[tuple[str, dict[str, Error]]]:
 
 @torch.no_grad()
 def trained() -> tuple[list[dict[str, Error]], list[float]]:
-    """Errors of the layers of a trained DiNAT, and what share of test images it names without and with e4m3."""
+    """Errors of the layers of a trained DiNAT, and its test accuracy without and with e4m3."""
     model = timm.create_model("natten_dinat_pico", pretrained=True).eval()
     layers = [m for m in model.modules() if isinstance(m, NeighborhoodAttention2d)]
     found: list[dict[str, Error]] = []

@@ -1,7 +1,7 @@
-"""Runs benchmarks: verifies, measures in turns, prints each case as it comes, keeps the CSV, compares with the last.
+"""Run benchmarks: verify, measure in turns, print each case, store the CSV, compare with the stored rows.
 
-A benchmark whose results are wrong is not measured. What cannot run says why. Rows go to the CSV case by case, so that
-an interrupted run keeps what it has; rows of what was not measured now stay.
+A benchmark with wrong results is not measured. A provider that cannot run gives its reason. Rows are written case by
+case, so that an interrupted run keeps them; rows of other subjects stay in the CSV.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from . import clock, compare, records, roofline
 from .benchmark import Benchmark, Call, Maker, Metric, SkippedError, WrongResultError, dtype_name
 from .records import Row
 
-SLOWEST_CALL = 20.0  # seconds; a provider whose call takes longer is left out
+SLOWEST_CALL = 20.0  # seconds; providers with slower calls are skipped
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest value
 
 
 @dataclass
 class Outcome:
-    """Rows of a run, those slower than the stored ones, and sentences on what was refused."""
+    """Rows of a run, regressions against the stored rows, and reasons of what did not run."""
 
     rows: list[Row] = field(default_factory=list)
     regressions: list[compare.Change] = field(default_factory=list)
@@ -35,15 +35,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Runner:
-    """How to measure.
+    """Options of a run.
 
     Attributes:
-        device: that calls run on.
-        only: words that the text "kernel case dtype mode provider" must hold for the provider to be measured, or must
-            not hold when they begin with a minus.
-        rounds: timed calls of each provider.
+        device: device of the calls.
+        only: words that the text "kernel case dtype mode provider" must contain for a provider to be measured; a word
+            after a minus must not be contained.
+        rounds: timed calls per provider.
         results: folder of the CSV files and pictures.
-        console: to print on.
+        console: console of the output.
     """
 
     device: torch.device
@@ -53,7 +53,7 @@ class Runner:
     console: Console = field(default_factory=partial(Console, width=150))
 
     def selected(self, benchmark: Benchmark) -> list[tuple[Any, str, dict[str, Maker]]]:
-        """Cases with their mode and the makers of the providers that `only` leaves."""
+        """Cases with their mode and the makers of the selected providers."""
         found = []
         for case in benchmark.cases(self.device, everything=bool(self.only)):
             for mode in benchmark.modes:
@@ -78,7 +78,7 @@ class Runner:
             for number, case in enumerate(cases, 1):
                 with self.console.status(f"verifying {number}/{len(cases)}: {case.kernel} {case.name}"):
                     benchmark.verify(case, self.device)
-        except Exception as error:  # wrong results, or none at all: what else is to be measured still is
+        except Exception as error:  # a benchmark that fails does not stop the others
             if not isinstance(error, WrongResultError):
                 self.console.print_exception()
             outcome.refused.append(f"{benchmark.name}: {error}")
@@ -109,7 +109,7 @@ class Runner:
         self.console.print(f"wrote {path} and {path.with_suffix('.png')}")
 
     def _measure(self, benchmark: Benchmark, case: Any, mode: str, makers: dict[str, Maker], what: str) -> list[Metric]:
-        torch.compiler.reset()  # graphs of the case before would count towards the limit of recompilations
+        torch.compiler.reset()  # graphs of the previous case would count towards the recompilation limit
         with self.console.status(what) as status:
             calls = self._calls(benchmark, case, makers, status)
             ticks = lambda done: status.update(f"{what}: round {done + 1}/{self.rounds}")  # noqa: E731
@@ -120,7 +120,7 @@ class Runner:
         return metrics + self._floors(benchmark, case, mode, metrics)
 
     def _calls(self, benchmark: Benchmark, case: Any, makers: dict[str, Maker], status) -> dict[str, Call]:
-        """Calls that run, each called once, and agree with ours where they compute the same."""
+        """Calls that run, each run once and checked for agreement."""
         calls: dict[str, Call] = {}
         ours: object = None
         for name, make in makers.items():
@@ -137,7 +137,7 @@ class Runner:
                 calls[name] = call
             except SkippedError as why:
                 self.console.print(f"  [dim]{case.name}: no {name}: {why}[/]")
-            except Exception as error:  # what a provider itself refuses, in whatever way: the others still run
+            except Exception as error:  # a provider may fail in any way; the others still run
                 first = str(error).strip().splitlines() or [""]
                 why = escape(f"{type(error).__name__}: {first[0][:160]}")
                 self.console.print(f"  [dim]{case.name}: no {name}: {why}[/]")
@@ -190,12 +190,12 @@ class Runner:
 
 
 def matches(text: str, words: str) -> bool:
-    """Whether the text holds all words, and none of those that begin with a minus."""
+    """Whether a text contains all words, and none of those after a minus."""
     return all(word[1:] not in text if word[0] == "-" else word in text for word in words.split())
 
 
 def check_agreement(result: object, ours: object, dtype: torch.dtype) -> None:
-    """Raise SkippedError where a provider does not compute what ours does."""
+    """Raise SkippedError if a provider does not agree with this project's result."""
     as_tuple = lambda x: x if isinstance(x, tuple) else (x,)  # noqa: E731
     for found, expected in zip(as_tuple(result), as_tuple(ours), strict=True):
         assert isinstance(found, Tensor) and isinstance(expected, Tensor)

@@ -1,4 +1,4 @@
-"""The registry: every benchmark there is, by suite."""
+"""Registry of the benchmarks, by suite."""
 
 from ..benchmark import Benchmark
 from ..operators import Operator

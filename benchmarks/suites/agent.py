@@ -1,4 +1,4 @@
-"""Agent attention against its two softmaxes written out, two calls of dense attention, and attention of all to all."""
+"""Agent attention against its two softmaxes in eager PyTorch, two calls of SDPA, and dense attention."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ class Case:
 
 
 def written_out(query, key, value, agent, agent_bias, query_bias) -> Tensor:
-    """One operation after the other, as the authors' code does."""
+    """Eager operations in the order of the paper's equations."""
     q, k, v, a = map(heads_first, (query, key, value, agent))
     scale = q.shape[-1] ** -0.5
     gathered = ((a * scale) @ k.transpose(-1, -2) + agent_bias).softmax(-1) @ v
@@ -39,7 +39,7 @@ def written_out(query, key, value, agent, agent_bias, query_bias) -> Tensor:
 
 
 def twice(query, key, value, agent, agent_bias, query_bias) -> Tensor:
-    """Each softmax by PyTorch's attention, the bias as its mask."""
+    """One SDPA call per softmax, with the bias as its mask."""
     q, k, v, a = map(heads_first, (query, key, value, agent))
     gathered = scaled_dot_product_attention(a, k, v, attn_mask=agent_bias[None])
     return heads_last(scaled_dot_product_attention(q, a, gathered, attn_mask=query_bias[None]), query)

@@ -46,7 +46,7 @@ class Case:
 
 
 class LocalWindows(nn.Module):
-    """Swin's attention on a map, without a shift; zeros complete the windows."""
+    """Swin's attention on a map, without shift; the map is zero-padded to whole windows."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ class LocalWindows(nn.Module):
 
 
 class Reduced(nn.Module):
-    """PVT's attention to a map of half the size, from a strided convolution."""
+    """PVT's attention to keys of half the resolution, from a strided convolution."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ class Reduced(nn.Module):
 
 
 def unfused(make: Callable[[], nn.Module]) -> nn.Module:
-    """A layer whose attention is two products and a softmax."""
+    """Layer with eager attention: two products and a softmax."""
     layer = make()
     layer.attn.fused_attn = False
     return layer
@@ -103,7 +103,7 @@ class HiLoLayer(Benchmark):
         return torch.randn(size, generator=generator, device=device, dtype=case.dtype)
 
     def verify(self, case: Case, device: torch.device) -> None:
-        """The layer against itself in float64 with the reference of its windows."""
+        """Check the layer against itself in float64 with reference windows."""
         torch.manual_seed(0)
         layer = LAYERS["HiLo"]().to(device, case.dtype)
         oracle, eager = copy.deepcopy(layer).double(), copy.deepcopy(layer)
@@ -126,7 +126,7 @@ class HiLoLayer(Benchmark):
         return {name: partial(call, make) for name, make in LAYERS.items()}
 
     def plot(self, rows: Sequence[Row], path: Path) -> None:
-        """Bars of time over HiLo's, a group a map, with the paper's ratios as lines."""
+        """Bars of time relative to HiLo, one group per map size, with the paper's ratios as lines."""
         modes = in_order(r.mode for r in rows)
         figure = Figure(figsize=(8, 3.7 * len(modes)), layout="constrained")
         panels = figure.subplots(len(modes), 1, squeeze=False)[:, 0]

@@ -1,8 +1,8 @@
-"""Linear attention against its two products written out, and attention of all to all.
+"""Linear attention against its two products in eager PyTorch, and dense attention.
 
-Where flash-linear-attention can be imported, its chunked kernel runs beside. It is causal, so it computes something
-else of about the same cost, and takes ReLU'd features, no normaliser. It never ran here: its interface is that of its
-documentation (`fla.ops.linear_attn.chunk_linear_attn` on `[B, T, H, K]`).
+If flash-linear-attention can be imported, its chunked kernel is a provider. It is causal, so it computes another
+function of about the same cost, on ReLU'd features and without normaliser. It never ran here: its interface is that of
+its documentation (`fla.ops.linear_attn.chunk_linear_attn` on `[B, T, H, K]`).
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ class Case:
 
 
 def written_out(query, key, value, scale) -> Tensor:
-    """One operation after the other, as L2ViT's authors do it."""
+    """Eager operations in the order of the paper's equations."""
     q, k, v = heads_first(query).relu(), heads_first(key).relu(), heads_first(value)
     normaliser = (q @ k.transpose(-1, -2).sum(-1, keepdim=True)).clamp(min=FLOOR)
     return heads_last(q @ (k.transpose(-1, -2) @ v * scale[:, None, None]) / normaliser, query)

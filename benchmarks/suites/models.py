@@ -1,8 +1,7 @@
-"""Whole backbones against those people would use instead: images a second and peak memory, inference and training.
+"""Backbones against the usual alternatives: images per second and peak memory of inference and training.
 
-All models of one size run in turns with random weights. Memory of inference is the peak of a call beyond the parameters
-and the input; that of a training step also holds gradients. The attention of ours is held to its reference by the tests
-of each model family.
+Models of one size run in turns with random weights. Memory of inference is the peak beyond parameters and input; that
+of a training step includes gradients. The tests of each family check the attention of the backbones.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ SMALL = ("natten_dinat_m", "litv2_s", "biformer_t", "agent_swin_t", "l2vit_t")  
 OURS = (*SMALL, "natten_dinat_s", "biformer_s")
 PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "swin_small_patch4_window7_224", "convnext_small")
 PEERS += ("vit_small_patch16_224",)
-QUICK = (*SMALL, *PEERS[:2])  # what a CPU measures unless asked for more
+QUICK = (*SMALL, *PEERS[:2])  # default sizes on a CPU
 RIVALS = [(name, peer) for name in OURS for peer in (PEERS[2:4] if name == "natten_dinat_s" else PEERS[:2])]
 SIZES = (224, 384, 512, 1024)
 BATCHES = {"cpu": {224: 8, 384: 4, 512: 2, 1024: 1}, "cuda": {224: 128, 384: 48, 512: 24, 1024: 6}}
@@ -47,7 +46,7 @@ class Case:
 
 
 def build(name: str, size: int) -> nn.Module:
-    """The model with random weights, for images of this size where windows or biases depend on it."""
+    """Model with random weights; its windows and biases fit images of this size."""
     options: dict[str, Any] = {"img_size": size} if name.startswith(("swin", "agent", "vit")) else {}
     return timm.create_model(name, **options)
 
@@ -64,7 +63,7 @@ def inference(model: Any, images: Tensor, precision: Callable) -> Callable[[], T
 
 
 def training(model: Any, images: Tensor, precision: Callable) -> Callable[[], Tensor]:
-    """Forward, cross entropy, backward and a step of AdamW."""
+    """Training step: forward, cross entropy, backward and AdamW."""
     model.train()
     labels = torch.arange(len(images), device=images.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -115,14 +114,14 @@ class Models(Benchmark):
         return made if quick else made | {f"{name} compiled": partial(make, name, True) for name in names}
 
     def derive(self, case: Case, mode: str, measured: Sequence[Metric], device: torch.device) -> Iterator[Metric]:
-        """Images a second."""
+        """Images per second."""
         for m in measured:
             if m.metric == "time" and m.p20 and m.p80:
                 middle, low, high = (1e3 * case.batch / x for x in (m.p50, m.p80, m.p20))
                 yield Metric(m.provider, "images/s", "1/s", middle, low, high)
 
     def plot(self, rows: Sequence[Row], path: Path) -> None:
-        """Bars of images a second and of memory, a line of panels a size and mode."""
+        """Bars of images per second and of memory, one row of panels per size and mode."""
         groups = in_order((r.mode, r.case) for r in rows)
         bars_of = {group: in_order(r.provider for r in rows if (r.mode, r.case) == group) for group in groups}
         heights = [1.0 + 0.24 * len(bars_of[group]) for group in groups]

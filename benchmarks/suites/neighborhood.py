@@ -18,7 +18,7 @@ from ..operators import MOST_REFERENCE_LOGITS, Operator, Tensors, randn
 from ..peers import Attend, block_mask, check_flex, compiled, dense_makers, flex, heads_first, heads_last
 
 OPERATORS = {1: na1d, 2: na2d, 3: na3d}
-MOST_CROPPED = 10_000  # tokens of a crop, where windows may be halved for it
+MOST_CROPPED = 10_000  # tokens of a crop; its windows may be halved
 GATHERED = {"cpu": 2 << 30, "cuda": 6 << 30}  # bytes of keys and values that `unfold` may gather
 
 
@@ -49,21 +49,21 @@ class Case:
 
 
 def stages(batch: int, dtype: torch.dtype) -> Iterator[Case]:
-    """DiNAT-M at 224x224."""
+    """Stages of DiNAT-M at 224x224."""
     for stage, (side, heads, dilation) in enumerate(((56, 2, 8), (28, 4, 4), (14, 8, 2), (7, 16, 1)), 1):
         for d in sorted({1, dilation}):
             yield Case(f"DiNAT-M stage {stage}", (side, side), heads=heads, dilation=d, batch=batch, dtype=dtype)
 
 
 def unfold(keys_of: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Gather the keys of every query, `keys_of` `[tokens, keys]`, as implementations by `unfold` do."""
+    """Gather the keys of each query, `keys_of` `[tokens, keys]`, as implementations with `unfold` do."""
     q, k, v = (x.flatten(1, -3) for x in (query, key, value))
     logits = torch.einsum("bthd,btkhd->bthk", q * q.shape[-1] ** -0.5, k[:, keys_of])
     return torch.einsum("bthk,btkhd->bthd", logits.softmax(-1), v[:, keys_of]).view(query.shape)
 
 
 def keys_of_queries(case: Case, device: torch.device) -> Tensor:
-    """Tokens that each query sees, `[tokens, keys]`; windows that are not causal all have the same number."""
+    """Visible keys per query, `[tokens, keys]`; without causal axes each query has the same number."""
     index = torch.zeros(1, 1, dtype=torch.int64, device=device)
     for axis in case.axes:
         first, _ = geometry.axis_bounds(axis, device)
@@ -73,7 +73,7 @@ def keys_of_queries(case: Case, device: torch.device) -> Tensor:
 
 
 def window_mask(case: Case, device: torch.device) -> BlockMask:
-    """The window as flex's block mask. Arithmetic only: on CPU flex takes no mask that looks up tables."""
+    """Window as a block mask of flex_attention, by arithmetic only: on CPU flex takes no mask that reads tensors."""
 
     def visible(batch, head, query, key):
         seen = query >= 0
@@ -131,7 +131,7 @@ class Neighborhood(Operator):
         return partial(unfold, keys_of_queries(case, device))
 
     def yardstick(self, case: Case, device: torch.device) -> Attend:
-        """All logits under a mask: gathered windows of a video are too large even for a crop."""
+        """Masked dense attention, because gathered windows of a video are too large even for a crop."""
         mask = geometry.mask(case.axes, device)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class Neighborhood(Operator):
             return case
         axes = list(case.axes)
         while True:
-            # a little more than a window, so that there are borders to shift it from
+            # a little more than a window, so that windows shift at borders
             shape = tuple(min(a.length, max(a.window * a.dilation + 4, 12)) for a in axes)
             wide = [i for i, a in enumerate(axes) if a.window // 2 >= max(a.stride, 4)]
             if prod(shape) <= MOST_CROPPED or not wide:

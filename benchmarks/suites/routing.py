@@ -1,7 +1,7 @@
-"""Bi-level routing against the gather of regions it is usually written as, and dense attention.
+"""Bi-level routing against gathered regions, as it is usually written, and dense attention.
 
-The gather makes a copy of the keys and values of the chosen regions for every region, then attends densely. The regions
-are chosen in the same way by both.
+The gather copies keys and values of the chosen regions for each region, then attends densely. Both choose regions in
+the same way.
 """
 
 from collections.abc import Callable, Iterator
@@ -99,7 +99,7 @@ class Routing(Operator):
         return routing_attention2d
 
     def definition(self, case: Case, given: Tensors) -> Attend:
-        """Attention to the regions chosen in the dtype of the case: in float64 near ties may fall otherwise."""
+        """Reference on the regions chosen in the dtype of the case, because float64 can break near ties differently."""
         mask = make_routing_mask(given["query"], given["key"], size=case.region, topk=case.topk)
         return partial(block_sparse_attention, mask=mask, scale=(case.heads * 32) ** -0.5, impl="reference")
 
@@ -107,7 +107,7 @@ class Routing(Operator):
         return partial(gather, case)
 
     def crop(self, case: Case) -> Case:
-        """Fewer regions of the same size, for which kernels are compiled."""
+        """Fewer regions of the same size, because kernels are compiled per size."""
         tokens = prod(case.region)
         regions = max(n for n in range(2, case.regions + 1) if n == 2 or (n**2 * tokens) ** 2 <= MOST_REFERENCE_LOGITS)
         shape = (regions * case.region[0], regions * case.region[1])

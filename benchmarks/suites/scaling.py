@@ -1,6 +1,6 @@
-"""How time grows with tokens, from 4 thousand on: ours, and dense attention as far as it goes.
+"""Growth of time with the number of tokens, from 4 thousand on, beside dense attention as far as it runs.
 
-Windows and agents stay what they are. So do BiFormer's 7x7 regions: they grow, and their cost is not linear.
+Sizes of windows and numbers of agents are fixed. So is BiFormer's number of regions, 7x7, whose cost is not linear.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from ..benchmark import Benchmark, Maker, Work
 from ..operators import Operator
 from ..records import Row
 
-DENSE = "dense flash"  # the same for all, so beside one of them
+DENSE = "dense flash"  # the same for all, so measured with one of them
 
 
 class Scaling(Benchmark):
@@ -44,7 +44,7 @@ class Scaling(Benchmark):
         return self.operators[case.kernel].work(case, mode)
 
     def conclude(self, rows: Sequence[Row]) -> Iterator[Row]:
-        """For every kernel, provider and mode the slope of log time over log tokens."""
+        """Slope of log time over log tokens, per kernel, provider and mode."""
         series: dict[tuple[str, ...], list[Row]] = {}
         for row in rows:
             if row.metric == "time":

@@ -3,8 +3,8 @@
 On a GPU: sizes B and XL, bfloat16, token grids of 480p and 720p clips (21x30x52 and 33x45x80), window (6, 16, 16) with
 stride 1 and with the stride of the kernel's tiles. On CPU: one layer of B on small grids.
 
-FLOPs are useful ones: of the linear layers, counted while they run, and of the visible pairs of attention. `allowed` is
-the ratio of FLOPs of dense over those of the row; `share` is how much of it the speed-up reaches.
+FLOPs are those of the linear layers, counted while they run, and of the visible pairs of attention. `allowed` is the
+ratio of FLOPs of dense attention to those of the row; `share` is the speed-up over that ratio.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,7 +53,7 @@ class Case:
         return {"dense": "dense", "window": window, "window strided": window | {"stride": list(self.stride)}}
 
     def model(self, attention: str | dict, device: torch.device):
-        from foveal.zoo.video import VideoDiT  # with diffusers, which benchmarks of operators do without
+        from foveal.zoo.video import VideoDiT  # diffusers is needed by this benchmark only
 
         options = {} if self.layers is None else {"num_layers": self.layers}
         with device:
@@ -61,7 +61,7 @@ class Case:
         if device.type == "meta":
             return model.eval()
         torch.manual_seed(0)
-        for parameter in model.parameters():  # zeros would be quicker to multiply
+        for parameter in model.parameters():  # zeros are faster to multiply
             torch.nn.init.normal_(parameter, std=0.02)
         return model.to(device, self.dtype).eval()
 
@@ -98,7 +98,7 @@ class Video(Benchmark):
         return {name: partial(case.step, attention, device) for name, attention in case.attentions.items()}
 
     def flops(self, case: Case) -> dict[str, float]:
-        """Useful FLOPs of a step by attention: linear layers as they run, attention by its visible pairs."""
+        """FLOPs of a step per attention: linear layers as they run, attention by its visible pairs."""
         nowhere = torch.device("meta")
         with FlopCounterMode(display=False) as counter:
             case.step("dense", nowhere)()
@@ -114,7 +114,7 @@ class Video(Benchmark):
         return found
 
     def derive(self, case: Case, mode: str, measured: Sequence[Metric], device: torch.device) -> Iterator[Metric]:
-        """FLOPs, and the speed-up over dense attention beside the one that they allow."""
+        """FLOPs, speed-up over dense attention, and the ratio of FLOPs."""
         times = {m.provider: m.p50 for m in measured if m.metric == "time"}
         flops = self.flops(case)
         for name in times:
@@ -126,7 +126,7 @@ class Video(Benchmark):
                 yield Metric(name, "share", "", faster / allowed)
 
     def plot(self, rows: Sequence[Row], path: Path) -> None:
-        """Time of a step, and the speed-up beside what the FLOPs allow."""
+        """Time of a step, and speed-up beside the ratio of FLOPs."""
         figure = Figure(figsize=(10, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
         names = in_order(r.case for r in rows)

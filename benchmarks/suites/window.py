@@ -1,4 +1,4 @@
-"""Window attention against windows cut out in memory, flex_attention and dense attention."""
+"""Window attention against partitioned windows, flex_attention and dense attention."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from ..peers import Attend, block_mask, check_flex, dense_makers, flex
 
 @dataclass(frozen=True)
 class Case:
-    """A square map cut into square windows that divide it."""
+    """Square map with square windows that divide it."""
 
     source: str
     side: int
@@ -52,7 +52,7 @@ def join(x: Tensor, side: int, window: int) -> Tensor:
 
 
 def shift_mask(case: Case, like: Tensor) -> Tensor:
-    """-inf between tokens that only the roll brought together, `[windows, 1, tokens, tokens]`."""
+    """Mask of Swin's shift: -inf between tokens that only the roll made neighbours, `[windows, 1, tokens, tokens]`."""
     part = torch.arange(case.side, device=like.device) >= case.side - case.shift
     region = (2 * part[:, None] + part).view(1, case.side, case.side, 1, 1)
     region = cut(region, case.window)[0, :, 0, :, 0]  # [windows, tokens]
@@ -61,7 +61,7 @@ def shift_mask(case: Case, like: Tensor) -> Tensor:
 
 
 def partition(case: Case, mask: Tensor | None, fused: bool, query, key, value, bias: Tensor | None = None) -> Tensor:
-    """Roll, cut, attend in every window, put together, roll back: as Swin is usually written."""
+    """Roll, partition, attend, reverse the partition, roll back, as Swin is usually written."""
     q, k, v = query, key, value
     if case.shift:
         q, k, v = (x.roll((-case.shift, -case.shift), (1, 2)) for x in (q, k, v))
@@ -80,7 +80,7 @@ def partition(case: Case, mask: Tensor | None, fused: bool, query, key, value, b
 
 
 def places(case: Case, token):
-    """Row and column of windows of a token, whether the roll carried it round on each axis, and its slot."""
+    """Window row and column of a token, whether the roll wrapped it on each axis, and its slot."""
     row, column = token // case.side, token % case.side
     rows, columns = (row - case.shift) % case.side, (column - case.shift) % case.side
     wrapped = (row < case.shift, column < case.shift)
