@@ -19,26 +19,28 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.data.mixup import mixup_target
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from ...weights.errors import WeightsError
 from ..adapters import use_kernels
-from ..data.loader import PADDING, mix_seed
+from ..data.foreign import reason
+from ..data.loader import PADDING, mix_seed, seeded
 from ..data.names import unknown_name
+from .optim import check_optimizer, make_optimizer
 from .sharding import repeated_blocks, shard
 
 Batch = tuple[Tensor, Tensor]
 SCHEDULERS = ("constant", "cosine", "multistep", "poly", "rsqrt", "step", "tanh", "wsd")
 
 
-def _check_names(model: str, optimizer: str, scheduler: str) -> None:
+def _check_names(model: str, optimizer: Mapping[str, Any], scheduler: str) -> None:
     if not model.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(model.split(".")[0]):
         raise unknown_name("model.name", model, timm.list_models())
-    if optimizer not in list_optimizers():
-        raise unknown_name("task.optimizer.opt", optimizer, [str(name) for name in list_optimizers()])
+    check_optimizer(optimizer)
     if scheduler not in SCHEDULERS:
         raise unknown_name("task.scheduler.sched", scheduler, SCHEDULERS)
 
@@ -80,14 +82,19 @@ class ClassificationTask(LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        _check_names(model["name"], optimizer["opt"], (scheduler or {}).get("sched", "cosine"))
+        _check_names(model["name"], optimizer, (scheduler or {}).get("sched", "cosine"))
         self.save_hyperparameters()
         self.model_cfg, self.num_classes, self.in_chans = dict(model), num_classes, in_chans
         self.optimizer_cfg, self.scheduler_cfg, self.lr_batch = dict(optimizer), dict(scheduler or {}), lr_batch
         self.label_smoothing, self.compile_cfg, self.seed = label_smoothing, dict(compile or {}), seed
-        self.mixup = None
+        self.mixup, self._padded = None, False
         if mixup:
-            self.mixup = Mixup(**mixup, label_smoothing=label_smoothing, num_classes=num_classes)  # pyright: ignore
+            try:
+                self.mixup = Mixup(**mixup, label_smoothing=label_smoothing, num_classes=num_classes)  # pyright: ignore
+                with seeded(seed):
+                    self.mixup(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
+            except (TypeError, ValueError, AssertionError) as error:
+                raise ValueError(f"task.mixup={dict(mixup)} does not work: {reason(error)}") from error
         self.model: nn.Module | None = None
         self.train_loss = MeanMetric()
         self.metrics = nn.ModuleDict()
@@ -95,6 +102,23 @@ class ClassificationTask(LightningModule):
             self.metrics[f"{split}_loss"] = MeanMetric()
             for k in (1, 5) if num_classes > 5 else (1,):
                 self.metrics[f"{split}_acc{k}"] = MulticlassAccuracy(num_classes, top_k=k, average="micro")
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of what training and evaluation log."""
+        return ["train/loss", *(name.replace("_", "/") for name in self.metrics)]
+
+    def setup(self, stage: str) -> None:
+        """Checks what data and mixup have to agree on.
+
+        Raises:
+            ValueError: batches of an odd size, which cannot be mixed in pairs.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        self._padded = not getattr(data, "shuffle", True)
+        batch = getattr(data, "batch_size", None)
+        if stage == "fit" and self.mixup is not None and batch is not None and batch % 2:
+            raise ValueError(f"data.batch_size={batch} must be even with task.mixup, which mixes images in pairs")
 
     def configure_model(self) -> None:
         """Builds the model once; under a sharded strategy its blocks are split over the devices here."""
@@ -107,8 +131,11 @@ class ClassificationTask(LightningModule):
             self.model = timm.create_model(name, pretrained=pretrained, **args)
             if self.model_cfg.get("use_kernels"):
                 use_kernels(self.model)
-        except (TypeError, ValueError, AssertionError) as error:
-            raise ValueError(f"model.name={name!r} cannot be built with model.args={args}: {error}") from error
+        except WeightsError:
+            raise
+        except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+            how = f"pretrained=True and model.args={args}" if pretrained else f"model.args={args}"
+            raise ValueError(f"model.name={name!r} cannot be built with {how}: {reason(error)}") from error
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh, precision=self.trainer.precision)
         if self.compile_cfg.get("enabled"):
@@ -130,10 +157,25 @@ class ClassificationTask(LightningModule):
         np.random.seed(seed)
         torch.manual_seed(seed)
 
+    def _mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Images mixed in pairs with their soft targets `[B, num_classes]`. The last batch of file order or of a stream
+        may be odd or padded: padding is left out, and an image without a partner stays as it is."""
+        assert self.mixup is not None
+        if self._padded:
+            images, targets = images[targets != PADDING], targets[targets != PADDING]
+        even = len(images) // 2 * 2
+        if even == len(images):
+            return self.mixup(images, targets)
+        alone = mixup_target(targets[even:], self.num_classes, 1.0, self.label_smoothing)
+        if not even:
+            return images, alone
+        mixed, soft = self.mixup(images[:even], targets[:even])
+        return torch.cat([mixed, images[even:]]), torch.cat([soft, alone])
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
         if self.mixup is not None:
-            images, targets = self.mixup(images, targets)  # targets: [B, num_classes], smoothed
+            images, targets = self._mix(images, targets)
             loss = F.cross_entropy(self(images), targets)
         else:
             loss = F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing, ignore_index=PADDING)
@@ -173,9 +215,7 @@ class ClassificationTask(LightningModule):
         updates = math.ceil(self.trainer.num_training_batches / accumulate)  # per epoch
         data = getattr(self.trainer, "datamodule")  # noqa: B009 - set by Trainer.fit
         scale = data.batch_size * self.trainer.world_size * accumulate / self.lr_batch if self.lr_batch else 1.0
-        options = dict(self.optimizer_cfg)
-        options["lr"] *= scale
-        optimizer = create_optimizer_v2(self.model, **options)
+        optimizer = make_optimizer(self.model, self.optimizer_cfg, scale=scale)
         if not self.scheduler_cfg:
             return optimizer
         schedule = dict(self.scheduler_cfg)
@@ -191,9 +231,11 @@ class ClassificationTask(LightningModule):
                 f"trainer.max_epochs={epochs} must be larger than "
                 f"task.scheduler.cooldown_epochs={schedule['cooldown_epochs']}"
             )
-        scheduler, _ = create_scheduler_v2(
-            optimizer, num_epochs=length, step_on_epochs=False, updates_per_epoch=updates, **schedule
-        )
+        options = {"num_epochs": length, "step_on_epochs": False, "updates_per_epoch": updates}
+        try:
+            scheduler, _ = create_scheduler_v2(optimizer, **options, **schedule)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"task.scheduler={self.scheduler_cfg} does not work: {reason(error)}") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler, metric) -> None:

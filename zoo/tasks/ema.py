@@ -76,10 +76,16 @@ class EMA(WeightAveraging):
             self._copy_average_to_current(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._started:
-            for value, raw in zip(_values(pl_module), self._raw, strict=True):
-                value.data.copy_(raw)
-            self._raw = []
+        self._put_back(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A signal may end validation half-way, and the checkpoint that is then written needs the raw weights."""
+        self._put_back(pl_module)
+
+    def _put_back(self, pl_module: LightningModule) -> None:
+        for value, raw in zip(_values(pl_module) if self._raw else [], self._raw, strict=True):
+            value.data.copy_(raw)
+        self._raw = []
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing yet: a checkpoint may still be written at the end of training, and it needs the raw weights."""

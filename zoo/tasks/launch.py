@@ -1,33 +1,39 @@
-"""Between a configuration and a run: which classes it may name, where the run lives, and what is written beside it."""
+"""Between a configuration and a run: which classes it may name, where the run lives, what its trainer is made of."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import os
-import platform
-import subprocess
-import sys
+import re
 import time
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelSummary, ProgressBar
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
-from .checkpoint import newest_checkpoint
+from ..data.foreign import reason
+from ..data.names import unknown_name
+from .checkpoint import newest_checkpoint, read_checkpoint
+from .display import Bar, Summary
+from .record import is_unfinished
 from .sharding import FullyShardedStrategy
 
 ALLOWED = ("foveal.", "torch.optim.", "lightning.pytorch.")
-PACKAGES = ("foveal", "torch", "torchvision", "triton", "timm", "lightning", "torchmetrics", "hydra-core", "numpy")
+# dicts of arguments for functions that check them: a dict given for one of these adds to it
+PASSED_ON = r"model\.args|task\.(optimizer|scheduler|mixup)|data\.(train_transform|eval_transform|options)"
+
+
+def open_dicts(arguments: list[str]) -> list[str]:
+    """Command-line arguments in which `model.args={…}` may name arguments that the configuration does not have yet,
+    also where an experiment sets some: Hydra merges dicts, and a closed one takes no new keys without `++`."""
+    return [f"++{item}" if re.match(rf"({PASSED_ON})=.*\{{", item) else item for item in arguments]
 
 
 def _targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -88,61 +94,129 @@ def resolve_run(config: DictConfig) -> tuple[Path, Path | None]:
     return (experiment / time.strftime("%Y-%m-%d_%H-%M-%S")).resolve(), checkpoint
 
 
-def _git_commit() -> str | None:
-    """Commit of the checkout this package runs from, with "+changes" if files differ; None outside a checkout."""
-    folder = Path(__file__).resolve().parents[2]
+@dataclass(frozen=True)
+class Start:
+    """How a run begins.
 
-    def git(*args: str) -> str:
-        run = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=True)
-        return run.stdout.strip()
+    Args:
+        run_dir: where everything goes.
+        checkpoint: what it goes on from, or evaluates; None: a new run.
+        evaluates: the checkpoint's run has ended, and stays as it is.
+    """
 
+    run_dir: Path
+    checkpoint: Path | None = None
+    evaluates: bool = False
+
+    @property
+    def in_words(self) -> str:
+        if self.checkpoint is None:
+            return "starts"
+        return (
+            f"evaluates {self.checkpoint}, whose run has ended" if self.evaluates else f"goes on from {self.checkpoint}"
+        )
+
+
+def is_trained(checkpoint: Mapping[str, Any], config: DictConfig) -> bool:
+    """Whether nothing is left to train: a checkpoint is from the end of as many epochs or steps as the configuration
+    asks for, or early stopping has lost its patience."""
+    epochs, steps = config.trainer.get("max_epochs"), config.trainer.get("max_steps", -1)
+    done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    if (epochs not in (None, -1) and done >= epochs) or (steps != -1 and checkpoint["global_step"] >= steps):
+        return True
+    waited = [state["wait_count"] for key, state in checkpoint["callbacks"].items() if key.startswith("EarlyStopping")]
+    stopping = [callback for callback in (config.callbacks or {}).values() if callback and "patience" in callback]
+    return any(0 < count >= callback.patience for count, callback in zip(waited, stopping, strict=False))
+
+
+def find_start(config: DictConfig) -> Start:
+    """The run's folder and the checkpoint it goes on from, as `resolve_run` finds them.
+
+    A run that was trained and measured to its end has nothing to go on with: its checkpoint is evaluated, and the
+    results go to a folder of their own.
+
+    Raises:
+        FileNotFoundError, ValueError: `ckpt_path` is not there, damaged or of another program; the folder cannot be
+            written.
+    """
+    run_dir, checkpoint = resolve_run(config)
+    evaluates = False
+    if checkpoint is not None:
+        trained = is_trained(read_checkpoint(checkpoint, mmap=True), config)
+        evaluates = trained and checkpoint.parent.parent == run_dir and not is_unfinished(run_dir)
+    if evaluates:
+        run_dir = (Path(config.runs) / config.name / time.strftime("evaluation_%Y-%m-%d_%H-%M-%S")).resolve()
+    check_writable(run_dir)
+    return Start(run_dir, checkpoint, evaluates)
+
+
+def check_writable(run_dir: Path) -> None:
+    """Raises ValueError when a run's folder cannot be made or written, before anything is trained."""
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
-            return None
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"run_dir={str(run_dir)!r} cannot be made: {reason(error)}") from error
+    why = "is no folder" if not there.is_dir() else "is read-only" if not os.access(there, os.W_OK | os.X_OK) else None
+    if why:
+        raise ValueError(f"run_dir={str(run_dir)!r} cannot be written: {there} {why}")
 
 
-def environment() -> dict[str, Any]:
-    """What a run ran on: command, commit, versions, hardware."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    versions["torch"] = torch.__version__  # says which CUDA or ROCm it is for
-    return {
-        "command": " ".join(sys.argv),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": _git_commit(),
-        "python": platform.python_version(),
-        "packages": versions,
-        "platform": platform.platform(),
-        "cpu": platform.processor() or platform.machine(),
-        "cpu_cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cuda": torch.version.cuda,
-    }
+def check_metrics(config: DictConfig, task: Any) -> None:
+    """Checks that what is compared, kept and waited for will be measured.
 
+    Args:
+        config: of the run: `metric`, and `monitor` of its callbacks.
+        task: with the names that it logs as `measured`; without, nothing is checked.
 
-@rank_zero_only
-def write_record(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> None:
-    """Writes `config.yaml` (resolved) and `environment.json`, a list that a resumed run adds to; says what starts."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
-    path = run_dir / "environment.json"
-    starts = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*starts, environment()], indent=2) + "\n")
-    going_on = f"goes on from {checkpoint}" if checkpoint else "starts"
-    Console().print(f"[bold]{config.name}[/] {going_on}; everything goes to {run_dir}", highlight=False, soft_wrap=True)
+    Raises:
+        ValueError: names the key.
+    """
+    measured = getattr(task, "measured", None)
+    if measured is None:
+        return
+    no_validation = config.trainer.get("limit_val_batches") == 0
+    known = [name for name in measured if not (no_validation and name.startswith("val/"))]
+    if config.metric.startswith("test/"):  # reports measure more than the task
+        if not config.test:
+            raise ValueError(f"metric={config.metric!r} is not measured with test=false")
+    elif config.metric not in known:
+        raise unknown_name("metric", config.metric, known)
+    for name, callback in (config.callbacks or {}).items():
+        monitor = callback.get("monitor") if callback else None
+        if monitor is not None and monitor not in (*measured, "epoch", "step"):
+            raise unknown_name(f"callbacks.{name}.monitor", monitor, measured)
 
 
 def instantiate_all(group: dict[str, Any] | None) -> list[Any]:
     """The objects of a group; one that was set to null is left out, also when an experiment still sets its options."""
     return [instantiate(node, _convert_="all") for node in (group or {}).values() if node and "_target_" in node]
+
+
+def make_callbacks(options: dict[str, Any] | None, trainer: dict[str, Any], *, logs: bool) -> list[Callback]:
+    """The callbacks of a configuration, less those that the trainer's switches turn off, and the bar and the summary
+    that its switches turn on.
+
+    Args:
+        options: the group `callbacks`; `progress: null` turns the progress bar off as well.
+        trainer: the trainer's options; its switches are set to what the callbacks are.
+        logs: whether there is a logger.
+    """
+    callbacks = instantiate_all(options)
+    off: list[type] = [] if logs else [LearningRateMonitor]
+    if not trainer.get("enable_checkpointing", True):
+        off.append(Checkpoint)
+    if not trainer.get("enable_progress_bar", True):
+        off.append(ProgressBar)
+    if not trainer.get("enable_model_summary", True):
+        off.append(ModelSummary)
+    callbacks = [callback for callback in callbacks if not isinstance(callback, tuple(off))]
+    barred = ProgressBar in off or (options is not None and "progress" in options and options["progress"] is None)
+    if not barred and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        callbacks.append(Bar())
+    if ModelSummary not in off and not any(isinstance(callback, ModelSummary) for callback in callbacks):
+        callbacks.append(Summary())
+    trainer["enable_progress_bar"] = not barred
+    return callbacks
 
 
 def make_strategy(strategy: Any) -> Any:
@@ -161,34 +235,3 @@ def make_strategy(strategy: Any) -> Any:
     if strategy == "fsdp":
         return FullyShardedStrategy()
     return strategy if isinstance(strategy, str) else instantiate(strategy)
-
-
-@rank_zero_only
-def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
-    """Prints the numbers of the test (or of validation) and where the pictures are."""
-    split = next((split for split in ("test", "val", "train") if f"{split}/loss" in metrics), "train")
-    units = {
-        "acc1": ("accuracy", 100, ".2f", " %"),
-        "acc5": ("top-5", 100, ".2f", " %"),
-        "accuracy": ("accuracy of samples", 100, ".0f", " %"),
-        "frechet": ("Fréchet distance", 1, ".1f", ""),
-        "loss": ("loss", 1, ".4f", ""),
-    }
-    lines = [f"[bold]{split}[/]"]
-    for name, (label, scale, digits, unit) in units.items():
-        if f"{split}/{name}" in metrics:
-            lines[0] += f"  {label} {scale * metrics[f'{split}/{name}']:{digits}}{unit}"
-    shown = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
-    names = (
-        "curves.png",
-        "predictions.png",
-        "receptive_field.png",
-        "samples.gif",
-        "samples.png",
-        "pipeline",
-        "metrics.csv",
-        "checkpoints/last.ckpt",
-        "config.yaml",
-    )
-    lines += [f"{shown / name}" for name in names if (run_dir / name).exists()]
-    Console().print("\n".join(lines), highlight=False, soft_wrap=True)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from ...kernels.neighborhood.plot import plot_composed_receptive_field
 from ..data.loader import PADDING
+from .checkpoint import replacing
 from .plots import first_stage, plot_curves, plot_predictions
 
 MOST_MISTAKES, MOST_IMAGES = 24, 60
@@ -37,7 +39,7 @@ class _Sample:
 
 
 class MetricTable(Callback):
-    """Writes `metrics.csv`, a row an epoch.
+    """Writes `metrics.csv`, a row an epoch; epochs without validation have no value of it.
 
     The rows are part of the checkpoint: a resumed run goes on with the table of the run it continues.
 
@@ -48,20 +50,22 @@ class MetricTable(Callback):
     def __init__(self, dirpath: str):
         self.dirpath = Path(dirpath)
         self.rows: list[dict[str, float]] = []
+        self._validated: dict[str, float] = {}  # in this epoch; the trainer keeps those of earlier ones, too
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
+        return {"rows": self.rows, "validated": self._validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = list(state_dict["rows"])
+        self.rows, self._validated = list(state_dict["rows"]), dict(state_dict.get("validated", {}))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._validated = _values(trainer, "val/")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        row |= {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith(("train/", "val/")) and not name.endswith("_step")
-        }
+        row |= _values(trainer, "train/") | self._validated
+        self._validated = {}
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         self.rows = [old for old in self.rows if old["epoch"] < row["epoch"]] + [row]
         if trainer.is_global_zero and not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
@@ -121,13 +125,17 @@ class Report(MetricTable):
         )
 
 
+def _values(trainer: Trainer, group: str) -> dict[str, float]:
+    """What the trainer measured last of a group of metrics."""
+    values = trainer.callback_metrics.items()
+    return {name: float(value) for name, value in values if name.startswith(group) and not name.endswith("_step")}
+
+
 def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({**row, "epoch": int(row["epoch"]), "step": int(row["step"])} for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text.getvalue())
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(text.getvalue())

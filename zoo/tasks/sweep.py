@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 from hydra.conf import HydraConf
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 
+from .checkpoint import replacing
+from .console import console, tell
+from .explain import JobError, explain, print_trace, wants_sentences
 from .plots import plot_comparison
 
 
@@ -46,6 +51,30 @@ def _what_differs(rows: list[dict[str, str]]) -> list[str]:
     return [name or f"job {row['job']}" for name, row in zip(names, rows, strict=True)]
 
 
+@contextmanager
+def go_on_after_failure(job: HydraConf) -> Iterator[None]:
+    """Tells of an error inside at once and by the number of the job; Hydra runs the other jobs, then raises it.
+
+    Raises:
+        JobError: with the sentence for the end of the sweep.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not wants_sentences():
+            raise
+        sentence = explain(error)
+        if sentence is None:
+            print_trace(error)
+        own = [item.lstrip("+") for item in job.overrides.task if item not in sys.argv]
+        failed = f"job {job.job.num} ({' '.join(own)}) of the sweep failed: {sentence or 'its traceback is above'}"
+        tell(failed)
+        raise JobError(
+            f"{failed}; what the other jobs measured is in {Path(job.sweep.dir) / 'comparison.csv'}",
+            status=1 if sentence is None else 2,
+        ) from error
+
+
 def record_job(job: HydraConf, *, metric: str, mode: str, value: float, minutes: float) -> None:
     """Adds a job to the sweep's `comparison.csv`, redraws `comparison.png` and prints the table, best first.
 
@@ -68,10 +97,12 @@ def record_job(job: HydraConf, *, metric: str, mode: str, value: float, minutes:
         if rows and metric not in rows[0]:
             raise ValueError(f"metric={metric!r} is not in {path}: pass one metric=NAME that all jobs of a sweep have")
         result = {metric: f"{value:.6g}", "minutes": f"{minutes:.2f}"}
-        rows.append({"job": str(job.job.num), "overrides": " ".join(job.overrides.task)} | result)
+        rows.append(
+            {"job": str(job.job.num), "overrides": " ".join(item.lstrip("+") for item in job.overrides.task)} | result
+        )
         sign = 1 if mode == "min" else -1
         rows.sort(key=lambda row: (math.isnan(float(row[metric])), sign * float(row[metric])))
-        with path.open("w", newline="") as file:
+        with replacing(path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
@@ -83,5 +114,5 @@ def record_job(job: HydraConf, *, metric: str, mode: str, value: float, minutes:
         table.add_column(column)
     for name, row in zip(names, rows, strict=True):
         table.add_row(row["job"], name, row[metric], row["minutes"])
-    Console().print(table)
-    Console().print(folder / "comparison.png", highlight=False, soft_wrap=True)
+    console().print(table, soft_wrap=False)
+    console().print(str(folder / "comparison.png"))

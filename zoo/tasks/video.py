@@ -16,7 +16,6 @@ from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -25,6 +24,7 @@ from ..data.names import unknown_name
 from ..video import VideoDiT
 from ..video.flow import TIMESTEPS, add_noise, flow_loss, sample_time, velocity
 from ..video.presets import PRESETS
+from .optim import check_optimizer, make_optimizer
 from .sharding import repeated_blocks, shard
 
 Batch = dict[str, Any]
@@ -115,6 +115,11 @@ class VideoDiffusionTask(LightningModule):
             f"{split}_loss{when}" for split in ("val", "test") for when in ("", *map(_time_name, VALIDATION_TIMES))
         ]
         self.metrics = torch.nn.ModuleDict({name: MeanMetric() for name in names})
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of what training and evaluation log."""
+        return ["train/loss", *map(_shown, self.metrics)]
 
     def configure_model(self) -> None:
         """Builds the model once; under a sharded strategy its blocks are split over the devices here."""
@@ -218,8 +223,7 @@ class VideoDiffusionTask(LightningModule):
                 self.metrics[name].update(loss, weight=real.sum())  # pyright: ignore
         for name, metric in self.metrics.items():
             if name.startswith(split):
-                shown = name.replace("_", "/", 1).replace("_", "_t0.")
-                self.log(shown, metric, on_step=False, on_epoch=True, prog_bar=name == "val_loss")  # pyright: ignore
+                self.log(_shown(name), metric, on_step=False, on_epoch=True, prog_bar=name == "val_loss")  # pyright: ignore
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("val", batch, batch_idx)
@@ -229,7 +233,7 @@ class VideoDiffusionTask(LightningModule):
 
     def configure_optimizers(self):
         assert self.model is not None
-        optimizer = create_optimizer_v2(self.model, **self.optimizer_cfg)
+        optimizer = make_optimizer(self.model, self.optimizer_cfg)
         if not self.scheduler_cfg:
             return optimizer
         options = {"warmup_steps": 0} | self.scheduler_cfg
@@ -261,11 +265,15 @@ def _time_name(time: float) -> str:
     return f"_{round(10 * time)}"  # names of modules have no points
 
 
+def _shown(name: str) -> str:
+    """The name under which a module of metrics is logged."""
+    return name.replace("_", "/", 1).replace("_", "_t0.")
+
+
 def _check_choices(model: Mapping, optimizer: Mapping, scheduler: Mapping | None, time_per: str) -> None:
     if model["preset"] not in PRESETS:
         raise unknown_name("model.preset", model["preset"], PRESETS)
-    if optimizer["opt"] not in list_optimizers():
-        raise unknown_name("task.optimizer.opt", optimizer["opt"], [str(name) for name in list_optimizers()])
+    check_optimizer(optimizer)
     if scheduler and scheduler["name"] not in SCHEDULERS:
         raise unknown_name("task.scheduler.name", scheduler["name"], SCHEDULERS)
     for key in scheduler or {}:

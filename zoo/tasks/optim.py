@@ -1,0 +1,62 @@
+"""Optimizers from a configuration, and schedules that follow from it and the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..data.foreign import reason
+from ..data.names import unknown_name
+
+
+def check_optimizer(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for an unknown optimizer or a learning rate that is no number."""
+    if options["opt"] not in list_optimizers():
+        raise unknown_name("task.optimizer.opt", options["opt"], [str(name) for name in list_optimizers()])
+    lr = options.get("lr")
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not lr >= 0:
+        raise ValueError(f"task.optimizer.lr={lr!r} must be a number, 0 or more")
+
+
+def make_optimizer(model: nn.Module, options: Mapping[str, Any], *, scale: float = 1.0) -> Optimizer:
+    """Makes an optimizer for the parameters of a model.
+
+    Args:
+        model: its `no_weight_decay()` is obeyed.
+        options: of `timm.optim.create_optimizer_v2`: `opt`, `lr`, `weight_decay`, `layer_decay`, ….
+        scale: of the learning rate.
+
+    Raises:
+        ValueError: the optimizer does not take these options.
+    """
+    try:
+        return create_optimizer_v2(model, **{**options, "lr": scale * options["lr"]})
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"task.optimizer={dict(options)} does not work: {reason(error)}") from error
+
+
+def seek(schedule: Any, step: int) -> None:
+    """Sets the learning rates to those of a schedule after `step` optimizer steps, whatever they were before.
+
+    Args:
+        schedule: of timm, stepped at every update, or a `LambdaLR`, as diffusers makes them: both are functions of
+            the step.
+
+    Raises:
+        TypeError: a schedule that is no function of the step.
+    """
+    if isinstance(schedule, Scheduler):
+        schedule.step_update(step)
+    elif isinstance(schedule, LambdaLR):
+        schedule.last_epoch, schedule._step_count = step, step + 1
+        schedule._last_lr = [rate * of(step) for rate, of in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
+    else:
+        raise TypeError(f"a {type(schedule).__name__} cannot be set to a step")
