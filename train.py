@@ -10,6 +10,12 @@ from time import monotonic
 import hydra
 import lightning.pytorch as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.pytorch.strategies import ModelParallelStrategy
+from omegaconf import DictConfig, OmegaConf
+
 from foveal.zoo.tasks.explain import one_sentence, raise_to_us
 from foveal.zoo.tasks.launch import (
     check_targets,
@@ -20,11 +26,6 @@ from foveal.zoo.tasks.launch import (
     write_record,
 )
 from foveal.zoo.tasks.sweep import metric_mode, record_job
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from hydra.utils import instantiate
-from lightning.pytorch.strategies import ModelParallelStrategy
-from omegaconf import DictConfig, OmegaConf
 
 
 def build(config: DictConfig) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
@@ -36,6 +37,8 @@ def build(config: DictConfig) -> tuple[pl.Trainer, pl.LightningModule, pl.Lightn
         torch.set_num_threads(config.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = instantiate(options["data"], _convert_="all")
+    for key, value in data.for_record.items():
+        OmegaConf.update(config, f"data.{key}", value, force_add=True)
     task = instantiate(options["task"], **data.for_task, _convert_="all")
     strategy = make_strategy(options["trainer"].pop("strategy"))
     if not isinstance(strategy, ModelParallelStrategy):
