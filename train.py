@@ -10,12 +10,6 @@ from time import monotonic
 import hydra
 import lightning.pytorch as pl
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from hydra.utils import instantiate
-from lightning.pytorch.strategies import ModelParallelStrategy
-from omegaconf import DictConfig, OmegaConf
-
 from foveal.zoo.tasks.explain import one_sentence, raise_to_us
 from foveal.zoo.tasks.launch import (
     check_targets,
@@ -26,6 +20,11 @@ from foveal.zoo.tasks.launch import (
     write_record,
 )
 from foveal.zoo.tasks.sweep import metric_mode, record_job
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.pytorch.strategies import ModelParallelStrategy
+from omegaconf import DictConfig, OmegaConf
 
 
 def build(config: DictConfig) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from .checkpoint import newest_checkpoint
+from .report import UNREADABLE, read_unreadable
 from .sharding import FullyShardedStrategy
 
 ALLOWED = ("foveal.", "torch.optim.", "lightning.pytorch.")
@@ -178,6 +179,9 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
     for name, (label, scale, digits, unit) in units.items():
         if f"{split}/{name}" in metrics:
             lines[0] += f"  {label} {scale * metrics[f'{split}/{name}']:{digits}}{unit}"
+    unreadable = sum(row["split"] == split for row in read_unreadable(run_dir))
+    if unreadable:
+        lines[0] += f"  ({unreadable} images could not be read and do not count)"
     shown = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
     names = (
         "curves.png",
@@ -187,6 +191,7 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
         "samples.png",
         "pipeline",
         "metrics.csv",
+        UNREADABLE,
         "checkpoints/last.ckpt",
         "config.yaml",
     )
