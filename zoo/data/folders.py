@@ -68,7 +68,7 @@ class Listing:
             table.check(found, where=place)
             missing = [name for name in table.names if name not in found]
             if missing:
-                say(f"{len(missing)} of {len(table)} classes have no {split} images in {place}: {listed(missing)}")
+                say(f"{place} has no {split} images of {len(missing)} of {len(table)} classes: {listed(missing)}")
         return table
 
 
@@ -109,18 +109,18 @@ def scan(folder: Path) -> Scan:
     found.empty = [name for name in found.empty if name not in filled]
     found.images.sort(key=lambda image: (natural_key(image[0]), image[0]))
     if closed:
-        say(f"{len(closed)} folders in {folder} cannot be read and are left out", [str(error) for error in closed])
+        say(f"in {folder} are folders that cannot be read, which are left out", [str(error) for error in closed])
     return found
 
 
 def _say_left_out(found: Scan, folder: Path) -> None:
     if found.empty:
-        say(f"{len(found.empty)} folders in {folder} hold no images and are no classes: {listed(found.empty)}")
+        say(f"in {folder} are folders without images, which are no classes: {listed(found.empty)}")
     if found.loose:
-        say(f"{len(found.loose)} images in {folder} lie in no folder of a class and are left out")
+        say(f"in {folder} are images in no folder of a class, which are left out: {len(found.loose)}")
     if +found.others:
         kinds = [f"{suffix} ({count})" for suffix, count in (+found.others).most_common()]
-        say(f"{found.others.total()} files in {folder} are no images and are left out: {listed(kinds)}")
+        say(f"in {folder} are files that are no images, which are left out: {listed(kinds)}")
 
 
 def _share(name: str, seed: int) -> float:

@@ -281,7 +281,7 @@ class TimmDataset(TransformedImages):
         elif names != self.classes.names:
             self.classes.check(names, where=place)
             missing = [name for name in self.classes.names if name not in names]
-            say(f"{len(missing)} of {len(self.classes)} classes have no images in {place}: {listed(missing)}")
+            say(f"{place} has no images of {len(missing)} of {len(self.classes)} classes: {listed(missing)}")
             dataset.target_transform = Relabel(self.classes.relabel(names))
 
 

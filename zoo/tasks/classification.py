@@ -55,7 +55,7 @@ def fit_ramps(schedule: Mapping[str, Any], epochs: int) -> dict[str, float]:
     if total == 0 or total < epochs:
         return {}
     shorter = {key: length * epochs / (2 * total) for key, length in ramps.items()}
-    told = ", ".join(f"{key} from {ramps[key]:g} to {length:g}" for key, length in shorter.items() if length)
+    told = ", ".join(f"{key} from {ramps[key]:g} to {length:.3g}" for key, length in shorter.items() if length)
     say(f"task.scheduler does not fit into trainer.max_epochs={epochs}, and is shortened: {told}")
     return shorter
 
