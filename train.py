@@ -47,6 +47,8 @@ def build(config: DictConfig) -> tuple[pl.Trainer, pl.LightningModule, pl.Lightn
         torch.set_num_threads(config.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = instantiate(options["data"], _convert_="all")
+    for key, value in data.for_record.items():
+        OmegaConf.update(config, f"data.{key}", value, force_add=True)
     task = instantiate(options["task"], **data.for_task, _convert_="all")
     check_metrics(config, task)
     strategy = make_strategy(options["trainer"].pop("strategy"))

@@ -153,6 +153,7 @@ def test_image_folder(folder):
     augment = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "re_mode": "pixel"}
     options = {"batch_size": 4, "img_size": 32, "train_transform": augment}
     data = ImageFolder(root=str(folder), num_workers=0, **options)
+    assert data.for_task == {"num_classes": 3, "in_chans": 3, "img_size": 32, "class_names": ["cat", "dog", "owl"]}
     assert (data.num_classes, data.class_names) == (3, ["cat", "dog", "owl"])
     data.setup()
     batches = list(data.train_dataloader())
@@ -169,14 +170,38 @@ def test_image_folder_errors(folder):
         ImageFolder(root=None, batch_size=4)
     with pytest.raises(FileNotFoundError, match="'/no/such/folder' is not a folder"):
         ImageFolder(root="/no/such/folder", batch_size=4)
-    with pytest.raises(FileNotFoundError, match="no folder for the split 'train'; it holds cat, dog, owl"):
-        ImageFolder(root=str(folder / "train"), batch_size=4)
+    (folder / "train").rename(folder / "trains")
+    with pytest.raises(FileNotFoundError, match="no folder for the split 'train'; it holds trains, validation"):
+        ImageFolder(root=str(folder), batch_size=4)
+    (folder / "trains").rename(folder / "train")
     data = ImageFolder(root=str(folder), batch_size=40, img_size=32, num_workers=0)
     data.setup()
     with pytest.raises(ValueError, match="needs 40 training images, and there are 18"):
         data.train_dataloader()
-    with pytest.raises(TypeError, match=r"data\.train_transform=.*crop_mod"):
-        ImageFolder(root=str(folder), batch_size=4, train_transform={"crop_mod": 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train_transform": {"crop_mod": 1}}, r"data\.train_transform=.*crop_mod"),
+        ({"train_transform": {"auto_augment": "rand-m9-z3"}}, r"data\.train_transform=.*Unknown RandAugment"),
+        ({"train_transform": {"separate": True}}, r"data\.train_transform="),
+        ({"eval_transform": {"normalize": False}}, r"data\.eval_transform=.* makes torch\.uint8 of \[3, 224, 224\]"),
+        ({"mean": (0.5, 0.5)}, r"data\.mean=\[0\.5, 0\.5\] must have one value for grey images or three"),
+        ({"mean": (0.5,)}, r"data\.std=.* must have as many values as data\.mean=\[0\.5\]"),
+        ({"std": (0.2, 0.2, 0.0)}, r"data\.std=.* each above zero"),
+        ({"img_size": 0}, r"data\.img_size=0 must be"),
+        ({"num_workers": -1}, r"data\.num_workers=-1 must be at least 0"),
+        ({"val_fraction": 1.0}, r"data\.val_fraction=1\.0 must be above 0 and below 1"),
+        ({"num_classes": 4}, r"data\.num_classes=4, and .*train has 3 classes: cat, dog, owl"),
+        ({"labels": "none.csv"}, r"data\.labels='none\.csv' does not exist"),
+        ({"class_names": ["cat", "dog"]}, r"train has images of owl, which training does not have"),
+        ({"class_names": ["cat", "dog", "cat", "owl"]}, r"data\.class_names names 'cat' twice"),
+    ],
+)
+def test_image_folder_refuses(folder, arguments, message):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
+        ImageFolder(root=str(folder), batch_size=4, **arguments)
 
 
 def test_timm_datasets(folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +11,17 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .classes import ClassTable
 from .loader import EpochSampler, ResumableLoader, SeededDataset
+from .pixels import mode_of
+from .unreadable import Receiver, SeededImages
+
+MOST_WORKERS = 8
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class SeededData(LightningDataModule):
@@ -22,16 +34,20 @@ class SeededData(LightningDataModule):
         seed: order and augmentation follow from it.
         shuffle: new order in every epoch; off, training is in file order and with the same augmentation every time (to
             overfit a few samples on purpose).
-        num_workers: processes that load; 0 loads in the training process.
+        num_workers: processes that load; 0 loads in the training process; None: one per core, at most eight.
     """
 
     item = "images"  # what messages call the items
     seeded_dataset = SeededDataset
 
-    def __init__(self, *, batch_size: int, seed: int = 0, shuffle: bool = True, num_workers: int = 0):
+    def __init__(self, *, batch_size: int, seed: int = 0, shuffle: bool = True, num_workers: int | None = 0):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
+        if num_workers is None:
+            num_workers = min(MOST_WORKERS, available_cores())
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers={num_workers} must be at least 0, or null for one per core")
         self.batch_size, self.num_workers, self.seed, self.shuffle = batch_size, num_workers, seed, shuffle
         self.datasets: dict[str, Dataset] = {}
         self._train_loader: DataLoader | None = None
@@ -41,6 +57,11 @@ class SeededData(LightningDataModule):
     def for_task(self) -> dict[str, Any]:
         """Arguments of the task that only the data knows."""
         raise NotImplementedError
+
+    @property
+    def for_record(self) -> dict[str, Any]:
+        """Keys of the configuration that only the data could fill in, for the run's record."""
+        return {}
 
     def _sampler(self, split: str, **options: Any) -> EpochSampler:
         return EpochSampler(len(self.datasets[split]), **options)  # pyright: ignore[reportArgumentType]
@@ -63,8 +84,20 @@ class SeededData(LightningDataModule):
         sampler = self._sampler(
             split, batch_size=self.batch_size, shuffle=shuffle, seed=self.seed, rank=rank, world=world
         )
-        dataset = self.seeded_dataset(dataset, seed=self.seed)
-        return ResumableLoader(dataset, sampler, num_workers=self.num_workers, pin_memory=pin_memory)
+        return ResumableLoader(
+            self._seeded(dataset),
+            sampler,
+            num_workers=self.num_workers,
+            pin_memory=pin_memory,
+            receive=self._receiver(split, sampler),
+        )
+
+    def _seeded(self, dataset: Dataset) -> SeededDataset:
+        return self.seeded_dataset(dataset, seed=self.seed)
+
+    def _receiver(self, split: str, sampler: EpochSampler) -> Callable[[Any], Any] | None:
+        """What each batch goes through where it leaves the loader, if anything."""
+        return None
 
     def train_dataloader(self) -> DataLoader:
         self._train_loader = self._loader("train", shuffle=self.shuffle)
@@ -94,10 +127,18 @@ class SeededData(LightningDataModule):
 class ImageData(SeededData):
     """Images `[B, C, H, W]` (float, normalised) with targets `[B]` (int64).
 
+    An image that cannot be read does not count. A batch to evaluate has `PADDING` as its target, a batch to train on is
+    that much smaller; the file and the reason go to `unreadable`. Order and augmentation of the others stay.
+
     Args:
         mean, std: one value per channel, in units of pixel/255, that the transforms normalise with.
         num_classes: classes of the targets.
+        img_size: pixels a side that the model gets.
+        classes: their names; None: their numbers.
         batch_size, seed, shuffle, num_workers: see `SeededData`.
+
+    Attributes:
+        unreadable: reasons by path, by split; of this process.
     """
 
     def __init__(
@@ -107,17 +148,56 @@ class ImageData(SeededData):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         num_classes: int,
+        img_size: int,
+        classes: ClassTable | None = None,
         seed: int = 0,
         shuffle: bool = True,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
     ):
         super().__init__(batch_size=batch_size, seed=seed, shuffle=shuffle, num_workers=num_workers)
-        self.mean, self.std, self.num_classes = tuple(mean), tuple(std), num_classes
-        self.class_names = [str(i) for i in range(num_classes)]
+        self.mean, self.std, self.num_classes, self.img_size = tuple(mean), tuple(std), num_classes, img_size
+        self.mode = mode_of(self.mean)
+        if len(self.std) != len(self.mean) or min(self.std) <= 0:
+            raise ValueError(
+                f"data.std={list(std)} must have as many values as data.mean={list(mean)}, each above zero"
+            )
+        if num_classes < 2:
+            raise ValueError(f"data.num_classes={num_classes} must be at least 2")
+        if not isinstance(img_size, int) or img_size < 1:
+            raise ValueError(f"data.img_size={img_size!r} must be a number of pixels, at least 1")
+        self.classes = classes or ClassTable(tuple(str(i) for i in range(num_classes)))
+        self.unreadable: dict[str, dict[str, str]] = {}
+
+    @property
+    def class_names(self) -> list[str]:
+        """By label."""
+        return list(self.classes.names)
 
     @property
     def for_task(self) -> dict[str, Any]:
-        return {"num_classes": self.num_classes, "in_chans": len(self.mean)}
+        return {
+            "num_classes": self.num_classes,
+            "in_chans": len(self.mean),
+            "img_size": self.img_size,
+            "class_names": self.class_names,
+        }
+
+    def _seeded(self, dataset: Dataset) -> SeededDataset:
+        return SeededImages(dataset, seed=self.seed, shape=(len(self.mean), self.img_size, self.img_size))
+
+    def _receiver(self, split: str, sampler: EpochSampler) -> Callable[[Any], Any]:
+        return Receiver(
+            self.datasets[split],
+            split=split,
+            size=len(sampler),
+            world=sampler.world,
+            reasons=self.unreadable.setdefault(split, {}),
+        )
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Of the images that are evaluated, in the words of timm's `pretrained_cfg`."""
+        return {"input_size": (len(self.mean), self.img_size, self.img_size), "mean": self.mean, "std": self.std}
 
     def denormalize(self, images: Tensor) -> Tensor:
         """`[B, C, H, W]` as the model gets them → pixels in 0..1."""

@@ -7,6 +7,8 @@ say who wrote which digit, so the split below is by image and the same writers a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -61,18 +63,23 @@ class Digits(ImageData):
         augment: bool = True,
         seed: int = 0,
         shuffle: bool = True,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
     ):
         super().__init__(
             batch_size=batch_size,
             mean=MEAN,
             std=STD,
             num_classes=10,
+            img_size=img_size,
             seed=seed,
             shuffle=shuffle,
             num_workers=num_workers,
         )
-        self.img_size, self.augment = img_size, augment
+        self.augment = augment
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        return super().preprocessing | {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"}
 
     def setup(self, stage: str | None = None) -> None:
         if self.datasets:

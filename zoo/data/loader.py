@@ -8,15 +8,16 @@ resume in the middle of an epoch it is enough to know how many batches were used
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
-PADDING = -1  # target of the items that only fill up the last batches of a rank; losses and metrics leave them out
+PADDING = -1  # target of items that do not count: losses and metrics leave them out
 
 
 def mix_seed(*parts: int) -> int:
@@ -122,10 +123,17 @@ class ResumableLoader(DataLoader):
         dataset: a `SeededDataset`.
         sampler: the `EpochSampler` of this rank.
         num_workers, pin_memory: as in `DataLoader`.
+        receive: what each batch goes through in this process before it is handed out.
     """
 
     def __init__(
-        self, dataset: SeededDataset, sampler: EpochSampler, *, num_workers: int = 0, pin_memory: bool = False
+        self,
+        dataset: SeededDataset,
+        sampler: EpochSampler,
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        receive: Callable[[Any], Any] | None = None,
     ):
         super().__init__(
             dataset,
@@ -134,7 +142,7 @@ class ResumableLoader(DataLoader):
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
         )
-        self.epoch_sampler = sampler
+        self.epoch_sampler, self.receive = sampler, receive
         self._handed_out = {"epoch": 0, "batches": 0, "global_batch": sampler.batch_size * sampler.world}
         self._resume: dict[str, int] | None = None
 
@@ -152,7 +160,7 @@ class ResumableLoader(DataLoader):
         self.epoch_sampler.skip_batches = start
         for count, batch in enumerate(super().__iter__(), start + 1):
             self._handed_out.update(epoch=epoch, batches=count)
-            yield batch
+            yield batch if self.receive is None else self.receive(batch)
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, how many of its batches were handed out, and the images of one batch over all ranks."""

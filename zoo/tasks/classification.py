@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,10 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ...weights.errors import WeightsError
-from ..adapters import use_kernels
 from ..data.foreign import reason
 from ..data.loader import PADDING, mix_seed, seeded
-from ..data.names import unknown_name
+from ..data.names import say, unknown_name
+from .model import make_model
 from .optim import check_optimizer, make_optimizer
 from .sharding import repeated_blocks, shard
 
@@ -45,6 +46,22 @@ def _check_names(model: str, optimizer: Mapping[str, Any], scheduler: str) -> No
         raise unknown_name("task.scheduler.sched", scheduler, SCHEDULERS)
 
 
+def fit_ramps(schedule: Mapping[str, Any], epochs: int) -> dict[str, float]:
+    """Warm-up and cool-down for a run of so many epochs, where they would leave nothing between them.
+
+    Returns:
+        Their epochs, shortened to half of the run together; nothing where they fit.
+    """
+    ramps = {key: schedule.get(key) or 0 for key in ("warmup_epochs", "cooldown_epochs")}
+    total = sum(ramps.values())
+    if total == 0 or total < epochs:
+        return {}
+    shorter = {key: length * epochs / (2 * total) for key, length in ramps.items()}
+    told = ", ".join(f"{key} from {ramps[key]:g} to {length:.3g}" for key, length in shorter.items() if length)
+    say(f"task.scheduler does not fit into trainer.max_epochs={epochs}, and is shortened: {told}")
+    return shorter
+
+
 class ClassificationTask(LightningModule):
     """Trains a timm model on `(images [B, C, H, W], targets [B] int64)`.
 
@@ -52,10 +69,13 @@ class ClassificationTask(LightningModule):
         model: `name` of a timm model, optional `pretrained`, `args` (further arguments of `timm.create_model`) and
             `use_kernels` (put its window attention on our kernels, see `foveal.zoo.use_kernels`).
         num_classes, in_chans: of the data.
+        img_size: pixels a side of the data, for models that are made for one size; None: the model's own.
+        class_names: of the data, by label; kept in checkpoints under `hyper_parameters`.
         optimizer: arguments of `timm.optim.create_optimizer_v2`: `opt`, `lr`, `weight_decay`, `layer_decay`, ….
             The model's `no_weight_decay()` is obeyed.
         scheduler: arguments of `timm.scheduler.create_scheduler_v2`, in epochs, stepped at every update;
-            `trainer.max_epochs` minus `cooldown_epochs` is its length.
+            `trainer.max_epochs` minus `cooldown_epochs` is its length. Warm-up and cool-down that leave nothing of a
+            short run are shortened to half of it.
         lr_batch: batch size that `optimizer.lr` and the scheduler's `warmup_lr` and `min_lr` are for; they grow in
             proportion to the batch of all devices. None: they are taken as they are.
         label_smoothing: 0 to 1.
@@ -73,6 +93,8 @@ class ClassificationTask(LightningModule):
         model: Mapping[str, Any],
         num_classes: int,
         in_chans: int = 3,
+        img_size: int | None = None,
+        class_names: Sequence[str] | None = None,
         optimizer: Mapping[str, Any],
         scheduler: Mapping[str, Any] | None = None,
         lr_batch: int | None = None,
@@ -84,7 +106,7 @@ class ClassificationTask(LightningModule):
         super().__init__()
         _check_names(model["name"], optimizer, (scheduler or {}).get("sched", "cosine"))
         self.save_hyperparameters()
-        self.model_cfg, self.num_classes, self.in_chans = dict(model), num_classes, in_chans
+        self.model_cfg, self.num_classes, self.in_chans, self.img_size = dict(model), num_classes, in_chans, img_size
         self.optimizer_cfg, self.scheduler_cfg, self.lr_batch = dict(optimizer), dict(scheduler or {}), lr_batch
         self.label_smoothing, self.compile_cfg, self.seed = label_smoothing, dict(compile or {}), seed
         self.mixup, self._padded = None, False
@@ -109,13 +131,15 @@ class ClassificationTask(LightningModule):
         return ["train/loss", *(name.replace("_", "/") for name in self.metrics)]
 
     def setup(self, stage: str) -> None:
-        """Checks what data and mixup have to agree on.
+        """Check what data and mixup have to agree on, and keep the names of the classes.
 
         Raises:
             ValueError: batches of an odd size, which cannot be mixed in pairs.
         """
         data = getattr(self.trainer, "datamodule", None)
         self._padded = not getattr(data, "shuffle", True)
+        if hasattr(data, "class_names"):  # some data know their classes only when they are opened
+            self.hparams["class_names"] = list(data.class_names)
         batch = getattr(data, "batch_size", None)
         if stage == "fit" and self.mixup is not None and batch is not None and batch % 2:
             raise ValueError(f"data.batch_size={batch} must be even with task.mixup, which mixes images in pairs")
@@ -124,24 +148,29 @@ class ClassificationTask(LightningModule):
         """Builds the model once; under a sharded strategy its blocks are split over the devices here."""
         if self.model is not None:
             return
-        name, args = self.model_cfg["name"], dict(self.model_cfg.get("args") or {})
-        pretrained = self.model_cfg.get("pretrained", False)
-        args |= {"num_classes": self.num_classes, "in_chans": self.in_chans}
-        try:
-            self.model = timm.create_model(name, pretrained=pretrained, **args)
-            if self.model_cfg.get("use_kernels"):
-                use_kernels(self.model)
-        except WeightsError:
-            raise
-        except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-            how = f"pretrained=True and model.args={args}" if pretrained else f"model.args={args}"
-            raise ValueError(f"model.name={name!r} cannot be built with {how}: {reason(error)}") from error
+        self.model = make_model(
+            self.model_cfg,
+            num_classes=self.num_classes,
+            in_chans=self.in_chans,
+            img_size=self.img_size,
+            pretrained=self.model_cfg.get("pretrained", False),
+        )
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh, precision=self.trainer.precision)
         if self.compile_cfg.get("enabled"):
             options = {key: self.compile_cfg[key] for key in ("mode", "fullgraph") if key in self.compile_cfg}
             for block in repeated_blocks(self.model) or [self.model]:
                 block.compile(**options)
+
+    def on_fit_start(self) -> None:
+        """Weights that were trained on other pixels than the data give are worse than they need to be."""
+        assert self.model is not None
+        known = (self.model_cfg.get("pretrained") and getattr(self.model, "pretrained_cfg", None)) or {}
+        data = getattr(self.trainer, "datamodule", None)
+        for key in ("mean", "std"):
+            ours, theirs = getattr(data, key, None), known.get(key)
+            if ours and theirs and len(ours) == len(theirs) and not np.allclose(ours, theirs, atol=1e-3):
+                say(f"{self.model_cfg['name']} was pretrained with data.{key}={list(theirs)}, not {list(ours)}")
 
     def forward(self, images: Tensor) -> Tensor:
         """`[B, C, H, W]` → logits `[B, num_classes]`, in float32 whatever the precision of the model."""
@@ -174,6 +203,8 @@ class ClassificationTask(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
+        if len(images) == 0:  # nothing of the batch could be read
+            return 0.0 * sum(parameter.float().sum() for parameter in self.parameters())  # pyright: ignore
         if self.mixup is not None:
             images, targets = self._mix(images, targets)
             loss = F.cross_entropy(self(images), targets)
@@ -225,12 +256,8 @@ class ClassificationTask(LightningModule):
         epochs = self.trainer.max_epochs or -1
         if epochs < 1:
             epochs = math.ceil(self.trainer.max_steps / updates)
+        schedule |= fit_ramps(schedule, epochs)
         length = epochs - schedule.get("cooldown_epochs", 0)
-        if length < 1:
-            raise ValueError(
-                f"trainer.max_epochs={epochs} must be larger than "
-                f"task.scheduler.cooldown_epochs={schedule['cooldown_epochs']}"
-            )
         options = {"num_epochs": length, "step_on_epochs": False, "updates_per_epoch": updates}
         try:
             scheduler, _ = create_scheduler_v2(optimizer, **options, **schedule)
@@ -250,5 +277,15 @@ class ClassificationTask(LightningModule):
         averaging = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # pyright: ignore
         if self.trainer.state.fn == TrainerFn.FITTING and "current_model_state" in checkpoint and not averaging:
             checkpoint["state_dict"] = checkpoint["current_model_state"]  # its optimizer state belongs to these weights
+        saved = checkpoint.get("hyper_parameters", {})
+        theirs, ours = ((holder.get("class_names") or []) for holder in (saved, self.hparams))
+        if theirs and ours and list(theirs) != list(ours):
+            label, (there, here) = next(
+                (label, pair) for label, pair in enumerate(zip_longest(theirs, ours)) if pair[0] != pair[1]
+            )
+            raise ValueError(
+                f"the checkpoint numbers the classes otherwise than the data: label {label} is {there!r} there and "
+                f"{here!r} here; give the data the classes that it had, or their order by data.class_names"
+            )
         for name, value in checkpoint.get("train_loss", {}).items():
             setattr(self.train_loss, name, value.clone())

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 from ...layers.neighborhood import NeighborhoodAttention2d
 
-FONT = {"font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "font.family": "DejaVu Sans"}
+# names of users are no mathematics: a dollar sign in them stays one
+FONT = {"font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "font.family": "DejaVu Sans"} | {
+    "text.parse_math": False
+}
+CELL, WIDEST_CELL = 0.95, 1.5  # inches of an image among predictions; the more, the longer the names of classes
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 TRAIN, VAL, WRONG, MUTED = "#0072b2", "#d55e00", "#c1440e", "#868e96"
 
@@ -71,6 +75,56 @@ def _mark_best(ax, rows: Sequence[dict[str, float]]) -> None:
         ax.text(0.97, 0.05, text, transform=ax.transAxes, ha="right", color=VAL)
 
 
+def _inches(text: str, *, size: float, bold: bool) -> float:
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    prop = FontProperties(family=FONT["font.family"], weight="bold" if bold else "normal")
+    return TextPath((0, 0), text, size=size, prop=prop).get_extents().width / 72 if text.strip() else 0.0
+
+
+def _wrapped(text: str, most: float, *, size: float, bold: bool, lines: int = 2) -> list[str]:
+    """At most so many lines of at most so many inches; what does not fit is left out for an ellipsis."""
+
+    def fits(line: str) -> bool:
+        return _inches(line, size=size, bold=bold) <= most
+
+    made = [""]
+    for word in text.split():
+        longer = f"{made[-1]} {word}".strip()
+        if fits(longer):
+            made[-1] = longer
+        else:
+            made = [*made, word] if made[-1] else [word]
+    kept = made[:lines]
+    if len(made) > lines:
+        kept[-1] += "…"
+    for i, line in enumerate(kept):
+        while not fits(kept[i]):
+            line = line[:-1].removesuffix("…")
+            kept[i] = f"{line}…"
+    return kept
+
+
+def _titles(
+    targets: Sequence[int], predictions: Sequence[int], class_names: Sequence[str]
+) -> tuple[list[str], float, float]:
+    """Titles of predictions, the size of their letters in points, and the inches of a cell that has room for each."""
+    names = [" ".join(name.split()) for name in class_names]
+    pairs = [(names[target], names[guess]) for target, guess in zip(targets, predictions, strict=True)]
+    short = [guess if target == guess else f"{guess}, is {target}" for target, guess in pairs]
+    if all(_inches(text, size=10, bold=True) <= CELL - 0.1 for text in set(short)):
+        return short, 10, CELL
+    room = WIDEST_CELL - 0.15
+    made = {
+        (target, guess): _wrapped(guess, room, size=8, bold=target != guess)
+        + (_wrapped(f"is {target}", room, size=8, bold=True) if target != guess else [])
+        for target, guess in set(pairs)
+    }
+    widest = max(_inches(line, size=8, bold=True) for lines in made.values() for line in lines)
+    return ["\n".join(made[pair]) for pair in pairs], 8, max(CELL, widest + 0.15)
+
+
 def plot_predictions(
     images: Tensor,
     *,
@@ -97,16 +151,19 @@ def plot_predictions(
     wrong = sum(target != guess for target, guess in zip(targets, predictions, strict=True))
     images = images.cpu()
     with rc_context(FONT):
-        figure = Figure(figsize=(max(columns * 0.95, 4.5), rows * 1.18 + 0.5), dpi=160, layout="constrained")
+        titles, size, cell = _titles(targets, predictions, class_names)
+        lines = 1 + max(title.count("\n") for title in titles)
+        height = rows * (cell + 0.08 + lines * 0.015 * size) + 0.5
+        figure = Figure(figsize=(max(columns * cell, 4.5), height), dpi=160, layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for ax in axes:
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-        for ax, image, target, guess in zip(axes, images, targets, predictions, strict=False):
-            ax.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1)
+        for ax, image, target, guess, title in zip(axes, images, targets, predictions, titles, strict=False):
+            ax.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             right = target == guess
-            text = class_names[guess] if right else f"{class_names[guess]}, is {class_names[target]}"
-            ax.set_title(text, color="black" if right else WRONG, fontweight="normal" if right else "bold", pad=3)
+            weight = "normal" if right else "bold"
+            ax.set_title(title, color="black" if right else WRONG, fontweight=weight, fontsize=size, pad=3)
             ax.spines[:].set(visible=True, color="#dee2e6" if right else WRONG, linewidth=0.6 if right else 2.0)
         shown = "no mistakes among them" if not wrong else f"{wrong} mistake{'s' * (wrong > 1)} first"
         figure.suptitle(f"Test accuracy {100 * accuracy:.2f} %; {len(images)} test images, {shown}", fontweight="bold")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ from .checkpoint import replacing
 from .plots import first_stage, plot_curves, plot_predictions
 
 MOST_MISTAKES, MOST_IMAGES = 24, 60
+UNREADABLE = "unreadable.csv"  # of a run: images that do not count
+
+
+def read_unreadable(run_dir: Path) -> list[dict[str, str]]:
+    """Split, file and reason of the images that a run could not read."""
+    path = run_dir / UNREADABLE
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
 
 
 class _Sample:
@@ -66,14 +77,16 @@ class MetricTable(Callback):
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         row |= _values(trainer, "train/") | self._validated
         self._validated = {}
-        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        row["lr"] = max(group["lr"] for group in trainer.optimizers[0].param_groups)  # the head's, with layer decay
         self.rows = [old for old in self.rows if old["epoch"] < row["epoch"]] + [row]
         if trainer.is_global_zero and not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
-            _write_csv(self.dirpath / "metrics.csv", self.rows)
+            rows = [{**row, "epoch": int(row["epoch"]), "step": int(row["step"])} for row in self.rows]
+            _write_csv(self.dirpath / "metrics.csv", rows)
 
 
 class Report(MetricTable):
-    """Writes `metrics.csv` (a row an epoch), `curves.png`, `predictions.png` and `receptive_field.png`.
+    """Writes `metrics.csv` (a row an epoch), `curves.png`, `predictions.png` and `receptive_field.png`, and if images
+    could not be read `unreadable.csv`.
 
     Args:
         dirpath: the run's folder.
@@ -82,6 +95,28 @@ class Report(MetricTable):
     def __init__(self, dirpath: str):
         super().__init__(dirpath)
         self._mistakes, self._right = _Sample(MOST_MISTAKES), _Sample(MOST_IMAGES)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._list_unreadable(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self._list_unreadable(trainer)
+
+    def _list_unreadable(self, trainer: Trainer) -> None:
+        """Adds files that could not be read, on whatever rank, to those of `unreadable.csv`."""
+        parts: list[Any] = [getattr(trainer.datamodule, "unreadable", {})]  # pyright: ignore
+        if trainer.world_size > 1:
+            parts *= trainer.world_size
+            torch.distributed.all_gather_object(parts, parts[0])
+        path = self.dirpath / UNREADABLE
+        found = {(split, file): why for part in parts for split, files in part.items() for file, why in files.items()}
+        if not trainer.is_global_zero or not found:
+            return
+        found = {(row["split"], row["file"]): row["reason"] for row in read_unreadable(self.dirpath)} | found
+        rows = [{"split": split, "file": file, "reason": why} for (split, file), why in sorted(found.items())]
+        _write_csv(path, rows)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.rows:
@@ -111,6 +146,7 @@ class Report(MetricTable):
                 (self._right if target == guess else self._mistakes).offer((image.cpu(), target, guess))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._list_unreadable(trainer)
         shown = (self._mistakes.items + self._right.items)[:MOST_IMAGES]
         if not trainer.is_global_zero or not shown:
             return
@@ -126,16 +162,19 @@ class Report(MetricTable):
 
 
 def _values(trainer: Trainer, group: str) -> dict[str, float]:
-    """What the trainer measured last of a group of metrics."""
-    values = trainer.callback_metrics.items()
-    return {name: float(value) for name, value in values if name.startswith(group) and not name.endswith("_step")}
+    """Latest values of a group of metrics."""
+    return {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(group) and not name.endswith("_step")
+    }
 
 
-def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, "epoch": int(row["epoch"]), "step": int(row["step"])} for row in rows)
+    writer.writerows(rows)
     with replacing(path) as partial:
-        partial.write_text(text.getvalue())
+        partial.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")

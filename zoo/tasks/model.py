@@ -1,0 +1,43 @@
+"""The model that a configuration describes: timm's, for the images of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+from timm.models import resolve_model_input_args
+from torch import nn
+
+from ..adapters import use_kernels
+
+
+def make_model(
+    config: Mapping[str, Any], *, num_classes: int, in_chans: int, img_size: int | None = None, pretrained: bool = False
+) -> nn.Module:
+    """The timm model `config["name"]` with `config["args"]`.
+
+    Args:
+        config: `name`, `args` (further arguments of `timm.create_model`) and `use_kernels`.
+        num_classes, in_chans: of the data.
+        img_size: pixels a side; goes to models that are made for one size, unless `args` has it.
+        pretrained: load the weights that timm knows for the name.
+
+    Raises:
+        ValueError: the model does not take these arguments; the message names them.
+    """
+    name = config["name"]
+    args = {**(config.get("args") or {}), "num_classes": num_classes, "in_chans": in_chans}
+    try:
+        if img_size is not None and "img_size" not in args:
+            args |= {
+                key: value
+                for key, value in resolve_model_input_args(name, {"img_size": img_size}, **args).items()
+                if key == "img_size"
+            }
+        model = timm.create_model(name, pretrained=pretrained, **args)
+        if config.get("use_kernels"):
+            use_kernels(model)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"model.name={name!r} cannot be built with model.args={args}: {error}") from error
+    return model
