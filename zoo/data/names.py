@@ -1,7 +1,9 @@
-"""One clear sentence for a name that does not exist."""
+"""Sentences for users: a name that does not exist, what was done otherwise than asked for."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 def unknown_name(what: str, value: str, known: Iterable[str]) -> ValueError:
@@ -21,3 +23,16 @@ def unknown_name(what: str, value: str, known: Iterable[str]) -> ValueError:
     else:
         hint = f"none of the {len(known)} known names is close."
     return ValueError(f"{what}={value!r} is not known: {hint}")
+
+
+def say(what: str, details: Sequence[str] = (), most: int = 20) -> None:
+    """Tells the user, once and from the main process, what else was done than was asked for.
+
+    Args:
+        what: a sentence.
+        details: a line each below it.
+        most: of the details that are shown; the others are counted.
+    """
+    shown = [f"  {detail}" for detail in details[:most]]
+    more = [f"  and {len(details) - most} more"] if len(details) > most else []
+    rank_zero_warn("\n".join([what + ":" * bool(details), *shown, *more]), stacklevel=5)
