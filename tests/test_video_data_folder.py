@@ -36,12 +36,13 @@ def shown(clip: torch.Tensor) -> list[int]:
     return (clip[0].mean(dim=(1, 2)) * 255 / 20).round().int().tolist()
 
 
-def truncate(path: Path) -> None:
-    """Keeps the header (at the end of an mp4 with its table of frames) and destroys the pictures."""
+def damage(path: Path, *, first: int = 5) -> None:
+    """Destroys the pictures from the packet `first` on; what tells of them stays."""
     data = bytearray(path.read_bytes())
-    start = data.index(b"mdat") + 4
-    end = data.index(b"moov") - 4
-    data[start:end] = bytes(end - start)
+    with av.open(str(path)) as container:
+        packets = sorted((packet.pos, packet.size) for packet in container.demux() if packet.size)
+    for start, size in packets[first:]:
+        data[start : start + size] = bytes(size)
     path.write_bytes(data)
 
 
@@ -69,10 +70,13 @@ def test_what_is_no_video_is_said(tmp_path):
     with pytest.raises(UnreadableVideo, match=r"text\.mp4 cannot be opened as a video"):
         probe(tmp_path / "text.mp4")
     path = write_video(tmp_path / "a.mp4")
-    truncate(path)
+    damage(path)
     assert probe(path).seconds > 1
-    with pytest.raises(UnreadableVideo, match=r"a\.mp4"):
-        read_clip(path, times=np.array([0.0, 0.1]))
+    with pytest.raises(UnreadableVideo, match=r"a\.mp4 cannot be decoded: Invalid data"):
+        read_clip(path, times=np.array([0.8, 0.9]))
+    damage(path, first=0)
+    with pytest.raises(UnreadableVideo, match=r"a\.mp4 cannot be opened as a video: Invalid data"):
+        probe(path)
 
 
 def test_covering_keeps_the_aspect_ratio():
@@ -102,8 +106,9 @@ def open_folder(root: Path, **options) -> VideoFolder:
 def test_classes_are_folders(tmp_path):
     files = {f"{split}__{name}__{i}": {} for split in ("train", "val") for name in ("run", "jump") for i in range(2)}
     data = open_folder(folder(tmp_path, **files))
-    assert data.for_task == {"in_channels": 3, "num_classes": 2, "text_dim": None}
-    assert data.class_names == ["jump", "run"]
+    known = {"in_channels": 3, "num_classes": 2, "text_dim": None, "class_names": ["jump", "run"]}
+    assert data.for_task == known | {"clip_sizes": ("data.frames=4 and data.sizes=[[16, 24]]", [(4, 16, 24)])}
+    assert data.for_record == {"class_names": ["jump", "run"]}
     batches = list(data.train_dataloader())
     assert [batch["video"].shape for batch in batches] == [(2, 3, 4, 16, 24)] * 2
     assert sorted(torch.cat([batch["label"] for batch in batches]).tolist()) == [0, 0, 1, 1]
@@ -155,7 +160,7 @@ def test_captions_and_their_embeddings(tmp_path, kind):
     else:
         (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = open_folder(tmp_path, text_length=5)
-    assert data.for_task == {"in_channels": 3, "num_classes": None, "text_dim": 2}
+    assert (data.num_classes, data.text_dim, data.for_record) == (None, 2, {"class_names": None})
     (batch,) = data.train_dataloader()
     assert sorted(batch["caption"]) == ["one, a clip", "two, a clip"]
     assert batch["text"].shape == (2, 5, 2) and batch["text_mask"].tolist() == [[True] * 3 + [False] * 2] * 2
@@ -172,19 +177,33 @@ def test_broken_and_short_files_are_left_out_and_listed(tmp_path):
     assert len(data.datasets["train"]) == 4
 
 
-def test_undecodable_files_are_replaced_and_listed_at_the_end(tmp_path):
+def test_undecodable_files_are_replaced_in_training_and_listed_at_the_end(tmp_path):
     folder(tmp_path, **{f"train__a__{i}": {"blue": 200 if i == 1 else 0} for i in range(4)})
-    truncate(tmp_path / "train" / "a" / "2.mp4")
-    data = open_folder(tmp_path, shuffle=False)
+    damage(tmp_path / "train" / "a" / "2.mp4")
+    data = open_folder(tmp_path, shuffle=False, frames=8)
     batches = [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
     assert sum(len(batch["video"]) for batch in batches) == 4 and "broken" not in batches[0]
     with pytest.warns(UserWarning, match=r"1 videos could not be decoded and were replaced by others:\n.*2\.mp4"):
         data.teardown("fit")
     for path in (tmp_path / "train" / "a").iterdir():
         if path.name != "2.mp4":
-            truncate(path)
-    with pytest.raises(UnreadableVideo, match="4 videos in a row cannot be decoded"):
+            damage(path)
+    with pytest.raises(ValueError, match="4 videos in a row cannot be decoded"):
         data.datasets["train"][0]
+
+
+def test_undecodable_files_do_not_count_in_evaluation(tmp_path):
+    folder(tmp_path, **{f"{split}__a__{i}": {} for split in ("train", "val") for i in range(3)})
+    damage(tmp_path / "val" / "a" / "1.mp4")
+    data = open_folder(tmp_path, frames=8)
+    batches = [data.on_before_batch_transfer(batch, 0) for batch in data.val_dataloader()]
+    assert [batch["real"].tolist() for batch in batches] == [[True, False], [True, False]]  # the last one fills up
+    assert not batches[0]["video"][1].any() and batches[0]["video"][0].any()
+    with pytest.warns(UserWarning, match=r"1 videos could not be decoded and do not count in evaluation:\n.*1\.mp4"):
+        data.teardown("validate")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.teardown("fit")  # said once
 
 
 def test_a_folder_without_videos_to_validate_on_says_so(tmp_path):
@@ -256,8 +275,8 @@ def test_replacements_of_a_broken_video_are_of_its_size(tmp_path):
     for i in range(5):
         write_video(tmp_path / "train" / "a" / f"{i}.mp4", height=64 if i % 2 else 32, width=32 if i % 2 else 64)
     for i in (1, 4):
-        truncate(tmp_path / "train" / "a" / f"{i}.mp4")
-    clips = open_folder(tmp_path, sizes=[[16, 32], [32, 16]]).datasets["train"]
+        damage(tmp_path / "train" / "a" / f"{i}.mp4")
+    clips = open_folder(tmp_path, sizes=[[16, 32], [32, 16]], frames=8).datasets["train"]
     assert [tuple(clips[i]["video"].shape) for i in range(5)] == [clips.shape(i) for i in range(5)]
     assert "4.mp4" in clips[4]["broken"] and clips[0]["broken"] == ""
 

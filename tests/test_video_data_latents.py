@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from diffusers import AutoencoderKLWan
 from foveal.zoo.data import VideoFolder, VideoLatents
 from foveal.zoo.data.clips import cover, read_clip
 from foveal.zoo.data.latent_videos import load_vae, read_keys
-from foveal.zoo.data.latents import ShardWriter, clip_key, encode_folder, vae_hash
+from foveal.zoo.data.latents import ShardWriter, clip_key, encode_folder, file_hash, main, vae_hash
 from foveal.zoo.video.vae import encode
-from test_video_data_folder import av, truncate, write_video
+from test_video_data_folder import av, damage, write_video
 
 OPTIONS = {"frames": 5, "sizes": [[16, 24]], "num_workers": 0}
 CLASSES = ("jump", "run")
@@ -62,7 +63,8 @@ def test_a_cache_holds_what_the_autoencoder_makes_of_the_clips(videos, vae, tmp_
     assert make(videos, tmp_path, vae, shard=4) == []
     assert len(read_keys(tmp_path)) == 6 and len(state(tmp_path)) == 2  # two of the eight files have the same bytes
     data = VideoLatents(root=str(tmp_path), batch_size=2, num_workers=0)
-    assert data.for_task == {"in_channels": 4, "num_classes": 2, "text_dim": None} and data.class_names == list(CLASSES)
+    assert (data.channels, data.num_classes, data.text_dim, data.class_names) == (4, 2, None, list(CLASSES))
+    assert data.clip_sizes == (f"data.root={str(tmp_path)!r} with latents of [T, H, W] = [3, 4, 6]", [(3, 4, 6)])
     data.setup()
     batches = list(data.train_dataloader())
     assert [batch["video"].shape for batch in batches] == [(2, 4, 3, 4, 6)] * 3
@@ -154,6 +156,57 @@ def test_a_shard_that_is_gone_is_said(videos, vae, tmp_path):
         VideoLatents(root=str(tmp_path))
 
 
+def test_a_damaged_file_of_a_cache_is_named(videos, vae, tmp_path):
+    make(videos, tmp_path, vae, shard=9)
+    (shard,) = tmp_path.glob("*.safetensors")
+    data = VideoLatents(root=str(tmp_path))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    for read in (lambda: VideoLatents(root=str(tmp_path)), lambda: data.dataset("train")[0]):
+        with pytest.raises(ValueError, match=rf"latents='.*{shard.name}' cannot be read: "):
+            read()
+    (tmp_path / "latents.json").write_text('{"clips": [')
+    with pytest.raises(ValueError, match=r"data\.root='.*latents\.json' cannot be read: Expecting value"):
+        VideoLatents(root=str(tmp_path))
+
+
+def test_sizes_that_the_autoencoder_cannot_take_are_said_first(videos, vae, tmp_path):
+    for options, sentence in (
+        ({"frames": 4}, r"--frames=4 must be 2 \* n \+ 1 for a AutoencoderKLWan"),
+        ({"sizes": [[16, 24], [16, 18]]}, r"--size=16x18 must be multiples of 4"),
+    ):
+        data = VideoFolder(root=str(videos), **(OPTIONS | options))
+        with pytest.raises(ValueError, match=sentence):
+            list(encode_folder(data, tmp_path, vae=load_vae(vae), vae_folder=vae))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", ["16", "axb", "16x18"])
+def test_the_command_says_a_mistake_in_one_sentence(videos, vae, tmp_path, size, capsys):
+    with pytest.raises(typer.Exit) as ended:
+        main(videos, tmp_path, vae, frames=5, size=[size], device="cpu")
+    assert ended.value.exit_code == 2 and f"--size={size} must be" in capsys.readouterr().err
+
+
+def test_turned_videos_have_keys_of_their_own(vae, tmp_path):
+    """Caches from before videos were turned keep the latents of those that need no turning."""
+    (tmp_path / "in").mkdir()
+    with av.open(str(tmp_path / "in" / "0.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.set_display_rotation(180)
+        for _ in range(5):
+            frame = av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    make(tmp_path / "in", tmp_path / "out", vae)
+    times, size = [0.0, 0.1, 0.2, 0.3, 0.4], {"height": 16, "width": 24}
+    key = clip_key(file_hash(tmp_path / "in" / "0.mp4"), vae_hash(vae), {"times": times, **size})
+    turned = {"times": times, **size, "turned": (False, True, True)}
+    expected = clip_key(file_hash(tmp_path / "in" / "0.mp4"), vae_hash(vae), turned)
+    assert read_keys(tmp_path / "out").keys() == {f"{expected}.latents"} != {f"{key}.latents"}
+
+
 def test_a_cache_without_videos_to_validate_on_says_so(vae, tmp_path):
     write_video(tmp_path / "in" / "train" / "a" / "0.mp4", frames=10)
     make(tmp_path / "in", tmp_path / "out", vae)
@@ -165,11 +218,7 @@ def test_a_video_that_breaks_off_is_left_out_whole(vae, tmp_path):
     """Its first clip can be decoded, its second cannot."""
     path = write_video(tmp_path / "in" / "train" / "a" / "0.mp4", fps=4)
     write_video(tmp_path / "in" / "train" / "a" / "1.mp4", fps=4)
-    data = bytearray(path.read_bytes())
-    with av.open(str(path)) as container:
-        start, size = max((packet.pos, packet.size) for packet in container.demux() if packet.size)
-    data[start : start + size] = bytes(size)  # the last packet
-    path.write_bytes(data)
+    damage(path, first=11)
     read_clip(path, times=np.arange(5) / 4)
     (reason,) = make(tmp_path / "in", tmp_path / "out", vae, clips=2)
     assert "0.mp4" in reason
@@ -179,7 +228,7 @@ def test_a_video_that_breaks_off_is_left_out_whole(vae, tmp_path):
 def test_broken_videos_are_said(videos, vae, tmp_path):
     for i in range(2):
         write_video(tmp_path / "in" / "train" / "a" / f"{i}.mp4", frames=10)
-    truncate(tmp_path / "in" / "train" / "a" / "1.mp4")
+    damage(tmp_path / "in" / "train" / "a" / "1.mp4")
     (reason,) = make(tmp_path / "in", tmp_path / "out", vae)
     assert "1.mp4" in reason and len(read_keys(tmp_path / "out")) == 1
 

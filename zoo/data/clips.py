@@ -1,14 +1,25 @@
-"""Reading clips out of video files with PyAV: what a file holds, and its frames at given times."""
+"""Reading clips out of video files with PyAV: what a file holds, and its frames at given times.
+
+Whatever the decoder raises at a file becomes `UnreadableVideo` here, with the path.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..pixels import cover
+from .foreign import reason
+
+__all__ = ["SUFFIXES", "EndsEarly", "UnreadableVideo", "VideoInfo", "cover", "probe", "read_clip"]
 
 SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm")
 
@@ -17,50 +28,180 @@ class UnreadableVideo(ValueError):
     """A file that holds no video that can be decoded, or too little of it."""
 
 
+class EndsEarly(UnreadableVideo):
+    """A video whose last frame comes before the time that was asked for.
+
+    Attributes:
+        seconds: how long it really is; None after unpickling, which keeps the message only.
+    """
+
+    seconds: float | None = None
+
+
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the header of a file says: frames a second, seconds, pixels."""
+    """What a file holds.
+
+    Attributes:
+        fps: frames a second.
+        seconds: from the first frame to the end of the last.
+        height, width: of the frames as they are to be shown.
+        turned: whether stored frames are to be transposed, then flipped upside down, then left to right, to be shown.
+    """
 
     fps: float
     seconds: float
     height: int
     width: int
+    turned: tuple[bool, bool, bool] = (False, False, False)
 
 
-def _av():
+@contextmanager
+def _opened(path: Path, doing: str) -> Iterator[tuple[Any, Any]]:
+    """The container and its video stream; no exception of the decoder passes.
+
+    Raises:
+        UnreadableVideo: naming the file, what could not be done with it and why.
+    """
     try:
         import av
     except ImportError as error:
         raise ImportError("video files are read by PyAV: pip install 'foveal[video]'") from error
-    return av
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:  # titles in any encoding do no harm
+            stream = container.streams.best("video")  # not the picture of a cover
+            if stream is None or stream.codec_context is None:
+                raise UnreadableVideo(f"{path} holds no video of a codec that FFmpeg knows")
+            yield container, stream
+    except UnreadableVideo:
+        raise
+    except Exception as error:  # FFmpeg's own errors, and PyAV's ValueError, AttributeError, MemoryError, …
+        raise UnreadableVideo(
+            f"{path} cannot be {doing}: {getattr(error, 'strerror', None) or reason(error)}"
+        ) from error
+
+
+def _rate(path: Path, stream: Any) -> float:
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    if rate <= 0 or not stream.time_base:
+        raise UnreadableVideo(f"{path} does not say how many frames a second it has")
+    return rate
+
+
+def _ticks(container: Any, item: Any) -> int | None:
+    """Time of a frame or packet in the stream's units; of AVI that of decoding, since it stores no times of showing."""
+    if container.format.name == "avi" or item.pts is None:
+        return item.dts
+    return item.pts
+
+
+def _seek(container: Any, stream: Any, ticks: float) -> Iterator[Any]:
+    """Goes to the last key frame up to `ticks` after the stream's start, or the last of all; returns the packets."""
+    container.seek((stream.start_time or 0) + int(ticks), stream=stream)
+    return container.demux(stream)
+
+
+def _seconds(container: Any, stream: Any, fps: float) -> float:
+    """From the start of the stream to the end of its last packet.
+
+    Headers state the length of the longest stream (Matroska), an estimate (MPEG), or of what was cut off later.
+    """
+    base = float(stream.time_base)
+    beyond = 2 * (container.duration or 0) / 1e6 / base
+    for ticks in (beyond, 0):  # a file whose index lies has no packets behind its last key frame
+        times = [
+            (start, packet.duration or 1 / (fps * base))
+            for packet in _seek(container, stream, ticks)
+            if packet.size and not packet.is_discard and (start := _ticks(container, packet)) is not None
+        ]
+        if times:
+            return (max(start + length for start, length in times) - (stream.start_time or 0)) * base
+    return 0.0
+
+
+def _orientation(frame: Any) -> tuple[bool, bool, bool]:
+    """`VideoInfo.turned` of a frame.
+
+    The display matrix of a container maps places of the picture to places of the screen; angles between quarter turns
+    are taken to the nearest.
+    """
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            matrix = np.frombuffer(bytes(data), dtype=np.int32).reshape(3, 3).astype(np.int64)
+            (right_x, right_y), (down_x, down_y) = matrix[:2, :2]  # where steps to the right and down go
+            if abs(right_y) + abs(down_x) > abs(right_x) + abs(down_y):
+                return True, bool(right_y < 0), bool(down_x < 0)
+            return False, bool(down_y < 0), bool(right_x < 0)
+    return False, False, False
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """uint8 RGB `[H, W, 3]` of a frame as it is to be shown."""
+    pixels = frame.to_ndarray(format="rgb24")
+    transpose, upside_down, mirror = _orientation(frame)
+    pixels = pixels.swapaxes(0, 1) if transpose else pixels
+    return pixels[:: -1 if upside_down else 1, :: -1 if mirror else 1]
 
 
 def probe(path: Path) -> VideoInfo:
-    """Reads the header of a video file.
+    """Reads the header, the first frame and the end of a video file.
 
     Raises:
-        UnreadableVideo: it is no video; the message names the file and the reason.
+        UnreadableVideo: it is no video, or its first frame cannot be decoded; the message names the file and the
+            reason.
     """
-    av = _av()
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UnreadableVideo(f"{path} holds no video stream")
-            stream = container.streams.video[0]
-            rate = stream.average_rate or stream.guessed_rate
-            if stream.duration is not None and stream.time_base is not None:
-                seconds = float(stream.duration * stream.time_base)
-            else:
-                seconds = (container.duration or 0) / av.time_base
-            if not rate or seconds <= 0 or not stream.width:
-                raise UnreadableVideo(f"{path} does not say how long or how large it is")
-            return VideoInfo(fps=float(rate), seconds=seconds, height=stream.height, width=stream.width)
-    except (av.error.FFmpegError, OSError) as error:
-        raise UnreadableVideo(f"{path} cannot be opened as a video: {error}") from error
+    with _opened(path, "opened as a video") as (container, stream):
+        fps = _rate(path, stream)
+        frame = next(container.decode(stream), None)
+        seconds = _seconds(container, stream, fps)
+        if frame is None or seconds <= 0:
+            raise UnreadableVideo(f"{path} holds no frames")
+        turned, size = _orientation(frame), (frame.height, frame.width)
+        height, width = size[::-1] if turned[0] else size
+        return VideoInfo(fps=fps, seconds=seconds, height=height, width=width, turned=turned)
+
+
+class _Frames:
+    """Frames of a stream in the order in which they are shown, each with its time in seconds after the first one.
+
+    Raises:
+        UnreadableVideo: there are none.
+    """
+
+    def __init__(self, path: Path, container: Any, stream: Any):
+        self.container, self.stream = container, stream
+        self.base, self.gap = float(stream.time_base), 1 / _rate(path, stream)
+        self.rest = container.decode(stream)
+        first = next(self.rest, None)
+        if first is None:
+            raise UnreadableVideo(f"{path} holds no frames")
+        self.first, self.zero = first, _ticks(container, first) or 0
+
+    def since(self, time: float) -> Iterator[tuple[Any, float]]:
+        """From the last key frame up to `time` on; from the first frame if that is near, or the file's index lies."""
+        if time <= 1:
+            yield from self._timed(chain([self.first], self.rest))
+            return
+        _seek(self.container, self.stream, time / self.base)
+        sought = self._timed(self.container.decode(self.stream))
+        first = next(sought, None)
+        if first is not None and first[1] <= time:
+            yield first
+            yield from sought
+            return
+        _seek(self.container, self.stream, 0)
+        yield from self._timed(self.container.decode(self.stream))
+
+    def _timed(self, frames: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+        now = -self.gap
+        for frame in frames:
+            ticks = _ticks(self.container, frame)
+            now = now + self.gap if ticks is None else (ticks - self.zero) * self.base
+            yield frame, now
 
 
 def read_clip(path: Path, *, times: np.ndarray) -> Tensor:
-    """The frames shown at `times` seconds after the first one.
+    """The frames shown at `times` seconds after the first one, turned as the file says.
 
     Args:
         path: of the file.
@@ -70,52 +211,27 @@ def read_clip(path: Path, *, times: np.ndarray) -> Tensor:
         uint8 RGB `[3, T, H, W]`.
 
     Raises:
-        UnreadableVideo: decoding fails, or the video ends before the last time.
+        EndsEarly: the video ends before the last time.
+        UnreadableVideo: decoding fails.
     """
-    av = _av()
-    shown: list[np.ndarray] = []
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            zero, base = stream.start_time or 0, float(stream.time_base or 0)
-            duration = 1 / float(stream.average_rate or stream.guessed_rate)
-            slack = 0.1 * duration  # clocks are rounded
-            if times[0] > 1:
-                container.seek(zero + int((times[0] - slack) / base), stream=stream)  # the key frame before
-            before = None
-            for frame in container.decode(stream):
-                if frame.pts is None:
-                    continue
-                now = (frame.pts - zero) * base
-                while before is not None and len(shown) < len(times) and times[len(shown)] + slack < now:
-                    shown.append(before.to_ndarray(format="rgb24"))
-                before = frame
-                last = now
-                if len(shown) == len(times):
-                    break
-            while before is not None and len(shown) < len(times) and times[len(shown)] < last + duration + slack:
-                shown.append(before.to_ndarray(format="rgb24"))
-    except (av.error.FFmpegError, OSError, IndexError) as error:
-        raise UnreadableVideo(f"{path} cannot be decoded: {error}") from error
-    if len(shown) < len(times):
-        raise UnreadableVideo(f"{path} ends before second {times[-1]:.2f}")
-    return torch.from_numpy(np.stack(shown)).permute(3, 0, 1, 2)
+    with _opened(path, "decoded") as (container, stream):
+        frames = _Frames(path, container, stream)
+        slack = 0.1 * frames.gap  # clocks are rounded
+        shown: list[np.ndarray] = []
+        before, end = frames.first, 0.0
 
+        def show(until: float) -> None:
+            while len(shown) < len(times) and times[len(shown)] + slack < until:
+                shown.append(_upright(before))
 
-def cover(clip: Tensor, *, height: int, width: int, at: tuple[float, float] = (0.5, 0.5)) -> Tensor:
-    """Resizes a clip until it covers `height`×`width`, antialiased, and cuts the rest off.
-
-    Args:
-        clip: uint8 `[C, T, H, W]`.
-        at: where the cut is, down and right, 0 to 1; the middle by default.
-
-    Returns:
-        float32 in 0..1, `[C, T, height, width]`.
-    """
-    scale = max(height / clip.shape[2], width / clip.shape[3])
-    size = [max(height, round(clip.shape[2] * scale)), max(width, round(clip.shape[3] * scale))]
-    frames = clip.transpose(0, 1).float()  # [T, C, H, W]
-    if size != list(clip.shape[2:]):
-        frames = F.interpolate(frames, size=size, mode="bilinear", antialias=True)
-    y, x = (round(share * (n - m)) for share, n, m in zip(at, size, (height, width), strict=True))
-    return (frames[:, :, y : y + height, x : x + width] / 255).clamp(0, 1).transpose(0, 1).contiguous()
+        for frame, now in frames.since(times[0] + slack):
+            show(now)
+            before, end = frame, now + frames.gap
+            if len(shown) == len(times):
+                break
+        show(end + 2 * slack)
+        if len(shown) < len(times):
+            early = EndsEarly(f"{path} ends before second {times[-1]:.2f}")
+            early.seconds = end
+            raise early
+        return torch.from_numpy(np.stack(shown)).permute(3, 0, 1, 2)

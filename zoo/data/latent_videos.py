@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .buckets import BucketSampler
+from .foreign import about
+from .names import say
 from .video import Item, VideoData
 
 DESCRIPTION = "latents.json"
@@ -25,11 +28,26 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
+@contextmanager
+def open_shard(path: Path) -> Iterator[Any]:
+    """A shard of a cache, by `safe_open`.
+
+    Raises:
+        ValueError: it is damaged; the message names it.
+    """
+    with about("latents", path, SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        yield file
+
+
 def read_keys(root: Path) -> dict[str, Stored]:
-    """Every tensor of a cache, from the shards' headers. Half-written ones have another suffix and do not count."""
+    """Every tensor of a cache, from the shards' headers. Half-written ones have another suffix and do not count.
+
+    Raises:
+        ValueError: a shard is damaged; the message names it.
+    """
     keys = {}
     for shard in sorted(root.glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
+        with open_shard(shard) as file:
             keys |= {key: Stored(shard.name, tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
     return keys
 
@@ -44,7 +62,7 @@ class LatentClips(Dataset):
         return len(self.clips)
 
     def tensor(self, name: str) -> Tensor:
-        with safe_open(self.root / self.stored[name].shard, framework="pt") as file:
+        with open_shard(self.root / self.stored[name].shard) as file:
             return file.get_tensor(name)
 
     def shape(self, index: int) -> tuple[int, ...]:
@@ -73,7 +91,7 @@ class VideoLatents(VideoData):
 
     Raises:
         FileNotFoundError: the cache is not there.
-        ValueError: it holds no clips to train on, or a shard of it is gone.
+        ValueError: it holds no clips to train on, or a shard of it is gone or damaged.
     """
 
     def __init__(
@@ -92,14 +110,15 @@ class VideoLatents(VideoData):
             raise FileNotFoundError(
                 f"data.root={root!r} is no cache of latents: it has no {DESCRIPTION}, which is written at the end"
             )
-        description = json.loads((Path(root) / DESCRIPTION).read_text())
+        with about("data.root", Path(root) / DESCRIPTION, ValueError, OSError):
+            description = json.loads((Path(root) / DESCRIPTION).read_text(encoding="utf-8"))
         clips: dict[str, list[dict[str, Any]]] = {split: [] for split in ("train", "val", "test")}
         for clip in description["clips"]:
             clips[clip["split"]].append(clip)
         if not clips["train"]:
             raise ValueError(f"data.root={root!r} holds no latents to train on")
         if not (clips["val"] or clips["test"]):
-            warnings.warn(f"data.root={root!r} holds nothing to validate on: its first clip stands in", stacklevel=2)
+            say(f"data.root={root!r} holds nothing to validate on: its first clip stands in")
         clips["val"] = clips["val"] or clips["test"] or clips["train"][:1]
         clips["test"] = clips["test"] or clips["val"]
         stored = read_keys(Path(root))
@@ -127,7 +146,7 @@ class VideoLatents(VideoData):
             shuffle=shuffle,
             num_workers=num_workers,
         )
-        self.class_names = description["classes"]
+        self.root, self.class_names = root, description["classes"]
         self.vae_folder, self.pixel_size = vae or description["vae"], tuple(description["sample_size"])
         self._vae: Any = None
 
@@ -137,6 +156,13 @@ class VideoLatents(VideoData):
         if self._vae is None:
             self._vae = load_vae(Path(self.vae_folder))
         return self._vae
+
+    @property
+    def clip_sizes(self) -> tuple[str, list[tuple[int, ...]]]:
+        """Of the latents of all splits."""
+        sizes = {part.shape(i)[1:] for part in self.parts.values() for i in range(len(part))}
+        shown = ", ".join(str(list(size)) for size in sorted(sizes))
+        return f"data.root={self.root!r} with latents of [T, H, W] = {shown}", sorted(sizes)
 
     @property
     def for_pipeline(self) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .buckets import nearest_bucket
-from .clips import UnreadableVideo, cover, read_clip
+from .clip_dataset import clip_room, frame_gap, measured
+from .clips import EndsEarly, UnreadableVideo, VideoInfo, cover, read_clip
 from .latent_videos import DESCRIPTION, load_vae, read_keys
 from .videofolder import Video, VideoFolder, read_embedding
 
@@ -82,12 +84,87 @@ class ShardWriter:
         self.tensors, self.clips = {}, 0
 
 
-def clip_starts(video: Video, *, frames: int, gap: float, clips: int) -> list[float]:
-    """Seconds at which `clips` evenly spaced clips of a video start; fewer if it is too short for that many."""
-    assert video.info is not None
-    room = max(0.0, video.info.seconds - 1 / video.info.fps - (frames - 1) * gap)
+def clip_times(info: VideoInfo, options: dict[str, Any], *, clips: int) -> list[list[float]]:
+    """Seconds of the frames of `clips` evenly spaced clips of a video; fewer if it is too short for that many."""
+    room, gap = max(0.0, clip_room(options, info)), frame_gap(options, info)
     most = min(clips, 1 + int(room / gap))
-    return [room / 2] if most == 1 else [room * i / (most - 1) for i in range(most)]
+    starts = [room / 2] if most == 1 else [room * i / (most - 1) for i in range(most)]
+    return [[round(start + i * gap, 6) for i in range(options["frames"])] for start in starts]
+
+
+def check_sizes(vae: Any, options: dict[str, Any]) -> None:
+    """Refuse clips that an autoencoder cannot take.
+
+    Raises:
+        ValueError: names the option, its value and what it must be a multiple of.
+    """
+    from ..video.vae import latent_space
+
+    space = latent_space(vae)
+    if (options["frames"] - 1) % space.time:
+        raise ValueError(f"--frames={options['frames']} must be {space.time} * n + 1 for a {type(vae).__name__}")
+    for height, width in options["sizes"]:
+        if height % space.space or width % space.space:
+            raise ValueError(f"--size={height}x{width} must be multiples of {space.space} for a {type(vae).__name__}")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Clips of videos to latents of a cache, those that it does not hold yet.
+
+    Args:
+        vae: an autoencoder of `zoo.video.vae`.
+        identity: its hash.
+        writer: of the cache.
+        options: of the `VideoFolder`; they say how clips are cut.
+        clips: of each video, evenly spaced.
+    """
+
+    vae: Any
+    identity: str
+    writer: ShardWriter
+    options: dict[str, Any]
+    clips: int
+
+    def keys(self, video: Video) -> list[str]:
+        """Of a video's clips, all of which are in the cache then.
+
+        Raises:
+            UnreadableVideo: one of them cannot be decoded.
+        """
+        assert video.info is not None
+        try:
+            return self._encode(video, video.info)
+        except EndsEarly as early:
+            return self._encode(video, measured(video, early, self.options))
+
+    def _encode(self, video: Video, info: VideoInfo) -> list[str]:
+        from ..video.vae import encode
+
+        height, width = self.options["sizes"][nearest_bucket(info.height, info.width, self.options["sizes"])]
+        cut: dict[str, Any] = {"height": height, "width": width}
+        if any(info.turned):
+            cut["turned"] = info.turned
+        file, keys = file_hash(video.path), []
+        for times in clip_times(info, self.options, clips=self.clips):
+            key = clip_key(file, self.identity, {"times": times, **cut})
+            if f"{key}.latents" not in self.writer.known:
+                pixels = cover(read_clip(video.path, times=np.array(times)), height=height, width=width)
+                latents = encode(self.vae, pixels[None].to(self.vae.device))[0]
+                self.writer.add(key, {"latents": latents.to(torch.bfloat16).cpu()})
+                self.writer.clip_done()
+            keys.append(key)
+        return keys
+
+    def text_key(self, video: Video) -> str | None:
+        """Of a video's embedding, which is in the cache then; None without."""
+        if video.embedding is None:
+            return None
+        length = self.options["text_length"]
+        key = clip_key(file_hash(video.embedding), "text", {"length": length})
+        if f"{key}.text" not in self.writer.known:
+            self.writer.add(key, read_embedding(video.embedding, length=length))
+        return key
 
 
 def encode_folder(
@@ -105,43 +182,31 @@ def encode_folder(
 
     Yields:
         For every video None, or why it was left out.
-    """
-    from ..video.vae import encode
 
+    Raises:
+        ValueError: clips of sizes that the autoencoder cannot take, or a damaged file of the cache.
+    """
+    check_sizes(vae, data.options)
     root.mkdir(parents=True, exist_ok=True)
-    identity, options, listed = vae_hash(vae_folder), data.options, []
+    identity, listed = vae_hash(vae_folder), []
     writer = ShardWriter(root, size=shard)
+    encoder = Encoder(vae, identity, writer, data.options, clips)
     for video in data.readable():
-        assert video.info is not None
-        height, width = options["sizes"][nearest_bucket(video.info.height, video.info.width, options["sizes"])]
-        gap = options["stride"] / (options["fps"] or video.info.fps)
-        item: dict[str, Any] = {"split": video.split, "label": video.label, "caption": video.caption, "text": None}
-        if video.embedding is not None:
-            item["text"] = clip_key(file_hash(video.embedding), "text", {"length": options["text_length"]})
-            if f"{item['text']}.text" not in writer.known:
-                writer.add(item["text"], read_embedding(video.embedding, length=options["text_length"]))
-        file, failed, cut = file_hash(video.path), None, []
-        for start in clip_starts(video, frames=data.frames, gap=gap, clips=clips):
-            times = [round(start + i * gap, 6) for i in range(data.frames)]
-            key = clip_key(file, identity, {"times": times, "height": height, "width": width})
-            if f"{key}.latents" not in writer.known:
-                try:
-                    pixels = cover(read_clip(video.path, times=np.array(times)), height=height, width=width)
-                except UnreadableVideo as error:
-                    failed = str(error)
-                    break
-                writer.add(key, {"latents": encode(vae, pixels[None].to(vae.device))[0].to(torch.bfloat16).cpu()})
-                writer.clip_done()
-            cut.append({"key": key, **item})
-        listed += cut if failed is None else []
-        yield failed
+        try:
+            text, keys = encoder.text_key(video), encoder.keys(video)
+        except UnreadableVideo as error:
+            yield str(error)
+            continue
+        item = {"split": video.split, "label": video.label, "caption": video.caption, "text": text}
+        listed += [{"key": key, **item} for key in keys]
+        yield None
     writer.flush()
     description = {
         "vae": str(vae_folder.resolve()),
         "vae_sha256": identity,
         "classes": data.class_names,
         "text_dim": data.text_dim,
-        "sample_size": [data.frames, *options["sizes"][0]],
+        "sample_size": [data.frames, *data.options["sizes"][0]],
         "clips": listed,
     }
     partial = root / f"{DESCRIPTION}.{os.getpid()}.partial"
@@ -167,19 +232,24 @@ def main(
     """Encodes a folder of videos; run it again to go on where it was stopped."""
     from rich.progress import track
 
-    sizes: Sequence[Sequence[int]] = [[int(n) for n in one.lower().split("x")] for one in size or ["256x256"]]
-    data = VideoFolder(
-        root=str(folder),
-        captions=None if captions is None else str(captions),
-        frames=frames,
-        sizes=sizes,
-        fps=fps,
-        stride=stride,
-        held_out=held_out,
-        text_length=text_length,
-        num_workers=0,
-    )
-    model = load_vae(vae).to(device)
+    try:
+        data = VideoFolder(
+            root=str(folder),
+            captions=None if captions is None else str(captions),
+            frames=frames,
+            sizes=[_size(one) for one in size or ["256x256"]],
+            fps=fps,
+            stride=stride,
+            held_out=held_out,
+            text_length=text_length,
+            num_workers=0,
+        )
+        model = load_vae(vae).to(device)
+        check_sizes(model, data.options)
+        read_keys(out)
+    except (ValueError, FileNotFoundError) as error:
+        typer.echo(f"foveal.zoo.data.latents: {error}", err=True)
+        raise typer.Exit(2) from error
     work = encode_folder(data, out, vae=model, vae_folder=vae, clips=clips, shard=shard)
     failed = [reason for reason in track(work, description="encoding", total=len(data.listed)) if reason]
     failed = data.skipped + failed
@@ -187,6 +257,13 @@ def main(
     typer.echo(f"{count} clips in {out}; {len(failed)} videos left out")
     for reason in failed:
         typer.echo(f"  {reason}")
+
+
+def _size(text: str) -> list[int]:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise ValueError(f"--size={text} must be HEIGHTxWIDTH, such as 480x832")
+    return [int(height), int(width)]
 
 
 if __name__ == "__main__":

@@ -139,6 +139,10 @@ class MovingDigits(VideoData):
         )
         self.speed, self.lengths = speed, {"train": epoch_length, "val": val_length, "test": test_length}
 
+    @property
+    def clip_sizes(self) -> tuple[str, list[tuple[int, ...]]]:
+        return f"data.frames={self.frames} and data.canvas={self.height}", [(self.frames, self.height, self.width)]
+
     def _clips(self, split: str, parts: dict[str, tuple[list[int], list[int]]], scans: np.ndarray) -> MovingDigitClips:
         numbers, labels = parts[split]
         return MovingDigitClips(

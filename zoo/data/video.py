@@ -15,13 +15,13 @@ Item = dict[str, Any]
 
 
 class SeededVideos(SeededDataset):
-    """As `SeededDataset`, for items that are dicts: adds `real`, False for items that only fill up a rank."""
+    """As `SeededDataset`, for items that are dicts: `real` is False for items that fill up a rank or do not count."""
 
     def __getitem__(self, key: tuple[int, int | None]) -> Item:  # pyright: ignore[reportIncompatibleMethodOverride]
         index, epoch = key
         with seeded(mix_seed(self.seed, epoch or 0, index)):
             item = self.dataset[index]
-        return {**item, "real": epoch is not None}
+        return {**item, "real": epoch is not None and item.get("real", True)}
 
 
 class VideoData(SeededData):
@@ -30,7 +30,7 @@ class VideoData(SeededData):
     - `video` `[B, C, T, H, W]` float32, normalised pixels or latents;
     - `label` `[B]` int64, if there are classes;
     - `caption`, B strings, or `text` `[B, L, D]` with `text_mask` `[B, L]` bool, if there are captions;
-    - `real` `[B]` bool, False for items that only fill up the last batches of a rank.
+    - `real` `[B]` bool, False for items that only fill up the last batches of a rank, and for unreadable ones.
 
     Args:
         channels: of the videos.
@@ -73,7 +73,19 @@ class VideoData(SeededData):
 
     @property
     def for_task(self) -> dict[str, Any]:
-        return {"in_channels": self.channels, "num_classes": self.num_classes, "text_dim": self.text_dim}
+        return {
+            "in_channels": self.channels,
+            "num_classes": self.num_classes,
+            "text_dim": self.text_dim,
+            "clip_sizes": self.clip_sizes,
+            "class_names": self.class_names,
+        }
+
+    @property
+    def clip_sizes(self) -> tuple[str, list[tuple[int, ...]]]:
+        """What says the sizes of clips, and frames, height and width of each, in pixels or latents."""
+        size = self.frames, self.height, self.width
+        return f"data with clips of {list(size)}", [size]
 
     @property
     def for_pipeline(self) -> dict[str, Any]:
