@@ -75,7 +75,9 @@ def _first_bytes(path: Path) -> bytes:
             "another link, so fetch it by hand"
         )
     if start.startswith(GIT_LFS):
-        raise WeightsError(f"cannot read weights from {path}: it is a Git LFS pointer, not the file; run `git lfs pull`")
+        raise WeightsError(
+            f"cannot read weights from {path}: it is a Git LFS pointer, not the file; run `git lfs pull`"
+        )
     return start
 
 

@@ -7,6 +7,8 @@ say who wrote which digit, so the split below is by image and the same writers a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -73,6 +75,10 @@ class Digits(ImageData):
             num_workers=num_workers,
         )
         self.img_size, self.augment = img_size, augment
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        return super().preprocessing | {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"}
 
     def setup(self, stage: str | None = None) -> None:
         if self.datasets:

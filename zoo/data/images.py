@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import create_dataset, create_transform
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.constants import (
+    DEFAULT_CROP_MODE,
+    DEFAULT_CROP_PCT,
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+)
 
 from .base import ImageData
 from .names import unknown_name
@@ -137,6 +142,16 @@ class TimmDataset(ImageData):
             download=self.download,
             **self.options,
         )
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        given = self.transforms["eval"]
+        crop = {
+            "crop_pct": given.get("crop_pct") or DEFAULT_CROP_PCT,
+            "crop_mode": given.get("crop_mode") or DEFAULT_CROP_MODE,
+            "interpolation": given.get("interpolation", "bilinear"),  # the default of create_transform
+        }
+        return super().preprocessing | crop
 
     def prepare_data(self) -> None:
         if self.download:

@@ -28,6 +28,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from ..adapters import use_kernels
 from ..data.loader import PADDING, mix_seed
 from ..data.names import unknown_name
+from .portable import describe_model, make_portable
 from .sharding import repeated_blocks, shard
 
 Batch = tuple[Tensor, Tensor]
@@ -200,9 +201,11 @@ class ClassificationTask(LightningModule):
         scheduler.step_update(self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The mean loss of a half-done epoch goes on where it was; no other metric is alive between steps."""
+        """Keeps the mean loss of a half-done epoch (no other metric is alive between steps), and what others need."""
         metric = self.train_loss
         checkpoint["train_loss"] = {"mean_value": metric.mean_value, "weight": metric.weight}
+        make_portable(self, checkpoint)
+        describe_model(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         averaging = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # pyright: ignore
