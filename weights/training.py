@@ -14,11 +14,12 @@ def own_names(state_dict: Mapping[str, ValueT]) -> dict[str, ValueT]:
     """A state dict under the names of the model itself, without those of modules wrapped around it.
 
     Names of torch.compile, FSDP and activation checkpointing go wherever they are, `module.` of DDP and of
-    `torch.optim.swa_utils.AveragedModel` where it stands before every name.
+    `torch.optim.swa_utils.AveragedModel`, with its count, where it stands before every name.
     """
     out = {".".join(part for part in key.split(".") if part not in WRAPPERS): v for key, v in state_dict.items()}
-    while (named := out.keys() - {"n_averaged"}) and all(key.startswith("module.") for key in named):
-        out = {key.removeprefix("module."): out[key] for key in out if key in named}
+    out.pop("n_averaged", None)
+    while out and all(key.startswith("module.") for key in out):
+        out = {key.removeprefix("module."): value for key, value in out.items()}
     return out
 
 
