@@ -61,6 +61,16 @@ def test_list_filters_and_knows_what_is_cached(manifest):
     assert NAME not in run("list", "dinat", "--manifest", manifest).output
 
 
+def test_list_estimates_sizes_that_are_not_published(tmp_path):
+    write_manifest(tmp_path / "m.json", {"url": "https://example.org/w", "bytes": 2_345_678}, params=99)
+    assert re.search(r" 2\.3 MB +MIT", run("list", "--manifest", tmp_path / "m.json").output)
+    write_manifest(tmp_path / "m.json", {"url": "https://example.org/w"}, params=19_984_174)
+    said = run("list", "--manifest", tmp_path / "m.json").output
+    assert re.search(r" ~80 MB +MIT", said) and "~: parameters in float32" in said
+    (row,) = json.loads(run("list", "--json", "--manifest", tmp_path / "m.json").output)
+    assert (row["bytes"], row["params"]) == (None, 19_984_174)
+
+
 def test_list_as_json():
     result = run("list", "natten_dinat_s.", "--json")
     (row,) = json.loads(result.output)

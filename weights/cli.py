@@ -57,9 +57,11 @@ def list_weights(
         table.add_column(title, justify="left" if title == "licence" else "right", no_wrap=True)
     for row in rows:
         top1 = "–" if row["top1"] is None else str(row["top1"])
-        table.add_row(row["name"], _size(row["bytes"]), row["licence"], top1, row["cached"] or "–")
+        table.add_row(row["name"], _size(row["bytes"], row["params"]), row["licence"], top1, row["cached"] or "–")
     _console().print(table)
     _console().print(f"{len(rows)} weights; cache: {root}", style="dim", soft_wrap=True)
+    if any(row["bytes"] is None for row in rows):
+        _console().print("~: parameters in float32, where no file size is published", style="dim", soft_wrap=True)
 
 
 @weights.command("fetch")
@@ -142,6 +144,7 @@ def _row(entry: Entry, manifest: Manifest, root: Path) -> dict:
     return {
         "name": entry.name,
         "bytes": there[0].stat().st_size if there else known[0] if known else None,
+        "params": entry.params,
         "licence": entry.licence,
         "top1": entry.metrics.get("top1"),
         "cached": ("packaged" if packaged else "yes") if there else "",
@@ -157,9 +160,10 @@ def _root(cache_dir: Path | None) -> Path:
     return default_cache_dir() if cache_dir is None else cache_dir.expanduser()
 
 
-def _size(size: int | None) -> str:
+def _size(size: int | None, params: int | None = None) -> str:
+    """The size of a file, or of so many parameters when the file's is not known."""
     if size is None:
-        return "?"
+        return f"~{4 * params / 1e6:.0f} MB" if params is not None else "?"
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
