@@ -235,11 +235,15 @@ def test_names_of_wrappers_are_left_out(tmp_path, prefix):
         (b"", "the file is empty"),
         (b"<html>", "it holds a web page"),
         (b"PK\x03\x04", "cut short"),
+        ([1, 2], "holds list; expected a mapping"),
+        ({3: torch.ones(1)}, "holds more than named tensors"),
     ],
 )
 def test_files_that_cannot_be_read_are_told_in_one_sentence(tmp_path, content, message):
-    if content is not None:
+    if isinstance(content, bytes):
         (tmp_path / "w.pth").write_bytes(content)
+    elif content is not None:
+        torch.save(content, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=message) as raised:
         load("natten_dinat_s", tmp_path / "w.pth")
     assert str(tmp_path / "w.pth") in str(raised.value)

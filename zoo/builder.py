@@ -13,8 +13,8 @@ from timm.models import build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
-from ..weights.fetch import fetch
-from .checkpoint import explained, fitting
+from ..weights import fetch
+from .fit import explained, fitting
 
 SCHEME = "foveal:"
 ModelT = TypeVar("ModelT", bound=nn.Module)
