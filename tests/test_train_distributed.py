@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from foveal import train
+from foveal.weights import load
 from train_helpers import QUIET, TINY_VIT, configure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,9 @@ def test_sharded_run_saves_what_one_process_saves_and_loads(tmp_path):
     run_sharded(tmp_path / "sharded", *epoch)
     fit(configure(tmp_path / "one", *epoch, "data.batch_size=16"))
     assert_same_state(last(tmp_path / "sharded"), last(tmp_path / "one"))
+    ours, theirs = (load(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("sharded", "one"))
+    assert "head.weight" in ours
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     for run in ("sharded", "one"):
         more = (*epoch, "data.batch_size=16", "trainer.max_epochs=2")
         fit(configure(tmp_path / run, *more), tmp_path / run / "checkpoints" / "last.ckpt")

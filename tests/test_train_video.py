@@ -11,6 +11,7 @@ import matplotlib.image
 import pytest
 import torch
 from foveal import train
+from foveal.weights import load
 from foveal.zoo.data.loader import mix_seed
 from foveal.zoo.tasks.ema import EMA, ema_update
 from foveal.zoo.tasks.video import VALIDATION_TIMES, VideoDiffusionTask
@@ -301,8 +302,9 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert (saved.scheduler.config.shift, list(saved.config.sample_size)) == (2.0, [6, 12, 12])
     assert (saved.config.pixel_mean, saved.config.pixel_std) == ([0.1365], [0.2942])
     average = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    weights = {f"model.{name}": value for name, value in saved.transformer.state_dict().items()}
-    assert weights and all(torch.equal(average[name], value) for name, value in weights.items())
+    weights = saved.transformer.state_dict()
+    assert weights and all(torch.equal(average[f"model.{name}"], value) for name, value in weights.items())
+    torch.testing.assert_close(load(tmp_path / "checkpoints" / "last.ckpt"), dict(weights), rtol=0, atol=0)
     for name in ("curves.png", "samples.png"):
         assert matplotlib.image.imread(tmp_path / name)[60:, :, :3].std() > 0.05, name
 

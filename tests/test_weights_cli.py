@@ -8,6 +8,7 @@ import pytest
 import torch
 from foveal.weights import bundled_manifest, load
 from foveal.weights.cli import app
+from safetensors import safe_open
 from safetensors.torch import save
 from typer.testing import CliRunner
 from weights_server import serve, write_manifest
@@ -58,6 +59,16 @@ def test_list_filters_and_knows_what_is_cached(manifest):
     assert run("fetch", NAME, "--manifest", manifest, "--loopback-http").exit_code == 0
     assert re.search(rf"{NAME} +1\.7 kB +MIT +81\.25 +yes", run("list", "test_m", "--manifest", manifest).output)
     assert NAME not in run("list", "dinat", "--manifest", manifest).output
+
+
+def test_list_estimates_sizes_that_are_not_published(tmp_path):
+    write_manifest(tmp_path / "m.json", {"url": "https://example.org/w", "bytes": 2_345_678}, params=99)
+    assert re.search(r" 2\.3 MB +MIT", run("list", "--manifest", tmp_path / "m.json").output)
+    write_manifest(tmp_path / "m.json", {"url": "https://example.org/w"}, params=19_984_174)
+    said = run("list", "--manifest", tmp_path / "m.json").output
+    assert re.search(r" ~80 MB +MIT", said) and "~: parameters in float32" in said
+    (row,) = json.loads(run("list", "--json", "--manifest", tmp_path / "m.json").output)
+    assert (row["bytes"], row["params"]) == (None, 19_984_174)
 
 
 def test_list_as_json():
@@ -134,6 +145,33 @@ def test_convert(tmp_path):
     assert again.exit_code == 1 and "exists; pass --force" in again.stderr
     forced = run("convert", tmp_path / "m.pth", tmp_path / "m.safetensors", "--container", "teacher", "--force")
     assert forced.exit_code == 0 and not load(tmp_path / "m.safetensors")["weight"].any()
+
+
+def test_convert_a_training_checkpoint(tmp_path):
+    config = {"architecture": "resnet18", "num_classes": 2, "label_names": ["cat", "dög"]}
+    raw = {"model.weight": STATE["weight"] + 1}
+    checkpoint = {"pytorch-lightning_version": "2.6", "state_dict": raw, "hyper_parameters": {"lr": 0.1}}
+    torch.save(checkpoint | {"state_dict_ema": STATE, "timm_config": config}, tmp_path / "last.ckpt")
+    target = tmp_path / "m.safetensors"
+    assert run("convert", tmp_path / "last.ckpt", target).exit_code == 0
+    torch.testing.assert_close(load(target), STATE, rtol=0, atol=0)
+    with safe_open(target, "pt") as file:
+        said = file.metadata()
+    assert said.pop("converted_from") == "last.ckpt" and said.pop("format") == "pt"
+    assert json.loads(said.pop("label_names")) == ["cat", "dög"]
+    assert said == {"architecture": "resnet18", "num_classes": "2"}
+    assert run("convert", tmp_path / "last.ckpt", target, "--container", "state_dict", "--force").exit_code == 0
+    torch.testing.assert_close(load(target)["weight"], raw["model.weight"], rtol=0, atol=0)
+
+
+def test_text_of_users_is_no_markup(tmp_path, monkeypatch):
+    folder = tmp_path / "[bold]x[/]"
+    result = run("list", "pico", "--cache-dir", folder)
+    assert result.exit_code == 0 and f"cache: {folder}\n" in result.output
+    result = run("convert", folder / "m.pth", folder / "m.safetensors")
+    assert result.exit_code == 1 and str(folder / "m.pth") in result.stderr
+    write_manifest(tmp_path / "m.json", {"url": "https://example.org/w"}, licence="MIT [red](own)[/red] :smile:")
+    assert "MIT [red](own)[/red] :smile:" in run("list", "--manifest", tmp_path / "m.json").output
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_what_is_not_a_state_dict(tmp_path, content, arguments, message):
         load(tmp_path / "m.pth", **arguments)
 
 
-@pytest.mark.parametrize("file", ["m.ckpt", "m.npz", "m.pkl", "m.zip", "m.tar", "m"])
+@pytest.mark.parametrize("file", ["m.npz", "m.pkl", "m.zip", "m.tar", "m"])
 def test_other_suffixes_are_refused_unread(tmp_path, file):
     (tmp_path / file).write_bytes(pickle.dumps(Payload(tmp_path / "victim")))
     with pytest.raises(WeightsError, match=r"suffix is .*expected one of \.safetensors, \.pth, \.pt, \.bin"):
@@ -101,6 +101,96 @@ def test_other_suffixes_are_refused_unread(tmp_path, file):
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(WeightsError, match="no such file"):
+        load(tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize("file", ["m.ckpt", "m.PTH", "m.pth.tar", "M.Bin"])
+def test_suffixes_of_pytorch_files(tmp_path, file):
+    torch.save(STATE, tmp_path / file)
+    torch.testing.assert_close(load(tmp_path / file), dict(STATE), rtol=0, atol=0)
+    torch.save(Payload(tmp_path / "victim"), tmp_path / file)
+    with pytest.raises(WeightsError, match="is refused: its pickle asks for"):
+        load(tmp_path / file)
+    assert not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "model."])
+def test_names_are_those_of_the_model(tmp_path, prefix):
+    """Not those of what stood around it; `model.` alone may be the model's own."""
+    torch.save({"state_dict": {prefix + key: value for key, value in STATE.items()}}, tmp_path / "m.pth")
+    expected = [f"model.{key}" for key in STATE] if prefix == "model." else list(STATE)
+    assert list(load(tmp_path / "m.pth")) == expected
+
+
+def test_names_of_modules_that_were_wrapped_one_by_one(tmp_path):
+    wrapped = {f"0.{name}.weight": torch.ones(1) for name in ("_orig_mod", "_fsdp_wrapped_module.attn")}
+    torch.save(wrapped | {"1._checkpoint_wrapped_module.bias": torch.ones(1)}, tmp_path / "m.pth")
+    assert list(load(tmp_path / "m.pth")) == ["0.weight", "0.attn.weight", "1.bias"]
+
+
+def test_the_average_that_torch_keeps(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    torch.save(torch.optim.swa_utils.AveragedModel(model).state_dict(), tmp_path / "m.pth")
+    assert list(load(tmp_path / "m.pth")) == list(model.state_dict())
+
+
+def test_a_parameter_called_module_stays(tmp_path):
+    torch.save({"module.w": torch.ones(1), "head.w": torch.ones(1)}, tmp_path / "m.pth")
+    assert list(load(tmp_path / "m.pth")) == ["module.w", "head.w"]
+
+
+def test_checkpoints_of_lightning(tmp_path):
+    """The model that the module keeps as `model`; without one all that is there."""
+    version = {"pytorch-lightning_version": "2.6"}
+    weights = {"loss.weight": torch.zeros(1), "model.w": torch.ones(1), "model._orig_mod.b": torch.ones(2)}
+    raw = {key: value + 1 for key, value in weights.items()}
+    torch.save(version | {"state_dict": weights, "current_model_state": raw}, tmp_path / "last.ckpt")
+    assert load(tmp_path / "last.ckpt").keys() == {"w", "b"}
+    assert load(tmp_path / "last.ckpt", container="current_model_state")["w"] == 2
+    torch.save(version | {"state_dict": {"net.w": torch.ones(1)}}, tmp_path / "last.ckpt")
+    assert load(tmp_path / "last.ckpt").keys() == {"net.w"}
+    averaged = {"state_dict_ema": {"model.inner": torch.ones(1)}, "state_dict": weights}
+    torch.save(version | averaged, tmp_path / "last.ckpt")
+    assert load(tmp_path / "last.ckpt").keys() == {"model.inner"}, "these are the model's own names already"
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".ckpt"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "it is a folder; expected a file"),
+        (b"", "the file is empty"),
+        (b"\n <!DOCTYPE html><html>log in</html>", "it holds a web page, not weights"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "it is a Git LFS pointer"),
+        (b"weights", "cut short"),
+    ],
+)
+def test_files_that_hold_no_weights_are_told_in_one_sentence(tmp_path, suffix, content, message):
+    path = tmp_path / f"m [x]{suffix}"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(WeightsError, match=message) as raised:
+        load(path)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_folder_that_holds_weights_is_pointed_into(tmp_path):
+    save(STATE, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=rf"did you mean {tmp_path / 'model.safetensors'}\?"):
+        load(tmp_path)
+
+
+def test_files_with_the_suffix_of_the_other_format(tmp_path):
+    save(STATE, tmp_path / "m.safetensors").rename(tmp_path / "m.pth")
+    with pytest.raises(WeightsError, match=r"it holds safetensors; rename it to \.safetensors"):
+        load(tmp_path / "m.pth")
+    torch.save(STATE, tmp_path / "n.safetensors")
+    with pytest.raises(WeightsError, match=r"it holds a PyTorch file; rename it to \.pth"):
+        load(tmp_path / "n.safetensors")
+
+
+def test_refusals_without_zip_name_the_object_too(tmp_path):
+    torch.save({"args": argparse.Namespace(lr=1)}, tmp_path / "m.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(WeightsError, match=r"pickle asks for argparse\.Namespace, and only tensors are accepted"):
         load(tmp_path / "m.pth")
 
 
@@ -267,5 +357,5 @@ def test_check_state_dict_names_every_difference():
         "weights do not fit the model: missing gone; unexpected extra; b has shape (2, 3), expected (3, 2); "
         "c has dtype torch.float32, expected torch.int64"
     )
-    with pytest.raises(WeightsError, match=r"missing k0, .*… \(12 more\)"):
-        check_state_dict({}, {f"k{i}": torch.ones(1) for i in range(20)})
+    with pytest.raises(WeightsError, match=r"^it lacks: missing k0, .*… \(12 more\)"):
+        check_state_dict({}, {f"k{i}": torch.ones(1) for i in range(20)}, problem="it lacks")

@@ -157,6 +157,7 @@ def test_malformed_mirrors_are_refused(tmp_path, changes, message):
         ({"source": "http://example.org"}, "source is"),
         ({"img_size": "224"}, "img_size is '224'"),
         ({"num_classes": 0}, "num_classes is 0"),
+        ({"params": 1.5}, "params is 1.5"),
         ({"metrics": {"top1": "83"}}, "metrics is"),
         ({"metrics": {"top1": float("nan")}}, "metrics is"),
         ({"metrics": 3}, "metrics is"),

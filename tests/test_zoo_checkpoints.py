@@ -1,5 +1,6 @@
 """Published files of the NAT family, in every format they exist in, load into our models through timm."""
 
+import argparse
 from pathlib import Path
 
 import foveal.zoo  # noqa: F401
@@ -156,6 +157,106 @@ def test_missing_and_unknown_keys_are_errors(tmp_path):
     torch.save(state_dict | {"levels.0.extra": torch.zeros(1)}, tmp_path / "w.pth")
     with pytest.raises(RuntimeError, match=r"(?s)levels\.1\.blocks\.0\.attn\.rpb.*levels\.0\.extra"):
         load("natten_dinat_s", tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("classes", [3, 1000, 0])
+@pytest.mark.parametrize("prefix", ["net.", "foreign"])
+def test_a_file_that_fits_nothing_is_an_error_whatever_the_classes(tmp_path, prefix, classes):
+    """timm's own models stay random and log it as soon as the number of classes differs."""
+    weights = official("natten_dinat_m", num_classes=3).state_dict()
+    if prefix == "foreign":
+        weights = {"conv1.weight": torch.zeros(3), "fc.weight": torch.zeros(3)}
+    file = tmp_path / "w [x].pth"
+    torch.save({prefix + key: value for key, value in weights.items()} if prefix == "net." else weights, file)
+    with pytest.raises(WeightsError) as raised:
+        load("natten_dinat_m", file, num_classes=classes)
+    assert str(raised.value).startswith(f"{file} does not fit natten_dinat_m")
+    assert "missing " in str(raised.value) and "; unexpected " in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["litv2_s", "biformer_t", "l2vit_t", "agent_pvt_t", "agent_swin_t"])
+def test_files_of_every_family_must_fit(tmp_path, name):
+    weights = {"encoder.weight": torch.zeros(1)}
+    torch.save(weights, tmp_path / "w.pth")
+    for overlay, source in (({"file": tmp_path / "w.pth"}, "w.pth"), ({"state_dict": weights}, "the given state_dict")):
+        with pytest.raises(WeightsError, match=rf"{source} does not fit {name}: missing .*unexpected encoder\.weight"):
+            timm.create_model(name, pretrained=True, num_classes=2, device="meta", pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("levels.2.blocks.0.mlp.fc1.weight"), r"missing levels\.2\.blocks\.0\.mlp\.fc1\.weight$"),
+        (lambda w: w.update({"levels.9.w": torch.zeros(1)}), r"unexpected levels\.9\.w$"),
+        (lambda w: w.update({"norm.bias": torch.zeros(3)}), r"norm\.bias has shape \(3,\), expected \(128,\)$"),
+    ],
+)
+def test_every_parameter_but_the_classifier_must_fit(tmp_path, change, message):
+    weights = official("natten_dinat_s").state_dict()
+    change(weights)
+    torch.save(weights, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=message):
+        load("natten_dinat_s", tmp_path / "w.pth", num_classes=5)
+
+
+def test_a_classifier_of_the_right_size_is_kept(tmp_path):
+    """Also where it is not that of the released checkpoint, by which timm goes."""
+    source = official("natten_dinat_s", num_classes=5, in_chans=1)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    model = load("natten_dinat_s", tmp_path / "w.pth", num_classes=5, in_chans=1)
+    assert torch.equal(model(X[:, :1]), source(X[:, :1]))
+    assert (model.pretrained_cfg["num_classes"], model.pretrained_cfg["input_size"]) == (5, (1, 224, 224))
+    other = load("natten_dinat_s", tmp_path / "w.pth", num_classes=7)  # three channels from one, a new classifier
+    assert other(X).shape == (1, 7)
+    torch.testing.assert_close(other.forward_features(X), source.forward_features(X.sum(1, keepdim=True) / 3))
+    with pytest.raises(WeightsError, match=r"\(its classifier has 5 classes: pass num_classes=5\)"):
+        load("natten_dinat_s", tmp_path / "w.pth")
+    features = load("natten_dinat_s", tmp_path / "w.pth", features_only=True, in_chans=1)
+    maps = source.forward_intermediates(X[:, :1], intermediates_only=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(features(X[:, :1]), maps, strict=True))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "_orig_mod.", "module.", "model._orig_mod."])
+def test_names_of_wrappers_are_left_out(tmp_path, prefix):
+    source = official("natten_dinat_s", num_classes=3)
+    weights = {prefix + key: value for key, value in source.state_dict().items()} | {"n_averaged": torch.tensor(3)}
+    if prefix != "module.":
+        del weights["n_averaged"]
+    if prefix.startswith("model."):
+        weights["criterion.weight"] = torch.zeros(3)
+    torch.save({"state_dict": weights}, tmp_path / "w.pth")
+    assert torch.equal(load("natten_dinat_s", tmp_path / "w.pth", num_classes=3)(X), source(X))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no such file"),
+        (b"", "the file is empty"),
+        (b"<html>", "it holds a web page"),
+        (b"PK\x03\x04", "cut short"),
+        ([1, 2], "holds list; expected a mapping"),
+        ({3: torch.ones(1)}, "holds more than named tensors"),
+    ],
+)
+def test_files_that_cannot_be_read_are_told_in_one_sentence(tmp_path, content, message):
+    if isinstance(content, bytes):
+        (tmp_path / "w.pth").write_bytes(content)
+    elif content is not None:
+        torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=message) as raised:
+        load("natten_dinat_s", tmp_path / "w.pth")
+    assert str(tmp_path / "w.pth") in str(raised.value)
+
+
+def test_training_files_with_arguments_load_as_in_timm(tmp_path):
+    """And are not blamed when something else is wrong."""
+    source = official("natten_dinat_s")
+    file = tmp_path / "w.pth"
+    torch.save({"model": source.state_dict(), "args": argparse.Namespace(lr=1)}, file)
+    assert torch.equal(load("natten_dinat_s", file)(X), source(X))
+    with pytest.raises(TypeError, match="no_such_argument"):
+        load("natten_dinat_s", file, no_such_argument=1)
 
 
 @pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)

@@ -29,6 +29,12 @@ def test_the_whole_page_is_up_to_date():
     assert markdown() == PAGE, AGAIN
 
 
+def test_parameters_in_the_manifest_are_those_of_our_models():
+    """The manifest has them from the authors' code, the page from ours."""
+    counted = {name: f"{entry.params / 1e6:.2f}" for name, entry in ENTRIES.items() if entry.params is not None}
+    assert counted == {name: ROWS[name].split(" | ")[2].strip() for name in counted} and len(counted) > 50
+
+
 @pytest.mark.parametrize("name", STATED)
 def test_multiply_accumulates_are_those_the_authors_state(name):
     assert abs(float(ROWS[name].split(" | ")[3]) - STATED[name]) <= 0.05 + 0.01 * STATED[name]

@@ -1,6 +1,7 @@
 """`foveal weights …`: list, fetch, verify and convert weights from a shell."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ from rich.table import Table
 from .cache import cached_path, check, default_cache_dir
 from .errors import WeightsError
 from .fetch import fetch
-from .load import load, save
+from .load import parameters, save
 from .manifest import Entry, Manifest, Mirror, load_manifest, lookup
+from .read import read
+from .training import metadata
 from .transfer import Transfer
 
 app = typer.Typer(help="foveal: vision backbones and video generators on efficient attention.", no_args_is_help=True)
@@ -54,9 +57,11 @@ def list_weights(
         table.add_column(title, justify="left" if title == "licence" else "right", no_wrap=True)
     for row in rows:
         top1 = "–" if row["top1"] is None else str(row["top1"])
-        table.add_row(row["name"], _size(row["bytes"]), row["licence"], top1, row["cached"] or "–")
+        table.add_row(row["name"], _size(row["bytes"], row["params"]), row["licence"], top1, row["cached"] or "–")
     _console().print(table)
     _console().print(f"{len(rows)} weights; cache: {root}", style="dim", soft_wrap=True)
+    if any(row["bytes"] is None for row in rows):
+        _console().print("~: parameters in float32, where no file size is published", style="dim", soft_wrap=True)
 
 
 @weights.command("fetch")
@@ -112,17 +117,21 @@ def verify_weights(
 
 @weights.command("convert")
 def convert_weights(
-    source: Annotated[Path, typer.Argument(help="A .pth, .pt, .bin or .safetensors file.")],
+    source: Annotated[Path, typer.Argument(help="A .ckpt, .pth, .pt, .bin or .safetensors file.")],
     target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
     container: Annotated[str | None, typer.Option(help="Key that holds the state dict.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Rewrite a checkpoint as a flat safetensors file; parameter names stay as they are."""
+    """Rewrite a checkpoint as a flat safetensors file with the model's own parameter names.
+
+    Of a checkpoint of foveal-train these are the averaged weights, and the metadata say which model they are of.
+    """
     with _one_sentence_errors():
-        if target.exists() and not force:
+        if os.path.lexists(target) and not force:
             raise WeightsError(f"{target} exists; pass --force to replace it")
-        tensors = load(source, container=container)
-        save(tensors, target, metadata={"converted_from": source.name})
+        data = read(source)
+        tensors = parameters(data, container, source)
+        save(tensors, target, metadata={"converted_from": source.name, **metadata(data)})
     typer.echo(f"{target}: {len(tensors)} tensors, {_size(target.stat().st_size)}")
 
 
@@ -135,6 +144,7 @@ def _row(entry: Entry, manifest: Manifest, root: Path) -> dict:
     return {
         "name": entry.name,
         "bytes": there[0].stat().st_size if there else known[0] if known else None,
+        "params": entry.params,
         "licence": entry.licence,
         "top1": entry.metrics.get("top1"),
         "cached": ("packaged" if packaged else "yes") if there else "",
@@ -150,15 +160,16 @@ def _root(cache_dir: Path | None) -> Path:
     return default_cache_dir() if cache_dir is None else cache_dir.expanduser()
 
 
-def _size(size: int | None) -> str:
+def _size(size: int | None, params: int | None = None) -> str:
+    """The size of a file, or of so many parameters when the file's is not known."""
     if size is None:
-        return "?"
+        return f"~{4 * params / 1e6:.0f} MB" if params is not None else "?"
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 def _console() -> Console:
-    """As wide as the terminal; wide enough for whole names when piped into another program."""
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    """As wide as the terminal, wide enough for whole names when piped into another program; text is never markup."""
+    return Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 
 
 @contextmanager

@@ -1,21 +1,22 @@
-"""Reading weights without running anything: safetensors, or PyTorch files with `weights_only=True`."""
+"""State dicts: read from files, written as safetensors, compared with what a model expects."""
 
 import contextlib
 import os
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import WeightsError
+from .read import read
+from .training import is_lightning, model_names, own_names
 
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
-CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+AVERAGED = ("state_dict_ema", "model_ema")
+CONTAINERS = (*AVERAGED, "state_dict", "model")
 
 
 def load(
@@ -25,12 +26,14 @@ def load(
     device: str | torch.device = "cpu",
     suffix: str | None = None,
 ) -> dict[str, Tensor]:
-    """Reads a flat `{parameter name: tensor}` from a `.safetensors`, `.pth`, `.pt` or `.bin` file.
+    """Reads a flat `{parameter name: tensor}` from a `.safetensors`, `.pth`, `.pth.tar`, `.pt`, `.bin` or `.ckpt` file.
+
+    Names are the model's own: what torch.compile, DDP, FSDP and a Lightning module put around them is left out.
 
     Args:
         path: the file.
         container: key that holds the state dict. None: a flat file, or the first of `state_dict_ema`, `model_ema`,
-            `state_dict`, `model` that is there (timm's order).
+            `state_dict`, `model` that is there (timm's order); of checkpoints of `foveal-train` the averaged weights.
         device: where the tensors go.
         suffix: how to read the file when its name does not say, e.g. ".pth".
 
@@ -38,18 +41,31 @@ def load(
         WeightsError: the file is missing, of another kind, damaged, holds anything but tensors (a pickle that asks
             for other objects is refused before it can run), or has no such container.
     """
-    path = Path(path)
-    suffix = path.suffix if suffix is None else suffix
-    if not path.is_file():
-        raise WeightsError(f"cannot read weights from {path}: there is no such file")
-    if suffix == ".safetensors":
-        data = _read_safetensors(path, device)
-    elif suffix in PICKLE_SUFFIXES:
-        data = _read_pickle(path, device)
-    else:
-        accepted = ", ".join((".safetensors", *PICKLE_SUFFIXES))
-        raise WeightsError(f"cannot read weights from {path}: its suffix is {suffix!r}; expected one of {accepted}")
-    return _state_dict(data, container, path)
+    return parameters(read(path, device=device, suffix=suffix), container, path)
+
+
+def parameters(data: object, container: str | None, path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state dict in what `read` returned, as `load` gives it; `path` is for messages.
+
+    Raises:
+        WeightsError: there is no such container, or it holds more than named tensors.
+    """
+    lightning = is_lightning(data)
+    if container is not None:
+        if not isinstance(data, Mapping) or container not in data:
+            there = _some(sorted(map(str, data))) if isinstance(data, Mapping) else type(data).__name__
+            raise WeightsError(f"{path} has no container {container!r}; it holds {there}")
+        data = data[container]
+    elif isinstance(data, Mapping):
+        container = next((key for key in CONTAINERS if isinstance(data.get(key), Mapping)), None)
+        data = data if container is None else data[container]
+    if not isinstance(data, Mapping):
+        raise WeightsError(f"{path} holds {type(data).__name__}; expected a mapping of parameter name → tensor")
+    other = [f"{key!r} ({type(value).__name__})" for key, value in data.items() if not _named_tensor(key, value)]
+    if other:
+        raise WeightsError(f"{path} holds more than named tensors: {_some(other)}; name the container with container=")
+    named = model_names(data) if lightning and container not in AVERAGED else own_names(data)
+    return {key: value.detach() for key, value in named.items()}
 
 
 def save(
@@ -80,13 +96,19 @@ def save(
     return path
 
 
-def check_state_dict(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor | torch.Size | tuple]) -> None:
+def check_state_dict(
+    state_dict: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor | torch.Size | tuple],
+    *,
+    problem: str = "weights do not fit the model",
+) -> None:
     """Compares a state dict with what a model expects and names every difference.
 
     Args:
         state_dict: what was read.
         expected: name → tensor (then the kind of dtype is compared too: floating, integer, …) or shape; a model's
             own `state_dict()` will do, on the meta device too.
+        problem: how the message begins.
 
     Raises:
         WeightsError: names are missing or unexpected, or shapes or kinds of dtype differ.
@@ -105,68 +127,7 @@ def check_state_dict(state_dict: Mapping[str, Tensor], expected: Mapping[str, Te
     problems += [f"unexpected {_some(unexpected)}"] if unexpected else []
     problems += [_some(wrong, "; ")] if wrong else []
     if problems:
-        raise WeightsError("weights do not fit the model: " + "; ".join(problems))
-
-
-def _read_safetensors(path: Path, device: str | torch.device) -> object:
-    try:
-        return load_file(path, device=str(device))
-    except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
-        raise WeightsError(f"{path} is not a valid safetensors file ({error}); fetch it again") from error
-
-
-def _read_pickle(path: Path, device: str | torch.device) -> object:
-    if zipfile.is_zipfile(path):
-        _refuse_compressed(path)
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch answers damaged files with whatever its parser ran into
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        unsafe = _globals_asked_for(path)
-        if unsafe:
-            raise WeightsError(
-                f"{path} is refused: its pickle asks for {', '.join(unsafe)}, and only tensors are accepted; "
-                "nothing in it was run; ask its authors for a safetensors file"
-            ) from error
-        raise WeightsError(f"{path} cannot be read as tensors ({reason}); fetch it again") from error
-
-
-def _globals_asked_for(path: Path) -> list[str]:
-    """Names of the objects, other than tensors, that a pickle refers to; finds them without running it."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # legacy or damaged file: the first error is the one to report
-        return []
-
-
-def _refuse_compressed(path: Path) -> None:
-    """PyTorch stores its records as they are; a compressed one could grow without bound in memory."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            compressed = [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as a PyTorch file ({error}); fetch it again") from error
-    if compressed:
-        raise WeightsError(
-            f"{path} is refused: it holds compressed records ({compressed[0]!r}), which PyTorch never writes"
-        )
-
-
-def _state_dict(data: object, container: str | None, path: Path) -> dict[str, Tensor]:
-    if container is not None:
-        if not isinstance(data, Mapping) or container not in data:
-            there = _some(sorted(map(str, data))) if isinstance(data, Mapping) else type(data).__name__
-            raise WeightsError(f"{path} has no container {container!r}; it holds {there}")
-        data = data[container]
-    elif isinstance(data, Mapping):
-        found = [key for key in CONTAINERS if isinstance(data.get(key), Mapping)]
-        data = data[found[0]] if found else data
-    if not isinstance(data, Mapping):
-        raise WeightsError(f"{path} holds {type(data).__name__}; expected a mapping of parameter name → tensor")
-    other = [f"{key!r} ({type(value).__name__})" for key, value in data.items() if not _named_tensor(key, value)]
-    if other:
-        raise WeightsError(f"{path} holds more than named tensors: {_some(other)}; name the container with container=")
-    return {key: value.detach() for key, value in data.items()}
+        raise WeightsError(f"{problem}: {'; '.join(problems)}")
 
 
 def _named_tensor(key: object, value: object) -> bool:

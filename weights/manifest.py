@@ -92,6 +92,7 @@ class Entry:
         metrics: reported numbers, e.g. `{"top1": 83.8}` in percent.
         img_size: square input size, pixels, at which the metrics hold.
         num_classes: rows of the classifier, or None where upstream does not say.
+        params: parameters of the model, counted in the authors' own code, or None where that was not done.
         notes: anything a user should know.
     """
 
@@ -101,6 +102,7 @@ class Entry:
     source: str
     img_size: int
     num_classes: int | None = None
+    params: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     notes: str = ""
 
@@ -114,8 +116,9 @@ class Entry:
         _require(_text(self.licence), "licence", self.licence, "an SPDX identifier")
         _require(_plain_url(self.source), "source", self.source, "an https URL")
         _require(type(self.img_size) is int and self.img_size > 0, "img_size", self.img_size, "pixels")
-        classes = self.num_classes
-        _require(classes is None or (type(classes) is int and classes > 0), "num_classes", classes, "a count or null")
+        for key in ("num_classes", "params"):
+            count = getattr(self, key)
+            _require(count is None or (type(count) is int and count > 0), key, count, "a count or null")
         numbers = all(_text(key) and _finite(value) for key, value in self.metrics.items())
         _require(numbers, "metrics", self.metrics, "names with numbers")
         _require(isinstance(self.notes, str), "notes", self.notes, "text")

@@ -13,6 +13,9 @@ from timm.models import build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
+from ..weights import fetch
+from .fit import explained, fitting
+
 SCHEME = "foveal:"
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -47,26 +50,29 @@ def build_backbone(
 ) -> ModelT:
     """`timm.models.build_model_with_cfg`, with "foveal:" sources fetched and verified by `foveal.weights`.
 
+    Pretrained weights of any source must fill the model, see `fitting`; a file that cannot be read is a WeightsError.
     With `features_only` and no `out_indices`, models with `depths` hand out every stage, others their last three maps.
     """
     if out_indices is None:
         out_indices = tuple(range(len(kwargs["depths"]))) if "depths" in kwargs else 3
-    overlay = dict(pretrained_cfg_overlay or {})
+    overlay, file = dict(pretrained_cfg_overlay or {}), None
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+        file = cfg.file if not (cfg.state_dict or cfg.source) else None
         elsewhere = cfg.file or cfg.state_dict or cfg.hf_hub_id or cfg.source
         if not elsewhere and cfg.url and cfg.url.startswith(SCHEME):
-            from ..weights import fetch  # a third of a second, for pretrained models only
-
-            overlay["file"] = str(fetch(cfg.url.removeprefix(SCHEME), cache_dir=cache_dir))
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        cache_dir=cache_dir,
-        **kwargs,
-    )
+            file = overlay["file"] = str(fetch(cfg.url.removeprefix(SCHEME), cache_dir=cache_dir))
+        source = "the given state_dict" if cfg.state_dict else file or cfg.file or cfg.hf_hub_id or cfg.url
+        filter_fn = fitting(filter_fn, str(source), features_only=kwargs.get("features_only", False))
+    with explained(file):
+        return build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=filter_fn,
+            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+            cache_dir=cache_dir,
+            **kwargs,
+        )

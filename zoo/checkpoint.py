@@ -1,14 +1,19 @@
-"""Published state dicts to ours, as far as all families agree: containers, dense-task files, norms of the stages."""
+"""Published state dicts to ours, as far as all families agree: containers, wrappers, norms of the stages."""
 
 import re
 
 from torch import Tensor, nn
 
+from ..weights.load import CONTAINERS
+from ..weights.training import model_names
+
 
 def unwrap(state_dict: dict) -> dict[str, Tensor]:
-    """The parameters inside a published file: of its container if it has one, of its `backbone` if it is a detector."""
-    for container in ("state_dict_ema", "model_ema", "state_dict", "model"):
+    """The parameters inside a file: of its container if it has one, of its `model` if Lightning wrote it, of its
+    `backbone` if it is a detector."""
+    for container in CONTAINERS:
         state_dict = state_dict.get(container, state_dict)
+    state_dict = model_names(state_dict)
     if any(key.startswith("backbone.") for key in state_dict):
         state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
     return state_dict

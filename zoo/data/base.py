@@ -199,6 +199,14 @@ class ImageData(SeededData):
         """Of the images that are evaluated, in the words of timm's `pretrained_cfg`."""
         return {"input_size": (len(self.mean), self.img_size, self.img_size), "mean": self.mean, "std": self.std}
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Of the images that are evaluated, in the words of timm's `pretrained_cfg`; empty where no size is known."""
+        size = getattr(self, "img_size", None)
+        if size is None:
+            return {}
+        return {"input_size": (len(self.mean), size, size), "mean": self.mean, "std": self.std}
+
     def denormalize(self, images: Tensor) -> Tensor:
         """`[B, C, H, W]` as the model gets them → pixels in 0..1."""
         mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))

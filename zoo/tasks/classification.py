@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from ...weights.errors import WeightsError
 from ..data.foreign import reason
 from ..data.loader import PADDING, mix_seed, seeded
 from ..data.names import say, unknown_name
 from .model import make_model
 from .optim import check_optimizer, make_optimizer
+from .portable import describe_model, make_portable
 from .sharding import repeated_blocks, shard
 
 Batch = tuple[Tensor, Tensor]
@@ -269,9 +269,11 @@ class ClassificationTask(LightningModule):
         scheduler.step_update(self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The mean loss of a half-done epoch goes on where it was; no other metric is alive between steps."""
+        """Keeps the mean loss of a half-done epoch (no other metric is alive between steps), and what others need."""
         metric = self.train_loss
         checkpoint["train_loss"] = {"mean_value": metric.mean_value, "weight": metric.weight}
+        make_portable(self, checkpoint)
+        describe_model(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         averaging = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # pyright: ignore

@@ -1,110 +1,178 @@
-"""Turn a finished run into weights that ship inside the wheel: `python -m foveal.zoo.tasks.export`.
+"""Write a trained model as a folder that timm and the Hugging Face hub take: `python -m foveal.zoo.tasks.export`.
 
-Takes the averaged weights of a run's last checkpoint, measures them on the test images, writes
-`weights/NAME.safetensors` and its manifest entry (accuracy, sha256, bytes). The shipped file was made by
+    python -m foveal.zoo.tasks.export runs/mine/2026-01-31_12-00-00 flowers
 
-    python train.py experiment=digits_dinat
-    python -m foveal.zoo.tasks.export
+makes `flowers/config.json` and `flowers/model.safetensors`, from which
+`timm.create_model("local-dir:flowers", pretrained=True)` builds the trained model. Neither the run's data nor its
+configuration are needed, only the checkpoint.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import timm
-import torch
 import typer
-from hydra.utils import instantiate
-from lightning.pytorch import LightningDataModule
-from omegaconf import OmegaConf
-from rich.console import Console
-from safetensors.torch import save_file
-from torch import nn
+from timm.models import get_model_input_config, model_entrypoint
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
+from torch import Tensor, nn
 
-from ...weights.manifest import MANIFEST_PATH, write_packaged_entry
-from .checkpoint import newest_checkpoint
-from .launch import check_targets
+from ...weights import WeightsError, check_state_dict
+from ...weights.load import parameters, save
+from ...weights.read import read
+from ...weights.training import CONFIG, metadata
 
-DIGITS_SOURCE = "https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits"
+NOT_OF_THE_RUN = ("tag", "license", "origin_url", "description", "notes", "label_names", "label_descriptions")
 
 
-@torch.inference_mode()
-def accuracy_on_test(model: nn.Module, data: LightningDataModule) -> float:
-    """Top-1 on the test images, 0 to 1."""
-    data.setup("test")
-    model.eval()
-    right = total = 0
-    for images, targets in data.test_dataloader():
-        right += int((model(images).argmax(dim=1) == targets).sum())
-        total += len(targets)
-    return right / total
+def export_run(run: Path, folder: Path, *, container: str | None = None, force: bool = False) -> Path:
+    """Writes the model of a run to `folder`, in the form of timm's `local-dir:` and `hf-hub:` models.
 
-
-def export_run(run: Path, *, name: str, licence: str, source: str, manifest: Path = MANIFEST_PATH) -> Path:
-    """Writes the weights of `run` beside the manifest and enters them there.
+    `config.json` holds the architecture with its arguments, the classes' names and the preprocessing of the images that
+    the run was evaluated on; `model.safetensors` the weights; `README.md` how to use both.
 
     Args:
-        run: folder of a run, with `config.yaml` and `checkpoints/last.ckpt`.
-        name: `architecture.tag`.
-        licence, source: for the manifest; see `foveal.weights.manifest.Entry`.
-        manifest: to enter them in; the file goes to its folder.
+        run: folder of a run, whose `checkpoints/last.ckpt` is taken, or a checkpoint of `foveal-train`.
+        folder: to write; a new or an empty one.
+        container: key of the checkpoint that holds the weights, such as `current_model_state` for the raw ones. None:
+            the averaged weights, where the run had an average.
+        force: replace these three files in a folder that holds some.
 
     Returns:
-        The safetensors file.
+        The folder.
+
+    Raises:
+        WeightsError: no checkpoint, not one of an image model of `foveal-train`, or the folder cannot be written.
     """
-    config = OmegaConf.load(run / "config.yaml")
-    check_targets(config)  # pyright: ignore[reportArgumentType]
-    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
-    weights = {
-        key.removeprefix("model."): value.contiguous()
-        for key, value in checkpoint["state_dict"].items()
-        if key.startswith("model.")
-    }
-    data = instantiate(config.data, _convert_="all")
-    args = OmegaConf.to_container(config.model.args) if config.model.args else {}
-    model = timm.create_model(
-        config.model.name,
-        num_classes=data.num_classes,
-        in_chans=len(data.mean),
-        **args,  # pyright: ignore
-    )
+    checkpoint, folder = checkpoint_of(run), Path(folder)
+    data = read(checkpoint)
+    config = _config(data, checkpoint)
+    model = _build(config, parameters(data, container, checkpoint), checkpoint)
+    with _filling(folder, force=force) as scratch:
+        _write_config(model, config, scratch / "config.json")
+        save(model.state_dict(), scratch / HF_SAFE_WEIGHTS_NAME, metadata=metadata(data))
+        (scratch / "README.md").write_text(card(config, folder.resolve().name), encoding="utf-8")
+    return folder
+
+
+def trained_model(run: Path, *, container: str | None = None) -> nn.Module:
+    """The model of a run, in evaluation mode; arguments and errors as for `export_run`."""
+    checkpoint = checkpoint_of(run)
+    data = read(checkpoint)
+    return _build(_config(data, checkpoint), parameters(data, container, checkpoint), checkpoint)
+
+
+def checkpoint_of(run: Path) -> Path:
+    """The checkpoint that `run` means: itself, or `checkpoints/last.ckpt` of a run's folder.
+
+    Raises:
+        WeightsError: a folder without one.
+    """
+    last = Path(run) / "checkpoints" / "last.ckpt"
+    if not Path(run).is_dir():
+        return Path(run)
+    if not last.is_file():
+        raise WeightsError(f"{run} is not the folder of a run: it holds no checkpoints/last.ckpt")
+    return last
+
+
+def _config(data: object, checkpoint: Path) -> Mapping[str, Any]:
+    """The description of its model in a checkpoint."""
+    config: Any = data.get(CONFIG) if isinstance(data, Mapping) else None
+    if not isinstance(config, Mapping):
+        raise WeightsError(
+            f"{checkpoint} does not say which timm model it is of: expected a checkpoint that this version of "
+            "foveal-train made of an image model; `foveal weights convert` writes the weights alone, and of video "
+            "models the run's folder `pipeline` is what diffusers loads"
+        )
+    return config
+
+
+def _build(config: Mapping[str, Any], weights: dict[str, Tensor], checkpoint: Path) -> nn.Module:
+    """The model that a checkpoint describes, with these weights."""
+    name, arguments = config["architecture"], dict(config["model_args"])
+    try:
+        model = timm.create_model(name, **arguments | {"num_classes": config["num_classes"]})
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"{checkpoint}: cannot build {name} with {arguments}: {error}") from error
+    if not hasattr(model, "pretrained_cfg"):
+        raise WeightsError(f"{checkpoint}: {name} is not built by timm's build_model_with_cfg, which local-dir: needs")
+    check_state_dict(weights, model.state_dict(), problem=f"{checkpoint} does not fit {name}")
     model.load_state_dict(weights)
-    accuracy = accuracy_on_test(model, data)
-    path = manifest.parent / f"{name}.safetensors"
-    save_file(weights, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # it is written for its owner only, and goes into wheels
-    entry = write_packaged_entry(
-        path,
-        name=name,
-        metrics={"top1": round(100 * accuracy, 2)},
-        licence=licence,
-        source=source,
-        img_size=data.img_size,
-        num_classes=data.num_classes,
-        notes=f"Experiment {config.name}, seed {config.seed}; top-1 on its {len(data.datasets['test'])} test images.",
-        manifest_path=manifest,
-    )
-    (mirror,) = entry.mirrors
-    Console().print(
-        f"{path}: top-1 {100 * accuracy:.2f} %, {mirror.bytes:,} bytes, sha256 {mirror.sha256}", soft_wrap=True
-    )
-    return path
+    return model.eval()
+
+
+def card(config: Mapping[str, Any], name: str) -> str:
+    """The text of `README.md`: front matter of the Hugging Face hub, how to load and to prepare images, the classes."""
+    architecture = config["architecture"]
+    ours = model_entrypoint(architecture).__module__.startswith(f"{__package__.split('.')[0]}.")
+    imports = "import timm\n" + ("import foveal.zoo  # registers the model\n" if ours else "")
+    lines = [
+        "---",
+        "library_name: timm",
+        "pipeline_tag: image-classification",
+        "tags: [image-classification, timm]",
+        "---",
+        f"# {name}",
+        "",
+        f"`{architecture}` with {config['num_classes']} classes, trained with foveal.",
+        "",
+        f'```python\n{imports}\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)",
+        "```",
+    ]
+    if config.get("label_names"):
+        lines += ["", "Classes, in the order of the outputs: " + ", ".join(map(str, config["label_names"])) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def _write_config(model: nn.Module, config: Mapping[str, Any], path: Path) -> None:
+    source: dict = model.pretrained_cfg  # pyright: ignore[reportAssignmentType]
+    model.pretrained_cfg = {key: value for key, value in source.items() if key not in NOT_OF_THE_RUN}  # pyright: ignore
+    names, images = config.get("label_names"), dict(config.get("pretrained_cfg") or {})
+    own = get_model_input_config(model)
+    if own["fixed_input_size"] and own["input_size"] != tuple(images.get("input_size", own["input_size"])):
+        del images["input_size"]  # timm takes no other size for a model whose weights are of one
+    model_config = {"pretrained_cfg": images, **({"label_names": list(names)} if names else {})}
+    save_config_for_hf(model, str(path), model_config=model_config, data_config=images)
+
+
+@contextmanager
+def _filling(folder: Path, *, force: bool) -> Iterator[Path]:
+    """A new folder to write to, whose files go to `folder` once all are there; nothing is left behind otherwise."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise WeightsError(f"cannot write {folder}: it is a file; expected a new or an empty folder")
+        if folder.is_dir() and any(folder.iterdir()) and not force:
+            raise WeightsError(f"cannot write {folder}: it holds files; pass --force (force=True) to replace an export")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+            yield Path(scratch)
+            folder.mkdir(exist_ok=True)
+            for file in Path(scratch).iterdir():
+                os.replace(file, folder / file.name)
+    except OSError as error:
+        raise WeightsError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 def main(
-    run: Annotated[Path | None, typer.Argument(help="A run's folder; by default the newest of digits_dinat.")] = None,
-    name: Annotated[str, typer.Option(help="architecture.tag of the weights.")] = "natten_dinat_pico.digits",
-    licence: Annotated[str, typer.Option(help="SPDX identifier.")] = "Apache-2.0",
-    source: Annotated[str, typer.Option(help="https page of the data or project.")] = DIGITS_SOURCE,
+    run: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    container: Annotated[str | None, typer.Option(help="Other weights of the checkpoint: current_model_state.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Write a run's averaged weights into the package, with their accuracy and hash in the manifest."""
-    if run is None:
-        checkpoint = newest_checkpoint(Path("runs") / "digits_dinat")
-        if checkpoint is None:
-            raise typer.BadParameter("there is no run under runs/digits_dinat: train one by `python train.py`")
-        run = checkpoint.parent.parent
-    export_run(run, name=name, licence=licence, source=source)
+    """Write a trained model as a folder for timm (local-dir:FOLDER) and the Hugging Face hub."""
+    try:
+        export_run(run, folder, container=container, force=force)
+    except WeightsError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f'{folder}: timm.create_model("local-dir:{folder}", pretrained=True)')
 
 
 if __name__ == "__main__":

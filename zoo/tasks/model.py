@@ -9,7 +9,9 @@ import timm
 from timm.models import resolve_model_input_args
 from torch import nn
 
+from ...weights.errors import WeightsError
 from ..adapters import use_kernels
+from ..data.foreign import reason
 
 
 def make_model(
@@ -38,6 +40,9 @@ def make_model(
         model = timm.create_model(name, pretrained=pretrained, **args)
         if config.get("use_kernels"):
             use_kernels(model)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"model.name={name!r} cannot be built with model.args={args}: {error}") from error
+    except WeightsError:
+        raise
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+        how = f"pretrained=True and model.args={args}" if pretrained else f"model.args={args}"
+        raise ValueError(f"model.name={name!r} cannot be built with {how}: {reason(error)}") from error
     return model

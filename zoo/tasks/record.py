@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..data.foreign import about
 from .checkpoint import replacing
 from .console import console, say
+from .report import UNREADABLE, read_unreadable
 
 # of what a run can depend on, whatever of it is installed
 PACKAGES = (
@@ -170,6 +171,9 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
     for name, (label, scale, digits, unit) in units.items():
         if f"{split}/{name}" in metrics:
             numbers += f"  {label} {scale * metrics[f'{split}/{name}']:{digits}}{unit}"
+    unreadable = sum(row["split"] == split for row in read_unreadable(run_dir))
+    if unreadable:
+        numbers += f"  ({unreadable} images could not be read and do not count)"
     shown = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
     names = (
         "curves.png",
@@ -179,6 +183,7 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
         "samples.png",
         "pipeline",
         "metrics.csv",
+        UNREADABLE,
         "checkpoints/last.ckpt",
         "config.yaml",
     )

@@ -25,6 +25,7 @@ from ..video import VideoDiT
 from ..video.flow import TIMESTEPS, add_noise, flow_loss, sample_time, velocity
 from ..video.presets import PRESETS
 from .optim import check_optimizer, make_optimizer
+from .portable import make_portable
 from .sharding import repeated_blocks, shard
 
 Batch = dict[str, Any]
@@ -249,9 +250,10 @@ class VideoDiffusionTask(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The mean loss of a half-done epoch goes on where it was; no other metric is alive between steps."""
+        """Keeps the mean loss of a half-done epoch (no other metric is alive between steps), and what others need."""
         metric = self.train_loss
         checkpoint["train_loss"] = {"mean_value": metric.mean_value, "weight": metric.weight}
+        make_portable(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         averaging = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # pyright: ignore
