@@ -14,6 +14,11 @@ from ..kernels.ops import agent_attention
 AXIS_BIASES = {"ah_bias": (3, 0), "aw_bias": (4, 1), "ha_bias": (2, 0), "wa_bias": (3, 1)}  # its axis, the grid's axis
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor is of no class but PyTorch's own two."""
+    return type(x) in (Tensor, nn.Parameter)
+
+
 def resize_axis_bias(bias: Tensor, axis: int, length: int) -> Tensor:
     """A bias whose `axis` gets another length, interpolated linearly; itself when the length is right."""
     if bias.shape[axis] == length:
@@ -162,7 +167,9 @@ class _AgentAttention(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         self._kept = None
-        return super()._apply(fn, recurse)
+        # Memory formats of images take tensors of four axes. The axis biases have five in the official checkpoints, of
+        # which the first is 1; tensors of other classes, such as shards, stay whole.
+        return super()._apply(lambda t: fn(t[0])[None] if t.dim() == 5 and is_plain(t) else fn(t), recurse)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": None}
