@@ -62,6 +62,7 @@ def merge_kernel(
     head, batch = slice % heads, slice // heads
     row, d = tile * QUERIES + tl.arange(0, QUERIES), tl.arange(0, BLOCK_D)
     keep = row < queries
+    token = row.to(tl.int64) if WIDE else row
     acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     m = tl.full([QUERIES], float("-inf"), tl.float32)
     l = tl.zeros([QUERIES], tl.float32)
@@ -69,7 +70,8 @@ def merge_kernel(
         found = (part * batches + batch).to(tl.int64) * queries * heads
         lse = tl.load(part_lse_ptr + found + head * queries + row, mask=keep, other=0.0)
         mask = (keep & (lse > float("-inf")))[:, None] & (d < D)[None, :]  # a part that sees nothing holds NaN
-        out = tl.load(parts_ptr + (found + head) * D + (row * heads * D)[:, None] + d[None, :], mask=mask, other=0.0)
+        pointers = parts_ptr + (found + head) * D + (token * (heads * D))[:, None] + d[None, :]
+        out = tl.load(pointers, mask=mask, other=0.0)
         m_new = tl.maximum(m, lse)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         decay, weight = tl.exp2(m - m_safe), tl.exp2(lse - m_safe)

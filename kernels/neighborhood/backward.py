@@ -354,5 +354,5 @@ def row_offset(strides, batch, position, head):
 @triton.jit
 def row_vectors(ptr, strides, batch, position, head, d, mask):
     """Vectors `[tokens, BLOCK_D]` of tokens, zero where masked; `strides` of `[B, X, Y, Z, heads, head_dim]`."""
-    pointers = ptr + row_offset(strides, batch, position, head)[:, None] + (d * strides[5])[None, :]
+    pointers = ptr + row_offset(strides, batch, position, head)[:, None] + (d.to(tl.int64) * strides[5])[None, :]
     return tl.load(pointers, mask=mask, other=0.0)

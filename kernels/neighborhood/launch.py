@@ -4,7 +4,6 @@ from functools import lru_cache
 from math import prod
 
 import torch
-import triton
 from torch import Tensor
 
 from ..launching import (
@@ -12,13 +11,13 @@ from ..launching import (
     block_d,
     cdiv,
     device_class,
-    device_scratch,
     grid_strides,
     has_descriptors,
     needs_wide,
     padded,
     precision,
     unspecialised,
+    with_scratch,
 )
 from . import configs
 from .backward import bias_kernel, extra_kernel, key_kernel, query_kernel
@@ -142,6 +141,7 @@ def configure(
     return config._replace(descriptor=config.descriptor and aligned(*walked))
 
 
+@with_scratch
 def forward(
     query: Tensor,
     key: Tensor,
@@ -166,7 +166,6 @@ def forward(
     config = configure("forward", axes, (key, value), (query, key, value, out))
     fixed = constants(axes, config, head_dim, precision(query))
     extra_k, extra_v = (query, query) if extra_key is None else (extra_key, extra_value)
-    triton.set_allocator(device_scratch)
     with torch.cuda.device_of(query):
         forward_kernel[(programs(axes, config.queries, batch * heads),)](
             query,
@@ -198,6 +197,7 @@ def forward(
     return out, lse
 
 
+@with_scratch
 def backward(
     query: Tensor,
     key: Tensor,
@@ -226,7 +226,6 @@ def backward(
     extra_k, extra_v = (query, query) if extra_key is None else (extra_key, extra_value)
     group = heads // key_heads
     q, k, v, do = ((x, grid_strides(x, rank)) for x in (query, key, value, grad_out))
-    triton.set_allocator(device_scratch)
     with torch.cuda.device_of(query):
         config = configure("query", axes, (key, value), (query, key, value, grad_out, dq))
         fixed = constants(axes, config, head_dim, precision(query))

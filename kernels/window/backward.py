@@ -260,8 +260,9 @@ def bias_kernel(
         s = tl.zeros([QUERIES, KEYS], tl.float32)
         dp = tl.zeros([QUERIES, KEYS], tl.float32)
         for d in tl.range(0, D, STEP):
-            q_part, do_part = q_ptr + d * q_strides[5], do_ptr + d * do_strides[5]
-            k_part, v_part = k_ptr + d * k_strides[5], v_ptr + d * v_strides[5]
+            first = tl.cast(d, tl.int64)
+            q_part, do_part = q_ptr + first * q_strides[5], do_ptr + first * do_strides[5]
+            k_part, v_part = k_ptr + first * k_strides[5], v_ptr + first * v_strides[5]
             q = load(view(q_part, q_strides, batch, head), q_strides, where, keep, D - d, STEP, WIDE)
             k = load(view(k_part, k_strides, batch, key_head), k_strides, key_where, key_keep, D - d, STEP, WIDE)
             s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
