@@ -17,6 +17,7 @@ from ..launching import (
     padded,
     precision,
     unspecialised,
+    width_constants,
     with_scratch,
 )
 from . import configs
@@ -101,12 +102,11 @@ def token_constants(axes: tuple[Axis, ...], head_dim: int, itemsize: int) -> dic
     return dict(window_constants(axes, head_dim), QUERIES=configs.token_block(head_dim, itemsize))
 
 
-def extra_constants(head_dim: int, itemsize: int, precision: str) -> dict:
+def extra_constants(head_dim: int, value_dim: int, itemsize: int, precision: str) -> dict:
     """Compile-time arguments of the kernel of the gradients of extra keys."""
     return dict(
-        D=head_dim,
-        BLOCK_D=block_d(head_dim),
-        QUERIES=configs.token_block(head_dim, itemsize),
+        **width_constants(head_dim, value_dim),
+        QUERIES=configs.token_block(max(head_dim, value_dim), itemsize),
         EXTRA_KEYS=EXTRA_KEYS,
         PRECISION=precision,
         STAGES=2,
@@ -319,7 +319,7 @@ def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, ax
     chunk = max(MIN_CHUNK, cdiv(tokens, cdiv(PROGRAMS, blocks)))
     chunks = cdiv(tokens, chunk)
     dk = torch.empty(chunks, *extra_key.shape, dtype=torch.float32, device=query.device)
-    dv = torch.empty_like(dk)
+    dv = torch.empty(chunks, *extra_value.shape, dtype=torch.float32, device=query.device)
     extra_kernel[(chunks * blocks,)](
         *q,
         *do,
@@ -338,6 +338,6 @@ def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, ax
         chunk,
         scale,
         GROUP=query.shape[-2] // key_heads,
-        **extra_constants(head_dim, query.element_size(), precision(query)),
+        **extra_constants(head_dim, extra_value.shape[-1], query.element_size(), precision(query)),
     )
     return dk.sum(0).to(extra_key.dtype), dv.sum(0).to(extra_value.dtype)
