@@ -1,6 +1,7 @@
 """Public block-sparse attention: validation and semantics."""
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,18 +37,14 @@ def _check_blocks(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> tup
 
 def _lists(mask: BlockMask) -> dict[str, Tensor]:
     """The tensors of a mask by name."""
-    check_dense("mask.kv_idx", mask.kv_idx)
-    check_dense("mask.kv_num", mask.kv_num)
-    found = {"kv_idx": mask.kv_idx, "kv_num": mask.kv_num}
-    more = {"bias": mask.bias, "q_len": mask.q_len, "kv_len": mask.kv_len}
+    found: dict[str, Any] = {"kv_idx": mask.kv_idx, "kv_num": mask.kv_num}
     if mask.inverse is not None:
         if not isinstance(mask.inverse, tuple) or len(mask.inverse) != 2:
             raise TypeError(f"mask.inverse={mask.inverse!r} must be None or two tensors, see BlockMask.with_inverse")
-        more |= {"inverse[0]": mask.inverse[0], "inverse[1]": mask.inverse[1]}
-    for name, x in more.items():
-        if x is not None:
-            check_dense(f"mask.{name}", x, "a tensor or None")
-            found[name] = x
+        found |= {"inverse[0]": mask.inverse[0], "inverse[1]": mask.inverse[1]}
+    found |= {name: x for name in ("bias", "q_len", "kv_len") if (x := getattr(mask, name)) is not None}
+    for name, x in found.items():
+        check_dense(f"mask.{name}", x, "a tensor or None" if name in ("bias", "q_len", "kv_len") else "a tensor")
     return found
 
 

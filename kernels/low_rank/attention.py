@@ -75,7 +75,7 @@ def widen(
     if query.dim() < 4 or key.dim() < 4 or query.shape[-1] != key.shape[-1]:
         shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"
         raise ValueError(f"query and key of {shapes} must be [B, *spatial, heads, head_dim] of equal head_dim")
-    if query_factor.shape[-1] != key_factor.shape[-1]:
+    if query_factor.shape[-1:] != key_factor.shape[-1:]:
         raise ValueError(
             f"key_factor.shape={tuple(key_factor.shape)} must have the rank of query_factor.shape="
             f"{tuple(query_factor.shape)}"

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..arguments import check_arguments
-from ..calling import Impl, PerAxis, check_extra, check_grids, choose, per_axis, wants_gradient
+from ..calling import Impl, PerAxis, check_extra, check_grids, choose, is_integer, per_axis, wants_gradient
 from .api import check_bias, dispatch, make_axes, na3d
 from .geometry import Axis
 from .shards import Part, Shard, make_shards
@@ -121,6 +121,8 @@ def sharded_neighborhood_attention_lse(
         lengths = _agree(group, query, key, value, axis, neighborhood, rest)
     else:
         _describe(query, key, value, axis, neighborhood, rest)
+        if not isinstance(lengths, Sequence) or not all(map(is_integer, lengths)):
+            raise TypeError(f"lengths={lengths!r} must be a list or tuple of integers, one for each rank")
     rank, lengths = dist.get_rank(group), tuple(lengths)
     if len(lengths) != dist.get_world_size(group) or lengths[rank] != query.shape[1 + axis]:
         raise ValueError(
