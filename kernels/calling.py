@@ -4,7 +4,8 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from typing import Literal, TypeVar
+from numbers import Integral
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,82 +21,98 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TRITON_HEAD_DIM = 256
 
 
-def per_axis(name: str, value, rank: int, kind: type) -> tuple:
+def is_integer(x: Any) -> bool:
+    """Whether `x` is an integer, one of NumPy's too, and no boolean."""
+    return isinstance(x, (int, torch.SymInt, Integral)) and not isinstance(x, bool)
+
+
+def entries(name: str, value: Any, kind: type) -> Sequence | None:
+    """The entries of a sequence and None for a single value, both checked to be of `kind` (int or bool)."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    for entry in value if several else (value,):
+        if not (is_integer(entry) if kind is int else isinstance(entry, bool)):
+            kinds = "integers" if kind is int else "booleans"
+            raise TypeError(f"{name}={value!r} must hold {kinds}: one, or one for each axis")
+    return value if several else None
+
+
+def per_axis(name: str, value: Any, rank: int, kind: type) -> tuple:
     """`value` for each of `rank` axes, checked to be of `kind` (int or bool)."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    several = entries(name, value, kind)
+    values = (value,) * rank if several is None else tuple(several)
     if len(values) != rank:
         raise ValueError(f"{name}={value!r} has {len(values)} values; expected one, or one for each of {rank} axes")
-    if kind is int and any(isinstance(v, (bool, float)) for v in values):
-        raise TypeError(f"{name}={value!r} must hold integers")
-    if kind is bool and not all(isinstance(v, bool) for v in values):
-        raise TypeError(f"{name}={value!r} must hold booleans")
-    return values
+    return tuple(v if isinstance(v, (int, torch.SymInt)) else int(v) for v in values)
 
 
 def check_grids(rank: int, query: Tensor, key: Tensor, value: Tensor, *, cross: bool = False) -> None:
     """Refuse what is not `[B, *spatial, heads, head_dim]` three times over, with grouped key heads at most.
 
-    With `cross`, keys may lie on a grid of other lengths than queries.
+    Values may have a head_dim of their own. With `cross`, keys may lie on a grid of other lengths than queries.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dim() != rank + 3:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [B, {rank} spatial axes, heads, head_dim]")
-        if x.dtype != query.dtype or not x.dtype.is_floating_point:
-            raise TypeError(f"{name}.dtype={x.dtype} must be a floating dtype and equal query.dtype={query.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"{name}.device={x.device} must equal query.device={query.device}")
-    if key.shape != value.shape:
-        raise ValueError(f"value.shape={tuple(value.shape)} must equal key.shape={tuple(key.shape)}")
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name}.dtype={x.dtype} must equal query.dtype={query.dtype}")
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(
+            f"value.shape={tuple(value.shape)} must equal key.shape={tuple(key.shape)} in all but head_dim"
+        )
     same = 1 if cross else -2
     if key.shape[:same] != query.shape[:same] or key.shape[-1] != query.shape[-1]:
         axes = "heads and spatial axes" if cross else "the heads axis"
         raise ValueError(f"key.shape={tuple(key.shape)} must equal query.shape={tuple(query.shape)} in all but {axes}")
-    if min(key.shape[1:]) < 1 or min(query.shape[1:]) < 1:
-        raise ValueError(f"query.shape={tuple(query.shape)} must have no empty axis but the batch")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if min(x.shape[1:]) < 1:
+            raise ValueError(f"{name}.shape={tuple(x.shape)} must have no empty axis but the batch")
     if query.shape[-2] % key.shape[-2]:
         raise ValueError(f"query heads ({query.shape[-2]}) must be a multiple of key heads ({key.shape[-2]})")
 
 
-def check_extra(key: Tensor, extra_key: Tensor | None, extra_value: Tensor | None) -> None:
-    """Refuse extra keys and values that do not fit `key`."""
+def check_extra(key: Tensor, value: Tensor, extra_key: Tensor | None, extra_value: Tensor | None) -> None:
+    """Refuse extra keys and values that do not fit `key` and `value`."""
     if extra_key is None or extra_value is None:
         if extra_key is not extra_value:
             raise ValueError("extra_key and extra_value must be given together")
         return
-    for name, x in (("extra_key", extra_key), ("extra_value", extra_value)):
-        if x.dim() != 4 or x.shape[0] != key.shape[0] or x.shape[2:] != key.shape[-2:]:
-            expected = f"[B={key.shape[0]}, tokens, key heads={key.shape[-2]}, head_dim={key.shape[-1]}]"
+    for name, x, like in (("extra_key", extra_key, key), ("extra_value", extra_value, value)):
+        if x.dim() != 4 or x.shape[0] != key.shape[0] or x.shape[2:] != like.shape[-2:]:
+            expected = f"[B={key.shape[0]}, tokens, key heads={key.shape[-2]}, head_dim={like.shape[-1]}]"
             raise ValueError(f"{name}.shape={tuple(x.shape)} must be {expected}")
         if x.dtype != key.dtype or x.device != key.device:
             raise ValueError(f"{name} ({x.dtype}, {x.device}) must match key ({key.dtype}, {key.device})")
-    if extra_key.shape != extra_value.shape:
+    if extra_key.shape[1] != extra_value.shape[1]:
         raise ValueError(
-            f"extra_value.shape={tuple(extra_value.shape)} must equal extra_key.shape={tuple(extra_key.shape)}"
+            f"extra_value.shape={tuple(extra_value.shape)} must have the tokens of "
+            f"extra_key.shape={tuple(extra_key.shape)}"
         )
 
 
-def triton_obstacle(query: Tensor) -> str | None:
-    """Why the Triton kernels cannot take this call, or None when they can."""
+def triton_obstacle(query: Tensor, value: Tensor | None = None) -> str | None:
+    """Why the Triton kernels cannot take this call, or None when they can; values may be wider than the query."""
     if not HAS_TRITON:
         return "triton is not installed"
-    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and query.device.type == "cpu"
+    if query.device.type != "cuda" and not interpreted:
         return f"device {query.device} is neither CUDA nor ROCm"
     if query.dtype not in TRITON_DTYPES:
         return f"dtype {query.dtype} is not float16, bfloat16 or float32"
     if query.shape[-1] > MAX_TRITON_HEAD_DIM:
         return f"head_dim {query.shape[-1]} exceeds {MAX_TRITON_HEAD_DIM}"
+    if value is not None and value.shape[-1] > MAX_TRITON_HEAD_DIM:
+        return f"head_dim {value.shape[-1]} of value exceeds {MAX_TRITON_HEAD_DIM}"
     return None
 
 
-def choose(query: Tensor, impl: Impl = "auto") -> str:
-    """Name of the implementation that serves `query`; an explicit request is kept or refused, never replaced."""
+def choose(query: Tensor, impl: Impl = "auto", value: Tensor | None = None) -> str:
+    """Name of the implementation that serves `query` and `value`; an explicit request is kept or refused, never
+    replaced."""
     if impl == "auto":
-        return "triton" if query.device.type == "cuda" and triton_obstacle(query) is None else "tiled"
+        return "triton" if query.device.type == "cuda" and triton_obstacle(query, value) is None else "tiled"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} must be one of {('auto', *IMPLEMENTATIONS)}")
-    if impl == "triton" and (obstacle := triton_obstacle(query)) is not None:
+    if impl == "triton" and (obstacle := triton_obstacle(query, value)) is not None:
         raise NotImplementedError(f"impl='triton' cannot take this call: {obstacle}")
     return impl
 
@@ -105,9 +122,9 @@ def resolve_scale(query: Tensor, scale: float | None) -> float:
     return query.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def obstacles(query: Tensor) -> dict[str, str | None]:
-    """For every implementation, why it cannot take a call with this query, or None."""
-    return {"triton": triton_obstacle(query), "tiled": None, "reference": None}
+def obstacles(query: Tensor, value: Tensor | None = None) -> dict[str, str | None]:
+    """For every implementation, why it cannot take a call with this query and value, or None."""
+    return {"triton": triton_obstacle(query, value), "tiled": None, "reference": None}
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -2,8 +2,9 @@
 
     python -m foveal.kernels.explain --op na3d --shape 30 48 80 --heads 24 --head-dim 128 --window 18 24 24
 
-An operator takes part by where it lives: its function stands in an `api.py` that also offers `choose(query, impl)` and
-`obstacles(query)`, beside a `cost.py` that offers `summarize(query, key, value, *, impl, **arguments)`.
+An operator takes part by where it lives: its function stands in an `api.py` that also offers
+`choose(query, impl, value)` and `obstacles(query, value)`, beside a `cost.py` that offers
+`summarize(query, key, value, *, impl, **arguments)`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+from .arguments import check_arguments
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,13 @@ def _find(operator: Callable | str) -> tuple[str, Callable, ModuleType, ModuleTy
 
 
 def _without_data(value):
-    return tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), value)
+    """Dense tensors inside `value` on the meta device; others stay for the operator to refuse."""
+
+    def empty(x: Tensor) -> Tensor:
+        dense = not x.is_nested and x.layout == torch.strided
+        return torch.empty(x.shape, dtype=x.dtype, device="meta") if dense else x
+
+    return tree_map_only(Tensor, empty, value)
 
 
 def explain(
@@ -103,11 +112,12 @@ def explain(
         ValueError, TypeError: arguments that the operator itself would refuse.
     """
     name, function, api, cost = _find(operator)
+    check_arguments(function, query, key, value, impl=impl, **arguments)
     call = f"{tuple(query.shape)} {str(query.dtype).removeprefix('torch.')} on {query.device}"
-    reasons = api.obstacles(query)
-    chosen = None if reasons.get(impl) else api.choose(query, impl)
+    reasons = api.obstacles(query, value)
+    chosen = None if reasons.get(impl) else api.choose(query, impl, value)
 
-    # the operator's own checks, on tensors without data
+    # how tensors fit together, checked by the operator on some without data
     rest = {name: _without_data(value) for name, value in arguments.items()}
     function(*map(_without_data, (query, key, value)), **rest, impl="reference")
     return Explanation(name, call, chosen, reasons, cost.summarize(query, key, value, impl=chosen, **arguments))

@@ -1,9 +1,10 @@
 """What launches of Triton kernels share: facts of tensors and devices, lengths of tiles, parameters that are forced."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeVar
+from contextvars import copy_context
+from functools import lru_cache, wraps
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ Device = Literal["hopper", "ampere", "small"]
 LARGE_MEMORY = 160 * 1024
 MIN_TILE = 16  # tokens; the smallest side of a matrix instruction
 ConfigT = TypeVar("ConfigT", bound=NamedTuple)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def cdiv(a: int, b: int) -> int:
@@ -28,6 +31,11 @@ def tile_length(tokens: int, most: int) -> int:
 def block_d(head_dim: int) -> int:
     """Head dim as the kernels hold it: the next power of two, at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def width_constants(head_dim: int, value_dim: int) -> dict:
+    """Compile-time arguments of kernels: features of a head of query and key, and of value and output."""
+    return dict(D=head_dim, BLOCK_D=block_d(head_dim), DV=value_dim, BLOCK_DV=block_d(value_dim))
 
 
 class Overrides(dict[str, Any]):
@@ -150,6 +158,26 @@ def precision(query: Tensor) -> str:
 def device_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     """Memory for the descriptors that programs build."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def with_scratch(launch: Callable[P, R]) -> Callable[P, R]:
+    """Let a function launch kernels whose programs build descriptors.
+
+    Triton takes the memory for them from an allocator of the current context. The function runs in a copy of it, so
+    that the caller's own allocator stays.
+    """
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        import triton
+
+        triton.set_allocator(device_scratch)
+        return launch(*args, **kwargs)
+
+    @wraps(launch)
+    def in_own_context(*args: P.args, **kwargs: P.kwargs) -> R:
+        return copy_context().run(run, *args, **kwargs)
+
+    return in_own_context
 
 
 def padded(values, fill) -> tuple:

@@ -70,9 +70,9 @@ def define(
         return dq.contiguous(), dk.contiguous(), dv.contiguous(), *found
 
     @torch.library.register_fake(forward_name)
-    def forward_fake(query, *_):
-        accumulate = torch.promote_types(query.dtype, torch.float32)
-        return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=accumulate)
+    def forward_fake(query, key, value, *_):
+        rows, accumulate = query.shape[:-1], torch.promote_types(query.dtype, torch.float32)
+        return query.new_empty(*rows, value.shape[-1]), query.new_empty(rows, dtype=accumulate)
 
     @torch.library.register_fake(backward_name)
     def backward_fake(query, key, value, out, lse, grad_out, grad_lse, *more):

@@ -31,6 +31,7 @@ class Case:
     batch: int = 1
     heads: int = 2
     head_dim: int = 8
+    value_dim: int | None = None  # that of keys
     agent_bias: bool = False
     query_bias: bool = False
     scale: float | None = None
@@ -67,6 +68,7 @@ def _case(random: Random) -> Case:
         query_scale=random.choice((None, None, 0.3, 1.0, 0.0, -0.4)),
         layout=random.choice(LAYOUTS),
         seed=random.randrange(2**31),
+        value_dim=random.choice((None, None, None, random.choice(HEAD_DIMS))),
     )
 
 
@@ -87,6 +89,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     if case.key_shape != case.shape:
         _, key, value = tokens(case.key_shape)
     agent, *_ = tokens((case.agents,))
+    if case.value_dim:
+        *_, value = lay_out(case.layout, randn, case.batch, case.key_shape, (case.heads,) * 3, case.value_dim)
     tensors: Inputs = dict(zip(TENSORS, (query, key, value, agent, None, None), strict=True))
     if case.agent_bias:
         tensors["agent_bias"] = randn(case.heads, case.agents, prod(case.key_shape))
@@ -113,7 +117,7 @@ def run_eager(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     logits = q @ a.transpose(-1, -2) * query_scale
     if case.query_bias:
         logits = logits + inputs["query_bias"]
-    out = (logits.softmax(-1) @ agent_value).transpose(1, 2).reshape(inputs["query"].shape)
+    out = (logits.softmax(-1) @ agent_value).transpose(1, 2).reshape(*inputs["query"].shape[:-1], v.shape[-1])
     return gradients(inputs, out, None, case.seed + 1)
 
 

@@ -44,6 +44,7 @@ class Case:
     heads: int = 2
     key_heads: int = 2
     head_dim: int = 8
+    value_dim: int | None = None  # that of keys
     scale: float | None = None
     extra: int = 0
     layout: str = "contiguous"
@@ -94,6 +95,7 @@ def _case(random: Random) -> Case:
         extra=random.choice((0, 0, 0, 1, 2, 17)),
         layout=random.choice(LAYOUTS),
         seed=random.randrange(2**31),
+        value_dim=random.choice((None, None, None, random.choice(HEAD_DIMS))),
     )
 
 
@@ -134,10 +136,12 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     query, key, value = lay_out(case.layout, randn, case.batch, case.shape, counts, case.head_dim)
     if case.key_shape != case.shape:
         _, key, value = lay_out(case.layout, randn, case.batch, case.key_shape, counts, case.head_dim)
+    if case.value_dim:
+        *_, value = lay_out(case.layout, randn, case.batch, case.key_shape, counts, case.value_dim)
     tensors: Inputs = dict(zip(TENSORS, (query, key, value, None, None), strict=True))
     if case.extra:
-        for name in ("extra_key", "extra_value"):
-            tensors[name] = randn(case.batch, case.extra, case.key_heads, case.head_dim)
+        for name, x in (("extra_key", key), ("extra_value", value)):
+            tensors[name] = randn(case.batch, case.extra, *x.shape[-2:])
     return as_leaves(tensors)
 
 

@@ -3,8 +3,10 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from importlib import import_module
 
+from foveal.kernels.launching import device_scratch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -17,15 +19,22 @@ class LaunchDriver:
     Attributes:
         compiled: names of the kernels that were compiled inside the block.
         launched: names of the kernels that were launched.
+        with_scratch: names of those that found memory for descriptors.
     """
 
     def __init__(self):
         self.compiled: list[str] = []
         self.launched: list[str] = []
+        self.with_scratch: list[str] = []
         self.utils = self
 
     def launcher_cls(self, source, metadata):
-        return lambda *arguments: driver.active.launched.append(metadata.name)
+        def launch(*arguments):
+            driver.active.launched.append(metadata.name)
+            if device_scratch in copy_context().values():
+                driver.active.with_scratch.append(metadata.name)
+
+        return launch
 
     def load_binary(self, name, binary, shared, device):
         self.compiled.append(name)

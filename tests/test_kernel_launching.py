@@ -1,5 +1,7 @@
 """Facts of tensors and settings that launches depend on, without a device."""
 
+from contextvars import copy_context
+
 import pytest
 import torch
 from foveal.kernels import launching
@@ -31,3 +33,22 @@ def test_products_are_exact_unless_the_backend_allows_tf32(matrix_units):
     assert launching.precision(query) == "tf32"
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     assert launching.precision(query) == "tf32x3"
+
+
+def test_launches_leave_the_allocator_of_the_caller():
+    triton = pytest.importorskip("triton")
+
+    def own(size, alignment, stream):
+        raise AssertionError("of the caller")
+
+    def allocators() -> set:
+        return {x for x in copy_context().values() if x in (own, launching.device_scratch)}
+
+    def program():
+        triton.set_allocator(own)
+        assert launching.with_scratch(allocators)() == {launching.device_scratch}
+        with pytest.raises(ZeroDivisionError):
+            launching.with_scratch(lambda: 1 / 0)()
+        return allocators()
+
+    assert copy_context().run(program) == {own}

@@ -1,7 +1,10 @@
 """Calls go through Triton's own specialisation of arguments and compile for sm_90, without a device."""
 
+from contextvars import copy_context
+
 import pytest
 import torch
+import triton
 from foveal.kernels.neighborhood import configs as neighborhood
 from foveal.kernels.ops import agent_attention, linear_attention, na2d, routing_attention2d, window_attention
 from launch_driver import launches
@@ -70,6 +73,20 @@ def test_every_kernel_of_a_call_compiles_once(name):
         call()
     assert {f"{kernel}_kernel" for kernel in kernels} == set(driver.launched)
     assert driver.compiled == compiled
+
+
+def test_descriptors_find_memory_and_the_allocator_of_the_caller_stays():
+    def own(size, alignment, stream):
+        raise AssertionError("of the caller")
+
+    def program():
+        triton.set_allocator(own)
+        with launches() as driver:
+            call_neighborhood(True)
+        assert driver.with_scratch == driver.launched
+        return own in copy_context().values()
+
+    assert copy_context().run(program)
 
 
 def test_images_of_any_size_take_few_kernels():

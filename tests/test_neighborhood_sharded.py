@@ -296,6 +296,9 @@ SAME_ON_EVERY_RANK = {
     "stride": ({"stride": 4}, "ValueError", "stride=4 on axis 0 must lie in [1, window=3]"),
     "lengths of other ranks": ({"lengths": (4, 4, 4)}, "ValueError", "must hold one length for each of 2 ranks"),
     "own length": ({"lengths": (5, 5)}, "ValueError", "that of axis 0 of query, 4"),
+    "lengths": ({"lengths": 4}, "TypeError", "lengths=4 must be a list or tuple of integers"),
+    "stride of none": ({"stride": None}, "TypeError", "stride=None must hold integers"),
+    "scale": ({"scale": "0.5"}, "TypeError", "scale='0.5' must be a real number"),
     "bias": ({"bias": torch.zeros(2, 5, 4)}, "ValueError", "bias.shape=(2, 5, 4)"),
     "extra": ({"extra_key": torch.zeros(1, 2, 2, 4)}, "ValueError", "extra_key and extra_value"),
     "impl": ({"impl": "cuda"}, "ValueError", "impl='cuda'"),
@@ -327,10 +330,18 @@ def test_ranks_that_differ_all_refuse(ranks, changes, message):
         assert kind == "ValueError" and message in text, text
 
 
-def test_what_one_rank_refuses_all_refuse(ranks):
-    ours, other = ranks("refusal", [{}, {"shape": (1, 0, 6, 2, 4)}], size=2)
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"shape": (1, 0, 6, 2, 4)}, "ValueError", "must have no empty axis"),
+        ({"bias": [0.0]}, "TypeError", "bias must be a tensor or None, got list"),
+        ({"dtype": torch.float8_e4m3fn}, "TypeError", "query.dtype=torch.float8_e4m3fn must be float16"),
+    ],
+)
+def test_what_one_rank_refuses_all_refuse(ranks, change, kind, message):
+    ours, other = ranks("refusal", [{}, change], size=2)
     assert ours == ("ValueError", f"rank 1 of mesh refuses its arguments: {other[1]}")
-    assert other[0] == "ValueError" and "must have no empty axis" in other[1]
+    assert other[0] == kind and message in other[1]
 
 
 def test_without_process_group():

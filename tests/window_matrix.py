@@ -29,6 +29,7 @@ class Case:
     heads: int = 2
     key_heads: int = 2
     head_dim: int = 8
+    value_dim: int | None = None  # that of keys
     bias: bool = False
     scale: float | None = None
     layout: str = "contiguous"
@@ -71,6 +72,7 @@ def _case(random: Random, rank: int) -> Case:
         scale=random.choice((None, None, 0.2, 0.0, -0.5)),
         layout=random.choice(LAYOUTS),
         seed=random.randrange(2**31),
+        value_dim=random.choice((None, None, None, random.choice(HEAD_DIMS))),
     )
 
 
@@ -88,6 +90,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     if case.padded:
         enlarged = tuple(n + 2 * h for n, h in zip(case.shape, case.halo, strict=True))
         _, key, value = lay_out(case.layout, randn, case.batch, enlarged, counts, case.head_dim)
+    if case.value_dim:
+        *_, value = lay_out(case.layout, randn, case.batch, key.shape[1:-2], counts, case.value_dim)
     tensors: Inputs = {"query": query, "key": key, "value": value, "bias": None}
     if case.bias:
         tensors["bias"] = randn(case.heads, prod(case.window), prod(a.span for a in case.axes))

@@ -17,7 +17,9 @@ GRIDS = {  # queries, keys
     "gather few": (9, 3136),
     "spread": (3136, 49),  # queries over agents
 }
-FLAGS = ("", "bias", "bias, grid, wide", "ones")  # grid: three strided axes; wide: 64-bit offsets
+# grid: three strided axes; wide: 64-bit offsets; values: of VALUE_DIM features a head
+FLAGS = ("", "bias", "bias, grid, wide", "ones", "bias, values")
+VALUE_DIM = 256
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel, "bias": bias_kernel}
 
 
@@ -58,14 +60,14 @@ def _pass_variants(
     kernel: configs.Kernel, grid: str, dtype, head_dim: int, device: Device, precision: str
 ) -> Iterator[Variant]:
     queries, keys = GRIDS[grid]
-    sizes = dict(queries=queries, keys=keys, head_dim=head_dim, itemsize=dtype.itemsize, device=device)
     for flags in FLAGS if head_dim == 64 else FLAGS[:2]:
-        bias = "bias" in flags
+        bias, value_dim = "bias" in flags, VALUE_DIM if "values" in flags else head_dim
         if kernel == "bias" and not bias:
             continue
-        config = configs.choose(kernel, **sizes, wide="wide" in flags)
-        fixed = constants(config, head_dim, precision)
-        fixed |= bias_constants(head_dim, dtype.itemsize) if kernel == "bias" else {"BIAS": bias}
+        sizes = dict(queries=queries, keys=keys, head_dim=max(head_dim, value_dim), itemsize=dtype.itemsize)
+        config = configs.choose(kernel, **sizes, device=device, wide="wide" in flags)
+        fixed = constants(config, head_dim, value_dim, precision)
+        fixed |= bias_constants(head_dim, value_dim, dtype.itemsize) if kernel == "bias" else {"BIAS": bias}
         if kernel == "query":
             fixed["WHOLE"] = keys <= config.keys
         if not bias:

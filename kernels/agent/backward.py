@@ -14,7 +14,8 @@ def query_kernel(
     q_ptr, q_strides, q_inner, k_ptr, k_strides, k_inner, v_ptr, v_strides, v_inner,
     out_ptr, do_ptr, do_strides, do_inner, lse_ptr, delta_ptr, dq_ptr, bias_ptr, bias_strides,
     queries, keys, batches, heads, chunk, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
     BIAS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ `[parts, B, queries, heads, D]` from `chunk` keys each, and delta `[B, heads, queries]` for other kernels.
@@ -30,19 +31,19 @@ def query_kernel(
     v_ptr = head_view(v_ptr, v_strides, batch, head)
     do_ptr = head_view(do_ptr, do_strides, batch, head)
     slice = batch.to(tl.int64) * queries * heads
-    out_ptr += (slice + head) * D
+    out_ptr += (slice + head) * DV
     lse_ptr += slice + head * queries
     delta_ptr += slice + head * queries
 
-    row, d = tile * QUERIES + tl.arange(0, QUERIES), tl.arange(0, BLOCK_D)
+    row, d = tile * QUERIES + tl.arange(0, QUERIES), tl.arange(0, BLOCK_DV)
     keep = row < queries
     q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE)
-    do = load_tile(do_ptr, do_strides, do_inner, row, queries, D, BLOCK_D, WIDE)
+    do = load_tile(do_ptr, do_strides, do_inner, row, queries, DV, BLOCK_DV, WIDE)
     delta = tl.zeros([QUERIES], tl.float32)
     if not WHOLE:
         out_row = row.to(tl.int64) if WIDE else row
-        mask = keep[:, None] & (d < D)[None, :]
-        out = tl.load(out_ptr + (out_row * heads * D)[:, None] + d[None, :], mask=mask, other=0.0)
+        mask = keep[:, None] & (d < DV)[None, :]
+        out = tl.load(out_ptr + (out_row * heads * DV)[:, None] + d[None, :], mask=mask, other=0.0)
         delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     lse = tl.load(lse_ptr + row, mask=keep, other=float("inf"))
 
@@ -53,7 +54,7 @@ def query_kernel(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         if BIAS:
             s += load_bias(bias_ptr, bias_strides, head, row, queries, column, keys, WIDE)
-        v = load_tile(v_ptr, v_strides, v_inner, column, keys, D, BLOCK_D, WIDE)
+        v = load_tile(v_ptr, v_strides, v_inner, column, keys, DV, BLOCK_DV, WIDE)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         p = tl.where((column < keys)[None, :], tl.exp2(s - lse[:, None]), 0.0)
         if WHOLE:
@@ -70,10 +71,11 @@ def key_kernel(
     q_ptr, q_strides, q_inner, k_ptr, k_strides, k_inner, v_ptr, v_strides, v_inner,
     do_ptr, do_strides, do_inner, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bias_ptr, bias_strides,
     queries, keys, batches, heads, chunk, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
     BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV `[parts, B, keys, heads, D]` from `chunk` queries each.
+    """dK `[parts, B, keys, heads, D]` and dV `[parts, B, keys, heads, DV]` from `chunk` queries each.
 
     Tiles of logits are computed transposed: some Triton releases miscompile the transpose of an MMA result on Hopper.
     """
@@ -91,13 +93,13 @@ def key_kernel(
 
     column = tile * KEYS + tl.arange(0, KEYS)
     k = load_tile(k_ptr, k_strides, k_inner, column, keys, D, BLOCK_D, WIDE)
-    v = load_tile(v_ptr, v_strides, v_inner, column, keys, D, BLOCK_D, WIDE)
+    v = load_tile(v_ptr, v_strides, v_inner, column, keys, DV, BLOCK_DV, WIDE)
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
     for first in tl.range(part * chunk, min(part * chunk + chunk, queries), QUERIES, num_stages=STAGES):
         row = first + tl.arange(0, QUERIES)
         q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE)
-        do = load_tile(do_ptr, do_strides, do_inner, row, queries, D, BLOCK_D, WIDE)
+        do = load_tile(do_ptr, do_strides, do_inner, row, queries, DV, BLOCK_DV, WIDE)
         lse = tl.load(lse_ptr + row, mask=row < queries, other=float("inf"))
         delta = tl.load(delta_ptr + row, mask=row < queries, other=0.0)
         st = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
@@ -110,7 +112,7 @@ def key_kernel(
 
     slice = (part * batches + batch).to(tl.int64) * keys * heads + head
     store_tile(dk_ptr + slice * D, dk * scale, column, keys, heads * D, D, BLOCK_D, WIDE)
-    store_tile(dv_ptr + slice * D, dv, column, keys, heads * D, D, BLOCK_D, WIDE)
+    store_tile(dv_ptr + slice * DV, dv, column, keys, heads * DV, DV, BLOCK_DV, WIDE)
 
 
 @triton.jit
@@ -118,10 +120,13 @@ def bias_kernel(
     q_ptr, q_strides, q_inner, k_ptr, k_strides, k_inner, v_ptr, v_strides, v_inner,
     do_ptr, do_strides, do_inner, lse_ptr, delta_ptr, dbias_ptr, bias_ptr, bias_strides,
     queries, keys, batches, heads, chunk, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dBias `[parts, heads, queries, keys]` from `chunk` batch entries each; `BLOCK_D` features at a time."""
+    """dBias `[parts, heads, queries, keys]` from `chunk` batch entries each; `BLOCK_D` = `BLOCK_DV` features at
+    a time."""
+    LONGER: tl.constexpr = D if D > DV else DV
     tiles, key_tiles = tl.cdiv(queries, QUERIES) * tl.cdiv(keys, KEYS), tl.cdiv(keys, KEYS)
     tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     head, part = slice % heads, slice // heads
@@ -135,12 +140,12 @@ def bias_kernel(
         v_head, do_head = head_view(v_ptr, v_strides, batch, head), head_view(do_ptr, do_strides, batch, head)
         s = tl.zeros([QUERIES, KEYS], tl.float32)
         dp = tl.zeros([QUERIES, KEYS], tl.float32)
-        for first in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+        for first in tl.range(0, LONGER, BLOCK_D, num_stages=STAGES):
             q = load_tile(q_head, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE, first)
             k = load_tile(k_head, k_strides, k_inner, column, keys, D, BLOCK_D, WIDE, first)
             s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
-            do = load_tile(do_head, do_strides, do_inner, row, queries, D, BLOCK_D, WIDE, first)
-            v = load_tile(v_head, v_strides, v_inner, column, keys, D, BLOCK_D, WIDE, first)
+            do = load_tile(do_head, do_strides, do_inner, row, queries, DV, BLOCK_DV, WIDE, first)
+            v = load_tile(v_head, v_strides, v_inner, column, keys, DV, BLOCK_DV, WIDE, first)
             dp = tl.dot(do, tl.trans(v), dp, input_precision=PRECISION)
         saved = batch.to(tl.int64) * queries * heads + head * queries + row
         lse = tl.load(lse_ptr + saved, mask=row < queries, other=float("inf"))

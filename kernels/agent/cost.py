@@ -5,56 +5,65 @@ from math import prod
 from torch import Tensor
 
 
-def forward_flops(*, batch: int, heads: int, head_dim: int, queries: int, keys: int, agents: int) -> int:
-    """FLOPs of the forward pass: two products of 2 * head_dim for every pair of a token and an agent.
+def forward_flops(
+    *, batch: int, heads: int, head_dim: int, queries: int, keys: int, agents: int, value_dim: int | None = None
+) -> int:  # fmt: skip
+    """FLOPs of the forward pass: two products for every pair of a token and an agent.
 
     Args:
         batch, heads: batch entries and heads.
-        head_dim: features of a head.
+        head_dim: features of a head of query, key and agent.
         queries, keys, agents: how many of each a head has.
+        value_dim: features of a head of value; head_dim when None.
     """
-    return 4 * batch * heads * head_dim * agents * (queries + keys)
+    return 2 * batch * heads * (head_dim + (value_dim or head_dim)) * agents * (queries + keys)
 
 
-def backward_flops(*, batch: int, heads: int, head_dim: int, queries: int, keys: int, agents: int) -> int:
+def backward_flops(
+    *, batch: int, heads: int, head_dim: int, queries: int, keys: int, agents: int, value_dim: int | None = None
+) -> int:  # fmt: skip
     """FLOPs of the backward pass: five products a pair (logits again, dP, dQ, dK, dV); see `forward_flops`."""
-    return 10 * batch * heads * head_dim * agents * (queries + keys)
+    return 2 * batch * heads * (3 * head_dim + 2 * (value_dim or head_dim)) * agents * (queries + keys)
 
 
-def _operand_bytes(batch, heads, head_dim, queries, keys, agents, itemsize, bias_itemsizes) -> tuple[int, ...]:
-    query, key, agent = (batch * heads * head_dim * tokens * itemsize for tokens in (queries, keys, agents))
+def _operand_bytes(
+    batch, heads, head_dim, value_dim, queries, keys, agents, itemsize, bias_itemsizes
+) -> tuple[int, int, int, int, int, int]:
+    """Of queries with their outputs, of keys with their values, of agents, of what they gathered, of biases and of
+    log-sum-exps."""
+    row, value_row = (batch * heads * features * itemsize for features in (head_dim, value_dim or head_dim))
     biases = heads * agents * (keys * bias_itemsizes[0] + queries * bias_itemsizes[1])
     lse = 4 * batch * heads * (queries + agents)
-    return query, key, agent, biases, lse
+    return queries * (row + value_row), keys * (row + value_row), agents * row, agents * value_row, biases, lse
 
 
 def forward_bytes(
     *, batch: int, heads: int, head_dim: int, queries: int, keys: int, agents: int, itemsize: int,
-    bias_itemsizes: tuple[int, int] = (0, 0),
+    bias_itemsizes: tuple[int, int] = (0, 0), value_dim: int | None = None,
 ) -> int:  # fmt: skip
     """Bytes that the forward pass must move: operands read once (agents twice), outputs and log-sum-exps written once.
 
     Args:
-        batch, heads, head_dim, queries, keys, agents: as in `forward_flops`.
+        batch, heads, head_dim, queries, keys, agents, value_dim: as in `forward_flops`.
         itemsize: bytes of one element of query, key, value and agent.
         bias_itemsizes: bytes of one element of agent_bias and query_bias, 0 for one that is not there.
     """
-    query, key, agent, biases, lse = _operand_bytes(
-        batch, heads, head_dim, queries, keys, agents, itemsize, bias_itemsizes
+    query, key, agent, gathered, biases, lse = _operand_bytes(
+        batch, heads, head_dim, value_dim, queries, keys, agents, itemsize, bias_itemsizes
     )
-    return 2 * query + 2 * key + 4 * agent + biases + lse
+    return query + key + 2 * agent + 2 * gathered + biases + lse
 
 
 def backward_bytes(
     *, batch: int, heads: int, head_dim: int, queries: int, keys: int, agents: int, itemsize: int,
-    bias_itemsizes: tuple[int, int] = (0, 0),
+    bias_itemsizes: tuple[int, int] = (0, 0), value_dim: int | None = None,
 ) -> int:  # fmt: skip
     """Bytes that the backward pass must move: what the forward pass saved and the gradient of the output read once,
     all gradients written once; see `forward_bytes`."""
-    query, key, agent, biases, lse = _operand_bytes(
-        batch, heads, head_dim, queries, keys, agents, itemsize, bias_itemsizes
+    query, key, agent, gathered, biases, lse = _operand_bytes(
+        batch, heads, head_dim, value_dim, queries, keys, agents, itemsize, bias_itemsizes
     )
-    return 4 * query + 4 * key + 9 * agent + 2 * biases + lse
+    return 2 * query + 2 * key + 5 * agent + 4 * gathered + 2 * biases + lse
 
 
 def summarize(
@@ -73,6 +82,7 @@ def summarize(
     batch, agents, heads, head_dim = agent.shape
     queries, keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
     sizes = dict(batch=batch, heads=heads, head_dim=head_dim, queries=queries, keys=keys, agents=agents)
+    sizes["value_dim"] = value.shape[-1]
     first, second = (0 if bias is None else bias.itemsize for bias in (agent_bias, query_bias))
     return {
         "queries": queries,

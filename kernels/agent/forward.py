@@ -14,10 +14,11 @@ def forward_kernel(
     q_ptr, q_strides, q_inner, k_ptr, k_strides, k_inner, v_ptr, v_strides, v_inner,
     out_ptr, lse_ptr, bias_ptr, bias_strides,
     queries, keys, batches, heads, chunk, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
     BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Out `[parts, B, queries, heads, D]` and base-2 log-sum-exp `[parts, B, heads, queries]`, of `chunk` keys."""
+    """Out `[parts, B, queries, heads, DV]` and base-2 log-sum-exp `[parts, B, heads, queries]`, of `chunk` keys."""
     tiles = tl.cdiv(queries, QUERIES)
     tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     head, batch, part = slice % heads, slice // heads % batches, slice // (heads * batches)
@@ -27,7 +28,7 @@ def forward_kernel(
 
     row = tile * QUERIES + tl.arange(0, QUERIES)
     q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE)
-    acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    acc = tl.zeros([QUERIES, BLOCK_DV], tl.float32)
     m = tl.full([QUERIES], float("-inf"), tl.float32)
     l = tl.zeros([QUERIES], tl.float32)
     for first in tl.range(part * chunk, min(part * chunk + chunk, keys), KEYS, num_stages=STAGES):
@@ -42,34 +43,36 @@ def forward_kernel(
         p = tl.exp2(s - m_safe[:, None])
         decay = tl.exp2(m - m_safe)
         l = l * decay + tl.sum(p, 1)
-        v = load_tile(v_ptr, v_strides, v_inner, column, keys, D, BLOCK_D, WIDE)
+        v = load_tile(v_ptr, v_strides, v_inner, column, keys, DV, BLOCK_DV, WIDE)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         m = m_new
 
     slice = (part * batches + batch).to(tl.int64) * queries * heads
-    store_tile(out_ptr + (slice + head) * D, acc / l[:, None], row, queries, heads * D, D, BLOCK_D, WIDE)
+    store_tile(out_ptr + (slice + head) * DV, acc / l[:, None], row, queries, heads * DV, DV, BLOCK_DV, WIDE)
     tl.store(lse_ptr + slice + head * queries + row, m + tl.log2(l), mask=row < queries)
 
 
 @triton.jit
 def merge_kernel(
     parts_ptr, part_lse_ptr, out_ptr, lse_ptr, queries, batches, heads, parts,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, WIDE: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, QUERIES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Attention over all keys from that over each part of them, part after part; see `forward_kernel`."""
     tiles = tl.cdiv(queries, QUERIES)
     tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     head, batch = slice % heads, slice // heads
-    row, d = tile * QUERIES + tl.arange(0, QUERIES), tl.arange(0, BLOCK_D)
+    row, d = tile * QUERIES + tl.arange(0, QUERIES), tl.arange(0, BLOCK_DV)
     keep = row < queries
-    acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    token = row.to(tl.int64) if WIDE else row
+    acc = tl.zeros([QUERIES, BLOCK_DV], tl.float32)
     m = tl.full([QUERIES], float("-inf"), tl.float32)
     l = tl.zeros([QUERIES], tl.float32)
     for part in tl.range(0, parts):
         found = (part * batches + batch).to(tl.int64) * queries * heads
         lse = tl.load(part_lse_ptr + found + head * queries + row, mask=keep, other=0.0)
-        mask = (keep & (lse > float("-inf")))[:, None] & (d < D)[None, :]  # a part that sees nothing holds NaN
-        out = tl.load(parts_ptr + (found + head) * D + (row * heads * D)[:, None] + d[None, :], mask=mask, other=0.0)
+        mask = (keep & (lse > float("-inf")))[:, None] & (d < DV)[None, :]  # a part that sees nothing holds NaN
+        pointers = parts_ptr + (found + head) * DV + (token * (heads * DV))[:, None] + d[None, :]
+        out = tl.load(pointers, mask=mask, other=0.0)
         m_new = tl.maximum(m, lse)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         decay, weight = tl.exp2(m - m_safe), tl.exp2(lse - m_safe)
@@ -77,5 +80,5 @@ def merge_kernel(
         l = l * decay + weight
         m = m_new
     slice = batch.to(tl.int64) * queries * heads
-    store_tile(out_ptr + (slice + head) * D, acc / l[:, None], row, queries, heads * D, D, BLOCK_D, WIDE)
+    store_tile(out_ptr + (slice + head) * DV, acc / l[:, None], row, queries, heads * DV, DV, BLOCK_DV, WIDE)
     tl.store(lse_ptr + slice + head * queries + row, m + tl.log2(l), mask=keep)

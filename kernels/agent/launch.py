@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..launching import block_d, cdiv, device_class, grid, needs_wide, precision
+from ..launching import block_d, cdiv, device_class, grid, needs_wide, precision, width_constants
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel
 from .forward import forward_kernel, merge_kernel
@@ -13,11 +13,10 @@ from .forward import forward_kernel, merge_kernel
 MERGE_QUERIES = 16
 
 
-def constants(config: configs.Config, head_dim: int, precision: str) -> dict:
+def constants(config: configs.Config, head_dim: int, value_dim: int, precision: str) -> dict:
     """Compile-time arguments of the kernels that compute logits."""
     return dict(
-        D=head_dim,
-        BLOCK_D=block_d(head_dim),
+        **width_constants(head_dim, value_dim),
         QUERIES=config.queries,
         KEYS=config.keys,
         WIDE=config.wide,
@@ -28,14 +27,14 @@ def constants(config: configs.Config, head_dim: int, precision: str) -> dict:
     )
 
 
-def bias_constants(head_dim: int, itemsize: int) -> dict:
+def bias_constants(head_dim: int, value_dim: int, itemsize: int) -> dict:
     """Compile-time arguments of the kernel of the bias gradient that differ: it takes 128 bytes of a row at a time."""
-    return dict(BLOCK_D=min(block_d(head_dim), 128 // itemsize))
+    return dict.fromkeys(("BLOCK_D", "BLOCK_DV"), min(block_d(max(head_dim, value_dim)), 128 // itemsize))
 
 
-def merge_constants(head_dim: int, wide: bool) -> dict:
+def merge_constants(value_dim: int, wide: bool) -> dict:
     """Compile-time arguments of the kernel that merges parts."""
-    return dict(D=head_dim, BLOCK_D=block_d(head_dim), QUERIES=MERGE_QUERIES, WIDE=wide)
+    return dict(DV=value_dim, BLOCK_DV=block_d(value_dim), QUERIES=MERGE_QUERIES, WIDE=wide)
 
 
 class Pass:
@@ -43,10 +42,11 @@ class Pass:
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, *rest: Tensor):
         self.operands = [y for x in (query, key, value) for y in grid(x)]
-        self.batch, self.heads, self.head_dim = query.shape[0], *query.shape[-2:]
+        self.batch, self.heads, self.head_dim, self.value_dim = query.shape[0], *query.shape[-2:], value.shape[-1]
         self.queries, self.keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
         self.bias, self.scale = bias, scale
-        made = max(prod(x.shape[1:]) for x in (query, key))  # numbers an entry of what is written
+        rows = max(self.queries, self.keys) * self.heads
+        made = rows * max(self.head_dim, self.value_dim)  # numbers an entry of what is written
         self.wide = needs_wide(query, key, value, *rest, *(() if bias is None else (bias,)), made=made)
         self.precision, self.itemsize, self.device = precision(query), query.element_size(), query.device
 
@@ -55,7 +55,7 @@ class Pass:
             kernel,
             queries=self.queries,
             keys=self.keys,
-            head_dim=self.head_dim,
+            head_dim=max(self.head_dim, self.value_dim),
             itemsize=self.itemsize,
             device=device_class(self.device),
             wide=self.wide,
@@ -65,14 +65,14 @@ class Pass:
         """Launch a kernel that takes the operands, `tensors`, the bias and the sizes."""
         strides = (0, 0, 0) if self.bias is None else self.bias.stride()
         sizes = (self.queries, self.keys, self.batch, self.heads, chunk)
-        fixed = constants(config, self.head_dim, self.precision) | flags
+        fixed = constants(config, self.head_dim, self.value_dim, self.precision) | flags
         kernel[(programs,)](*self.operands, *tensors, self.bias, strides, *sizes, self.scale, **fixed)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Output, in the shape of query, and base-2 log-sum-exp `[B, heads, queries]` in float32."""
+    """Output `[B, *spatial, heads, value_dim]`, and base-2 log-sum-exp `[B, heads, queries]` in float32."""
     this = Pass(query, key, value, bias, scale)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = torch.empty(*query.shape[:-1], this.value_dim, dtype=query.dtype, device=query.device)
     lse = torch.empty(this.batch, this.heads, this.queries, dtype=torch.float32, device=query.device)
     if this.batch == 0:
         return out, lse
@@ -96,7 +96,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
                 this.batch,
                 this.heads,
                 parts,
-                **merge_constants(this.head_dim, this.wide),
+                **merge_constants(this.value_dim, this.wide),
             )
     return out, lse
 
@@ -155,7 +155,7 @@ def backward(
             parts = cdiv(this.batch, chunk)
             partial = torch.empty(parts, *bias.shape, dtype=torch.float32, device=bias.device)
             tensors = (*do, lse, delta, partial)
-            flags = bias_constants(this.head_dim, this.itemsize)
+            flags = bias_constants(this.head_dim, this.value_dim, this.itemsize)
             this.run(bias_kernel, programs * parts, *tensors, chunk=chunk, config=config, **flags)
             dbias = _total(partial, bias)
     return _total(dq, query), _total(dk, key), _total(dv, value), dbias

@@ -38,7 +38,7 @@ def _backward(query, key, value, out, lse, grad_out, bias, scale, bias_gradient)
 @torch.library.register_fake(FORWARD)
 def _forward_fake(query, key, value, bias, scale):
     lse = query.new_empty(query.shape[0], query.shape[-2], prod(query.shape[1:-2]), dtype=torch.float32)
-    return query.new_empty(query.shape), lse
+    return query.new_empty(*query.shape[:-1], value.shape[-1]), lse
 
 
 @torch.library.register_fake(BACKWARD)
@@ -84,18 +84,19 @@ def attend(
     return torch.ops.foveal.agent_pass(query, agent, agent_value, query_bias, query_scale)[0]
 
 
-def _products(query, key) -> int:
-    """FLOPs of one product of all queries with all keys, from shapes."""
-    return 2 * prod(query) * prod(key[1:-2])
+def _flops(query, key, value, *, queries: int, values: int) -> int:
+    """FLOPs of so many products over features of queries, and of values, for all pairs, from shapes."""
+    features = queries * query[-1] + values * value[-1]
+    return 2 * prod(query[:-1]) * prod(key[1:-2]) * features
 
 
 @register_flop_formula(torch.ops.foveal.agent_pass)
 def _forward_flops(query, key, value, bias, scale, *, out_shape=None, **_) -> int:
-    return 2 * _products(query, key)
+    return _flops(query, key, value, queries=1, values=1)
 
 
 @register_flop_formula(torch.ops.foveal.agent_pass_backward)
 def _backward_flops(
     query, key, value, out, lse, grad_out, bias, scale, bias_gradient, *, out_shape=None, **_
 ) -> int:  # fmt: skip
-    return 5 * _products(query, key)
+    return _flops(query, key, value, queries=3, values=2)

@@ -15,7 +15,7 @@ def attend(
     scale: float,
     query_scale: float,
 ) -> Tensor:
-    """Output `[B, *spatial, heads, head_dim]`; see `api.agent_attention`."""
+    """Output `[B, *spatial, heads, value_dim]`; see `api.agent_attention`."""
     accumulate = torch.promote_types(query.dtype, torch.float32)
 
     def flat(x: Tensor) -> Tensor:  # [B, heads, T, d]
@@ -25,8 +25,9 @@ def attend(
     logits = a @ k.transpose(-1, -2) * scale  # [B, heads, A, N_k]
     if agent_bias is not None:
         logits = logits + agent_bias.to(accumulate)
-    agent_value = logits.softmax(-1) @ v  # [B, heads, A, d]
+    agent_value = logits.softmax(-1) @ v  # [B, heads, A, value_dim]
     logits = q @ a.transpose(-1, -2) * query_scale  # [B, heads, N_q, A]
     if query_bias is not None:
         logits = logits + query_bias.to(accumulate)
-    return (logits.softmax(-1) @ agent_value).transpose(1, 2).reshape(query.shape).to(query.dtype)
+    out = (logits.softmax(-1) @ agent_value).transpose(1, 2)
+    return out.reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype)

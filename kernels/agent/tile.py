@@ -25,7 +25,8 @@ def load_tile(
     z, y, x = token % inner[1], token // inner[1] % inner[0], token // (inner[0] * inner[1])
     row = x * strides[1] + y * strides[2] + z * strides[3]
     d = first + tl.arange(0, BLOCK_D)
-    return tl.load(ptr + row[:, None] + (d * strides[5])[None, :], mask=keep[:, None] & (d < D)[None, :], other=0.0)
+    pointers = ptr + row[:, None] + (d.to(row.dtype) * strides[5])[None, :]
+    return tl.load(pointers, mask=keep[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit

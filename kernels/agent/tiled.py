@@ -27,11 +27,12 @@ def attend(
     scale: float,
     query_scale: float,
 ) -> Tensor:
-    """Output `[B, *spatial, heads, head_dim]`; see `api.agent_attention`."""
+    """Output `[B, *spatial, heads, value_dim]`; see `api.agent_attention`."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     q, k, v, a = (x.to(dtype).flatten(1, -3).transpose(1, 2) for x in (query, key, value, agent))  # [B, heads, T, d]
-    agent_value = _attend(a, k, v, agent_bias, scale)  # [B, heads, A, d]
-    return _attend(q, a, agent_value, query_bias, query_scale).transpose(1, 2).reshape(query.shape).to(query.dtype)
+    agent_value = _attend(a, k, v, agent_bias, scale)  # [B, heads, A, value_dim]
+    out = _attend(q, a, agent_value, query_bias, query_scale).transpose(1, 2)
+    return out.reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -43,7 +44,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
         return ((key * scale) @ query.mT + bias.mT).softmax(-2).mT @ value
     if query.shape[2] >= key.shape[2]:  # the scale goes to the fewer
         return (query @ (key * scale).mT + bias).softmax(-1) @ value
-    # fused attention makes zeros of a row that is all minus infinity, and softmax NaN
-    if wants_gradient(query, key, value, bias) or not is_plain_call() or not math.isfinite(bias.sum().item()):
+    # fused attention makes zeros of a row that is all minus infinity, and softmax NaN; only on CPU it costs nothing to look
+    looks = is_plain_call() and query.device.type == "cpu"
+    if wants_gradient(query, key, value, bias) or not looks or not math.isfinite(bias.sum().item()):
         return ((query * scale) @ key.mT + bias).softmax(-1) @ value
     return scaled_dot_product_attention(query, key, value, attn_mask=bias[None], scale=scale)

@@ -19,8 +19,9 @@ BOXES = {  # axes of the grid, and a box of queries and of keys
     "22x18": (2, (22, 18), (22, 18)),  # tiles that cross boxes
     "4x4x4": (3, (4, 4, 4), (4, 4, 4)),
 }
-# wide: 64-bit offsets; grouped: two query heads a key head
-FLAGS = ("", "bias, extra, lengths", "wide, grouped", "ones")
+# wide: 64-bit offsets; grouped: two query heads a key head; values: of VALUE_DIM features a head
+FLAGS = ("", "bias, extra, lengths", "wide, grouped", "ones", "values")
+VALUE_DIM = 256
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
 LISTED = 16  # boxes in a list
 
@@ -61,22 +62,18 @@ def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
 def _variants(kernel: configs.Kernel, grid: str, dtype, head_dim: int, device: Device, precision: str):
     rank, query_box, key_box = BOXES[grid]
     own, other = (key_box, query_box) if kernel == "key" else (query_box, key_box)
-    config = configs.choose(
-        kernel,
-        own,
-        LISTED * prod(other),
-        head_dim=head_dim,
-        itemsize=dtype.itemsize,
-        device=device,
-        wide=False,
-    )
     for flags in FLAGS if head_dim == 64 and grid in ("8x8", "22x18") else FLAGS[:2]:
         full, wide, ones = "bias" in flags, "wide" in flags, "ones" in flags
-        fixed = constants(config._replace(wide=wide), query_box, key_box, head_dim, precision)
+        widths = head_dim, VALUE_DIM if "values" in flags else head_dim
+        sizes = dict(head_dim=max(widths), itemsize=dtype.itemsize, device=device)
+        config = configs.choose(kernel, own, LISTED * prod(other), **sizes, wide=wide)
+        fixed = constants(config, query_box, key_box, widths, precision)
         fixed |= dict(GROUP=1 + wide, BIAS=full, Q_LEN=full, KV_LEN=full)
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
         if kernel != "key":
             fixed |= dict(EXTRA=full or ones, EXTRA_KEYS=EXTRA_KEYS)
+        if widths[0] == widths[1]:
+            fixed |= {"query": dict(dq_strides=None), "key": dict(dv_strides=None)}.get(kernel, {})
         if not full:
             fixed |= dict(bias_ptr=None, q_len_ptr=None, kv_len_ptr=None)
         made = _source(KERNELS[kernel], TYPES[dtype], head_dim, rank, fixed, ones)

@@ -1,15 +1,18 @@
 """Public block-sparse attention: validation and semantics."""
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arguments import ACCEPTED_DTYPES, DTYPES, check_dense, operator
 from ..calling import (
     Impl,
     check_extra,
     check_grids,
     choose,
+    entries,
     is_compiled_on_cpu,
     obstacles,
     resolve_scale,
@@ -25,15 +28,28 @@ def _check_blocks(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> tup
     """Numbers of boxes of queries and of keys."""
     counts = []
     for name, block, x in (("query_block", mask.query_block, query), ("key_block", mask.key_block, key)):
-        if len(block) != rank or any(b < 1 for b in block):
-            raise ValueError(f"mask.{name}={tuple(block)} must be {rank} positive numbers of tokens, one an axis")
+        lengths = entries(f"mask.{name}", block, int)
+        if lengths is None or len(lengths) != rank or any(b < 1 for b in lengths):
+            raise ValueError(f"mask.{name}={block!r} must be {rank} positive numbers of tokens, one an axis")
         counts.append(prod(boxes(x.shape[1:-2], block)))
     return counts[0], counts[1]
 
 
+def _lists(mask: BlockMask) -> dict[str, Tensor]:
+    """The tensors of a mask by name."""
+    found: dict[str, Any] = {"kv_idx": mask.kv_idx, "kv_num": mask.kv_num}
+    if mask.inverse is not None:
+        if not isinstance(mask.inverse, tuple) or len(mask.inverse) != 2:
+            raise TypeError(f"mask.inverse={mask.inverse!r} must be None or two tensors, see BlockMask.with_inverse")
+        found |= {"inverse[0]": mask.inverse[0], "inverse[1]": mask.inverse[1]}
+    found |= {name: x for name in ("bias", "q_len", "kv_len") if (x := getattr(mask, name)) is not None}
+    for name, x in found.items():
+        check_dense(f"mask.{name}", x, "a tensor or None" if name in ("bias", "q_len", "kv_len") else "a tensor")
+    return found
+
+
 def _check_mask(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> None:
-    if not isinstance(mask, BlockMask):
-        raise TypeError(f"mask must be a BlockMask, got {type(mask).__name__}")
+    tensors = _lists(mask)
     query_boxes, key_boxes = _check_blocks(rank, query, key, mask)
     batch, heads = query.shape[0], query.shape[-2]
     lists, most = mask.kv_idx.shape[:2], mask.kv_idx.shape[-1]
@@ -43,20 +59,14 @@ def _check_mask(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> None:
         )
     expected = {"kv_idx": (*lists, query_boxes, most), "kv_num": (*lists, query_boxes)}
     expected |= {"bias": (*lists, query_boxes, most), "q_len": (query_boxes,), "kv_len": (key_boxes,)}
-    tensors = {name: getattr(mask, name) for name in expected}
-    if mask.inverse is not None:
-        tensors |= dict(zip(("inverse[0]", "inverse[1]"), mask.inverse, strict=True))
-        expected |= {"inverse[0]": (*lists, key_boxes + 1), "inverse[1]": (*lists, query_boxes * most)}
-    for name, shape in expected.items():
-        x = tensors[name]
-        if x is None:
-            continue
-        if tuple(x.shape) != shape:
-            raise ValueError(f"mask.{name}.shape={tuple(x.shape)} must be {shape}")
+    expected |= {"inverse[0]": (*lists, key_boxes + 1), "inverse[1]": (*lists, query_boxes * most)}
+    for name, x in tensors.items():
+        if tuple(x.shape) != expected[name]:
+            raise ValueError(f"mask.{name}.shape={tuple(x.shape)} must be {expected[name]}")
         if x.device != query.device:
             raise ValueError(f"mask.{name}.device={x.device} must equal query.device={query.device}")
-        if name == "bias" and not x.dtype.is_floating_point:
-            raise TypeError(f"mask.bias.dtype={x.dtype} must be a floating dtype")
+        if name == "bias" and x.dtype not in DTYPES:
+            raise TypeError(f"mask.bias.dtype={x.dtype} must be a floating dtype: {ACCEPTED_DTYPES}")
         if name != "bias" and x.dtype != torch.int32:
             raise TypeError(f"mask.{name}.dtype={x.dtype} must be torch.int32")
     if mask.bias is not None and mask.bias.requires_grad and torch.is_grad_enabled():
@@ -64,14 +74,14 @@ def _check_mask(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> None:
 
 
 def _attend(query, key, value, mask, scale, extra_key, extra_value, impl) -> tuple[Tensor, Tensor]:
-    rank = query.dim() - 3 if isinstance(query, Tensor) else 2
+    rank = query.dim() - 3
     if not 1 <= rank <= 3:
         raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, 1 to 3 spatial axes, heads, head_dim]")
     check_grids(rank, query, key, value, cross=True)
     _check_mask(rank, query, key, mask)
-    check_extra(key, extra_key, extra_value)
+    check_extra(key, value, extra_key, extra_value)
     tiles = library.attend_tiled if is_compiled_on_cpu(query) else tiled.attend
-    attend = {"triton": library.attend, "tiled": tiles, "reference": reference.attend}[choose(query, impl)]
+    attend = {"triton": library.attend, "tiled": tiles, "reference": reference.attend}[choose(query, impl, value)]
     with without_autocast(query.device):
         return attend(
             query,
@@ -84,6 +94,7 @@ def _attend(query, key, value, mask, scale, extra_key, extra_value, impl) -> tup
         )
 
 
+@operator
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -101,18 +112,21 @@ def block_sparse_attention(
     addressed inside the grid. Differentiable in query, key, value and the extras, once.
 
     Args:
-        query: `[B, *spatial, heads, head_dim]` with 1 to 3 spatial axes, any floating dtype, any strides.
-        key, value: `[B, *key_spatial, key_heads, head_dim]`, as many axes as query, of any lengths; heads is a multiple
-            of key_heads (grouped-query attention).
+        query: `[B, *spatial, heads, head_dim]` with 1 to 3 spatial axes, float16, bfloat16, float32 or float64, any
+            strides.
+        key: `[B, *key_spatial, key_heads, head_dim]`, as many axes as query, of any lengths; heads is a multiple of
+            key_heads (grouped-query attention).
+        value: `[B, *key_spatial, key_heads, value_dim]`.
         mask: the boxes and their lists; see `BlockMask`. A query whose list is empty, and that has no extra keys, gets
             output 0 and log-sum-exp -inf.
         scale: factor on query . key; head_dim ** -0.5 when None.
-        extra_key, extra_value: `[B, tokens, key_heads, head_dim]`, seen by every query (text, registers), without bias.
+        extra_key, extra_value: `[B, tokens, key_heads, head_dim]` and `[…, value_dim]`, seen by every query (text,
+            registers), without bias.
         impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "tiled"
             or "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
 
     Returns:
-        `[B, *spatial, heads, head_dim]` in the dtype of query.
+        `[B, *spatial, heads, value_dim]` in the dtype of query.
 
     Raises:
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
@@ -121,6 +135,7 @@ def block_sparse_attention(
     return _attend(query, key, value, mask, scale, extra_key, extra_value, impl)[0]
 
 
+@operator
 def block_sparse_attention_lse(
     query: Tensor,
     key: Tensor,
@@ -135,7 +150,7 @@ def block_sparse_attention_lse(
     """`block_sparse_attention` and the natural log-sum-exp of its logits, both differentiable.
 
     Returns:
-        output `[B, *spatial, heads, head_dim]` and log-sum-exp `[B, *spatial, heads]`, the latter float32, or float64
+        output `[B, *spatial, heads, value_dim]` and log-sum-exp `[B, *spatial, heads]`, the latter float32, or float64
         for float64 inputs.
     """
     return _attend(query, key, value, mask, scale, extra_key, extra_value, impl)

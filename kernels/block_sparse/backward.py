@@ -18,30 +18,33 @@ from .tile import box_count, list_of, listed_keys, listed_queries, load_rows, of
 @triton.jit(do_not_specialize=["extra", "most"])
 def query_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, do_ptr, do_strides,
-    lse_ptr, lse_strides, dlse_ptr, dlse_strides, delta_ptr, dq_ptr,
+    lse_ptr, lse_strides, dlse_ptr, dlse_strides, delta_ptr, dq_ptr, dq_strides,
     num_ptr, idx_ptr, bias_ptr, q_len_ptr, kv_len_ptr, lists, most,
     extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
     q_lengths, k_lengths, heads, extra, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     EXTRA_KEYS: tl.constexpr, BIAS: tl.constexpr, Q_LEN: tl.constexpr, KV_LEN: tl.constexpr, EXTRA: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """dQ, and delta for the other kernels. `delta` has the strides of lse, dQ those of out; see `forward_kernel`."""
+    """dQ, and delta for the other kernels. `delta` has the strides of lse, dQ those of out where values are as wide as
+    keys: its own are then None. See `forward_kernel`."""
+    if dq_strides is None:
+        dq_strides = out_strides
     batch, head, box, boxes, place = program(tl.program_id(0), q_lengths, heads, QUERY_BOX, ROWS)
     row, keep, exists = rows_of(box, place, q_lengths, q_len_ptr, QUERY_BOX, Q_LEN)
     q_ptr, q_sp = view(q_ptr, q_strides, batch, head, WIDE)
     k_ptr, k_sp = view(k_ptr, k_strides, batch, head // GROUP, WIDE)
     v_ptr, v_sp = view(v_ptr, v_strides, batch, head // GROUP, WIDE)
     out_ptr, out_sp = view(out_ptr, out_strides, batch, head, WIDE)
-    dq_ptr, _ = view(dq_ptr, out_strides, batch, head, WIDE)
+    dq_ptr, dq_sp = view(dq_ptr, dq_strides, batch, head, WIDE)
     do_ptr, do_sp = view(do_ptr, do_strides, batch, head, WIDE)
     lse_ptr, lse_sp = view(lse_ptr, lse_strides, batch, head, WIDE)
     dlse_ptr, dlse_sp = view(dlse_ptr, dlse_strides, batch, head, WIDE)
     delta_ptr, _ = view(delta_ptr, lse_strides, batch, head, WIDE)
     q = load_rows(q_ptr, offset(row, q_sp), q_strides[5], exists, D, BLOCK_D)
-    do = load_rows(do_ptr, offset(row, do_sp), do_strides[5], exists, D, BLOCK_D)
-    out = load_rows(out_ptr, offset(row, out_sp), 1, exists, D, BLOCK_D)
+    do = load_rows(do_ptr, offset(row, do_sp), do_strides[5], exists, DV, BLOCK_DV)
+    out = load_rows(out_ptr, offset(row, out_sp), 1, exists, DV, BLOCK_DV)
     lse2 = tl.load(lse_ptr + offset(row, lse_sp), mask=exists, other=float("inf")) * LOG2E
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     delta -= tl.load(dlse_ptr + offset(row, dlse_sp), mask=exists, other=0.0)
@@ -59,7 +62,7 @@ def query_kernel(
             c, total, idx_ptr, bias_ptr, kv_len_ptr, k_lengths, KEY_BOX, COLUMNS, BIAS, KV_LEN
         )
         k = load_rows(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
-        v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, D, BLOCK_D)
+        v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, DV, BLOCK_DV)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
         s = tl.where(see[None, :], s + bias[None, :] if BIAS else s, float("-inf"))
         dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
@@ -68,40 +71,43 @@ def query_kernel(
         extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + (head // GROUP).to(tl.int64) * extra_v_strides[2]
         for e in tl.range(0, extra, EXTRA_KEYS):
             k = load_extra(extra_k_ptr, extra_k_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
-            v = load_extra(extra_v_ptr, extra_v_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
+            v = load_extra(extra_v_ptr, extra_v_strides, e, extra, DV, EXTRA_KEYS, BLOCK_DV)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
             s = tl.where((e + tl.arange(0, EXTRA_KEYS) < extra)[None, :], s, float("-inf"))
             dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
 
     d = tl.arange(0, BLOCK_D)
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + offset(row, out_sp)[:, None] + d[None, :], dq, mask=keep[:, None] & (d < D)[None, :])
+    tl.store(dq_ptr + offset(row, dq_sp)[:, None] + d[None, :], dq, mask=keep[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["most"])
 def key_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides,
-    lse_ptr, lse_strides, delta_ptr, dk_ptr, dv_ptr, dk_strides,
+    lse_ptr, lse_strides, delta_ptr, dk_ptr, dk_strides, dv_ptr, dv_strides,
     starts_ptr, order_ptr, bias_ptr, q_len_ptr, kv_len_ptr, lists, most,
     q_lengths, k_lengths, key_heads, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BIAS: tl.constexpr, Q_LEN: tl.constexpr, KV_LEN: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dK and dV of a tile of the keys of a box, over the queries that list it, of every query head that shares the
-    key head. Rows are keys and columns queries: tiles are computed transposed."""
+    key head. Rows are keys and columns queries: tiles are computed transposed. The strides of dV are None where they
+    are those of dK."""
+    if dv_strides is None:
+        dv_strides = dk_strides
     batch, key_head, box, boxes, place = program(tl.program_id(0), k_lengths, key_heads, KEY_BOX, ROWS)
     row, keep, exists = rows_of(box, place, k_lengths, kv_len_ptr, KEY_BOX, KV_LEN)
     k_ptr, k_sp = view(k_ptr, k_strides, batch, key_head, WIDE)
     v_ptr, v_sp = view(v_ptr, v_strides, batch, key_head, WIDE)
     k = load_rows(k_ptr, offset(row, k_sp), k_strides[5], exists, D, BLOCK_D)
-    v = load_rows(v_ptr, offset(row, v_sp), v_strides[5], exists, D, BLOCK_D)
+    v = load_rows(v_ptr, offset(row, v_sp), v_strides[5], exists, DV, BLOCK_DV)
     entries = box_count(q_lengths, QUERY_BOX) * most
     factor = scale * LOG2E
 
     dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    dv = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    dv = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     for g in range(GROUP):
         head = key_head * GROUP + g
         head_q, q_sp = view(q_ptr, q_strides, batch, head, WIDE)
@@ -121,7 +127,7 @@ def key_kernel(
                 QUERY_BOX, COLUMNS, BIAS, Q_LEN,
             )
             q = load_rows(head_q, offset(column, q_sp), q_strides[5], see, D, BLOCK_D)
-            do = load_rows(head_do, offset(column, do_sp), do_strides[5], see, D, BLOCK_D)
+            do = load_rows(head_do, offset(column, do_sp), do_strides[5], see, DV, BLOCK_DV)
             lse2 = tl.load(head_lse + offset(column, lse_sp), mask=see, other=float("inf")) * LOG2E
             delta = tl.load(head_delta + offset(column, lse_sp), mask=see, other=0.0)
             st = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
@@ -129,12 +135,11 @@ def key_kernel(
                 st += bias[None, :]
             dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, 1.0, PRECISION)
 
-    d = tl.arange(0, BLOCK_D)
+    d, value_d = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     dk_ptr, dk_sp = view(dk_ptr, dk_strides, batch, key_head, WIDE)
-    dv_ptr, _ = view(dv_ptr, dk_strides, batch, key_head, WIDE)
-    where = offset(row, dk_sp)[:, None] + d[None, :]
-    store = keep[:, None] & (d < D)[None, :]
-    dk = tl.where(exists[:, None], dk * scale, 0.0)
-    dv = tl.where(exists[:, None], dv, 0.0)
-    tl.store(dk_ptr + where, dk.to(dk_ptr.dtype.element_ty), mask=store)
-    tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=store)
+    dv_ptr, dv_sp = view(dv_ptr, dv_strides, batch, key_head, WIDE)
+    dk = tl.where(exists[:, None], dk * scale, 0.0).to(dk_ptr.dtype.element_ty)
+    dv = tl.where(exists[:, None], dv, 0.0).to(dv_ptr.dtype.element_ty)
+    tl.store(dk_ptr + offset(row, dk_sp)[:, None] + d[None, :], dk, mask=keep[:, None] & (d < D)[None, :])
+    where = offset(row, dv_sp)[:, None] + value_d[None, :]
+    tl.store(dv_ptr + where, dv, mask=keep[:, None] & (value_d < DV)[None, :])

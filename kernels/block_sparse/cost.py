@@ -36,14 +36,20 @@ def _full_lists(size: tuple[int, ...], shape: tuple[int, ...], most: int) -> int
     return prod(shape) * most * prod(size)
 
 
-def forward_flops(pairs: int, head_dim: int) -> int:
-    """Useful FLOPs of the forward pass: two products of 2 * head_dim a pair. Softmax and bias are not counted."""
-    return 4 * pairs * head_dim
+def forward_flops(pairs: int, head_dim: int, value_dim: int | None = None) -> int:
+    """Useful FLOPs of the forward pass: two products a pair. Softmax and bias are not counted.
+
+    Args:
+        pairs: (query, key) pairs of all heads and batch entries.
+        head_dim: features of a head of query and key.
+        value_dim: features of a head of value and output; head_dim when None.
+    """
+    return 2 * pairs * (head_dim + (value_dim or head_dim))
 
 
-def backward_flops(pairs: int, head_dim: int) -> int:
-    """Useful FLOPs of the backward pass: five products a pair (logits again, dP, dQ, dK, dV)."""
-    return 10 * pairs * head_dim
+def backward_flops(pairs: int, head_dim: int, value_dim: int | None = None) -> int:
+    """Useful FLOPs of the backward pass: five products a pair (logits again, dP, dQ, dK, dV); see `forward_flops`."""
+    return 2 * pairs * (3 * head_dim + 2 * (value_dim or head_dim))
 
 
 def summarize(
@@ -83,14 +89,16 @@ def summarize(
             "key_box": "×".join(map(str, mask.key_block)),
         }
     pairs += tokens * extra
-    one_query, one_key = (x.numel() * x.itemsize for x in (query, key))
-    one_key += 0 if extra_key is None else extra_key.numel() * extra_key.itemsize
+    value_dim = value.shape[-1]
+    features = (head_dim + value_dim) * query.itemsize
+    queries = tokens * features  # bytes of query and output
+    keys = batch * key.shape[-2] * (prod(key_shape) + extra) * features  # of key and value
     return summary | {
         "tokens": prod(shape),
         "keys_per_query": round(pairs / max(tokens, 1), 2),
         "dense_over_useful": round(tokens * (prod(key_shape) + extra) / max(pairs, 1), 2),
-        "forward_flops": forward_flops(pairs, head_dim),
-        "backward_flops": backward_flops(pairs, head_dim),
-        "forward_bytes": 2 * one_query + 2 * one_key + tokens * 4,
-        "backward_bytes": 4 * one_query + 4 * one_key + tokens * 4,
+        "forward_flops": forward_flops(pairs, head_dim, value_dim),
+        "backward_flops": backward_flops(pairs, head_dim, value_dim),
+        "forward_bytes": queries + keys + tokens * 4,
+        "backward_bytes": 2 * queries + 2 * keys + tokens * 4,
     }

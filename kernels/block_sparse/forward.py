@@ -36,7 +36,7 @@ def forward_kernel(
     num_ptr, idx_ptr, bias_ptr, q_len_ptr, kv_len_ptr, lists, most,
     extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
     q_lengths, k_lengths, heads, extra, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     EXTRA_KEYS: tl.constexpr, BIAS: tl.constexpr, Q_LEN: tl.constexpr, KV_LEN: tl.constexpr, EXTRA: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -56,7 +56,7 @@ def forward_kernel(
         bias_ptr += entry * most
     factor = scale * LOG2E
 
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     for c in tl.range(0, total, COLUMNS, num_stages=STAGES):
@@ -66,23 +66,23 @@ def forward_kernel(
         k = load_rows(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
         s = tl.where(see[None, :], s + bias[None, :] if BIAS else s, float("-inf"))
-        v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, D, BLOCK_D)
+        v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, DV, BLOCK_DV)
         acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
     if EXTRA:
         extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + (head // GROUP).to(tl.int64) * extra_k_strides[2]
         extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + (head // GROUP).to(tl.int64) * extra_v_strides[2]
         for e in tl.range(0, extra, EXTRA_KEYS):
             k = load_extra(extra_k_ptr, extra_k_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
-            v = load_extra(extra_v_ptr, extra_v_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
+            v = load_extra(extra_v_ptr, extra_v_strides, e, extra, DV, EXTRA_KEYS, BLOCK_DV)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
             s = tl.where((e + tl.arange(0, EXTRA_KEYS) < extra)[None, :], s, float("-inf"))
             acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
 
     out_ptr, out_sp = view(out_ptr, out_strides, batch, head, WIDE)
     lse_ptr, lse_sp = view(lse_ptr, lse_strides, batch, head, WIDE)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_DV)
     some = exists & (l != 0.0)  # NaN counts as some, so that it shows
     out = tl.where(some[:, None], acc / tl.where(some, l, 1.0)[:, None], 0.0).to(out_ptr.dtype.element_ty)
     lse = tl.where(some, (m + tl.log2(tl.where(some, l, 1.0))) * LN2, float("-inf"))
-    tl.store(out_ptr + offset(row, out_sp)[:, None] + d[None, :], out, mask=keep[:, None] & (d < D)[None, :])
+    tl.store(out_ptr + offset(row, out_sp)[:, None] + d[None, :], out, mask=keep[:, None] & (d < DV)[None, :])
     tl.store(lse_ptr + offset(row, lse_sp), lse, mask=keep)

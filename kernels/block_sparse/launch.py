@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..launching import block_d, cdiv, device_class, grid_strides, needs_wide, padded, precision
+from ..launching import cdiv, device_class, grid_strides, needs_wide, padded, precision, width_constants
 from ..neighborhood.geometry import Axis
 from ..neighborhood.launch import EXTRA_KEYS, extra_gradient
 from . import configs
@@ -15,27 +15,30 @@ from .mask import BlockMask, boxes, invert
 
 
 def configure(
-    kernel: configs.Kernel, rows: tuple[int, ...], columns: int, x: Tensor, tensors: tuple[Tensor, ...]
+    kernel: configs.Kernel, rows: tuple[int, ...], columns: int, widths: tuple[int, int], tensors: tuple[Tensor, ...]
 ) -> configs.Config:
-    """Launch parameters; `x` is of the dtype and head dim of all `tensors` that the kernel addresses."""
+    """Launch parameters; `tensors` are all that the kernel addresses, `widths` the head dims of keys and of values."""
     return configs.choose(
         kernel,
         rows,
         columns,
-        head_dim=x.shape[-1],
-        itemsize=x.element_size(),
-        device=device_class(x.device),
+        head_dim=max(widths),
+        itemsize=tensors[0].element_size(),
+        device=device_class(tensors[0].device),
         wide=needs_wide(*tensors),
     )
 
 
 def constants(
-    config: configs.Config, query_block: tuple[int, ...], key_block: tuple[int, ...], head_dim: int, precision: str
+    config: configs.Config,
+    query_block: tuple[int, ...],
+    key_block: tuple[int, ...],
+    widths: tuple[int, int],
+    precision: str,
 ) -> dict:
-    """Compile-time arguments of the kernels that walk lists."""
+    """Compile-time arguments of the kernels that walk lists; `widths` are the head dims of keys and of values."""
     return dict(
-        D=head_dim,
-        BLOCK_D=block_d(head_dim),
+        **width_constants(*widths),
         QUERY_BOX=padded(query_block, 1),
         KEY_BOX=padded(key_block, 1),
         ROWS=config.size.rows,
@@ -73,15 +76,15 @@ def _extras(query: Tensor, extra_key: Tensor | None, extra_value: Tensor | None)
 def forward(
     query: Tensor, key: Tensor, value: Tensor, *, mask: BlockMask, scale: float, extra_key, extra_value
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, head_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
+    """Output `[B, *spatial, heads, value_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
-    batch, heads, head_dim = query.shape[0], *query.shape[-2:]
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    batch, heads, widths = query.shape[0], query.shape[-2], (key.shape[-1], value.shape[-1])
+    out = torch.empty(*query.shape[:-1], widths[1], dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     if batch == 0:
         return out, lse
     most = mask.kv_idx.shape[-1]
-    config = configure("forward", mask.query_block, most * prod(mask.key_block), query, (query, key, value, out))
+    config = configure("forward", mask.query_block, most * prod(mask.key_block), widths, (query, key, value, out))
     with torch.cuda.device_of(query):
         forward_kernel[(programs(shape, mask.query_block, config.size.rows, batch * heads),)](
             query,
@@ -109,7 +112,7 @@ def forward(
             EXTRA_KEYS=EXTRA_KEYS,
             EXTRA=extra_key is not None,
             **_flags(mask),
-            **constants(config, mask.query_block, mask.key_block, head_dim, precision(query)),
+            **constants(config, mask.query_block, mask.key_block, widths, precision(query)),
         )
     return out, lse
 
@@ -130,7 +133,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, extra_key and extra_value, contiguous; None for those not given."""
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
-    batch, heads, head_dim, key_heads = query.shape[0], *query.shape[-2:], key.shape[-2]
+    batch, heads, key_heads, widths = query.shape[0], query.shape[-2], key.shape[-2], (key.shape[-1], value.shape[-1])
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=query.device) for x in (query, key, value))
     if batch == 0:
         return dq, dk, dv, *(None if x is None else x.new_zeros(x.shape) for x in (extra_key, extra_value))
@@ -140,10 +143,11 @@ def backward(
     delta = torch.empty_like(lse)
     q, k, v, do = ((x, grid_strides(x, rank)) for x in (query, key, value, grad_out))
     lists, group = tuple(mask.kv_idx.shape[:2]), heads // key_heads
+    alike = widths[0] == widths[1]  # then dQ has the strides of out, and dV those of dK
     common = dict(GROUP=group, **_flags(mask))
-    blocks, tensors = (mask.query_block, mask.key_block), (query, key, value, grad_out, grad_lse, dq, dk)
+    blocks, tensors = (mask.query_block, mask.key_block), (query, key, value, grad_out, grad_lse, dq, dk, dv)
     with torch.cuda.device_of(query):
-        config = configure("query", mask.query_block, most * prod(mask.key_block), query, tensors)
+        config = configure("query", mask.query_block, most * prod(mask.key_block), widths, tensors)
         query_kernel[(programs(shape, mask.query_block, config.size.rows, batch * heads),)](
             *q,
             *k,
@@ -157,6 +161,7 @@ def backward(
             grid_strides(grad_lse, rank),
             delta,
             dq,
+            None if alike else grid_strides(dq, rank),
             mask.kv_num.contiguous(),
             mask.kv_idx.contiguous(),
             *_optional(mask),
@@ -171,11 +176,11 @@ def backward(
             EXTRA_KEYS=EXTRA_KEYS,
             EXTRA=extra_key is not None,
             **common,
-            **constants(config, *blocks, head_dim, precision(query)),
+            **constants(config, *blocks, widths, precision(query)),
         )
         starts, order = mask.inverse or invert(mask.kv_num, mask.kv_idx, prod(boxes(key_shape, mask.key_block)))
         walked = prod(boxes(shape, mask.query_block)) * prod(mask.query_block)
-        config = configure("key", mask.key_block, walked, query, tensors)
+        config = configure("key", mask.key_block, walked, widths, tensors)
         key_kernel[(programs(key_shape, mask.key_block, config.size.rows, batch * key_heads),)](
             *q,
             *k,
@@ -185,8 +190,9 @@ def backward(
             grid_strides(lse, rank),
             delta,
             dk,
-            dv,
             grid_strides(dk, rank),
+            dv,
+            None if alike else grid_strides(dv, rank),
             starts.contiguous(),
             order.contiguous(),
             *_optional(mask),
@@ -197,7 +203,7 @@ def backward(
             key_heads,
             scale,
             **common,
-            **constants(config, *blocks, head_dim, precision(query)),
+            **constants(config, *blocks, widths, precision(query)),
         )
         dek, dev = (None, None) if extra_key is None else _extra(q, do, lse, delta, extra_key, extra_value, mask, scale)
     return dq, dk, dv, dek, dev

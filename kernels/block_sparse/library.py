@@ -32,7 +32,7 @@ def _flops(query, key, value, extra_key, extra_value, kv_num, kv_idx, *rest) -> 
     *_, query_block, key_block, _ = rest
     keys = kv_idx[-1] * prod(key_block) + (extra_key[1] if extra_key else 0)
     pairs = batch * heads * prod(boxes(shape, query_block)) * prod(query_block) * keys
-    return 4 * head_dim * pairs, 10 * head_dim * pairs
+    return 2 * (head_dim + value[-1]) * pairs, 2 * (3 * head_dim + 2 * value[-1]) * pairs
 
 
 def attend(

@@ -37,7 +37,7 @@ def attend(
     extra_key: Tensor | None,
     extra_value: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, head_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api`."""
+    """Output `[B, *spatial, heads, value_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api`."""
     heads, query_shape, key_shape = query.shape[-2], query.shape[1:-2], key.shape[1:-2]
     accumulate = torch.promote_types(query.dtype, torch.float32)
 

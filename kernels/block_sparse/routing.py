@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from ..arguments import operator
 from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, without_autocast
 from .api import block_sparse_attention
 from .mask import BlockMask, boxes
@@ -66,6 +67,7 @@ def make_routing_mask(query: Tensor, key: Tensor, *, size: tuple[int, int], topk
     return BlockMask(size, size, chosen.new_full(chosen.shape[:-1], topk), chosen)
 
 
+@operator
 def routing_attention2d(
     query: Tensor,
     key: Tensor,
@@ -83,7 +85,8 @@ def routing_attention2d(
     all heads together, and its queries attend to all tokens of those. No gradient flows through the choice.
 
     Args:
-        query, key, value: `[B, H, W, heads, head_dim]`, any floating dtype, any strides.
+        query, key: `[B, H, W, heads, head_dim]`, float16, bfloat16, float32 or float64, any strides.
+        value: `[B, H, W, heads, value_dim]`.
         regions: regions along height and width; they must divide H and W.
         region_size: tokens of a region along height and width, instead of `regions`. Where they do not divide, the
             last regions are cut short, and their means are those of the tokens they have.
@@ -92,7 +95,7 @@ def routing_attention2d(
         impl: as in `block_sparse_attention`.
 
     Returns:
-        `[B, H, W, heads, head_dim]` in the dtype of query.
+        `[B, H, W, heads, value_dim]` in the dtype of query.
 
     Raises:
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.

@@ -54,7 +54,8 @@ def offset(p, strides):
 def load_rows(ptr, where, stride_d, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Vectors `[tokens, BLOCK_D]` at element offsets `where`, zero where not kept and past `D`."""
     d = tl.arange(0, BLOCK_D)
-    return tl.load(ptr + where[:, None] + (d * stride_d)[None, :], mask=keep[:, None] & (d < D)[None, :], other=0.0)
+    pointers = ptr + where[:, None] + (d.to(where.dtype) * stride_d)[None, :]
+    return tl.load(pointers, mask=keep[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit

@@ -37,7 +37,7 @@ def attend(
     extra_key: Tensor | None,
     extra_value: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, head_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api`.
+    """Output `[B, *spatial, heads, value_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api`.
 
     Both are differentiable once; a second derivative raises RuntimeError.
     """
@@ -73,7 +73,7 @@ def _parts(x: _Operands) -> list[tuple[slice, slice]]:
         return [(slice(None), slice(key_heads * i // parts, key_heads * (i + 1) // parts)) for i in range(parts)]
     if not batch:
         return [(slice(None), slice(0, key_heads))]
-    total = (x.query.numel() + 2 * x.key.numel()) * x.query.itemsize
+    total = (x.query.numel() + x.key.numel() + x.value.numel()) * x.query.itemsize
     most = max(1, int(max(PART_BYTES, PART_RATIO * total) / total * batch * key_heads))  # pairs of entry and head
     entries, heads = max(1, most // key_heads), min(most, key_heads)
     return [
@@ -170,7 +170,7 @@ class _Plan(NamedTuple):
     Unit `(b * lists + l) * query boxes + i` is box i of the `group` query heads that share list l and a key head.
     """
 
-    query: Tensor  # [units, group * query tokens, d]
+    query: Tensor  # [units, group * query tokens, d], as wide as keys
     key: Tensor  # [B * key heads * key boxes + 1, key tokens, d]; the last box is zero
     value: Tensor
     extra_key: Tensor | None  # [B * key heads, extra, d]
@@ -219,8 +219,8 @@ def _splits(plan: _Plan, most: int, copies: int) -> int:
     """Into how many chunks units are split, of which `copies` of keys and logits are held at a time."""
     (units, rows, d), size = plan.query.shape, plan.key.element_size()
     keys = most * plan.key.shape[1] + (0 if plan.extra_key is None else plan.extra_key.shape[1])
-    unit = copies * size * keys * (d + _rows_at_a_time(rows, keys))
-    room = (plan.query.numel() + 2 * plan.key.numel()) * size // 4
+    unit = copies * size * keys * (max(d, plan.value.shape[-1]) + _rows_at_a_time(rows, keys))
+    room = (plan.query.numel() + plan.key.numel() + plan.value.numel()) * size // 4
     return max(1, min(units, math.ceil(units * unit / min(max(CHUNK_BYTES[0], room), CHUNK_BYTES[1]))))
 
 
@@ -306,7 +306,8 @@ def _hidden(plan: _Plan, shape: tuple[int, ...]) -> Tensor | None:
 def _forward(plan: _Plan, kv_num, kv_idx, bias, scale: float) -> tuple[Tensor, Tensor]:
     """Output and natural log-sum-exp of units."""
     accumulate = torch.promote_types(plan.query.dtype, torch.float32)
-    out, lse = torch.empty_like(plan.query), plan.query.new_empty(plan.query.shape[:2], dtype=accumulate)
+    rows = plan.query.shape[:2]
+    out, lse = plan.query.new_empty(*rows, plan.value.shape[-1]), plan.query.new_empty(rows, dtype=accumulate)
     for chunk in _chunks(plan, kv_num, kv_idx, bias, 2):
         k, v = _take(plan.key, plan.extra_key, chunk), _take(plan.value, plan.extra_value, chunk)
         if k.shape[1] == 0:
@@ -373,10 +374,10 @@ def _operands(query, key, value, mask: BlockMask, extra_key, extra_value) -> _Op
 def forward(
     query: Tensor, key: Tensor, value: Tensor, *, mask: BlockMask, scale: float, extra_key, extra_value
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, head_dim]` and log-sum-exp `[B, *spatial, heads]`."""
+    """Output `[B, *spatial, heads, value_dim]` and log-sum-exp `[B, *spatial, heads]`."""
     operands, key_heads = _operands(query, key, value, mask, extra_key, extra_value), key.shape[-2]
     block = tuple(mask.query_block), tuple(mask.key_block)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
     lse = out.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
     for part in _parts(operands):
         x = _select(operands, *part)

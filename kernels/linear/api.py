@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import calling
+from ..arguments import operator
 from ..calling import Impl, is_compiled_on_cpu, is_plain_call, wants_gradient, without_autocast
 from . import chunked, library, reference, tiled
 from .options import Options, factors
@@ -15,7 +16,7 @@ __all__ = ["choose", "linear_attention", "obstacles"]
 MAX_TRITON_HEAD_DIM = 128  # a program holds the whole state
 
 
-def obstacles(query: Tensor) -> dict[str, str | None]:
+def obstacles(query: Tensor, value: Tensor | None = None) -> dict[str, str | None]:
     """For every implementation, why it cannot take a call with this query, or None."""
     found = calling.obstacles(query)
     if found["triton"] is None and query.shape[-1] > MAX_TRITON_HEAD_DIM:
@@ -23,7 +24,7 @@ def obstacles(query: Tensor) -> dict[str, str | None]:
     return found
 
 
-def choose(query: Tensor, impl: Impl = "auto") -> str:
+def choose(query: Tensor, impl: Impl = "auto", value: Tensor | None = None) -> str:
     """Name of the implementation that serves `query`; an explicit request is kept or refused, never replaced."""
     obstacle = obstacles(query)["triton"]
     if impl == "triton" and obstacle is not None:
@@ -45,14 +46,10 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, scale: float | Tensor) -> 
 
 def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dim() < 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [B, *spatial, heads, head_dim]")
-        if x.dtype != query.dtype or not x.dtype.is_floating_point:
-            raise TypeError(f"{name}.dtype={x.dtype} must be a floating dtype and equal query.dtype={query.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"{name}.device={x.device} must equal query.device={query.device}")
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name}.dtype={x.dtype} must equal query.dtype={query.dtype}")
         if min(x.shape[1:]) < 1:
             raise ValueError(f"{name}.shape={tuple(x.shape)} must have no empty axis but the batch")
     if key.shape[0] != query.shape[0] or key.shape[-2:] != query.shape[-2:]:
@@ -72,13 +69,11 @@ def _check_options(query: Tensor, centered: bool, eps: float | None, floor: floa
         raise ValueError(f"eps={eps} must be None or at least 0")
     if floor is not None and not floor > 0:
         raise ValueError(f"floor={floor} must be None or above 0")
-    if isinstance(scale, Tensor):
-        if scale.shape != query.shape[-2:-1]:
-            raise ValueError(f"scale.shape={tuple(scale.shape)} must be [heads] = {tuple(query.shape[-2:-1])}")
-        if not scale.dtype.is_floating_point or scale.device != query.device:
-            raise ValueError(f"scale ({scale.dtype}, {scale.device}) must be floating point on {query.device}")
+    if isinstance(scale, Tensor) and scale.shape != query.shape[-2:-1]:
+        raise ValueError(f"scale.shape={tuple(scale.shape)} must be [heads] = {tuple(query.shape[-2:-1])}")
 
 
+@operator
 def linear_attention(
     query: Tensor,
     key: Tensor,

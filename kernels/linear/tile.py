@@ -22,9 +22,13 @@ def positive(x):
 
 @triton.jit
 def rounded(x, PRECISION: tl.constexpr):
-    """float32 that is nearest in TF32 once matrix units cut off its last 13 bits, where they take TF32."""
+    """float32 that is nearest in TF32 once matrix units cut off its last 13 bits, where they take TF32.
+
+    Infinities and NaN stay: the sum would turn 0x7fffffff, the NaN that NVIDIA's units make, into a negative zero.
+    """
     if PRECISION == "tf32":
-        x = (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+        nearest = (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < float("inf"), nearest, x)
     return x
 
 
@@ -63,7 +67,7 @@ def load_sums(ptr, d, e, D: tl.constexpr, E: tl.constexpr):
 @triton.jit
 def first_token(ptr, strides, d, D: tl.constexpr, RELU: tl.constexpr):
     """Features `d` of the token that a `head_view` points to, in float32."""
-    x = tl.load(ptr + d * strides[5], mask=d < D, other=0.0).to(tl.float32)
+    x = tl.load(ptr + d.to(tl.int64) * strides[5], mask=d < D, other=0.0).to(tl.float32)
     return positive(x) if RELU else x
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from ..arguments import operator
 from ..calling import without_autocast
 
 MULTIPLE = 8  # of the head dim, which fused attention asks for
@@ -74,7 +75,7 @@ def widen(
     if query.dim() < 4 or key.dim() < 4 or query.shape[-1] != key.shape[-1]:
         shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"
         raise ValueError(f"query and key of {shapes} must be [B, *spatial, heads, head_dim] of equal head_dim")
-    if query_factor.shape[-1] != key_factor.shape[-1]:
+    if query_factor.shape[-1:] != key_factor.shape[-1:]:
         raise ValueError(
             f"key_factor.shape={tuple(key_factor.shape)} must have the rank of query_factor.shape="
             f"{tuple(query_factor.shape)}"
@@ -88,6 +89,7 @@ def widen(
     return pad_head_dim(wide_query, width), pad_head_dim(wide_key, width)
 
 
+@operator
 def biased_attention(
     query: Tensor,
     key: Tensor,
@@ -103,25 +105,31 @@ def biased_attention(
     queries * keys. Differentiable in all tensors.
 
     Args:
-        query: `[B, *spatial, heads, head_dim]`; key, value: the same on a grid of their own.
+        query: `[B, *spatial, heads, head_dim]`.
+        key: `[B, *key_spatial, heads, head_dim]`, on a grid of its own.
+        value: `[B, *key_spatial, heads, value_dim]`.
         query_factor, key_factor, scale: as in `widen`.
 
     Returns:
-        the shape and dtype of query.
+        `[B, *spatial, heads, value_dim]` in the dtype of query.
 
     Raises:
-        ValueError: shapes, ranks or devices that do not fit together.
+        ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
     """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() < 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [B, *spatial, heads, head_dim]")
     if len({query.dtype, key.dtype, value.dtype}) > 1:
         raise ValueError(f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}")
-    if value.shape != key.shape or query.shape[0] != key.shape[0] or query.shape[-2] != key.shape[-2]:
+    if value.shape[:-1] != key.shape[:-1] or query.shape[0] != key.shape[0] or query.shape[-2] != key.shape[-2]:
         raise ValueError(
-            f"key of {tuple(key.shape)} and value of {tuple(value.shape)} must have one shape, and the batch and heads "
-            f"of query.shape={tuple(query.shape)}"
+            f"key of {tuple(key.shape)} and value of {tuple(value.shape)} must have one shape in all but head_dim, and "
+            f"the batch and heads of query.shape={tuple(query.shape)}"
         )
     with without_autocast(query.device):
         wide_query, wide_key = widen(query, key, query_factor, key_factor, scale=scale)
-        wide_value = pad_head_dim(value, wide_key.shape[-1])  # fused attention wants equal head dims
-        q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (wide_query, wide_key, wide_value))
+        width = max(wide_key.shape[-1], -(-value.shape[-1] // MULTIPLE) * MULTIPLE)  # fused attention wants one
+        widened = (pad_head_dim(x, width) for x in (wide_query, wide_key, value))
+        q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in widened)
         out = scaled_dot_product_attention(q, k, v, scale=1.0)
-    return out[..., : value.shape[-1]].transpose(1, 2).reshape(query.shape)
+    return out[..., : value.shape[-1]].transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1])

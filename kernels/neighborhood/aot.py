@@ -110,7 +110,7 @@ def _token_variants(dtype, head_dim: int, precision: str) -> Iterator[Variant]:
     for flags in ("bias", "bias, ones"):
         made = _source(bias_kernel, TYPES[dtype], head_dim, len(axes), fixed, "ones" in flags)
         yield Variant("bias", "7x7", TYPES[dtype], head_dim, flags, (), (), made, {})
-    fixed = dict(extra_constants(head_dim, dtype.itemsize, precision), GROUP=1)
+    fixed = dict(extra_constants(head_dim, head_dim, dtype.itemsize, precision), GROUP=1)
     options = {"num_warps": fixed.pop("num_warps")}
     for flags in ("extra", "extra, ones"):
         made = _source(extra_kernel, TYPES[dtype], head_dim, len(axes), fixed, "ones" in flags)

@@ -1,10 +1,13 @@
 """Public neighborhood attention: validation and semantics."""
 
+import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+from ..arguments import operator
 from ..calling import (
     Impl,
     PerAxis,
@@ -87,17 +90,17 @@ def check_bias(axes: tuple[Axis, ...], query: Tensor, bias: Tensor) -> None:
     expected = (query.shape[-2], *(2 * axis.window - 1 for axis in axes))
     if tuple(bias.shape) != expected:
         raise ValueError(f"bias.shape={tuple(bias.shape)} must be [heads, 2 * window - 1 per axis] = {expected}")
-    if not bias.dtype.is_floating_point or bias.device != query.device:
-        raise ValueError(f"bias ({bias.dtype}, {bias.device}) must be floating point on query.device={query.device}")
 
 
 def _axes_of(rank, query, key, value, window, stride, dilation, causal, bias, extra_key, extra_value):
     """Axes of a call, all arguments checked."""
     check_grids(rank, query, key, value)
+    if value.shape != key.shape:
+        raise ValueError(f"value.shape={tuple(value.shape)} must equal key.shape={tuple(key.shape)}")
     axes = make_axes(query.shape[1:-2], window=window, stride=stride, dilation=dilation, causal=causal)
     if bias is not None:
         check_bias(axes, query, bias)
-    check_extra(key, extra_key, extra_value)
+    check_extra(key, value, extra_key, extra_value)
     return axes
 
 
@@ -171,6 +174,7 @@ def dispatch(
         )
 
 
+@operator
 def na1d(
     query: Tensor,
     key: Tensor,
@@ -199,6 +203,7 @@ def na1d(
     return _attend(1, query, key, value, *rest)
 
 
+@operator
 def na2d(
     query: Tensor,
     key: Tensor,
@@ -251,6 +256,7 @@ def na2d(
     return _attend(2, query, key, value, *rest)
 
 
+@operator
 def na3d(
     query: Tensor,
     key: Tensor,
@@ -279,6 +285,7 @@ def na3d(
     return _attend(3, query, key, value, *rest)
 
 
+@operator
 def na1d_lse(
     query: Tensor,
     key: Tensor,
@@ -305,6 +312,7 @@ def na1d_lse(
     return _attend_lse(1, query, key, value, *rest)
 
 
+@operator
 def na2d_lse(
     query: Tensor,
     key: Tensor,
@@ -331,6 +339,7 @@ def na2d_lse(
     return _attend_lse(2, query, key, value, *rest)
 
 
+@operator
 def na3d_lse(
     query: Tensor,
     key: Tensor,
@@ -357,29 +366,42 @@ def na3d_lse(
     return _attend_lse(3, query, key, value, *rest)
 
 
+@operator
 def merge_attentions(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Attention over the union of disjoint key sets from the attention over each; differentiable.
 
+    A part in which a query sees nothing (log-sum-exp -inf) has no share in the result, whatever its output holds, and
+    gets the gradient zero. A query that sees nothing in any part has output 0 and log-sum-exp -inf.
+
     Args:
-        outs: outputs `[..., heads, head_dim]` of the same queries, one per key set.
+        outs: outputs `[..., heads, value_dim]` of the same queries, one per key set, of one dtype.
         lses: their natural log-sum-exps `[..., heads]`.
 
     Returns:
-        merged output in the dtype of `outs[0]`, and merged log-sum-exp.
+        merged output in the dtype of `outs`, and merged log-sum-exp.
 
     Raises:
-        ValueError: no attentions, unequal numbers or shapes.
+        ValueError, TypeError: no attentions, unequal numbers, shapes, dtypes or devices; the message names them.
     """
     if not outs or len(outs) != len(lses):
         raise ValueError(f"outs and lses must be equally many and at least one, got {len(outs)} and {len(lses)}")
-    for out, lse in zip(outs, lses, strict=True):
-        if out.shape != outs[0].shape or lse.shape != outs[0].shape[:-1]:
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if out.dtype != outs[0].dtype:
+            raise TypeError(f"outs[{i}].dtype={out.dtype} must equal outs[0].dtype={outs[0].dtype}")
+        if lse.device != outs[0].device:
+            raise ValueError(f"lses[{i}].device={lse.device} must equal outs[0].device={outs[0].device}")
+        if out.dim() < 1 or out.shape != outs[0].shape or lse.shape != outs[0].shape[:-1]:
             raise ValueError(
                 f"outs of {tuple(out.shape)} with lses of {tuple(lse.shape)} must be {tuple(outs[0].shape)} and "
                 f"{tuple(outs[0].shape[:-1])}"
             )
-    stacked = torch.stack(list(lses))  # [parts, ..., heads]
-    total = stacked.logsumexp(0)
-    weights = (stacked - total.masked_fill(total == float("-inf"), 0)).exp()
-    merged = (weights[..., None] * torch.stack(list(outs))).sum(0)
-    return merged.to(outs[0].dtype), total
+    lse = torch.stack(list(lses))  # [parts, ..., heads]
+    highest = lse.detach().amax(0)  # a constant: the result does not depend on it
+    weights = (lse - highest.masked_fill(highest == -math.inf, 0)).exp()
+    total = weights.sum(0)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1)  # the gradient of a logarithm of zero would be NaN
+    hidden = (lse == -math.inf)[..., None]
+    parts = [out.masked_fill(part, 0) for out, part in zip(outs, hidden, strict=True)]  # zero times NaN is NaN
+    merged = reduce(torch.add, map(torch.mul, (weights / total)[..., None], parts))
+    return merged.to(outs[0].dtype), (total.log() + highest).masked_fill(nothing, -math.inf)

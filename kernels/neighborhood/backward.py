@@ -237,10 +237,10 @@ def extra_kernel(
     q_ptr, q_strides, do_ptr, do_strides, lse_ptr, delta_ptr,
     extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, dk_ptr, dv_ptr,
     lengths, batches, key_heads, extra, chunk, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERIES: tl.constexpr, EXTRA_KEYS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """Partial gradients `[chunks, B, extra, key heads, D]` (float32) of the extra keys and values.
+    """Partial gradients (float32) of the extra keys `[chunks, B, extra, key heads, D]` and values `[…, DV]`.
 
     Every query sees every extra key, so a program takes a block of extra keys and one chunk of all tokens.
     """
@@ -256,10 +256,10 @@ def extra_kernel(
     extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + key_head.to(tl.int64) * extra_k_strides[2]
     extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + key_head.to(tl.int64) * extra_v_strides[2]
     k = load_extra(extra_k_ptr, extra_k_strides, first, extra, D, EXTRA_KEYS, BLOCK_D)
-    v = load_extra(extra_v_ptr, extra_v_strides, first, extra, D, EXTRA_KEYS, BLOCK_D)
-    d = tl.arange(0, BLOCK_D)
+    v = load_extra(extra_v_ptr, extra_v_strides, first, extra, DV, EXTRA_KEYS, BLOCK_DV)
+    d, value_d = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     dk = tl.zeros([EXTRA_KEYS, BLOCK_D], tl.float32)
-    dv = tl.zeros([EXTRA_KEYS, BLOCK_D], tl.float32)
+    dv = tl.zeros([EXTRA_KEYS, BLOCK_DV], tl.float32)
     for g in range(GROUP):
         head = key_head * GROUP + g
         end = tl.minimum(part * chunk + chunk, tokens)
@@ -267,9 +267,8 @@ def extra_kernel(
             t = begin + tl.arange(0, QUERIES)
             keep = t < end
             query = token(t, lengths)
-            load = keep[:, None] & (d < D)[None, :]
-            q = row_vectors(q_ptr, q_strides, batch, query, head, d, load)
-            do = row_vectors(do_ptr, do_strides, batch, query, head, d, load)
+            q = row_vectors(q_ptr, q_strides, batch, query, head, d, keep[:, None] & (d < D)[None, :])
+            do = row_vectors(do_ptr, do_strides, batch, query, head, value_d, keep[:, None] & (value_d < DV)[None, :])
             place = row_offset(row_strides(lengths, key_heads * GROUP), batch, query, head)
             lse2 = tl.load(lse_ptr + place, mask=keep, other=float("inf")) * LOG2E
             delta = tl.load(delta_ptr + place, mask=keep, other=0.0)
@@ -278,10 +277,10 @@ def extra_kernel(
 
     e = first + tl.arange(0, EXTRA_KEYS)
     base = (part.to(tl.int64) * batches + batch) * extra
-    where = ((base + e) * key_heads + key_head)[:, None] * D + d[None, :]
-    store = (e < extra)[:, None] & (d < D)[None, :]
-    tl.store(dk_ptr + where, dk * scale, mask=store)
-    tl.store(dv_ptr + where, dv, mask=store)
+    row = ((base + e) * key_heads + key_head)[:, None]
+    store = (e < extra)[:, None]
+    tl.store(dk_ptr + row * D + d[None, :], dk * scale, mask=store & (d < D)[None, :])
+    tl.store(dv_ptr + row * DV + value_d[None, :], dv, mask=store & (value_d < DV)[None, :])
 
 
 @triton.jit
@@ -354,5 +353,5 @@ def row_offset(strides, batch, position, head):
 @triton.jit
 def row_vectors(ptr, strides, batch, position, head, d, mask):
     """Vectors `[tokens, BLOCK_D]` of tokens, zero where masked; `strides` of `[B, X, Y, Z, heads, head_dim]`."""
-    pointers = ptr + row_offset(strides, batch, position, head)[:, None] + (d * strides[5])[None, :]
+    pointers = ptr + row_offset(strides, batch, position, head)[:, None] + (d.to(tl.int64) * strides[5])[None, :]
     return tl.load(pointers, mask=mask, other=0.0)

@@ -4,7 +4,6 @@ from functools import lru_cache
 from math import prod
 
 import torch
-import triton
 from torch import Tensor
 
 from ..launching import (
@@ -12,13 +11,14 @@ from ..launching import (
     block_d,
     cdiv,
     device_class,
-    device_scratch,
     grid_strides,
     has_descriptors,
     needs_wide,
     padded,
     precision,
     unspecialised,
+    width_constants,
+    with_scratch,
 )
 from . import configs
 from .backward import bias_kernel, extra_kernel, key_kernel, query_kernel
@@ -102,12 +102,11 @@ def token_constants(axes: tuple[Axis, ...], head_dim: int, itemsize: int) -> dic
     return dict(window_constants(axes, head_dim), QUERIES=configs.token_block(head_dim, itemsize))
 
 
-def extra_constants(head_dim: int, itemsize: int, precision: str) -> dict:
+def extra_constants(head_dim: int, value_dim: int, itemsize: int, precision: str) -> dict:
     """Compile-time arguments of the kernel of the gradients of extra keys."""
     return dict(
-        D=head_dim,
-        BLOCK_D=block_d(head_dim),
-        QUERIES=configs.token_block(head_dim, itemsize),
+        **width_constants(head_dim, value_dim),
+        QUERIES=configs.token_block(max(head_dim, value_dim), itemsize),
         EXTRA_KEYS=EXTRA_KEYS,
         PRECISION=precision,
         STAGES=2,
@@ -142,6 +141,7 @@ def configure(
     return config._replace(descriptor=config.descriptor and aligned(*walked))
 
 
+@with_scratch
 def forward(
     query: Tensor,
     key: Tensor,
@@ -166,7 +166,6 @@ def forward(
     config = configure("forward", axes, (key, value), (query, key, value, out))
     fixed = constants(axes, config, head_dim, precision(query))
     extra_k, extra_v = (query, query) if extra_key is None else (extra_key, extra_value)
-    triton.set_allocator(device_scratch)
     with torch.cuda.device_of(query):
         forward_kernel[(programs(axes, config.queries, batch * heads),)](
             query,
@@ -198,6 +197,7 @@ def forward(
     return out, lse
 
 
+@with_scratch
 def backward(
     query: Tensor,
     key: Tensor,
@@ -226,7 +226,6 @@ def backward(
     extra_k, extra_v = (query, query) if extra_key is None else (extra_key, extra_value)
     group = heads // key_heads
     q, k, v, do = ((x, grid_strides(x, rank)) for x in (query, key, value, grad_out))
-    triton.set_allocator(device_scratch)
     with torch.cuda.device_of(query):
         config = configure("query", axes, (key, value), (query, key, value, grad_out, dq))
         fixed = constants(axes, config, head_dim, precision(query))
@@ -320,7 +319,7 @@ def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, ax
     chunk = max(MIN_CHUNK, cdiv(tokens, cdiv(PROGRAMS, blocks)))
     chunks = cdiv(tokens, chunk)
     dk = torch.empty(chunks, *extra_key.shape, dtype=torch.float32, device=query.device)
-    dv = torch.empty_like(dk)
+    dv = torch.empty(chunks, *extra_value.shape, dtype=torch.float32, device=query.device)
     extra_kernel[(chunks * blocks,)](
         *q,
         *do,
@@ -339,6 +338,6 @@ def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, ax
         chunk,
         scale,
         GROUP=query.shape[-2] // key_heads,
-        **extra_constants(head_dim, query.element_size(), precision(query)),
+        **extra_constants(head_dim, extra_value.shape[-1], query.element_size(), precision(query)),
     )
     return dk.sum(0).to(extra_key.dtype), dv.sum(0).to(extra_value.dtype)

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..calling import Impl, PerAxis, check_extra, check_grids, choose, per_axis, wants_gradient
-from .api import check_bias, dispatch, make_axes
+from ..arguments import check_arguments
+from ..calling import Impl, PerAxis, check_extra, check_grids, choose, is_integer, per_axis, wants_gradient
+from .api import check_bias, dispatch, make_axes, na3d
 from .geometry import Axis
 from .shards import Part, Shard, make_shards
 
@@ -120,6 +121,8 @@ def sharded_neighborhood_attention_lse(
         lengths = _agree(group, query, key, value, axis, neighborhood, rest)
     else:
         _describe(query, key, value, axis, neighborhood, rest)
+        if not isinstance(lengths, Sequence) or not all(map(is_integer, lengths)):
+            raise TypeError(f"lengths={lengths!r} must be a list or tuple of integers, one for each rank")
     rank, lengths = dist.get_rank(group), tuple(lengths)
     if len(lengths) != dist.get_world_size(group) or lengths[rank] != query.shape[1 + axis]:
         raise ValueError(
@@ -180,7 +183,8 @@ def _process_group(mesh: DeviceMesh | ProcessGroup) -> ProcessGroup:
 
 def _describe(query: Tensor, key: Tensor, value: Tensor, axis: int, neighborhood: dict, rest: dict) -> dict:
     """What must be the same on every rank, by name, of arguments that one rank can take."""
-    rank = query.dim() - 3 if isinstance(query, Tensor) else 1
+    check_arguments(na3d, query, key, value, **neighborhood, **rest)
+    rank = query.dim() - 3
     if not 1 <= rank <= 3:
         raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, 1 to 3 spatial axes, heads, head_dim]")
     check_grids(rank, query, key, value)
@@ -192,7 +196,7 @@ def _describe(query: Tensor, key: Tensor, value: Tensor, axis: int, neighborhood
     if rest["bias"] is not None:
         check_bias(tuple(Axis(length=0, window=w) for w in same["window"]), query, rest["bias"])
         tensors["bias"] = rest["bias"]
-    check_extra(key, rest["extra_key"], rest["extra_value"])
+    check_extra(key, value, rest["extra_key"], rest["extra_value"])
     if rest["extra_key"] is not None:
         tensors["extra_key"] = rest["extra_key"]
     choose(query, rest["impl"])

@@ -332,7 +332,7 @@ def load_tile(
         return box.reshape(TILE[0] * TILE[1] * TILE[2], BLOCK_D)
     d = tl.arange(0, BLOCK_D)
     rows = offset(origin, strides) + offset(steps, strides)
-    pointers = ptr + rows[:, None] + (d * stride_d)[None, :]
+    pointers = ptr + rows[:, None] + (d.to(rows.dtype) * stride_d)[None, :]
     if CHECK:
         keep = inside(shift(origin, steps), lengths)[:, None] & (d < D)[None, :]
         return tl.load(pointers, mask=keep, other=0.0)
@@ -349,5 +349,5 @@ def load_extra(ptr, strides, first, extra, D: tl.constexpr, BLOCK: tl.constexpr,
     `strides` are those of `[B, tokens, heads, head_dim]`.
     """
     e, d = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    pointers = ptr + e.to(tl.int64)[:, None] * strides[1] + (d * strides[3])[None, :]
+    pointers = ptr + e.to(tl.int64)[:, None] * strides[1] + (d.to(tl.int64) * strides[3])[None, :]
     return tl.load(pointers, mask=(e < extra)[:, None] & (d < D)[None, :], other=0.0)

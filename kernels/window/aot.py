@@ -19,7 +19,11 @@ GRIDS = {
     "8x8+3": (Axis(64, 8, 0, 3, True), Axis(64, 8, 0, 3, True)),  # a halo: many tiles of keys
     "8x7x7": (Axis(16, 8, 4), Axis(56, 7, 3), Axis(56, 7, 3)),  # many tiles of queries and of keys
 }
-FLAGS = ("", "bias", "bias, wide, grouped")  # wide: 64-bit offsets; grouped: two query heads a key head
+# wide: 64-bit offsets; grouped: two query heads a key head; values: of VALUE_DIM features a head
+FLAGS = ("", "bias", "bias, wide, grouped", "bias, values")
+VALUE_DIM = 128
+GRADIENTS = {"forward": (), "window": ("dq_strides", "dv_strides"), "query": ("dq_strides",), "key": ("dv_strides",)}
+GRADIENTS |= {"bias": ()}
 KERNELS = {"forward": forward_kernel, "window": window_kernel, "query": query_kernel, "key": key_kernel}
 HEAD_DIMS = (16, 32, 64, 128, 256)
 FLOATS = dict.fromkeys(("lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "bias_ptr"), "fp32")
@@ -46,16 +50,19 @@ def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
             for head_dim in HEAD_DIMS:
                 one = configs.in_one_pass(axes, head_dim=head_dim, itemsize=dtype.itemsize, device=device)
                 for kernel in ("forward", "window", "bias") if one else ("forward", "query", "key", "bias"):
-                    for flags in FLAGS if head_dim == 32 and kernel != "bias" else FLAGS[1:2]:
-                        yield _variant(kernel, grid, dtype, head_dim, flags, device, precision)
+                    for flags in FLAGS[:3] if head_dim == 32 and kernel != "bias" else FLAGS[1:2]:
+                        yield _variant(kernel, grid, dtype, head_dim, head_dim, flags, device, precision)
+                    if head_dim == VALUE_DIM:  # the longer row chooses the kernels and sizes
+                        yield _variant(kernel, grid, dtype, 32, VALUE_DIM, FLAGS[3], device, precision)
 
 
 def _variant(
-    kernel, grid: str, dtype: torch.dtype, head_dim: int, flags: str, device: Device, precision: str
-) -> Variant:
+    kernel, grid: str, dtype: torch.dtype, head_dim: int, value_dim: int, flags: str, device: Device, precision: str
+) -> Variant:  # fmt: skip
     axes, bias, wide, group = GRIDS[grid], "bias" in flags, "wide" in flags, 1 + ("grouped" in flags)
-    config = configs.choose(kernel, axes, head_dim=head_dim, itemsize=dtype.itemsize, device=device, wide=wide)
-    fixed = dict(constants(axes, config, head_dim, precision), GROUP=group)
+    sizes = dict(head_dim=max(head_dim, value_dim), itemsize=dtype.itemsize, device=device)
+    config = configs.choose(kernel, axes, **sizes, wide=wide)
+    fixed = dict(constants(axes, config, head_dim, value_dim, precision), GROUP=group)
     options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
     if kernel != "bias":
         fixed["BIAS"] = bias
@@ -65,6 +72,8 @@ def _variant(
         fixed["bias_ptr"] = None
     if kernel == "window" and not fixed["DBIAS"]:
         fixed["partial_ptr"] = None
+    if head_dim == value_dim:
+        fixed |= dict.fromkeys(GRADIENTS[kernel])
     function = {**KERNELS, "bias": bias_kernel}[kernel]
     made = _source(function, TYPES[dtype], head_dim, len(axes), fixed)
     tiles = (config.pack, config.queries), (config.pack, config.keys)  # windows, slots

@@ -5,6 +5,7 @@ from math import prod
 
 from torch import Tensor
 
+from ..arguments import operator
 from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, resolve_scale, without_autocast
 from . import library, reference, tiled
 from .geometry import Axis
@@ -55,10 +56,10 @@ def make_axes(
 
 def _axes_of(query: Tensor, key: Tensor, value: Tensor, window, shift, halo) -> tuple[Axis, ...]:
     """Axes of a call, all tensors checked."""
-    rank = query.dim() - 3 if isinstance(query, Tensor) else 1
+    rank = query.dim() - 3
     if not 1 <= rank <= 3:
         raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, 1 to 3 spatial axes, heads, head_dim]")
-    if any(not isinstance(x, Tensor) or x.dim() != rank + 3 for x in (query, key, value)) or key.shape != value.shape:
+    if key.dim() != query.dim() or key.shape[:-1] != value.shape[:-1]:
         check_grids(rank, query, key, value)
     if min(query.shape[1:]) < 1:
         raise ValueError(f"query.shape={tuple(query.shape)} must have no empty axis but the batch")
@@ -70,20 +71,16 @@ def _axes_of(query: Tensor, key: Tensor, value: Tensor, window, shift, halo) -> 
 
 
 def _check_bias(bias: Tensor, query: Tensor, axes: tuple[Axis, ...]) -> None:
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a tensor or None, got {type(bias).__name__}")
     expected = (query.shape[-2], prod([a.window for a in axes]), prod([a.span for a in axes]))
     if tuple(bias.shape) != expected:
         raise ValueError(f"bias.shape={tuple(bias.shape)} must be [heads, window tokens, key tokens] = {expected}")
-    if bias.device != query.device or not bias.dtype.is_floating_point:
-        raise ValueError(f"bias ({bias.dtype}, {bias.device}) must be floating and on {query.device}")
 
 
 def _attend(query, key, value, window, shift, halo, bias, scale, impl, *, lse: bool):
     axes = _axes_of(query, key, value, window, shift, halo)
     if bias is not None:
         _check_bias(bias, query, axes)
-    chosen = choose(query, impl)
+    chosen = choose(query, impl, value)
     scale = resolve_scale(query, scale)
     with without_autocast(query.device):
         if chosen == "tiled":
@@ -92,6 +89,7 @@ def _attend(query, key, value, window, shift, halo, bias, scale, impl, *, lse: b
         return implementation.attend(query, key, value, axes=axes, scale=scale, bias=bias)
 
 
+@operator
 def window_attention(
     query: Tensor,
     key: Tensor,
@@ -113,15 +111,16 @@ def window_attention(
     Args:
         query: `[B, *spatial, heads, head_dim]` with 1 to 3 spatial axes, float16, bfloat16, float32 or float64, any
             strides.
-        key, value: `[B, *key_spatial, key_heads, head_dim]`; heads is a multiple of key_heads (grouped-query
-            attention). `key_spatial` is `spatial`, or with a halo `spatial` enlarged by it on every side.
+        key: `[B, *key_spatial, key_heads, head_dim]`; heads is a multiple of key_heads (grouped-query attention).
+        value: `[B, *key_spatial, key_heads, value_dim]`. `key_spatial` is `spatial`, or with a halo `spatial` enlarged
+            by it on every side.
         window: tokens per axis, 1 <= window <= length.
         shift: moves the cuts by as much, 0 <= shift < window: the windows are those of the grid rolled by -shift, and
             tokens that only the roll brought together do not see each other (Swin).
         halo: keys beyond every side of a window that it sees, too, >= 0; not together with a shift. Keys outside the
             grid do not exist, unless key and value bring them: enlarged by exactly `halo` on every side, their border
             takes part (timm's `HaloAttn` pads zeros).
-        bias: `[heads, window tokens, key tokens]`, any floating dtype, added to the scaled logits; token and key slots
+        bias: `[heads, window tokens, key tokens]`, any of these dtypes, added to the scaled logits; token and key slots
             in C order, key tokens those of the window enlarged by the halo. With a shift, slots count inside the window
             of the rolled grid. Every query must keep a key whose bias is not -inf: of one that sees nothing the result
             is undefined. `relative_bias` makes one from a table.
@@ -130,7 +129,7 @@ def window_attention(
             "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
 
     Returns:
-        `[B, *spatial, heads, head_dim]` in the dtype of query.
+        `[B, *spatial, heads, value_dim]` in the dtype of query.
 
     Raises:
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
@@ -139,6 +138,7 @@ def window_attention(
     return _attend(query, key, value, window, shift, halo, bias, scale, impl, lse=False)[0]
 
 
+@operator
 def window_attention_lse(
     query: Tensor,
     key: Tensor,
@@ -154,7 +154,7 @@ def window_attention_lse(
     """`window_attention` and the natural log-sum-exp of its logits, both differentiable.
 
     Returns:
-        output `[B, *spatial, heads, head_dim]` and log-sum-exp `[B, *spatial, heads]`, the latter float32, or float64
+        output `[B, *spatial, heads, value_dim]` and log-sum-exp `[B, *spatial, heads]`, the latter float32, or float64
         for float64 inputs.
     """
     out, lse = _attend(query, key, value, window, shift, halo, bias, scale, impl, lse=True)
@@ -162,6 +162,7 @@ def window_attention_lse(
     return out, lse
 
 
+@operator
 def relative_bias(table: Tensor, *, window: Sequence[int], halo: PerAxis[int] = 0) -> Tensor:
     """Spread a relative position table over the pairs of a window; differentiable.
 

@@ -37,9 +37,9 @@ def column_sees(
 @triton.jit
 def window_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, do_ptr, do_strides,
-    lse_ptr, lse_strides, dlse_ptr, dlse_strides, delta_ptr, dq_ptr, dk_ptr, dv_ptr, dk_strides,
+    lse_ptr, lse_strides, dlse_ptr, dlse_strides, delta_ptr, dq_ptr, dq_strides, dk_ptr, dk_strides, dv_ptr, dv_strides,
     bias_ptr, partial_ptr, lengths, batches, key_heads, chunk, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, HALO: tl.constexpr, MARGIN: tl.constexpr,
     PACK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DBIAS: tl.constexpr,
@@ -47,9 +47,12 @@ def window_kernel(
     """All gradients of windows of at most `QUERIES` = `KEYS` tokens without a halo, and delta.
 
     A program takes `chunk` packs of one key head. With `DBIAS` (one query head a key head) it leaves the sum of its dS
-    in `partial_ptr`, `[chunks, PACK, heads, T, T]`. delta has the strides of lse, dQ those of out.
+    in `partial_ptr`, `[chunks, PACK, heads, T, T]`. delta has the strides of lse. Where values are as wide as keys, dQ
+    has the strides of out and dV those of dK: theirs are None.
     """
     T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    if dq_strides is None:
+        dq_strides, dv_strides = out_strides, dk_strides
     counts = windows(lengths, WINDOW)
     packs = tl.cdiv(counts[0] * counts[1] * counts[2], PACK)
     chunks = tl.cdiv(packs * batches, chunk)
@@ -62,15 +65,15 @@ def window_kernel(
         batch = step // packs
         _, where, keep, region = tile(step % packs * PACK, 0, lengths, PACK, QUERIES, WINDOW, SHIFT, NONE, NONE)
         k = load(view(k_ptr, k_strides, batch, key_head), k_strides, where, keep, D, BLOCK_D, WIDE)
-        v = load(view(v_ptr, v_strides, batch, key_head), v_strides, where, keep, D, BLOCK_D, WIDE)
+        v = load(view(v_ptr, v_strides, batch, key_head), v_strides, where, keep, DV, BLOCK_DV, WIDE)
         dk = tl.zeros([PACK * KEYS, BLOCK_D], tl.float32)
-        dv = tl.zeros([PACK * KEYS, BLOCK_D], tl.float32)
+        dv = tl.zeros([PACK * KEYS, BLOCK_DV], tl.float32)
         see = column_sees(region, region, keep, PACK, KEYS, QUERIES, SHIFT)
         for g in range(GROUP):
             head = key_head * GROUP + g
             q = load(view(q_ptr, q_strides, batch, head), q_strides, where, keep, D, BLOCK_D, WIDE)
-            do = load(view(do_ptr, do_strides, batch, head), do_strides, where, keep, D, BLOCK_D, WIDE)
-            out = load(view(out_ptr, out_strides, batch, head), out_strides, where, keep, D, BLOCK_D, WIDE)
+            do = load(view(do_ptr, do_strides, batch, head), do_strides, where, keep, DV, BLOCK_DV, WIDE)
+            out = load(view(out_ptr, out_strides, batch, head), out_strides, where, keep, DV, BLOCK_DV, WIDE)
             at = offset(where, lse_strides, WIDE)
             lse2 = tl.load(view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
             dlse = view(dlse_ptr, dlse_strides, batch, head) + offset(where, dlse_strides, WIDE)
@@ -88,10 +91,10 @@ def window_kernel(
             dk = tl.dot(rounded, q, dk, input_precision=PRECISION)
             dqt = tl.dot(tl.trans(k), rounded, input_precision=PRECISION) * scale  # [BLOCK_D, queries]
             d = tl.arange(0, BLOCK_D)
-            to = view(dq_ptr, out_strides, batch, head) + offset(where, out_strides, WIDE)[None, :] + d[:, None]
+            to = view(dq_ptr, dq_strides, batch, head) + offset(where, dq_strides, WIDE)[None, :] + d[:, None]
             tl.store(to, dqt.to(dq_ptr.dtype.element_ty), mask=keep[None, :] & (d < D)[:, None])
         store(view(dk_ptr, dk_strides, batch, key_head), dk_strides, where, keep, dk * scale, D, BLOCK_D, WIDE)
-        store(view(dv_ptr, dk_strides, batch, key_head), dk_strides, where, keep, dv, D, BLOCK_D, WIDE)
+        store(view(dv_ptr, dv_strides, batch, key_head), dv_strides, where, keep, dv, DV, BLOCK_DV, WIDE)
     if DBIAS:
         same = (i // QUERIES)[None, :] == (i // KEYS)[:, None]
         first = (tl.cast(part, tl.int64) * PACK + i // QUERIES) * key_heads + key_head
@@ -101,13 +104,15 @@ def window_kernel(
 @triton.jit
 def query_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, do_ptr, do_strides,
-    lse_ptr, lse_strides, dlse_ptr, dlse_strides, delta_ptr, dq_ptr, bias_ptr, lengths, heads, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    lse_ptr, lse_strides, dlse_ptr, dlse_strides, delta_ptr, dq_ptr, dq_strides, bias_ptr, lengths, heads, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, HALO: tl.constexpr, MARGIN: tl.constexpr,
     PACK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """dQ, and delta for the other kernels, as `forward_kernel` goes. delta has the strides of lse, dQ those of out."""
+    """dQ, and delta for the other kernels, as `forward_kernel` goes; strides as in `window_kernel`."""
+    if dq_strides is None:
+        dq_strides = out_strides
     T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     S: tl.constexpr = (WINDOW[0] + 2 * HALO[0]) * (WINDOW[1] + 2 * HALO[1]) * (WINDOW[2] + 2 * HALO[2])
     BLOCKS: tl.constexpr = (T + QUERIES - 1) // QUERIES
@@ -119,8 +124,8 @@ def query_kernel(
 
     row, where, keep, region = tile(window, block * QUERIES, lengths, PACK, QUERIES, WINDOW, SHIFT, NONE, NONE)
     q = load(view(q_ptr, q_strides, batch, head), q_strides, where, keep, D, BLOCK_D, WIDE)
-    do = load(view(do_ptr, do_strides, batch, head), do_strides, where, keep, D, BLOCK_D, WIDE)
-    out = load(view(out_ptr, out_strides, batch, head), out_strides, where, keep, D, BLOCK_D, WIDE)
+    do = load(view(do_ptr, do_strides, batch, head), do_strides, where, keep, DV, BLOCK_DV, WIDE)
+    out = load(view(out_ptr, out_strides, batch, head), out_strides, where, keep, DV, BLOCK_DV, WIDE)
     at = offset(where, lse_strides, WIDE)
     lse2 = tl.load(view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
     dlse = view(dlse_ptr, dlse_strides, batch, head) + offset(where, dlse_strides, WIDE)
@@ -135,7 +140,7 @@ def query_kernel(
             window, first, lengths, PACK, KEYS, WINDOW, SHIFT, HALO, MARGIN
         )
         k = load(k_ptr, k_strides, key_where, key_keep, D, BLOCK_D, WIDE)
-        v = load(v_ptr, v_strides, key_where, key_keep, D, BLOCK_D, WIDE)
+        v = load(v_ptr, v_strides, key_where, key_keep, DV, BLOCK_DV, WIDE)
         see = sees(region, key_region, key_keep, PACK, QUERIES, KEYS, SHIFT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         if BIAS:
@@ -144,14 +149,14 @@ def query_kernel(
         p = tl.exp2(tl.where(see, s, float("-inf")) - lse2[:, None])
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    store(view(dq_ptr, out_strides, batch, head), out_strides, where, keep, dq * scale, D, BLOCK_D, WIDE)
+    store(view(dq_ptr, dq_strides, batch, head), dq_strides, where, keep, dq * scale, D, BLOCK_D, WIDE)
 
 
 @triton.jit
 def key_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides,
-    lse_ptr, delta_ptr, lse_strides, dk_ptr, dv_ptr, dk_strides, bias_ptr, lengths, key_heads, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    lse_ptr, delta_ptr, lse_strides, dk_ptr, dk_strides, dv_ptr, dv_strides, bias_ptr, lengths, key_heads, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, HALO: tl.constexpr, MARGIN: tl.constexpr,
     PACK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -159,8 +164,10 @@ def key_kernel(
     """dK and dV of a block of a cell of keys, over all windows that see it and all query heads that share them.
 
     A cell has the size of a window and begins where a window begins; cells of keys before the first and after the last
-    query lie round the windows. `PACK` is 1.
+    query lie round the windows. `PACK` is 1. Strides are as in `window_kernel`.
     """
+    if dv_strides is None:
+        dv_strides = dk_strides
     T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     SPAN: tl.constexpr = (WINDOW[0] + 2 * HALO[0], WINDOW[1] + 2 * HALO[1], WINDOW[2] + 2 * HALO[2])
     BLOCKS: tl.constexpr = (T + KEYS - 1) // KEYS
@@ -189,9 +196,9 @@ def key_kernel(
     where, key_keep, key_region = place((cx, cy, cz), (sx, sy, sz), lengths, WINDOW, SHIFT, NONE, MARGIN)
     key_keep &= slot < T
     k = load(view(k_ptr, k_strides, batch, key_head), k_strides, where, key_keep, D, BLOCK_D, WIDE)
-    v = load(view(v_ptr, v_strides, batch, key_head), v_strides, where, key_keep, D, BLOCK_D, WIDE)
+    v = load(view(v_ptr, v_strides, batch, key_head), v_strides, where, key_keep, DV, BLOCK_DV, WIDE)
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
     for around in range(AROUND[0] * AROUND[1] * AROUND[2]):
         ax, ay, az = split(around, AROUND)
         wx, wy, wz = cx + ax - REACH[0], cy + ay - REACH[1], cz + az - REACH[2]
@@ -207,7 +214,7 @@ def key_kernel(
             for first in range(0, T, QUERIES):
                 row, query, keep, region = tile(window, first, lengths, 1, QUERIES, WINDOW, SHIFT, NONE, NONE)
                 q = load(view(q_ptr, q_strides, batch, head), q_strides, query, keep, D, BLOCK_D, WIDE)
-                do = load(view(do_ptr, do_strides, batch, head), do_strides, query, keep, D, BLOCK_D, WIDE)
+                do = load(view(do_ptr, do_strides, batch, head), do_strides, query, keep, DV, BLOCK_DV, WIDE)
                 at = offset(query, lse_strides, WIDE)
                 lse2 = tl.load(view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
                 delta = tl.load(view(delta_ptr, lse_strides, batch, head) + at, mask=keep, other=0.0)
@@ -221,19 +228,20 @@ def key_kernel(
                 dst = pt * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
                 dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)
     store(view(dk_ptr, dk_strides, batch, key_head), dk_strides, where, key_keep, dk * scale, D, BLOCK_D, WIDE)
-    store(view(dv_ptr, dk_strides, batch, key_head), dk_strides, where, key_keep, dv, D, BLOCK_D, WIDE)
+    store(view(dv_ptr, dv_strides, batch, key_head), dv_strides, where, key_keep, dv, DV, BLOCK_DV, WIDE)
 
 
 @triton.jit
 def bias_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides, lse_ptr, delta_ptr, lse_strides,
     bias_ptr, partial_ptr, lengths, batches, heads, chunk, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, HALO: tl.constexpr, MARGIN: tl.constexpr,
     PACK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Sums of dS over `chunk` windows of all batches, `[chunks, heads, T, S]`, for a block of queries and of keys."""
     STEP: tl.constexpr = 512 // q_ptr.dtype.element_ty.primitive_bitwidth  # of the head dim: registers hold no more
+    LONGER: tl.constexpr = D if D > DV else DV
     T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     S: tl.constexpr = (WINDOW[0] + 2 * HALO[0]) * (WINDOW[1] + 2 * HALO[1]) * (WINDOW[2] + 2 * HALO[2])
     ROWS: tl.constexpr = (T + QUERIES - 1) // QUERIES
@@ -259,14 +267,15 @@ def bias_kernel(
         see = sees(region, key_region, key_keep, 1, QUERIES, KEYS, SHIFT)
         s = tl.zeros([QUERIES, KEYS], tl.float32)
         dp = tl.zeros([QUERIES, KEYS], tl.float32)
-        for d in tl.range(0, D, STEP):
-            q_part, do_part = q_ptr + d * q_strides[5], do_ptr + d * do_strides[5]
-            k_part, v_part = k_ptr + d * k_strides[5], v_ptr + d * v_strides[5]
+        for d in tl.range(0, LONGER, STEP):
+            first = tl.cast(d, tl.int64)
+            q_part, do_part = q_ptr + first * q_strides[5], do_ptr + first * do_strides[5]
+            k_part, v_part = k_ptr + first * k_strides[5], v_ptr + first * v_strides[5]
             q = load(view(q_part, q_strides, batch, head), q_strides, where, keep, D - d, STEP, WIDE)
             k = load(view(k_part, k_strides, batch, key_head), k_strides, key_where, key_keep, D - d, STEP, WIDE)
             s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
-            do = load(view(do_part, do_strides, batch, head), do_strides, where, keep, D - d, STEP, WIDE)
-            v = load(view(v_part, v_strides, batch, key_head), v_strides, key_where, key_keep, D - d, STEP, WIDE)
+            do = load(view(do_part, do_strides, batch, head), do_strides, where, keep, DV - d, STEP, WIDE)
+            v = load(view(v_part, v_strides, batch, key_head), v_strides, key_where, key_keep, DV - d, STEP, WIDE)
             dp = tl.dot(do, tl.trans(v), dp, input_precision=PRECISION)
         p = tl.exp2(tl.where(see, s * (scale * LOG2E) + bias, float("-inf")) - lse2[:, None])
         dbias += p * (dp - delta[:, None])

@@ -10,7 +10,7 @@ from .tile import LN2, LOG2E, NONE, bias_pointers, load, offset, sees, store, ti
 def forward_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr, lse_strides, bias_ptr,
     lengths, heads, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, HALO: tl.constexpr, MARGIN: tl.constexpr,
     PACK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -29,7 +29,7 @@ def forward_kernel(
     q = load(view(q_ptr, q_strides, batch, head), q_strides, place, keep, D, BLOCK_D, WIDE)
     k_ptr = view(k_ptr, k_strides, batch, head // GROUP)
     v_ptr = view(v_ptr, v_strides, batch, head // GROUP)
-    acc = tl.zeros([PACK * QUERIES, BLOCK_D], tl.float32)
+    acc = tl.zeros([PACK * QUERIES, BLOCK_DV], tl.float32)
     m = tl.full([PACK * QUERIES], float("-inf"), tl.float32)
     l = tl.zeros([PACK * QUERIES], tl.float32)
     for first in range(0, S, KEYS):
@@ -37,7 +37,7 @@ def forward_kernel(
             window, first, lengths, PACK, KEYS, WINDOW, SHIFT, HALO, MARGIN
         )
         k = load(k_ptr, k_strides, key_place, key_keep, D, BLOCK_D, WIDE)
-        v = load(v_ptr, v_strides, key_place, key_keep, D, BLOCK_D, WIDE)
+        v = load(v_ptr, v_strides, key_place, key_keep, DV, BLOCK_DV, WIDE)
         see = sees(region, key_region, key_keep, PACK, QUERIES, KEYS, SHIFT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         if BIAS:
@@ -53,6 +53,6 @@ def forward_kernel(
         m = m_new
 
     l = tl.where(l == 0.0, 1.0, l)  # rows that do not exist
-    store(view(out_ptr, out_strides, batch, head), out_strides, place, keep, acc / l[:, None], D, BLOCK_D, WIDE)
+    store(view(out_ptr, out_strides, batch, head), out_strides, place, keep, acc / l[:, None], DV, BLOCK_DV, WIDE)
     lse = view(lse_ptr, lse_strides, batch, head) + offset(place, lse_strides, WIDE)
     tl.store(lse, (m + tl.log2(l)) * LN2, mask=keep)

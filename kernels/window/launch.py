@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..launching import block_d, cdiv, device_class, grid_strides, needs_wide, padded, precision
+from ..launching import cdiv, device_class, grid_strides, needs_wide, padded, precision, width_constants
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel, window_kernel
 from .forward import forward_kernel
@@ -14,11 +14,12 @@ from .geometry import Axis
 PROGRAMS = 2048  # of a kernel that sums over windows: enough to fill any device several times over
 
 
-def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, precision: str) -> dict:
+def constants(
+    axes: tuple[Axis, ...], config: configs.Config, head_dim: int, value_dim: int, precision: str
+) -> dict:  # fmt: skip
     """Compile-time arguments that all kernels share."""
     return dict(
-        D=head_dim,
-        BLOCK_D=block_d(head_dim),
+        **width_constants(head_dim, value_dim),
         WINDOW=padded([a.window for a in axes], 1),
         SHIFT=padded([a.shift for a in axes], 0),
         HALO=padded([a.halo for a in axes], 0),
@@ -36,18 +37,21 @@ def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, pre
 class _Call:
     """What the launches of one call share."""
 
-    def __init__(self, query: Tensor, key: Tensor, axes: tuple[Axis, ...], tensors: tuple[Tensor, ...]):
+    def __init__(self, query: Tensor, value: Tensor, axes: tuple[Axis, ...], tensors: tuple[Tensor, ...]):
         self.axes, self.rank = axes, len(axes)
-        self.batch, self.heads, self.head_dim, self.key_heads = query.shape[0], *query.shape[-2:], key.shape[-2]
+        self.batch, self.heads, self.head_dim = query.shape[0], *query.shape[-2:]
+        self.key_heads, self.value_dim = value.shape[-2:]
         self.lengths = padded([a.length for a in axes], 1)
         self.windows, self.tokens = prod(a.windows for a in axes), prod(a.window for a in axes)
         self.wide, self.precision = needs_wide(*tensors), precision(query)
-        self.size = dict(head_dim=query.shape[-1], itemsize=query.element_size(), device=device_class(query.device))
+        longer = max(self.head_dim, self.value_dim)
+        self.size = dict(head_dim=longer, itemsize=query.element_size(), device=device_class(query.device))
 
     def configure(self, kernel: configs.Kernel) -> tuple[configs.Config, dict]:
         config = configs.choose(kernel, self.axes, **self.size, wide=self.wide)
         group = self.heads // self.key_heads
-        return config, dict(constants(self.axes, config, self.head_dim, self.precision), GROUP=group)
+        fixed = constants(self.axes, config, self.head_dim, self.value_dim, self.precision)
+        return config, dict(fixed, GROUP=group)
 
     def query_programs(self, config: configs.Config) -> int:
         blocks = cdiv(self.tokens, config.queries)
@@ -56,16 +60,22 @@ class _Call:
     def strided(self, *tensors: Tensor) -> list:
         return [x for tensor in tensors for x in (tensor, grid_strides(tensor, self.rank))]
 
+    def gradients(self, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[list, list]:
+        """dQ, and dK and dV, with their strides: None for those that are the strides of out and of dK."""
+        if self.head_dim == self.value_dim:
+            return [dq, None], [*self.strided(dk), dv, None]
+        return self.strided(dq), self.strided(dk, dv)
+
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None, axes: tuple[Axis, ...], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, head_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    """Output `[B, *spatial, heads, value_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
+    out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     if query.shape[0] == 0:
         return out, lse
-    call = _Call(query, key, axes, (query, key, value, out))
+    call = _Call(query, value, axes, (query, key, value, out))
     config, fixed = call.configure("forward")
     table = bias if bias is None else bias.contiguous()
     with torch.cuda.device_of(query):
@@ -98,8 +108,9 @@ def backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     if query.shape[0] == 0:
         return dq, dk, dv, None if bias is None else bias.new_zeros(bias.shape)
-    call = _Call(query, key, axes, (query, key, value, out, grad_out, grad_lse, dk))
+    call = _Call(query, value, axes, (query, key, value, out, grad_out, grad_lse, dq, dk, dv))
     out, lse = out.contiguous(), lse.contiguous()  # dQ and delta have their strides
+    for_query, for_keys = call.gradients(dq, dk, dv)
     table, delta = bias if bias is None else bias.contiguous(), torch.empty_like(lse)
     rest = (table, call.lengths)
     saved = call.strided(query, key, value, out, grad_out, lse, grad_lse)
@@ -116,9 +127,8 @@ def backward(
             window_kernel[(chunks * call.key_heads,)](
                 *saved,
                 delta,
-                dq,
-                dk,
-                *call.strided(dv),
+                *for_query,
+                *for_keys,
                 table,
                 partial,
                 call.lengths,
@@ -133,7 +143,7 @@ def backward(
         else:
             config, fixed = call.configure("query")
             query_kernel[(call.query_programs(config),)](
-                *saved, delta, dq, *rest, call.heads, scale, BIAS=bias is not None, **fixed
+                *saved, delta, *for_query, *rest, call.heads, scale, BIAS=bias is not None, **fixed
             )
             config, fixed = call.configure("key")
             cells = prod(a.windows + 2 * cdiv(a.margin, a.window) for a in axes)
@@ -142,8 +152,7 @@ def backward(
                 *call.strided(query, key, value, grad_out),
                 lse,
                 *call.strided(delta),
-                dk,
-                *call.strided(dv),
+                *for_keys,
                 *rest,
                 call.key_heads,
                 scale,

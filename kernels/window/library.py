@@ -26,7 +26,8 @@ def _flops(query, key, value, bias, window, shift, halo, padded, scale) -> tuple
     from . import cost
 
     batch, *_, heads, head_dim = query
-    axes, sizes = _axes(query, window, shift, halo, padded), dict(batch=batch, heads=heads, head_dim=head_dim)
+    axes = _axes(query, window, shift, halo, padded)
+    sizes = dict(batch=batch, heads=heads, head_dim=head_dim, value_dim=value[-1])
     return cost.forward_flops(axes, **sizes), cost.backward_flops(axes, **sizes)
 
 

@@ -10,7 +10,7 @@ from .geometry import Axis
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, axes: tuple[Axis, ...], scale: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, head_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see the public op."""
+    """Output `[B, *spatial, heads, value_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see the public op."""
     accumulate = torch.promote_types(query.dtype, torch.float32)
     last = len(axes)
 

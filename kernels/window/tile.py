@@ -98,8 +98,8 @@ def offset(position, strides, WIDE: tl.constexpr):
 @triton.jit
 def load(ptr, strides, position, keep, D, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
     """Tokens of a view as `[rows, BLOCK_D]`, zero where they do not exist and past `D`."""
-    d = tl.arange(0, BLOCK_D)
-    pointers = ptr + offset(position, strides, WIDE)[:, None] + (d * strides[5])[None, :]
+    d, where = tl.arange(0, BLOCK_D), offset(position, strides, WIDE)
+    pointers = ptr + where[:, None] + (d.to(where.dtype) * strides[5])[None, :]
     return tl.load(pointers, mask=keep[:, None] & (d < D)[None, :], other=0.0)
 
 

@@ -103,6 +103,15 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float,
     return out.unflatten(0, size[:2]), logits.logsumexp(-1).unflatten(0, size[:2]) if lse else None
 
 
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Output `[windows, heads, rows, d]` by PyTorch's fused attention, which wants one head dim of all three."""
+    dtype = q.dtype if bias is None else torch.promote_types(q.dtype, bias.dtype)  # a bias is never rounded
+    mask, width = None if bias is None else bias.to(dtype)[None], max(q.shape[-1], v.shape[-1])
+    rows = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*(x.to(dtype) for x in rows), attn_mask=mask, scale=scale)
+    return out[..., : v.shape[-1]].to(q.dtype)
+
+
 def _is_fused(tensors: tuple[Tensor, ...], bias: Tensor | None, rows: int, lse: bool) -> bool:
     """Whether PyTorch's fused attention computes a box: faster for many rows, but it has no lse."""
     least = FUSED_TRAINING if wants_gradient(*tensors) else FUSED_INFERENCE
@@ -119,7 +128,7 @@ def attend(
     bias: Tensor | None,
     lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output `[B, *spatial, heads, head_dim]` and, unless `lse` is off, natural log-sum-exp `[B, *spatial, heads]`."""
+    """Output `[B, *spatial, heads, value_dim]` and, unless `lse` is off, natural log-sum-exp `[B, *spatial, heads]`."""
     rank, heads, key_heads, dtype = len(axes), query.shape[-2], key.shape[-2], query.dtype
     if any(a.halo for a in axes):  # gradients of keys that several windows see are summed in float32
         query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
@@ -136,11 +145,7 @@ def attend(
         fused = _is_fused((q, k, v), bias, prod([r.queries for r in combination]), lse)
         q_rows, k_rows, v_rows = [_rows(x, rank, key_heads, fused) for x in (q, k, v)]
         if fused:
-            common = dtype if block is None else torch.promote_types(dtype, block.dtype)  # a bias is never rounded
-            q_rows, k_rows, v_rows = q_rows.to(common), k_rows.to(common), v_rows.to(common)
-            mask = None if block is None else block.to(common)[None]
-            block_out = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, attn_mask=mask, scale=scale).to(dtype)
-            block_lse = None
+            block_out, block_lse = _fused(q_rows, k_rows, v_rows, block, scale), None
         else:
             block_out, block_lse = _softmax(q_rows, k_rows, v_rows, block, scale, lse)
         outs.append(_tokens(block_out, q, key_heads))
