@@ -196,11 +196,6 @@ class ImageData(SeededData):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """Of the images that are evaluated, in the words of timm's `pretrained_cfg`."""
-        return {"input_size": (len(self.mean), self.img_size, self.img_size), "mean": self.mean, "std": self.std}
-
-    @property
-    def preprocessing(self) -> dict[str, Any]:
         """Of the images that are evaluated, in the words of timm's `pretrained_cfg`; empty where no size is known."""
         size = getattr(self, "img_size", None)
         if size is None:

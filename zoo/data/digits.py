@@ -81,10 +81,6 @@ class Digits(ImageData):
     def preprocessing(self) -> dict[str, Any]:
         return super().preprocessing | {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"}
 
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        return super().preprocessing | {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"}
-
     def setup(self, stage: str | None = None) -> None:
         if self.datasets:
             return

@@ -252,16 +252,6 @@ class TimmDataset(TransformedImages):
             dataset.loader = partial(read_image, mode=self.mode)
         return dataset
 
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        given = self.transforms["eval"]
-        crop = {
-            "crop_pct": given.get("crop_pct") or DEFAULT_CROP_PCT,
-            "crop_mode": given.get("crop_mode") or DEFAULT_CROP_MODE,
-            "interpolation": given.get("interpolation", "bilinear"),  # the default of create_transform
-        }
-        return super().preprocessing | crop
-
     def prepare_data(self) -> None:
         if self.download:
             for split in self.splits:
