@@ -6,8 +6,9 @@ run that was killed and resumed makes the steps it would have made.
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class VideoDiffusionTask(LightningModule):
         model: `preset` of `VideoDiT.from_preset`, `conditioning` (None, "class", "cross", "joint") and `args`, further
             arguments of the model.
         in_channels, num_classes, text_dim: of the data.
+        clip_sizes: of the data: what says the sizes of its clips, and `[T, H, W]` of each.
+        class_names: of the data, by label; kept in checkpoints and by the pipeline of the run.
         optimizer: arguments of `timm.optim.create_optimizer_v2`: `opt`, `lr`, `weight_decay`, `betas`, ….
         scheduler: `name`, `warmup_steps`, `num_cycles`, `power` and `step_rules` of
             `diffusers.optimization.get_scheduler`, stepped at every update over the length of training; None: the
@@ -57,8 +60,8 @@ class VideoDiffusionTask(LightningModule):
         seed: of the run.
 
     Raises:
-        ValueError: an unknown preset, optimizer or scheduler, a number out of range, or a condition that the data do
-            not have.
+        ValueError: an unknown preset, optimizer or scheduler, a number out of range, a condition that the data do not
+            have, or clips that patches do not fill.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class VideoDiffusionTask(LightningModule):
         in_channels: int,
         num_classes: int | None = None,
         text_dim: int | None = None,
+        clip_sizes: tuple[str, Sequence[Sequence[int]]] | None = None,
+        class_names: Sequence[str] = (),
         optimizer: Mapping[str, Any],
         scheduler: Mapping[str, Any] | None = None,
         shift: float = 1.0,
@@ -85,6 +90,7 @@ class VideoDiffusionTask(LightningModule):
         self.conditioning = model.get("conditioning")
         _check_choices(model, optimizer, scheduler, time_per)
         _check_condition(self.conditioning, num_classes, text_dim)
+        _check_patches(model, clip_sizes)
         for name, chance in (("first_frame", first_frame), ("condition_dropout", condition_dropout)):
             if not 0 <= chance <= 1:
                 raise ValueError(f"task.{name}={chance} must be between 0 and 1")
@@ -279,4 +285,23 @@ def _check_condition(conditioning: str | None, num_classes: int | None, text_dim
     if conditioning == "class" and num_classes is None:
         raise ValueError("model.conditioning='class' needs data with classes, and these have none")
     if conditioning in ("cross", "joint") and text_dim is None:
-        raise ValueError(f"model.conditioning={conditioning!r} needs data with embedded text, and these have none")
+        raise ValueError(
+            f"model.conditioning={conditioning!r} needs data with embedded text, and these have none: captions are "
+            "trained on by the column embedding of metadata.csv"
+        )
+
+
+def _check_patches(model: Mapping[str, Any], clip_sizes: tuple[str, Sequence[Sequence[int]]] | None) -> None:
+    """Before any data are read or a model is built: both may take minutes."""
+    if clip_sizes is None:
+        return
+    patch = inspect.signature(VideoDiT).parameters["patch_size"].default
+    patch = (PRESETS[model["preset"]] | dict(model.get("args") or {})).get("patch_size", patch)
+    if not isinstance(patch, Sequence) or len(patch) != 3 or min(patch) < 1:
+        return  # the model says what is wrong with it
+    said, sizes = clip_sizes
+    for size in sizes:
+        if any(n % p for n, p in zip(size, patch, strict=True)):
+            raise ValueError(
+                f"{said}: [T, H, W] = {list(size)} must be multiples of the model's patch_size={list(patch)}"
+            )
