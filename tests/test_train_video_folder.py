@@ -56,6 +56,12 @@ def test_a_run_keeps_the_names_of_its_classes(videos, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     assert pipe.labels == {"2 m": 0, "10 m": 1}
     assert pipe(class_labels="10 m", num_inference_steps=1).frames.shape == (1, 4, 16, 24, 3)
+    config = nano(videos, tmp_path, "data.class_names=[10 m,2 m]")
+    config.ckpt_path = str(tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(
+        ValueError, match="numbers the classes otherwise than the data: label 0 is '2 m' there and '10 m'"
+    ):
+        train.train(config)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -256,6 +257,16 @@ class VideoDiffusionTask(LightningModule):
         checkpoint["train_loss"] = {"mean_value": metric.mean_value, "weight": metric.weight}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses weights whose classes have other labels: they would be taken for each other."""
+        saved = checkpoint.get("hyper_parameters", {})
+        theirs, ours = (list(holder.get("class_names") or []) for holder in (saved, self.hparams))
+        if self.conditioning == "class" and theirs and ours and theirs != ours:
+            pairs = enumerate(zip_longest(theirs, ours))
+            label, (there, here) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+            raise ValueError(
+                f"the checkpoint numbers the classes otherwise than the data: label {label} is {there!r} there and "
+                f"{here!r} here; give the data the classes that it had, or their order by data.class_names"
+            )
         averaging = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # pyright: ignore
         if self.trainer.state.fn == TrainerFn.FITTING and "current_model_state" in checkpoint and not averaging:
             checkpoint["state_dict"] = checkpoint["current_model_state"]  # its optimizer state belongs to these weights
