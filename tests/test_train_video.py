@@ -301,6 +301,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     saved = VideoDiTPipeline.from_pretrained(tmp_path / "pipeline")
     assert (saved.scheduler.config.shift, list(saved.config.sample_size)) == (2.0, [6, 12, 12])
     assert (saved.config.pixel_mean, saved.config.pixel_std) == ([0.1365], [0.2942])
+    assert saved.labels == {str(digit): digit for digit in range(10)}
     average = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     weights = saved.transformer.state_dict()
     assert weights and all(torch.equal(average[f"model.{name}"], value) for name, value in weights.items())
@@ -356,7 +357,10 @@ MISTAKES = [
         "task.scheduler.name='cosine' needs an end: set trainer.max_epochs or trainer.max_steps",
     ),
     (["task.condition_dropout=2"], "task.condition_dropout=2 must be between 0 and 1"),
-    (["data.canvas=13"], "must be a multiple"),
+    (
+        ["data.canvas=13"],
+        "data.frames=6 and data.canvas=13: [T, H, W] = [6, 13, 13] must be multiples of the model's patch_size=[2, 4",
+    ),
     (["data=videofolder"], "data.root is not set"),
     (["data=videofolder", "data.root=/no/such/folder"], "data.root='/no/such/folder' is not a folder"),
 ]

@@ -65,6 +65,9 @@ def test_a_cache_holds_what_the_autoencoder_makes_of_the_clips(videos, vae, tmp_
     data = VideoLatents(root=str(tmp_path), batch_size=2, num_workers=0)
     assert (data.channels, data.num_classes, data.text_dim, data.class_names) == (4, 2, None, list(CLASSES))
     assert data.clip_sizes == (f"data.root={str(tmp_path)!r} with latents of [T, H, W] = [3, 4, 6]", [(3, 4, 6)])
+    assert data.for_record == {"class_names": list(CLASSES)}
+    with pytest.raises(ValueError, match=r"data\.class_names=\['run', 'jump'\] are not those of the latents"):
+        VideoLatents(root=str(tmp_path), class_names=CLASSES[::-1])
     data.setup()
     batches = list(data.train_dataloader())
     assert [batch["video"].shape for batch in batches] == [(2, 4, 3, 4, 6)] * 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,11 +87,12 @@ class VideoLatents(VideoData):
     Args:
         root: of the cache.
         vae: folder of the autoencoder that turns samples into pixels; None: the one that made the cache.
+        class_names: of the classes by label, to be sure of; None: those of the cache.
         batch_size, seed, shuffle, num_workers: see `SeededData`.
 
     Raises:
         FileNotFoundError: the cache is not there.
-        ValueError: it holds no clips to train on, or a shard of it is gone or damaged.
+        ValueError: it holds no clips to train on, or other classes, or a shard of it is gone or damaged.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class VideoLatents(VideoData):
         *,
         root: str | None,
         vae: str | None = None,
+        class_names: Sequence[str] | None = None,
         batch_size: int = 8,
         seed: int = 0,
         shuffle: bool = True,
@@ -121,6 +123,10 @@ class VideoLatents(VideoData):
             say(f"data.root={root!r} holds nothing to validate on: its first clip stands in")
         clips["val"] = clips["val"] or clips["test"] or clips["train"][:1]
         clips["test"] = clips["test"] or clips["val"]
+        if class_names is not None and list(class_names) != description["classes"]:
+            raise ValueError(
+                f"data.class_names={list(class_names)} are not those of the latents, which are {description['classes']}"
+            )
         stored = read_keys(Path(root))
         needed = [f"{clip['key']}.latents" for clip in description["clips"]]
         needed += [f"{clip['text']}.text" for clip in description["clips"] if clip["text"]]
@@ -163,6 +169,11 @@ class VideoLatents(VideoData):
         sizes = {part.shape(i)[1:] for part in self.parts.values() for i in range(len(part))}
         shown = ", ".join(str(list(size)) for size in sorted(sizes))
         return f"data.root={self.root!r} with latents of [T, H, W] = {shown}", sorted(sizes)
+
+    @property
+    def for_record(self) -> dict[str, Any]:
+        """Keys of the configuration that only the data could fill in, for the run's record."""
+        return {"class_names": self.class_names or None}
 
     @property
     def for_pipeline(self) -> dict[str, Any]:

@@ -6,8 +6,10 @@ run that was killed and resumed makes the steps it would have made.
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,8 @@ class VideoDiffusionTask(LightningModule):
         model: `preset` of `VideoDiT.from_preset`, `conditioning` (None, "class", "cross", "joint") and `args`, further
             arguments of the model.
         in_channels, num_classes, text_dim: of the data.
+        clip_sizes: of the data: what says the sizes of its clips, and `[T, H, W]` of each.
+        class_names: of the data, by label; kept in checkpoints and by the pipeline of the run.
         optimizer: arguments of `timm.optim.create_optimizer_v2`: `opt`, `lr`, `weight_decay`, `betas`, ….
         scheduler: `name`, `warmup_steps`, `num_cycles`, `power` and `step_rules` of
             `diffusers.optimization.get_scheduler`, stepped at every update over the length of training; None: the
@@ -58,8 +62,8 @@ class VideoDiffusionTask(LightningModule):
         seed: of the run.
 
     Raises:
-        ValueError: an unknown preset, optimizer or scheduler, a number out of range, or a condition that the data do
-            not have.
+        ValueError: an unknown preset, optimizer or scheduler, a number out of range, a condition that the data do not
+            have, or clips that patches do not fill.
     """
 
     def __init__(
@@ -69,6 +73,8 @@ class VideoDiffusionTask(LightningModule):
         in_channels: int,
         num_classes: int | None = None,
         text_dim: int | None = None,
+        clip_sizes: tuple[str, Sequence[Sequence[int]]] | None = None,
+        class_names: Sequence[str] = (),
         optimizer: Mapping[str, Any],
         scheduler: Mapping[str, Any] | None = None,
         shift: float = 1.0,
@@ -86,6 +92,7 @@ class VideoDiffusionTask(LightningModule):
         self.conditioning = model.get("conditioning")
         _check_choices(model, optimizer, scheduler, time_per)
         _check_condition(self.conditioning, num_classes, text_dim)
+        _check_patches(model, clip_sizes)
         for name, chance in (("first_frame", first_frame), ("condition_dropout", condition_dropout)):
             if not 0 <= chance <= 1:
                 raise ValueError(f"task.{name}={chance} must be between 0 and 1")
@@ -256,6 +263,16 @@ class VideoDiffusionTask(LightningModule):
         make_portable(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses weights whose classes have other labels: they would be taken for each other."""
+        saved = checkpoint.get("hyper_parameters", {})
+        theirs, ours = (list(holder.get("class_names") or []) for holder in (saved, self.hparams))
+        if self.conditioning == "class" and theirs and ours and theirs != ours:
+            pairs = enumerate(zip_longest(theirs, ours))
+            label, (there, here) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+            raise ValueError(
+                f"the checkpoint numbers the classes otherwise than the data: label {label} is {there!r} there and "
+                f"{here!r} here; give the data the classes that it had, or their order by data.class_names"
+            )
         averaging = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # pyright: ignore
         if self.trainer.state.fn == TrainerFn.FITTING and "current_model_state" in checkpoint and not averaging:
             checkpoint["state_dict"] = checkpoint["current_model_state"]  # its optimizer state belongs to these weights
@@ -289,4 +306,23 @@ def _check_condition(conditioning: str | None, num_classes: int | None, text_dim
     if conditioning == "class" and num_classes is None:
         raise ValueError("model.conditioning='class' needs data with classes, and these have none")
     if conditioning in ("cross", "joint") and text_dim is None:
-        raise ValueError(f"model.conditioning={conditioning!r} needs data with embedded text, and these have none")
+        raise ValueError(
+            f"model.conditioning={conditioning!r} needs data with embedded text, and these have none: captions are "
+            "trained on by the column embedding of metadata.csv"
+        )
+
+
+def _check_patches(model: Mapping[str, Any], clip_sizes: tuple[str, Sequence[Sequence[int]]] | None) -> None:
+    """Before any data are read or a model is built: both may take minutes."""
+    if clip_sizes is None:
+        return
+    patch = inspect.signature(VideoDiT).parameters["patch_size"].default
+    patch = (PRESETS[model["preset"]] | dict(model.get("args") or {})).get("patch_size", patch)
+    if not isinstance(patch, Sequence) or len(patch) != 3 or min(patch) < 1:
+        return  # the model says what is wrong with it
+    said, sizes = clip_sizes
+    for size in sizes:
+        if any(n % p for n, p in zip(size, patch, strict=True)):
+            raise ValueError(
+                f"{said}: [T, H, W] = {list(size)} must be multiples of the model's patch_size={list(patch)}"
+            )

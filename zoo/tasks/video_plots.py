@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def write_grid(
         captions: one for each column, or one for each video.
         columns: of the grid.
         path: where the GIF goes.
-        title: above the grid.
+        title: above the grid; the page is at least as wide.
         fps: frames a second.
         side: least pixels of the longer side of a video.
     """
@@ -43,15 +44,16 @@ def write_grid(
     header, every = 20, len(captions) > columns
     top = 26 if title else GAP
     cell = height + GAP + (header if every else 0)
-    size = columns * (width + GAP) + GAP, top + rows * cell + (0 if every else header)
-    page = Image.new("RGB", size, PAPER)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
+    font, grid = ImageFont.load_default(size=12), columns * (width + GAP) - GAP
+    inside = max(grid, math.ceil(font.getlength(title)))
+    page = Image.new("RGB", (inside + 2 * GAP, top + rows * cell + (0 if every else header)), PAPER)
+    draw, left = ImageDraw.Draw(page), GAP + (inside - grid) // 2
     if title:
         draw.text((GAP, GAP), title, fill=INK, font=font)
 
     def corner(i: int) -> tuple[int, int]:
         row, column = divmod(i, columns)
-        return GAP + column * (width + GAP), top + header + row * cell
+        return left + column * (width + GAP), top + header + row * cell
 
     for i, caption in enumerate(captions):
         x, y = corner(i)
@@ -71,6 +73,17 @@ def write_grid(
     return path
 
 
+def text_width(text: str, size: float, **font: str) -> float:
+    """Inches that a line of text takes in a figure at `size` points, as it stands: `$` is no mathematics."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    if not text.strip():
+        return 0.0
+    prop = FontProperties(family=FONT["font.family"], **font)
+    return TextPath((0, 0), text.replace("$", r"\$"), size=size, prop=prop).get_extents().width / 72
+
+
 def plot_strips(made: Tensor, real: Tensor | None, *, captions: Sequence[str], title: str, path: Path) -> Path:
     """Draws every frame of generated clips, a clip a row, and beside them those of real ones of the same condition.
 
@@ -85,22 +98,29 @@ def plot_strips(made: Tensor, real: Tensor | None, *, captions: Sequence[str], t
 
     groups = [("generated", made)] + ([("held-out", real)] if real is not None else [])
     frames, ratio = made.shape[2], made.shape[4] / made.shape[3]
+    names = [f"{name}, frames 1 to {frames}" for name, _ in groups]
     with rc_context(FONT):
-        size = (0.55 * ratio * frames * len(groups) + 0.9, 0.55 * len(made) + 0.7)
-        figure = Figure(figsize=size, dpi=160, layout="constrained")
-        parts = figure.subfigures(1, len(groups), wspace=0.03, squeeze=False)[0]
-        for first, (part, (name, videos)) in enumerate(zip(parts, groups, strict=True)):
+        beside = max(text_width(caption, 9) for caption in captions) + 0.1
+        strip = max(0.55 * ratio * frames, *(text_width(name, 10) for name in names))
+        width = max(beside + len(groups) * strip, text_width(title, 10, weight="bold"))
+        figure = Figure(figsize=(width + 0.3, 0.55 * len(made) + 0.7), dpi=160, layout="constrained")
+        shares = [beside + strip, *[strip] * (len(groups) - 1)]  # captions stand left of the first
+        parts = figure.subfigures(1, len(groups), wspace=0.03, squeeze=False, width_ratios=shares)[0]
+        for first, (part, name, (_, videos)) in enumerate(zip(parts, names, groups, strict=True)):
             axes = part.subplots(len(videos), frames, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
-            part.suptitle(f"{name}, frames 1 to {frames}", fontsize=10)
+            part.suptitle(name, fontsize=10)
             for row, pixels, caption in zip(axes, _pixels(videos, 1), captions, strict=True):
                 for ax, frame in zip(row, pixels, strict=True):
                     ax.imshow(frame, interpolation="nearest")
                     ax.set(xticks=[], yticks=[])
                     ax.spines[:].set(color="#dee2e6", linewidth=0.6)
                 if not first:
-                    row[0].set_ylabel(caption, rotation=0, ha="right", va="center", labelpad=6)
+                    label = {"rotation": 0, "ha": "right", "va": "center", "parse_math": False}
+                    row[0].set_ylabel(caption, labelpad=6, **label)
         figure.suptitle(title, fontweight="bold", fontsize=10)
-        return save_figure(figure, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", facecolor="white", bbox_inches="tight", pad_inches=0.08)
+        return path
 
 
 def plot_video_curves(rows: Sequence[dict[str, float]], *, path: Path) -> Path:

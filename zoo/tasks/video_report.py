@@ -29,11 +29,13 @@ def collect(
 ) -> dict[str, Any]:
     """Videos `[N, C, T, H, W]` of a split with their labels or texts, N at most `most`, the same ones every time.
 
+    Those that cannot be decoded are left out.
+
     Args:
         shape: `(C, T, H, W)` of the videos that count; None: that of the first one.
 
     Raises:
-        ValueError: the split has no videos of that shape.
+        ValueError: the split has no videos of that shape, or none that can be decoded.
     """
     dataset: Any = data.dataset(split)
     fitting = list(range(len(dataset)))
@@ -45,7 +47,11 @@ def collect(
     items = []
     for place in torch.linspace(0, len(fitting) - 1, min(most, len(fitting))).long().tolist():
         with seeded(mix_seed(seed, fitting[place])):
-            items.append(dataset[fitting[place]])
+            item = dataset[fitting[place]]
+        if item.get("real", True):
+            items.append(item)
+    if not items:
+        raise ValueError(f"none of the {split} videos of shape {shape} can be decoded")
     return torch.utils.data.default_collate(items)
 
 
@@ -64,7 +70,8 @@ def make_pipeline(task: VideoDiffusionTask, data: VideoData, *, whole: bool = Fa
         if task.global_rank == 0:
             model.load_state_dict(state)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=task.shift)
-    pipeline = VideoDiTPipeline(model, scheduler, vae=data.vae, null_text="zeros", **data.for_pipeline)
+    names = dict(enumerate(data.class_names)) if task.conditioning == "class" else None
+    pipeline = VideoDiTPipeline(model, scheduler, vae=data.vae, null_text="zeros", id2label=names, **data.for_pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

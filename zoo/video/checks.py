@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .export import SUFFIXES, check_path
 from .guidance import Heads, check_heads
+from .stepping import check_scheduler
 
 OUTPUT_TYPES = ("np", "pt", "pil", "gif", "mp4", "latent")
 
@@ -44,6 +45,7 @@ def check_call(
     callback_on_step_end_tensor_inputs: Sequence[str],
 ) -> None:
     """Raises ValueError, naming the argument, unless the call fits the model and itself."""
+    check_scheduler(pipe.scheduler)
     _check_counts(num_inference_steps, num_videos_per_prompt, sigmas, fps)
     conditioning, patch = pipe.transformer.config.conditioning, pipe.transformer.config.patch_size
     for name, value, size in (("height", height, patch[1]), ("width", width, patch[2])):
@@ -108,8 +110,10 @@ def _check_counts(steps: int, videos: int, sigmas: Sequence[float] | None, fps: 
     for name, value in (("num_inference_steps", steps), ("num_videos_per_prompt", videos)):
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}={value} must be an integer of at least 1")
-    if sigmas is not None and len(sigmas) == 0:
-        raise ValueError("sigmas=[] must hold at least one noise level")
+    if sigmas is not None:
+        levels = [float(level) for level in sigmas]
+        if not levels or not all(1 >= a >= b >= 0 for a, b in zip(levels, [*levels[1:], 0.0], strict=True)):
+            raise ValueError(f"sigmas={levels} must hold at least one noise level and fall within 1..0")
     if not 0 < fps < math.inf:
         raise ValueError(f"fps={fps} must be more than 0")
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .labels import read_labels
 from .segments import Segments
 
 
@@ -22,7 +23,7 @@ def prepare_conditions(
     negative_prompt_embeds: Tensor | None,
     negative_prompt_attention_mask: Tensor | None,
     max_sequence_length: int,
-    class_labels: int | Sequence[int] | Tensor | None,
+    class_labels: int | str | Sequence[int | str] | Tensor | None,
     segment_frames: Sequence[int] | None,
     repeats: int,
     device: torch.device,
@@ -30,15 +31,13 @@ def prepare_conditions(
     """Arguments of the model by which it is conditioned, "cond" and, with guidance, "uncond"; and the segments.
 
     Raises:
-        ValueError: labels out of range, prompts and segments or negative prompts that differ in number.
+        ValueError: labels out of range or unknown, prompts and segments or negative prompts that differ in number.
     """
     names = ("cond", "uncond") if pipe.do_classifier_free_guidance else ("cond",)
     if class_labels is not None:
         classes = pipe.transformer.config.num_classes
-        labels = torch.as_tensor(class_labels, device=device).reshape(-1)
-        if labels.is_floating_point() or labels.min() < 0 or labels.max() > classes:
-            raise ValueError(f"class_labels={labels.tolist()} must be integers of 0..{classes}")
-        labels = labels.long().repeat_interleave(repeats)
+        labels = read_labels(class_labels, labels=pipe.labels, num_classes=classes, device=device)
+        labels = labels.repeat_interleave(repeats)
         values = {"cond": labels, "uncond": torch.full_like(labels, classes)}
         return {name: {"class_labels": values[name]} for name in names}, None
     if prompt is None and prompt_embeds is None:
@@ -118,3 +117,16 @@ def encode_texts(
 def rows(x: Tensor, *, count: int, times: int, device: torch.device, dtype: torch.dtype | None) -> Tensor:
     """One row or `count` rows, each as often as its prompt has videos: `[count * times, ...]`."""
     return x.to(device=device, dtype=dtype).expand(count, *x.shape[1:]).repeat_interleave(times, dim=0)
+
+
+def mask_rows(name: str, mask: Tensor | None, *, count: int, times: int, device: torch.device) -> Tensor | None:
+    """`rows` of a mask, as bool; integers are those that tokenizers return.
+
+    Raises:
+        ValueError: a mask of floating-point numbers, which may be one that is added to logits.
+    """
+    if mask is None:
+        return None
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise ValueError(f"{name} has type {mask.dtype}; it must be bool, or integers of 0 and 1")
+    return rows(mask, count=count, times=times, device=device, dtype=torch.bool)

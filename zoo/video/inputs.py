@@ -96,10 +96,11 @@ def _check_conditions(config, batch, encoder_hidden_states, class_labels, encode
         encoder_hidden_states is None
         or encoder_attention_mask.shape != encoder_hidden_states.shape[:2]
         or encoder_attention_mask.dtype.is_floating_point
+        or encoder_attention_mask.dtype.is_complex
     ):
         raise ValueError(
             f"encoder_attention_mask ({encoder_attention_mask.dtype}, shape {_shape(encoder_attention_mask)}) must be "
-            "bool of the shape [B, L] of encoder_hidden_states"
+            "bool, or integers of 0 and 1, of the shape [B, L] of encoder_hidden_states"
         )
 
 

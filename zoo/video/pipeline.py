@@ -6,7 +6,7 @@ stay clean through timesteps of their own; causal models roll out chunk by chunk
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +16,18 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from .checks import check_call
-from .conditions import encode_texts, prepare_conditions, rows
+from .conditions import encode_texts, mask_rows, prepare_conditions, rows
 from .export import save_clips
+from .given import read_images, read_videos
 from .guidance import Heads, guide, perturbed_heads
 from .kv_cache import KVCache
+from .labels import check_names, read_labels
 from .segments import Segments, segmented
-from .stepping import call_back, set_timesteps
+from .stepping import call_back, draw_noise, set_timesteps
 from .transformer import VideoDiT
 from .vae import LatentSpace, decode, encode, latent_space
 
@@ -60,9 +61,10 @@ class VideoDiTPipeline(DiffusionPipeline):
         sample_size: frames, height and width of a video when the call does not say.
         null_text: what guidance leads away from when a call does not say: "empty", the empty prompt, or "zeros",
             embeddings of zeros, as models of this project are trained.
+        id2label: names of classes by label, which class_labels may then be given as.
 
     Raises:
-        ValueError: another null_text.
+        ValueError: another null_text, or names for labels that the model does not have.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -86,6 +88,7 @@ class VideoDiTPipeline(DiffusionPipeline):
         pixel_std: Sequence[float] | None = None,
         sample_size: Sequence[int] | None = None,
         null_text: str = "empty",
+        id2label: Mapping[int | str, str] | None = None,
     ):
         super().__init__()
         if null_text not in NULL_TEXTS:
@@ -98,9 +101,9 @@ class VideoDiTPipeline(DiffusionPipeline):
             pixel_std=None if pixel_std is None else list(pixel_std),
             sample_size=None if sample_size is None else list(sample_size),
             null_text=null_text,
+            id2label=check_names(id2label, getattr(getattr(transformer, "config", None), "num_classes", None)),
         )
-        # sizes are checked against model and VAE, so the processor need not round them
-        self.video_processor = VideoProcessor(vae_scale_factor=1, do_normalize=False, resample="bilinear")
+        self.video_processor = VideoProcessor(vae_scale_factor=1, do_normalize=False)
 
     @property
     def latent_space(self) -> LatentSpace:
@@ -111,6 +114,19 @@ class VideoDiTPipeline(DiffusionPipeline):
         mean = tuple(self.config.pixel_mean or [0.5] * channels)
         std = tuple(self.config.pixel_std or [0.5] * channels)
         return LatentSpace(channels, 1, 1, mean, std)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Labels of classes by name; empty where id2label was not given."""
+        return {name: int(label) for label, name in (self.config.id2label or {}).items()}
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Labels of classes by name, as `DiTPipeline.get_label_ids`.
+
+        Raises:
+            ValueError: an unknown name; says the nearest ones.
+        """
+        return read_labels(label, labels=self.labels, num_classes=self.transformer.config.num_classes or 0).tolist()
 
     @property
     def guidance_scale(self) -> float:
@@ -188,7 +204,8 @@ class VideoDiTPipeline(DiffusionPipeline):
             do_classifier_free_guidance: whether negative ones are wanted.
             num_videos_per_prompt: every row is repeated so often, those of embeddings that are given too.
             prompt_embeds, negative_prompt_embeds: `[B, L, text_dim]` or, the negative ones, `[1, L, text_dim]`.
-            prompt_attention_mask, negative_prompt_attention_mask: of given embeddings, words that count, bool `[B, L]`.
+            prompt_attention_mask, negative_prompt_attention_mask: of given embeddings, words that count, `[B, L]`, bool
+                or integers of 0 and 1.
             max_sequence_length: words of a prompt, with a tokenizer.
             device, dtype: of the result; where the pipeline computes and the transformer's, or else the text encoder's.
 
@@ -197,7 +214,7 @@ class VideoDiTPipeline(DiffusionPipeline):
             names of the call's arguments; masks are None where all words count, negative ones without guidance.
 
         Raises:
-            ValueError: no prompt, or not as many negative prompts as prompts, nor one.
+            ValueError: no prompt, not as many negative prompts as prompts, nor one, or masks of another type.
         """
         device, dtype = device or self._execution_device, dtype or self._text_dtype()
         encoders = {"tokenizer": self.tokenizer, "length": max_sequence_length, "device": device}
@@ -219,38 +236,17 @@ class VideoDiTPipeline(DiffusionPipeline):
             )
         repeat = {"count": len(prompt_embeds), "times": num_videos_per_prompt, "device": device}
         prompt_embeds = rows(prompt_embeds, dtype=dtype, **repeat)
-        if prompt_attention_mask is not None:
-            prompt_attention_mask = rows(prompt_attention_mask, dtype=torch.bool, **repeat)
+        prompt_attention_mask = mask_rows("prompt_attention_mask", prompt_attention_mask, **repeat)
         if negative_prompt_embeds is not None:
             negative_prompt_embeds = rows(negative_prompt_embeds, dtype=dtype, **repeat)
-        if negative_prompt_attention_mask is not None:
-            negative_prompt_attention_mask = rows(negative_prompt_attention_mask, dtype=torch.bool, **repeat)
+        negative_prompt_attention_mask = mask_rows(
+            "negative_prompt_attention_mask", negative_prompt_attention_mask, **repeat
+        )
         return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
 
     def _text_dtype(self) -> torch.dtype | None:
         model = self.text_encoder if self.transformer is None else self.transformer
         return getattr(model, "dtype", None)
-
-    def prepare_latents(
-        self,
-        shape: tuple[int, ...],
-        *,
-        generator: torch.Generator | list[torch.Generator] | None,
-        device: torch.device,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Noise in float32, drawn or as given.
-
-        Raises:
-            ValueError: latents of another shape, or not as many generators as videos.
-        """
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(f"generator is a list of {len(generator)}, there are {shape[0]} videos")
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        if latents.shape != shape:
-            raise ValueError(f"latents has shape {list(latents.shape)}, expected {list(shape)}")
-        return latents.to(device=device, dtype=torch.float32)
 
     def prepare_given(
         self, image: Any, video: Any, *, height: int, width: int, batch: int, prompts: int, device: torch.device
@@ -260,16 +256,17 @@ class VideoDiTPipeline(DiffusionPipeline):
         An image is repeated where a patch holds several frames.
 
         Raises:
-            ValueError: frames that do not fill patches, or not as many images or videos as prompts or as clips to make.
+            ValueError: pictures that cannot be read, frames that do not fill patches, or not as many images or videos
+                as prompts or as clips to make.
         """
         if image is None and video is None:
             return None
         space, patch = self.latent_space, self.transformer.config.patch_size[0]
+        size = {"channels": 3 if self.vae else space.channels, "height": height, "width": width}
         if image is not None:
-            first = self.video_processor.preprocess(image, height, width)  # [B, C, H, W] in 0..1
-            pixels = first.unsqueeze(2).repeat(1, 1, (patch - 1) * space.time + 1, 1, 1)
+            pixels = read_images(image, **size).repeat(1, 1, (patch - 1) * space.time + 1, 1, 1)
         else:
-            pixels = self.video_processor.preprocess_video(video, height, width)
+            pixels = read_videos(video, **size)
             self.token_frames(pixels.shape[2], "frames of video")
         name, count = ("image", len(pixels)) if image is not None else ("video", len(pixels))
         if count not in (1, prompts, batch):
@@ -278,10 +275,6 @@ class VideoDiTPipeline(DiffusionPipeline):
             )
         pixels = pixels.to(device=device, dtype=torch.float32)
         given = self.normalise(pixels) if self.vae is None else encode(self.vae, pixels)
-        if given.shape[1] != self.transformer.config.in_channels:
-            raise ValueError(
-                f"{name} has {given.shape[1]} channels, the model in_channels={self.transformer.config.in_channels}"
-            )
         return given.repeat_interleave(batch // count, dim=0)
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -373,7 +366,7 @@ class VideoDiTPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | list[str] | list[list[str]] | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         negative_prompt: str | list[str] | None = None,
         image: Any = None,
         video: Any = None,
@@ -409,11 +402,10 @@ class VideoDiTPipeline(DiffusionPipeline):
         Args:
             prompt: of models of texts, one or a list. With segment_frames, the prompts of one video's segments, or a
                 list of such lists.
-            class_labels: of models of classes, one or several, int64.
+            class_labels: of models of classes, one or several: integers, or names where the pipeline has `labels`.
             negative_prompt: what guidance leads away from, one for all or one for each; the null text when None.
-            image: the first frame, one for all or one for each; as `diffusers.image_processor` takes it.
-            video: the first frames, as `VideoProcessor.preprocess_video` takes it: `[B, T, C, H, W]` in 0..1, a list
-                of images, ….
+            image: the first frame, one for all or one for each, of any size; see `given.read_images`.
+            video: the first frames, for all or for each, of any size; see `given.read_videos`.
             height, width, num_frames: of the video in pixels and frames; those of the config's sample_size when None.
             num_inference_steps: evaluations of the model, times two with guidance.
             guidance_scale: of classifier-free guidance (arXiv:2207.12598); off up to 1 and for unconditional models.
@@ -423,7 +415,8 @@ class VideoDiTPipeline(DiffusionPipeline):
             latents: noise `[B, C, T, H, W]` of the model's own size.
             prompt_embeds, negative_prompt_embeds: `[B, L, text_dim]`; with segment_frames `[B, segments, L, text_dim]`
                 for prompt_embeds. One negative for all may be given, `[1, L, text_dim]`.
-            prompt_attention_mask, negative_prompt_attention_mask: words that count, bool `[B, L]` (`[B, segments, L]`).
+            prompt_attention_mask, negative_prompt_attention_mask: words that count, `[B, L]` (`[B, segments, L]`), bool
+                or integers of 0 and 1.
             max_sequence_length: words of a prompt, with a tokenizer.
             segment_frames: frames of each segment of the video that has a prompt of its own; see `segments`.
             chunk_frames: token frames to make at a time, each chunk in sight of those before; for causal models. A
@@ -480,6 +473,8 @@ class VideoDiTPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         device = self._execution_device
+        asked = num_inference_steps if sigmas is None else len(sigmas)
+        steps = len(set_timesteps(self.scheduler, asked, sigmas, device))  # may refuse, so before anything is encoded
 
         conditions, segments = prepare_conditions(
             self,
@@ -508,7 +503,7 @@ class VideoDiTPipeline(DiffusionPipeline):
         space = self.latent_space
         shape = (batch, self.transformer.config.in_channels, space.frames(num_frames))
         shape += height // space.space, width // space.space
-        latents = self.prepare_latents(shape, generator=generator, device=device, latents=latents)
+        latents = draw_noise(shape, generator=generator, device=device, latents=latents)
         known = 0 if given is None else given.shape[2]
         if known >= shape[2]:
             raise ValueError(f"{known} frames are given of {shape[2]}; at least one patch of frames must be left")
@@ -523,13 +518,12 @@ class VideoDiTPipeline(DiffusionPipeline):
             chunks = list(latents[:, :, known:].split(chunk_frames * self.transformer.config.patch_size[0], dim=2))
             if given is not None:
                 self.remember(given, conditions=conditions, segments=segments, caches=caches)
-        steps = num_inference_steps if sigmas is None else len(sigmas)
         self._num_timesteps = steps * len(chunks)
         done = [] if given is None or caches is None else [given]
         with self.progress_bar(total=self._num_timesteps) as progress:
             for turn, chunk in enumerate(chunks):
                 fixed = given if caches is None else None
-                timesteps = set_timesteps(self.scheduler, steps, sigmas, device)
+                timesteps = set_timesteps(self.scheduler, asked, sigmas, device)
                 finished = True
                 for step, t in enumerate(timesteps):
                     if self.interrupt:

@@ -207,7 +207,7 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
                 `[B, tokens]` in raster order.
             encoder_hidden_states: text `[B, L, text_dim]` of "cross" and "joint".
             class_labels: int64 `[B]` of "class", 0 to num_classes; num_classes means none.
-            encoder_attention_mask: words that count, bool `[B, L]`; all when None.
+            encoder_attention_mask: words that count, `[B, L]`, bool or integers of 0 and 1; all when None.
             positions: coordinates (t, h, w) of the tokens, `[tokens, 3]` or `[B, tokens, 3]`, any real numbers; those
                 of the grid when None, counted on from the frames in kv_cache.
             kv_cache: earlier frames of a rollout; hidden_states continues them. Needs a causal model.
@@ -230,6 +230,8 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
             positions,
             kv_cache,
         )
+        if encoder_attention_mask is not None:
+            encoder_attention_mask = encoder_attention_mask.bool()  # tokenizers return integers
         patch = self.config.patch_size
         grid = tuple(n // p for n, p in zip(hidden_states.shape[2:], patch, strict=True))
         dtype = self.patch_embed.weight.dtype
