@@ -28,9 +28,10 @@ def must_not_spill(row: report.Row) -> bool:
     leaves a third of the registers free.
     """
     strict = row.operator == "neighborhood"
-    if row.dtype == "fp32" and row.head_dim >= (256 if strict else 128):
+    longest = 256 if "values" in row.flags else row.head_dim  # values may be wider than keys
+    if row.dtype == "fp32" and longest >= (256 if strict else 128):
         return False
-    crowded = row.head_dim >= 128 and ("bias, extra" in row.flags or row.dtype == "fp32")
+    crowded = longest >= 128 and ("bias, extra" in row.flags or row.dtype == "fp32")
     if strict and not crowded and row.registers > 168:
         return True
     return row.spills > (40 if strict else 160)

@@ -44,7 +44,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
         return ((key * scale) @ query.mT + bias.mT).softmax(-2).mT @ value
     if query.shape[2] >= key.shape[2]:  # the scale goes to the fewer
         return (query @ (key * scale).mT + bias).softmax(-1) @ value
-    # fused attention makes zeros of a row that is all minus infinity, and softmax NaN; only on CPU it costs nothing to look
+    # fused attention makes zeros of a row that is all minus infinity, and softmax NaN; on CPU it costs nothing to look
     looks = is_plain_call() and query.device.type == "cpu"
     if wants_gradient(query, key, value, bias) or not looks or not math.isfinite(bias.sum().item()):
         return ((query * scale) @ key.mT + bias).softmax(-1) @ value

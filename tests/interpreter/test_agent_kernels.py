@@ -58,6 +58,14 @@ def test_head_dim_256_with_the_pinned_tiles():
     check(replace(FULL, head_dim=256, heads=1, shape=(20,), key_shape=(17,)), torch.float32, "triton")
 
 
+@pytest.mark.parametrize("head_dim, value_dim", [(64, 256), (256, 64), (1, 40)])
+def test_head_dims_of_keys_and_values_may_differ(head_dim, value_dim):
+    case = replace(FULL, head_dim=head_dim, value_dim=value_dim, heads=1, shape=(20,), key_shape=(17,))
+    check(case, torch.float32, "triton")
+    with configs.override(chunk=16, queries=16, keys=16):  # merged parts, and partial gradients
+        check(case, torch.float32, "triton")
+
+
 def test_more_agents_than_a_tile_holds():
     check(replace(FULL, agents=81, heads=1), torch.float32, "triton")
 
@@ -107,7 +115,7 @@ def test_memory_around_the_tensors_is_not_read():
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("bias, wanted", [(False, False), (True, False), (True, True)])
 def test_opcheck(dtype, requires_grad, bias, wanted):
-    inputs = make_inputs(replace(FULL, layout="fused"), dtype)
+    inputs = make_inputs(replace(FULL, layout="fused", value_dim=12 if bias else None), dtype)
     names = ("agent", "key", "value", "agent_bias")
     *tensors, table = (inputs[name].detach().requires_grad_(requires_grad) for name in names)
     rest = table if bias else None, 0.5

@@ -68,6 +68,11 @@ def test_pinned_tiles_are_right():
         check(case, torch.float32, "triton")
 
 
+@pytest.mark.parametrize("head_dim, value_dim", [(64, 256), (256, 64), (1, 40)])
+def test_head_dims_of_keys_and_values_may_differ(head_dim, value_dim):
+    check(replace(FULL, head_dim=head_dim, value_dim=value_dim), torch.float32, "triton")
+
+
 def test_gradients_are_the_same_bits_every_time():
     inputs = make_inputs(FULL, torch.float32)
     first, second = run(FULL, inputs, "triton"), run(FULL, inputs, "triton")
@@ -103,7 +108,7 @@ def test_what_is_not_listed_is_not_read():
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("case", [FULL, replace(FULL, inverse=True, extra=0, bias=False, layout="fused")])
+@pytest.mark.parametrize("case", [replace(FULL, value_dim=20), replace(FULL, inverse=True, extra=0, bias=False, layout="fused")])
 def test_opcheck(case, requires_grad):
     opcheck("block_sparse", case, requires_grad=requires_grad)
 

@@ -52,6 +52,9 @@ def test_half_precision_keeps_the_error_rule(rank):
         Case((4, 7, 7), (4, 7, 7), (0, 0, 0), (0, 0, 0), heads=1, key_heads=1, bias=True),  # many tiles
         FULL,
         HALO,
+        replace(FULL, head_dim=8, value_dim=24),  # the backward of half precision has one kernel
+        replace(FULL, head_dim=64, value_dim=256, heads=1, batch=1),
+        replace(HALO, head_dim=40, value_dim=3),
     ],
 )
 def test_pinned_tiles_are_right(case, dtype):
@@ -88,7 +91,7 @@ def test_memory_around_the_tensors_is_not_read():
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("case", [FULL, HALO, Case((13,), (5,), (2,), (0,), layout="fused")])
+@pytest.mark.parametrize("case", [FULL, replace(HALO, value_dim=12), Case((13,), (5,), (2,), (0,), layout="fused")])
 def test_opcheck(case, requires_grad):
     inputs = make_inputs(case, torch.float32)
     tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
