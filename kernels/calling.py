@@ -4,7 +4,8 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from typing import Literal, TypeVar
+from math import prod
+from typing import Annotated, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 Impl = Literal["auto", "triton", "tiled", "reference"]
 T = TypeVar("T")
 PerAxis = T | Sequence[T]
+PerHead = PerAxis[T] | Sequence[PerAxis[T]]  # one value, one per axis, or one of these per head
+Mask = Annotated[Tensor, "bool mask or integer lengths"]
 IMPLEMENTATIONS = ("triton", "tiled", "reference")
 HAS_TRITON = find_spec("triton") is not None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -35,7 +38,7 @@ def per_axis(name: str, value, rank: int, kind: type) -> tuple:
 def check_grids(rank: int, query: Tensor, key: Tensor, value: Tensor, *, cross: bool = False) -> None:
     """Refuse what is not `[B, *spatial, heads, head_dim]` three times over, with grouped key heads at most.
 
-    With `cross`, keys may lie on a grid of other lengths than queries.
+    Values may have a head_dim of their own. With `cross`, keys may lie on a grid of other lengths than queries.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
@@ -46,38 +49,85 @@ def check_grids(rank: int, query: Tensor, key: Tensor, value: Tensor, *, cross: 
             raise TypeError(f"{name}.dtype={x.dtype} must be a floating dtype and equal query.dtype={query.dtype}")
         if x.device != query.device:
             raise ValueError(f"{name}.device={x.device} must equal query.device={query.device}")
-    if key.shape != value.shape:
-        raise ValueError(f"value.shape={tuple(value.shape)} must equal key.shape={tuple(key.shape)}")
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(
+            f"value.shape={tuple(value.shape)} must equal key.shape={tuple(key.shape)} in all but head_dim"
+        )
     same = 1 if cross else -2
     if key.shape[:same] != query.shape[:same] or key.shape[-1] != query.shape[-1]:
         axes = "heads and spatial axes" if cross else "the heads axis"
         raise ValueError(f"key.shape={tuple(key.shape)} must equal query.shape={tuple(query.shape)} in all but {axes}")
-    if min(key.shape[1:]) < 1 or min(query.shape[1:]) < 1:
-        raise ValueError(f"query.shape={tuple(query.shape)} must have no empty axis but the batch")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if min(x.shape[1:]) < 1:
+            raise ValueError(f"{name}.shape={tuple(x.shape)} must have no empty axis but the batch")
     if query.shape[-2] % key.shape[-2]:
         raise ValueError(f"query heads ({query.shape[-2]}) must be a multiple of key heads ({key.shape[-2]})")
 
 
-def check_extra(key: Tensor, extra_key: Tensor | None, extra_value: Tensor | None) -> None:
-    """Refuse extra keys and values that do not fit `key`."""
+def on_grid(
+    name: str, x: Tensor, rank: int, grid: Sequence[int] | None, *, features: str = "heads, head_dim"
+) -> Tensor:
+    """`x [B, tokens, features]` as a view `[B, *grid, features]`; as it is when `grid` is None."""
+    if grid is None:
+        return x
+    if not isinstance(grid, Sequence) or len(grid) != rank or any(isinstance(n, (bool, float)) for n in grid):
+        raise ValueError(f"grid={grid!r} must hold the tokens along each of {rank} spatial axes, as integers")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dim() != 3 + features.count(","):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; with grid={tuple(grid)} expected [B, tokens, {features}]")
+    if any(n < 1 for n in grid) or x.shape[1] != prod(grid):
+        raise ValueError(f"grid={tuple(grid)} must hold the {x.shape[1]} tokens of {name}, shape {tuple(x.shape)}")
+    return x.unflatten(1, tuple(grid))
+
+
+def check_extra(key: Tensor, value: Tensor, extra_key: Tensor | None, extra_value: Tensor | None) -> None:
+    """Refuse extra keys and values that do not fit `key` and `value`."""
     if extra_key is None or extra_value is None:
         if extra_key is not extra_value:
             raise ValueError("extra_key and extra_value must be given together")
         return
-    for name, x in (("extra_key", extra_key), ("extra_value", extra_value)):
-        if x.dim() != 4 or x.shape[0] != key.shape[0] or x.shape[2:] != key.shape[-2:]:
-            expected = f"[B={key.shape[0]}, tokens, key heads={key.shape[-2]}, head_dim={key.shape[-1]}]"
+    for name, x, like in (("extra_key", extra_key, key), ("extra_value", extra_value, value)):
+        if x.dim() != 4 or x.shape[0] != key.shape[0] or x.shape[2:] != like.shape[-2:]:
+            expected = f"[B={key.shape[0]}, tokens, key heads={key.shape[-2]}, head_dim={like.shape[-1]}]"
             raise ValueError(f"{name}.shape={tuple(x.shape)} must be {expected}")
         if x.dtype != key.dtype or x.device != key.device:
             raise ValueError(f"{name} ({x.dtype}, {x.device}) must match key ({key.dtype}, {key.device})")
-    if extra_key.shape != extra_value.shape:
+    if extra_key.shape[1] != extra_value.shape[1]:
         raise ValueError(
-            f"extra_value.shape={tuple(extra_value.shape)} must equal extra_key.shape={tuple(extra_key.shape)}"
+            f"extra_value.shape={tuple(extra_value.shape)} must have the tokens of "
+            f"extra_key.shape={tuple(extra_key.shape)}"
         )
 
 
-def triton_obstacle(query: Tensor) -> str | None:
-    """Why the Triton kernels cannot take this call, or None when they can."""
+def extra_visibility(extra_mask: Mask | None, extra_key: Tensor | None) -> Tensor | None:
+    """Which extra keys queries see, bool `[B, tokens]`, from such a mask or from integer lengths `[B]`; None for all.
+
+    Lengths are compared with the number of tokens where that costs nothing: on CPU, outside of graphs.
+    """
+    if extra_mask is None:
+        return None
+    if not isinstance(extra_mask, Tensor):
+        raise TypeError(f"extra_mask must be a tensor, got {type(extra_mask).__name__}")
+    if extra_key is None:
+        raise ValueError("extra_mask must be given together with extra_key and extra_value")
+    accepted = "a bool mask [B, tokens] or integer lengths [B]"
+    (batch, tokens), shape, dtype = extra_key.shape[:2], tuple(extra_mask.shape), extra_mask.dtype
+    if dtype.is_floating_point or dtype.is_complex:
+        raise TypeError(f"extra_mask.dtype={dtype} must be bool or an integer dtype: {accepted}")
+    if shape != ((batch, tokens) if dtype == torch.bool else (batch,)):
+        raise ValueError(f"extra_mask ({dtype}, {shape}) must be {accepted}, with B={batch}, tokens={tokens}")
+    if extra_mask.device != extra_key.device:
+        raise ValueError(f"extra_mask.device={extra_mask.device} must equal extra_key.device={extra_key.device}")
+    if dtype == torch.bool:
+        return extra_mask
+    if extra_mask.device.type == "cpu" and is_plain_call() and not all(0 <= n <= tokens for n in extra_mask.tolist()):
+        raise ValueError(f"extra_mask={extra_mask.tolist()} must hold lengths from 0 to {tokens}, the extra keys")
+    return torch.arange(tokens, device=extra_mask.device) < extra_mask[:, None]
+
+
+def triton_obstacle(query: Tensor, value: Tensor | None = None) -> str | None:
+    """Why the Triton kernels cannot take this call, or None when they can; values may be wider than the query."""
     if not HAS_TRITON:
         return "triton is not installed"
     if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -86,16 +136,19 @@ def triton_obstacle(query: Tensor) -> str | None:
         return f"dtype {query.dtype} is not float16, bfloat16 or float32"
     if query.shape[-1] > MAX_TRITON_HEAD_DIM:
         return f"head_dim {query.shape[-1]} exceeds {MAX_TRITON_HEAD_DIM}"
+    if value is not None and value.shape[-1] > MAX_TRITON_HEAD_DIM:
+        return f"head_dim {value.shape[-1]} of value exceeds {MAX_TRITON_HEAD_DIM}"
     return None
 
 
-def choose(query: Tensor, impl: Impl = "auto") -> str:
-    """Name of the implementation that serves `query`; an explicit request is kept or refused, never replaced."""
+def choose(query: Tensor, impl: Impl = "auto", value: Tensor | None = None) -> str:
+    """Name of the implementation that serves `query` and `value`; an explicit request is kept or refused, never
+    replaced."""
     if impl == "auto":
-        return "triton" if query.device.type == "cuda" and triton_obstacle(query) is None else "tiled"
+        return "triton" if query.device.type == "cuda" and triton_obstacle(query, value) is None else "tiled"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} must be one of {('auto', *IMPLEMENTATIONS)}")
-    if impl == "triton" and (obstacle := triton_obstacle(query)) is not None:
+    if impl == "triton" and (obstacle := triton_obstacle(query, value)) is not None:
         raise NotImplementedError(f"impl='triton' cannot take this call: {obstacle}")
     return impl
 
@@ -105,9 +158,9 @@ def resolve_scale(query: Tensor, scale: float | None) -> float:
     return query.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def obstacles(query: Tensor) -> dict[str, str | None]:
-    """For every implementation, why it cannot take a call with this query, or None."""
-    return {"triton": triton_obstacle(query), "tiled": None, "reference": None}
+def obstacles(query: Tensor, value: Tensor | None = None) -> dict[str, str | None]:
+    """For every implementation, why it cannot take a call with this query and value, or None."""
+    return {"triton": triton_obstacle(query, value), "tiled": None, "reference": None}
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

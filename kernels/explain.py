@@ -2,8 +2,9 @@
 
     python -m foveal.kernels.explain --op na3d --shape 30 48 80 --heads 24 --head-dim 128 --window 18 24 24
 
-An operator takes part by where it lives: its function stands in an `api.py` that also offers `choose(query, impl)` and
-`obstacles(query)`, beside a `cost.py` that offers `summarize(query, key, value, *, impl, **arguments)`.
+An operator takes part by where it lives: its function stands in an `api.py` that also offers
+`choose(query, impl, value)` and `obstacles(query, value)`, beside a `cost.py` that offers
+`summarize(query, key, value, *, impl, **arguments)`.
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ def explain(
     """
     name, function, api, cost = _find(operator)
     call = f"{tuple(query.shape)} {str(query.dtype).removeprefix('torch.')} on {query.device}"
-    reasons = api.obstacles(query)
-    chosen = None if reasons.get(impl) else api.choose(query, impl)
+    reasons = api.obstacles(query, value)
+    chosen = None if reasons.get(impl) else api.choose(query, impl, value)
 
     # the operator's own checks, on tensors without data
     rest = {name: _without_data(value) for name, value in arguments.items()}

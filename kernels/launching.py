@@ -30,6 +30,11 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def width_constants(head_dim: int, value_dim: int) -> dict:
+    """Compile-time arguments of kernels: features of a head of query and key, and of value and output."""
+    return dict(D=head_dim, BLOCK_D=block_d(head_dim), DV=value_dim, BLOCK_DV=block_d(value_dim))
+
+
 class Overrides(dict[str, Any]):
     """Launch parameters of one operator that are forced, by name: empty, but inside `override`."""
 

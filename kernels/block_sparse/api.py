@@ -69,7 +69,7 @@ def _attend(query, key, value, mask, scale, extra_key, extra_value, impl) -> tup
         raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, 1 to 3 spatial axes, heads, head_dim]")
     check_grids(rank, query, key, value, cross=True)
     _check_mask(rank, query, key, mask)
-    check_extra(key, extra_key, extra_value)
+    check_extra(key, value, extra_key, extra_value)
     tiles = library.attend_tiled if is_compiled_on_cpu(query) else tiled.attend
     attend = {"triton": library.attend, "tiled": tiles, "reference": reference.attend}[choose(query, impl)]
     with without_autocast(query.device):

@@ -15,7 +15,7 @@ __all__ = ["choose", "linear_attention", "obstacles"]
 MAX_TRITON_HEAD_DIM = 128  # a program holds the whole state
 
 
-def obstacles(query: Tensor) -> dict[str, str | None]:
+def obstacles(query: Tensor, value: Tensor | None = None) -> dict[str, str | None]:
     """For every implementation, why it cannot take a call with this query, or None."""
     found = calling.obstacles(query)
     if found["triton"] is None and query.shape[-1] > MAX_TRITON_HEAD_DIM:
@@ -23,7 +23,7 @@ def obstacles(query: Tensor) -> dict[str, str | None]:
     return found
 
 
-def choose(query: Tensor, impl: Impl = "auto") -> str:
+def choose(query: Tensor, impl: Impl = "auto", value: Tensor | None = None) -> str:
     """Name of the implementation that serves `query`; an explicit request is kept or refused, never replaced."""
     obstacle = obstacles(query)["triton"]
     if impl == "triton" and obstacle is not None:
