@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .calling import IMPLEMENTATIONS, Impl, PerAxis, entries, is_integer
+from .calling import IMPLEMENTATIONS, Impl, Mask, PerAxis, PerHead, entries, is_integer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -85,6 +85,23 @@ def _check_axes(kind: type, name: str, x: Any, first: Given) -> None:
     entries(name, x, kind)
 
 
+def _check_heads(kind: type, name: str, x: Any, first: Given) -> None:
+    """One value, one per axis, or one of these per head."""
+    if isinstance(x, Sequence) and not isinstance(x, str) and any(isinstance(entry, Sequence) for entry in x):
+        for head, entry in enumerate(x):
+            entries(f"{name}[{head}]", entry, kind)
+    else:
+        entries(name, x, kind)
+
+
+def _check_mask(name: str, x: Any, first: Given) -> None:
+    check_dense(name, x, "a tensor or None")
+    if x.dtype.is_floating_point or x.dtype.is_complex:
+        raise TypeError(f"{name}.dtype={x.dtype} must be bool or an integer dtype")
+    if _is_elsewhere(x, first[1]):
+        raise ValueError(f"{name}.device={x.device} must equal {first[0]}.device={first[1].device}")
+
+
 def _check_sequence(check: Check, name: str, x: Any, first: Given) -> None:
     """Entries of a sequence are compared with the first of them."""
     if not isinstance(x, Sequence) or isinstance(x, str):
@@ -106,6 +123,9 @@ REQUIRED: Mapping[Any, Check] = {
     bool: _check_flag,
     PerAxis[int]: partial(_check_axes, int),
     PerAxis[bool]: partial(_check_axes, bool),
+    PerHead[int]: partial(_check_heads, int),
+    PerHead[bool]: partial(_check_heads, bool),
+    Mask: _check_mask,
     Sequence[int]: partial(_check_sequence, _check_integer),
     Sequence[Tensor]: partial(_check_sequence, _check_operand),
     torch.dtype: _check_dtype,

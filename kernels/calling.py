@@ -4,8 +4,9 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from math import prod
 from numbers import Integral
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 Impl = Literal["auto", "triton", "tiled", "reference"]
 T = TypeVar("T")
 PerAxis = T | Sequence[T]
+PerHead = PerAxis[T] | Sequence[PerAxis[T]]  # one value, one per axis, or one of these per head
+Mask = Annotated[Tensor, "bool mask or integer lengths"]
 IMPLEMENTATIONS = ("triton", "tiled", "reference")
 HAS_TRITON = find_spec("triton") is not None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -70,6 +73,23 @@ def check_grids(rank: int, query: Tensor, key: Tensor, value: Tensor, *, cross: 
         raise ValueError(f"query heads ({query.shape[-2]}) must be a multiple of key heads ({key.shape[-2]})")
 
 
+def on_grid(
+    name: str, x: Tensor, rank: int, grid: Sequence[int] | None, *, features: str = "heads, head_dim"
+) -> Tensor:
+    """`x [B, tokens, features]` as a view `[B, *grid, features]`; as it is when `grid` is None."""
+    if grid is None:
+        return x
+    if not isinstance(grid, Sequence) or len(grid) != rank or any(isinstance(n, (bool, float)) for n in grid):
+        raise ValueError(f"grid={grid!r} must hold the tokens along each of {rank} spatial axes, as integers")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dim() != 3 + features.count(","):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; with grid={tuple(grid)} expected [B, tokens, {features}]")
+    if any(n < 1 for n in grid) or x.shape[1] != prod(grid):
+        raise ValueError(f"grid={tuple(grid)} must hold the {x.shape[1]} tokens of {name}, shape {tuple(x.shape)}")
+    return x.unflatten(1, tuple(grid))
+
+
 def check_extra(key: Tensor, value: Tensor, extra_key: Tensor | None, extra_value: Tensor | None) -> None:
     """Refuse extra keys and values that do not fit `key` and `value`."""
     if extra_key is None or extra_value is None:
@@ -87,6 +107,32 @@ def check_extra(key: Tensor, value: Tensor, extra_key: Tensor | None, extra_valu
             f"extra_value.shape={tuple(extra_value.shape)} must have the tokens of "
             f"extra_key.shape={tuple(extra_key.shape)}"
         )
+
+
+def extra_visibility(extra_mask: Mask | None, extra_key: Tensor | None) -> Tensor | None:
+    """Which extra keys queries see, bool `[B, tokens]`, from such a mask or from integer lengths `[B]`; None for all.
+
+    Lengths are compared with the number of tokens where that costs nothing: on CPU, outside of graphs.
+    """
+    if extra_mask is None:
+        return None
+    if not isinstance(extra_mask, Tensor):
+        raise TypeError(f"extra_mask must be a tensor, got {type(extra_mask).__name__}")
+    if extra_key is None:
+        raise ValueError("extra_mask must be given together with extra_key and extra_value")
+    accepted = "a bool mask [B, tokens] or integer lengths [B]"
+    (batch, tokens), shape, dtype = extra_key.shape[:2], tuple(extra_mask.shape), extra_mask.dtype
+    if dtype.is_floating_point or dtype.is_complex:
+        raise TypeError(f"extra_mask.dtype={dtype} must be bool or an integer dtype: {accepted}")
+    if shape != ((batch, tokens) if dtype == torch.bool else (batch,)):
+        raise ValueError(f"extra_mask ({dtype}, {shape}) must be {accepted}, with B={batch}, tokens={tokens}")
+    if extra_mask.device != extra_key.device:
+        raise ValueError(f"extra_mask.device={extra_mask.device} must equal extra_key.device={extra_key.device}")
+    if dtype == torch.bool:
+        return extra_mask
+    if extra_mask.device.type == "cpu" and is_plain_call() and not all(0 <= n <= tokens for n in extra_mask.tolist()):
+        raise ValueError(f"extra_mask={extra_mask.tolist()} must hold lengths from 0 to {tokens}, the extra keys")
+    return torch.arange(tokens, device=extra_mask.device) < extra_mask[:, None]
 
 
 def triton_obstacle(query: Tensor, value: Tensor | None = None) -> str | None:

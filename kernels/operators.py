@@ -36,7 +36,7 @@ def define(
         module: full name of the module that computes.
         extras: names of tensors that have gradients like query, key and value, each of them optional: the gradient of
             one that is None is an empty tensor.
-        rest: schema of arguments without gradients, tensors first.
+        rest: schema of arguments without gradients.
         unpack: makes keyword arguments of the module's functions from (query, key, *extras, *rest).
         flops: what the forward and the backward compute, from (query, key, value, *extras, *rest) with shapes for
             tensors.
@@ -44,7 +44,7 @@ def define(
     """
     forward_name, backward_name = f"foveal::{name}_forward", f"foveal::{name}_backward"
     given = 3 + len(extras)  # tensors that have gradients
-    tensors = given + rest.count("Tensor")
+    is_tensor = [True] * len(extras) + ["Tensor" in argument for argument in rest.split(", ")]  # of all after value
     more = "".join(f"Tensor? {extra}, " for extra in extras) + rest
     torch.library.define(forward_name, f"(Tensor query, Tensor key, Tensor value, {more}) -> (Tensor, Tensor)")
     torch.library.define(
@@ -80,16 +80,19 @@ def define(
         return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in each)
 
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:tensors])
-        ctx.constants = inputs[tensors:]
+        tensors = (x for x, keep in zip(inputs[3:], is_tensor, strict=True) if keep)
+        ctx.save_for_backward(*inputs[:3], *output, *tensors)
+        ctx.constants = [x for x, tensor in zip(inputs[3:], is_tensor, strict=True) if not tensor]
 
     def differentiate(ctx, grad_out, grad_lse):
         if torch.is_grad_enabled() and (grad_out.requires_grad or grad_lse.requires_grad):
             raise NotImplementedError(f"{title} has no double backward; use impl='reference'")
-        query, key, value, out, lse, *more = ctx.saved_tensors
-        dq, dk, dv, *rest = backward_operator(query, key, value, out, lse, grad_out, grad_lse, *more, *ctx.constants)
+        query, key, value, out, lse, *tensors = ctx.saved_tensors
+        kept, constants = iter(tensors), iter(ctx.constants)
+        more = [next(kept if tensor else constants) for tensor in is_tensor]
+        dq, dk, dv, *rest = backward_operator(query, key, value, out, lse, grad_out, grad_lse, *more)
         found = [None if x is None else g for x, g in zip(more, rest, strict=False)]
-        return dq, dk, dv, *found, *(None,) * (tensors - given + len(ctx.constants))
+        return dq, dk, dv, *found, *(None,) * (len(is_tensor) - len(extras))
 
     torch.library.register_autograd(forward_name, differentiate, setup_context=setup_context)
 

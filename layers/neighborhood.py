@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.calling import PerHead, extra_visibility, on_grid
+from ..kernels.neighborhood.heads import is_per_head
 from ..kernels.ops import na1d, na2d, na3d
 
 Rope = Callable[[Tensor, Tensor], Tensor]
@@ -23,10 +25,10 @@ class _NeighborhoodAttention(nn.Module):
         dim: int,
         *,
         num_heads: int,
-        window: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
-        causal: bool | Sequence[bool] = False,
+        window: PerHead[int],
+        stride: PerHead[int] = 1,
+        dilation: PerHead[int] = 1,
+        causal: PerHead[bool] = False,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         qkv_bias: bool = True,
@@ -54,12 +56,13 @@ class _NeighborhoodAttention(nn.Module):
         self.head_dim = head_dim or dim // num_heads
         self.window, self.stride = self._per_axis("window", window), self._per_axis("stride", stride)
         self.dilation, self.causal = self._per_axis("dilation", dilation), self._per_axis("causal", causal)
-        if rpb and any(w % 2 == 0 for w in self.window):
+        windows = self.window if is_per_head(self.window) else (self.window,)
+        if rpb and any(w % 2 == 0 for sizes in windows for w in sizes):
             raise ValueError(f"window={self.window} must be odd on every axis when rpb=True")
         self.pad, self.qk_dtype, self.impl = pad, qk_dtype, impl
 
         inner = num_heads * self.head_dim
-        table = (num_heads, *(2 * w - 1 for w in self.window))
+        table = (num_heads, *(2 * max(sizes) - 1 for sizes in zip(*windows, strict=True)))
         self.rpb = nn.Parameter(torch.empty(table, **dd)) if rpb else None
         self.qkv = nn.Linear(dim, inner + 2 * num_kv_heads * self.head_dim, bias=qkv_bias, **dd)
         self.q_norm = qk_norm(self.head_dim, **dd) if qk_norm else nn.Identity()
@@ -70,6 +73,11 @@ class _NeighborhoodAttention(nn.Module):
         self.reset_parameters()
 
     def _per_axis(self, name: str, value) -> tuple:
+        """One value for each axis, or such a tuple for each head."""
+        if is_per_head(value):
+            if len(value) != self.num_heads:
+                raise ValueError(f"{name}={value!r} has {len(value)} entries; expected one for each head")
+            return tuple(self._per_axis(f"{name}[{head}]", entry) for head, entry in enumerate(value))
         values = tuple(value) if isinstance(value, Sequence) else (value,) * self.rank
         if len(values) != self.rank:
             raise ValueError(f"{name}={value!r} must be one value, or one for each of {self.rank} axes")
@@ -80,24 +88,38 @@ class _NeighborhoodAttention(nn.Module):
         if self.rpb is not None:
             nn.init.trunc_normal_(self.rpb, std=0.02)
 
-    def forward(self, x: Tensor, *, positions: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        extra: Tensor | None = None,
+        extra_mask: Tensor | None = None,
+        grid: Sequence[int] | None = None,
+    ) -> Tensor:
         """Attend within the neighborhood.
 
         Args:
-            x: `[B, *spatial, dim]`.
+            x: `[B, *spatial, dim]`, or `[B, tokens, dim]` with `grid`.
             positions: coordinates handed to `rope`, `[..., *spatial, rank]`; those of the grid, 0 to length - 1 on
                 each axis, when None.
             extra: tokens `[B, tokens, dim]` (registers, text) that every query sees besides its window; they pass
                 through the same key and value projection and get neither `rope` nor `rpb`.
+            extra_mask: which of these are visible, bool `[B, tokens]`, or how many of each batch entry are, integer
+                `[B]`; all when None. A masked token may hold anything, NaN included.
+            grid: tokens along each axis, of which `x` holds prod(grid) in C order.
 
         Returns:
-            `[B, *spatial, dim]`.
+            The shape of `x`.
 
         Raises:
             ValueError: a shape that does not fit, or a window that does not fit into the grid while `pad` is off.
             NotImplementedError: under torch.jit.trace, unless `impl` is "reference"; with `qk_dtype` outside
                 torch.no_grad().
         """
+        if grid is not None:
+            x = on_grid("x", x, self.rank, grid, features="dim")
+            return self(x, positions=positions, extra=extra, extra_mask=extra_mask).flatten(1, -2)
         if x.dim() != self.rank + 2 or x.shape[-1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, {self.rank} spatial axes, {self.dim}]")
         if torch.jit.is_tracing() and self.impl != "reference":
@@ -109,7 +131,7 @@ class _NeighborhoodAttention(nn.Module):
         if self.rope is not None:
             positions = self._grid(x) if positions is None else positions
             query, key = self.rope(query, positions).to(value.dtype), self.rope(key, positions).to(value.dtype)
-        extra_key, extra_value = (None, None) if extra is None else self._project_extra(extra)
+        extra_key, extra_value = (None, None) if extra is None else self._project_extra(extra, extra_mask)
         out = type(self).attend(
             query,
             key,
@@ -121,6 +143,7 @@ class _NeighborhoodAttention(nn.Module):
             bias=self.rpb,
             extra_key=extra_key,
             extra_value=extra_value,
+            extra_mask=extra_mask,
             qk_dtype=self.qk_dtype,
             impl=self.impl,
         )
@@ -133,7 +156,10 @@ class _NeighborhoodAttention(nn.Module):
         query, key, value = self.qkv(x).unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=-2)
         return self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value  # autocast norms in float32
 
-    def _project_extra(self, extra: Tensor) -> tuple[Tensor, Tensor]:
+    def _project_extra(self, extra: Tensor, extra_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        visible = extra_visibility(extra_mask, extra)
+        if visible is not None:  # of the projection, gradients multiply what tokens hold
+            extra = extra.masked_fill(~visible[..., None], 0)
         inner = self.num_heads * self.head_dim
         bias = None if self.qkv.bias is None else self.qkv.bias[inner:]
         key, value = F.linear(extra, self.qkv.weight[inner:], bias).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=-2)
@@ -141,8 +167,16 @@ class _NeighborhoodAttention(nn.Module):
 
     def _pad(self, x: Tensor) -> Tensor:
         """Zeros after the last token of each axis that is shorter than window * dilation."""
-        missing = [max(w * d - n, 0) for n, w, d in zip(x.shape[1:-1], self.window, self.dilation, strict=True)]
+        missing = [max(span - n, 0) for n, span in zip(x.shape[1:-1], self._spans(), strict=True)]
         return F.pad(x, (0, 0, *(side for m in reversed(missing) for side in (0, m)))) if any(missing) else x
+
+    def _spans(self) -> list[int]:
+        """The most tokens that the window of a head reaches over, per axis."""
+        sizes = (
+            values if is_per_head(values) else (values,) * self.num_heads for values in (self.window, self.dilation)
+        )
+        spans = [[w * d for w, d in zip(*of_head, strict=True)] for of_head in zip(*sizes, strict=True)]
+        return [max(of_axis) for of_axis in zip(*spans, strict=True)]
 
     def _grid(self, x: Tensor) -> Tensor:
         axes = [torch.arange(n, device=x.device) for n in x.shape[1:-1]]
@@ -174,11 +208,13 @@ class NeighborhoodAttention2d(_NeighborhoodAttention):
     Args:
         dim: channels of the input and the output.
         num_heads: query heads.
-        window, stride, dilation, causal: neighborhood, one value or one per axis; see `foveal.kernels.ops.na2d`.
+        window, stride, dilation, causal: neighborhood, one value, one per axis, or one of these per head; see
+            `foveal.kernels.ops.na2d`.
         num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); num_heads when None.
         head_dim: channels per head; dim / num_heads when None.
         qkv_bias, proj_bias: whether the projections have a bias.
-        rpb: learn a relative position bias `[num_heads, 2 * window - 1 per axis]`; odd windows only.
+        rpb: learn a relative position bias `[num_heads, 2 * window - 1 per axis]`, of the largest window where heads
+            differ; odd windows only.
         qk_norm: norm layer (such as `torch.nn.RMSNorm`) over head_dim, applied to queries and keys; none when None.
         rope: rotary embedding, called as `rope(x, positions)` on queries and on keys `[B, *spatial, heads, head_dim]`
             with the positions of `forward`. A module given here becomes a submodule.

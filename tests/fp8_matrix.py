@@ -15,15 +15,17 @@ def check(case: Case, dtype: torch.dtype, impl: str, device: str = "cpu", operat
     to others."""
     inputs = neighborhood_matrix.make_inputs(case, dtype, device)
     inputs = {name: x if x is None else x.detach() for name, x in inputs.items()}
-    rounded = quantized.quantize(inputs["query"], inputs["key"], inputs["extra_key"])
+    options = neighborhood_matrix.on_device(case, inputs)
+    visible = None if case.visible is None else case.visible.to(device)
+    rounded = quantized.quantize(inputs["query"], inputs["key"], inputs["extra_key"], visible)
 
     def replaced(dtype: torch.dtype) -> dict:
         query, key, extra_key = quantized.restore(rounded, dtype)
         others = {name: None if x is None else x.to(dtype) for name, x in inputs.items()}
         return others | {"query": query, "key": key, "extra_key": extra_key}
 
-    got = (operator or OPERATORS[case.rank])(**inputs, **case.options, qk_dtype=E4M3, impl=impl)
-    exact = OPERATORS[case.rank](**replaced(torch.float64), **case.options, impl="reference")
+    got = (operator or OPERATORS[case.rank])(**inputs, **options, qk_dtype=E4M3, impl=impl)
+    exact = OPERATORS[case.rank](**replaced(torch.float64), **options, impl="reference")
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     shift = quantized.mean_logits(inputs["query"].double(), rounded.mean.double(), scale)
     yardstick = None

@@ -7,7 +7,7 @@ A case prints as the call that makes it again, so a failure can be pasted into a
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from random import Random
 
@@ -46,6 +46,8 @@ class Case:
     extra: int = 0
     layout: str = "contiguous"
     seed: int = 0
+    value_dim: int | None = None
+    extra_mask: str = ""  # "mask", "lengths" or none
 
     @property
     def rank(self) -> int:
@@ -56,10 +58,24 @@ class Case:
         return tuple(map(geometry.Axis, self.shape, self.window, self.stride, self.dilation, self.causal))
 
     @property
+    def visible(self) -> Tensor | None:
+        """Which extra keys are visible, bool `[batch, extra]`; None for all."""
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        if self.extra_mask == "mask":
+            return torch.rand(self.batch, self.extra, generator=generator) < 0.5
+        if self.extra_mask == "lengths":
+            lengths = torch.randint(0, self.extra + 1, (self.batch,), generator=generator)
+            return torch.arange(self.extra) < lengths[:, None]
+        return None
+
+    @property
     def options(self) -> dict:
-        """Keyword arguments of the operator other than its tensors and `impl`."""
+        """Keyword arguments of the operator other than `impl` and tensors that have gradients."""
         names = ("window", "stride", "dilation", "causal", "scale")
-        return {name: getattr(self, name) for name in names}
+        options = {name: getattr(self, name) for name in names}
+        if (visible := self.visible) is not None:
+            options["extra_mask"] = visible.sum(1) if self.extra_mask == "lengths" else visible
+        return options
 
 
 def _axis(random: Random, length: int, odd: bool) -> tuple[int, int, int, bool]:
@@ -79,7 +95,7 @@ def _case(random: Random, rank: int) -> Case:
     bias = random.random() < 0.35
     window, stride, dilation, causal = zip(*(_axis(random, length, bias) for length in shape), strict=True)
     heads = random.choice((1, 2, 3, 4))
-    return Case(
+    case = Case(
         shape=shape,
         window=window,
         stride=stride,
@@ -95,6 +111,9 @@ def _case(random: Random, rank: int) -> Case:
         layout=random.choice(LAYOUTS),
         seed=random.randrange(2**31),
     )
+    value_dim = random.choice((None, None, random.choice(HEAD_DIMS)))
+    extra_mask = random.choice(("", "mask", "lengths")) if case.extra else ""
+    return replace(case, value_dim=value_dim, extra_mask=extra_mask)
 
 
 def cases(rank: int, n: int, seed: int) -> Iterator[Case]:
@@ -108,19 +127,28 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     randn = seeded_randn(case.seed, dtype, device)
     counts = (case.heads, case.key_heads, case.key_heads)
     grids = lay_out(case.layout, randn, case.batch, case.shape, counts, case.head_dim)
+    value_dim = case.value_dim or case.head_dim
+    if value_dim != case.head_dim:
+        grids = (*grids[:2], lay_out(case.layout, randn, case.batch, case.shape, counts, value_dim)[2])
     tensors: Inputs = dict(zip(TENSORS, (*grids, None, None, None), strict=True))
     if case.bias:
         tensors["bias"] = randn(case.heads, *(2 * w - 1 for w in case.window))
     if case.extra:
-        for name in ("extra_key", "extra_value"):
-            tensors[name] = randn(case.batch, case.extra, case.key_heads, case.head_dim)
+        for name, width in (("extra_key", case.head_dim), ("extra_value", value_dim)):
+            tensors[name] = randn(case.batch, case.extra, case.key_heads, width)
     return as_leaves(tensors)
+
+
+def on_device(case: Case, inputs: Inputs) -> dict:
+    """The options of a case where its inputs are."""
+    device = next(x.device for x in inputs.values() if x is not None)
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.options.items()}
 
 
 def run(case: Case, inputs: Inputs, impl: str, operator: Callable | None = None) -> dict[str, Tensor]:
     """Forward and backward of the public operator (or of `operator`, e.g. compiled): out, lse and every gradient."""
     operator = OPERATORS[case.rank] if operator is None else operator
-    out, lse = operator(**inputs, **case.options, impl=impl)
+    out, lse = operator(**inputs, **on_device(case, inputs), impl=impl)
     return gradients(inputs, out, lse, case.seed + 1)
 
 
@@ -138,7 +166,10 @@ def run_eager(case: Case, inputs: Inputs, *, with_lse: bool = True) -> dict[str,
         logits = logits + inputs["bias"].to(dtype).flatten(1)[:, geometry.relative_index(case.axes, q.device)]
     logits = logits.masked_fill(~geometry.mask(case.axes, q.device), float("-inf"))
     if inputs["extra_key"] is not None:
-        logits = torch.cat([logits, q @ flat(inputs["extra_key"]).transpose(-1, -2) * scale], dim=-1)
+        extra = q @ flat(inputs["extra_key"]).transpose(-1, -2) * scale
+        if case.visible is not None:
+            extra = extra.masked_fill(~case.visible[:, None, None].to(q.device), float("-inf"))
+        logits = torch.cat([logits, extra], dim=-1)
         v = torch.cat([v, flat(inputs["extra_value"])], dim=2)
     out = (logits.softmax(-1) @ v).transpose(1, 2).unflatten(1, case.shape)
     lse = logits.to(torch.promote_types(dtype, torch.float32)).logsumexp(-1).transpose(1, 2).unflatten(1, case.shape)
@@ -170,7 +201,7 @@ def check_without_lse(case: Case, dtype: torch.dtype, impl: str) -> None:
     operator = {1: na1d, 2: na2d, 3: na3d}[case.rank]
 
     def run(inputs: Inputs, impl: str) -> dict[str, Tensor]:
-        return gradients(inputs, operator(**inputs, **case.options, impl=impl), None, case.seed + 1)
+        return gradients(inputs, operator(**inputs, **on_device(case, inputs), impl=impl), None, case.seed + 1)
 
     inputs = make_inputs(case, dtype)
     got, exact = run(inputs, impl), run(as_leaves(inputs, torch.float64), "reference")
@@ -193,7 +224,7 @@ def check_part(case: Case, dtype: torch.dtype, impl: str) -> None:
 
     def attend(axes, impl, inputs, box, needed):
         boxed = {"query": inputs["query"][box], "key": inputs["key"][needed], "value": inputs["value"][needed]}
-        return dispatch(**inputs | boxed, axes=axes, scale=case.scale, impl=impl)
+        return dispatch(**inputs | boxed, axes=axes, scale=case.scale, extra_mask=case.visible, impl=impl)
 
     got = gradients(inputs, *attend(axes, impl, inputs, box, needed), seed=case.seed + 1)
     exact = as_leaves(inputs, torch.float64)
@@ -202,10 +233,59 @@ def check_part(case: Case, dtype: torch.dtype, impl: str) -> None:
     operator_matrix.assert_exact(found, f"{impl} in {dtype} on the box {boxes} of {case!r}")
 
 
+def check_heads(case: Case, dtype: torch.dtype, impl: str) -> None:
+    """Assert that heads of several windows, drawn for the case, get what each gets alone."""
+    random, inputs = Random(f"heads/{case.seed}"), make_inputs(case, dtype)
+    drawn = [[_axis(random, length, case.bias) for length in case.shape] for _ in range(random.randint(1, 3))]
+    heads = [random.choice(drawn) for _ in range(case.heads)]  # head, axis, argument
+    names = ("window", "stride", "dilation", "causal")
+    options = {name: [[axis[i] for axis in head] for head in heads] for i, name in enumerate(names)}
+    largest = [max(axis[0] for axis in of_axis) for of_axis in zip(*heads, strict=True)]
+    if case.bias:
+        randn = seeded_randn(case.seed + 3, dtype, "cpu")
+        inputs["bias"] = randn(case.heads, *(2 * w - 1 for w in largest)).requires_grad_()
+    given = {name: x for name, x in case.options.items() if name not in names}
+
+    def alone(inputs: Inputs) -> tuple[Tensor, ...]:
+        parts = []
+        for head, sizes in enumerate(options["window"]):
+            keys = slice(head // (case.heads // case.key_heads), head // (case.heads // case.key_heads) + 1)
+            mine = {name: x if x is None else x[..., keys, :] for name, x in inputs.items()}
+            mine["query"] = inputs["query"][..., head : head + 1, :]
+            if (bias := inputs["bias"]) is not None:
+                middle = (slice(w - n, w + n - 1) for w, n in zip(largest, sizes, strict=True))
+                mine["bias"] = bias[(slice(head, head + 1), *middle)]
+            one = {name: values[head] for name, values in options.items()}
+            parts.append(OPERATORS[case.rank](**mine, **one, **given, impl="reference"))
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs, -2), torch.cat(lses, -1)
+
+    got = gradients(inputs, *OPERATORS[case.rank](**inputs, **options, **given, impl=impl), case.seed + 1)
+    exact = as_leaves(inputs, torch.float64)
+    found = operator_matrix.errors(got, gradients(exact, *alone(exact), case.seed + 1), None, dtype)
+    operator_matrix.assert_exact(found, f"{impl} in {dtype} on heads of {options} and {case!r}")
+
+
+def check_masked_tokens(case: Case, dtype: torch.dtype, impl: str) -> None:
+    """Assert that extra keys and values which are masked go nowhere, NaN included, and have no gradient."""
+    inputs, visible = make_inputs(case, dtype), case.visible
+    assert visible is not None and not visible.all()
+    poisoned = dict(inputs)
+    for name in ("extra_key", "extra_value"):
+        poisoned[name] = inputs[name].detach().masked_fill(~visible[..., None, None], float("nan")).requires_grad_()
+    clean, found = run(case, inputs, impl), run(case, poisoned, impl)
+    for name, expected in clean.items():
+        assert torch.equal(found[name], expected), name
+    for name in ("extra_key", "extra_value"):
+        assert (clean[name][~visible] == 0).all()
+    assert (clean["extra_value"][visible] != 0).any()
+
+
 def opcheck(name: str, case: Case, dtype: torch.dtype, *, requires_grad: bool) -> None:
     """torch's own checks of `torch.ops.foveal.{name}_forward` and, without gradients, of its backward."""
     inputs = make_inputs(case, dtype)
     tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
     geometry = list(case.window), list(case.stride), list(case.dilation), list(case.causal), 0.5
     forward, backward = f"{name}_forward", f"{name}_backward"
-    operator_matrix.opcheck(forward, backward, tensors[:3], (*tensors[3:], *geometry), 1e-2)
+    rest = geometry if case.visible is None else (*geometry, None, case.visible)
+    operator_matrix.opcheck(forward, backward, tensors[:3], (*tensors[3:], *rest), 1e-2)

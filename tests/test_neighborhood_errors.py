@@ -35,6 +35,18 @@ WRONG = {
     "bias dtype": ({"window": 3, "bias": TABLE.long()}, ValueError, r"bias \(torch\.int64"),
     "extra key alone": ({"window": 3, "extra_key": torch.zeros(1, 2, 2, 4)}, ValueError, "extra_key and extra_value"),
     "impl": ({"window": 3, "impl": "cuda"}, ValueError, "impl='cuda'"),
+    "heads": ({"window": [(3, 3)] * 3}, ValueError, r"window=\[.*\] has 3 entries; expected one for each of 2 heads"),
+    "axes of a head": ({"window": [(3, 3), (3,)]}, ValueError, r"window\[1\]=\(3,\) has 1 values"),
+    "window of a head": ({"window": [(3, 3), (7, 3)]}, ValueError, r"window=7 on axis 0 .* length 6"),
+    "stride of a head": ({"window": 3, "stride": [(1, 1), (1, 4)]}, ValueError, r"stride=4 on axis 1 .*window=3"),
+    "causal of a head": ({"window": 3, "causal": [(True, 1), (True, True)]}, TypeError, r"causal\[0\]=\(True, 1\)"),
+    "bias of heads": (
+        {"window": [(3, 3), (5, 3)], "bias": TABLE},
+        ValueError,
+        r"bias\.shape=\(2, 5, 5\).*\(2, 9, 5\)",
+    ),
+    "bias with an even window of a head": ({"window": [(3, 3), (3, 4)], "bias": TABLE}, ValueError, r"window=\[3, 4\]"),
+    "mask without keys": ({"window": 3, "extra_mask": torch.ones(1, 2).bool()}, ValueError, "extra_mask must be given"),
 }
 
 
@@ -51,7 +63,8 @@ TENSORS = {
     "key dtype": (Q, Q.half(), Q, TypeError, r"key\.dtype=torch\.float16"),
     "value dtype": (Q, Q, Q.double(), TypeError, r"value\.dtype=torch\.float64"),
     "key shape": (Q, grid(6, 7), grid(6, 7), ValueError, r"key\.shape=\(1, 6, 7, 2, 4\)"),
-    "value shape": (Q, Q, Q[..., :2], ValueError, r"value\.shape=\(1, 6, 8, 2, 2\)"),
+    "value shape": (Q, Q, Q[:, :, 1:], ValueError, r"value\.shape=\(1, 6, 7, 2, 4\)"),
+    "value without features": (Q, Q, Q[..., :0], ValueError, r"value\.shape=\(1, 6, 8, 2, 0\)"),
     "head_dim": (Q, Q[..., :2], Q[..., :2], ValueError, r"key\.shape=\(1, 6, 8, 2, 2\)"),
     "heads": (grid(6, 8, heads=3), Q, Q, ValueError, r"query heads \(3\) must be a multiple of key heads \(2\)"),
     "empty axis": (Q[:, :0], Q[:, :0], Q[:, :0], ValueError, r"query\.shape=\(1, 0, 8, 2, 4\)"),
@@ -69,6 +82,7 @@ def test_tensor(query, key, value, error, message):
 EXTRA = {
     "batch": (torch.zeros(2, 3, 2, 4), None, ValueError, r"extra_key\.shape=\(2, 3, 2, 4\)"),
     "heads": (torch.zeros(1, 3, 1, 4), None, ValueError, r"extra_key\.shape=\(1, 3, 1, 4\)"),
+    "width": (torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 5), ValueError, r"extra_value\.shape=\(1, 3, 2, 5\)"),
     "dtype": (torch.zeros(1, 3, 2, 4).double(), None, ValueError, r"extra_key \(torch\.float64"),
     "tokens": (torch.zeros(1, 3, 2, 4), torch.zeros(1, 4, 2, 4), ValueError, r"extra_value\.shape=\(1, 4, 2, 4\)"),
 }
@@ -78,6 +92,48 @@ EXTRA = {
 def test_extra(extra_key, extra_value, error, message):
     with pytest.raises(error, match=message):
         na2d(Q, Q, Q, window=3, extra_key=extra_key, extra_value=extra_key if extra_value is None else extra_value)
+
+
+MASKS = {
+    "list": ([True, False, True], TypeError, "extra_mask must be a tensor, got list"),
+    "float": (torch.zeros(1, 3), TypeError, r"extra_mask\.dtype=torch\.float32 must be bool or an integer dtype"),
+    "integers for a mask": (
+        torch.ones(1, 3).long(),
+        ValueError,
+        r"extra_mask \(torch\.int64, \(1, 3\)\) must be a bool mask \[B, tokens\] or integer lengths \[B\].*tokens=3",
+    ),
+    "tokens": (torch.ones(1, 2).bool(), ValueError, r"\(torch\.bool, \(1, 2\)\) must be .*B=1, tokens=3"),
+    "batch": (torch.tensor([1, 2]), ValueError, r"\(torch\.int64, \(2,\)\)"),
+    "long": (torch.tensor([4]), ValueError, r"extra_mask=\[4\] must hold lengths from 0 to 3"),
+    "negative": (torch.tensor([-1], dtype=torch.int8), ValueError, r"extra_mask=\[-1\]"),
+    "device": (torch.ones(1, 3, device="meta").bool(), ValueError, r"extra_mask\.device=meta"),
+}
+
+
+@pytest.mark.parametrize(("extra_mask", "error", "message"), MASKS.values(), ids=MASKS.keys())
+def test_extra_mask(extra_mask, error, message):
+    extra = torch.zeros(1, 3, 2, 4)
+    with pytest.raises(error, match=message):
+        na2d(Q, Q, Q, window=3, extra_key=extra, extra_value=extra, extra_mask=extra_mask)
+
+
+TOKENS = Q.flatten(1, 2)
+GRIDS = {
+    "tokens": ({"grid": (6, 7)}, TOKENS, ValueError, r"grid=\(6, 7\) must hold the 48 tokens of query"),
+    "negative": ({"grid": (-6, -8)}, TOKENS, ValueError, r"grid=\(-6, -8\)"),
+    "axes": ({"grid": (2, 4, 6)}, TOKENS, ValueError, r"grid=\(2, 4, 6\) must hold .* 2 spatial axes"),
+    "number": ({"grid": 48}, TOKENS, ValueError, "grid=48 must hold"),
+    "float": ({"grid": (6.0, 8)}, TOKENS, ValueError, r"grid=\(6\.0, 8\) must hold .* integers"),
+    "unflattened": ({"grid": (6, 8)}, Q, ValueError, r"query has shape \(1, 6, 8, 2, 4\); with grid=\(6, 8\) expected"),
+    "without grid": ({}, TOKENS, ValueError, r"query has shape \(1, 48, 2, 4\)"),
+    "no tensor": ({"grid": (6, 8)}, None, TypeError, "query must be a tensor"),
+}
+
+
+@pytest.mark.parametrize(("options", "x", "error", "message"), GRIDS.values(), ids=GRIDS.keys())
+def test_grid(options, x, error, message):
+    with pytest.raises(error, match=message):
+        na2d(x, x, x, window=3, **options)
 
 
 @pytest.mark.parametrize("operator", [na1d, na3d])

@@ -20,12 +20,14 @@ GRIDS = {
 }
 # wide: 64-bit offsets; grouped: two query heads a key head; part: queries that are a box of the grid
 FLAGS = ("", "bias, extra", "wide, grouped", "ones", "part")
+WIDE_VALUES = (64, 256)  # features of a head of query and key, and of value
 E4M3_FLAGS = ("e4m3", "e4m3, bias, extra", "e4m3, wide, grouped", "e4m3, ones")
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
 
 
 FLOATS = {"lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "bias_ptr", "factor_ptr"}
 E4M3 = {"q_ptr", "k_ptr", "extra_k_ptr"}
+MASK = {"extra_mask_ptr": "u8", "extra_ends_ptr": "i32"}
 
 
 def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: bool = False) -> ASTSource:
@@ -38,7 +40,7 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
     for name in kernel.arg_names:
         if name.endswith("_strides"):
             integers[name] = (*(aligned,) * (3 if name.startswith("extra") else 5), 1)
-    pointers = dict.fromkeys(floats, "fp32") | dict.fromkeys(eights, "fp8e4nv")
+    pointers = dict.fromkeys(floats, "fp32") | dict.fromkeys(eights, "fp8e4nv") | MASK
     return source(kernel, dtype, fixed, pointers=pointers, integers=integers)
 
 
@@ -56,8 +58,13 @@ def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
                 for head_dim, sizes in table.items():
                     for size in sizes:
                         for grid in GRIDS:
-                            flags = FLAGS if head_dim == 64 and grid == "21x21" else FLAGS[: 4 - len(GRIDS[grid])]
+                            flags = FLAGS[: 4 - len(GRIDS[grid])]
+                            if head_dim == 64 and grid == "21x21":
+                                flags = FLAGS if kernel == "key" else (*FLAGS, "masked extra")
                             yield from _window_variants(kernel, grid, dtype, head_dim, size, device, precision, flags)
+                        if head_dim == max(WIDE_VALUES):
+                            known = (dtype, WIDE_VALUES[0], size, device, precision)
+                            yield from _window_variants(kernel, "21x21", *known, ("values",))
         if tf32 and dtype.itemsize == 2:  # the matrix units of gfx942 know another e4m3
             yield from _e4m3_variants(dtype, device)
         for head_dim in (64, 128, 256):
@@ -77,26 +84,31 @@ def _window_variants(
 ) -> Iterator[Variant]:
     axes = GRIDS[grid]
     for flags in all_flags:
-        full, wide, ones, e4m3 = (word in flags for word in ("bias", "wide", "ones", "e4m3"))
+        full, wide, ones, e4m3, masked = (word in flags for word in ("bias", "wide", "ones", "e4m3", "masked"))
+        widths = WIDE_VALUES if flags == "values" else (head_dim, head_dim)
         with configs.override(size=size):
             config = configs.choose(
                 kernel,
                 axes,
-                head_dim=head_dim,
+                head_dim=max(widths),
                 itemsize=1 if e4m3 else dtype.itemsize,
                 device=device,
                 descriptor=device == "hopper",
                 wide=wide,
             )
-        fixed = dict(constants(axes, config, head_dim, precision), BIAS=full, GROUP=1 + wide)
+        fixed = dict(constants(axes, config, widths, precision), BIAS=full, GROUP=1 + wide)
         fixed["PART"] = "part" in flags
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
         if kernel != "key":
-            fixed |= dict(EXTRA=full or ones, EXTRA_KEYS=EXTRA_KEYS)
+            fixed |= dict(EXTRA=full or ones or masked, EXTRA_KEYS=EXTRA_KEYS, EXTRA_MASK=masked)
+            if not masked:
+                fixed |= dict.fromkeys(MASK)
         if kernel == "forward":
             fixed |= dict(QUANTIZED=e4m3) if e4m3 else dict(QUANTIZED=False, factor_ptr=None)
         if not full:
             fixed["bias_ptr"] = None
+        if widths[0] == widths[1]:
+            fixed |= {"query": dict(dq_strides=None), "key": dict(dv_strides=None)}.get(kernel, {})
         if not fixed["PART"]:
             fixed |= dict(start=None, counts=None)
         made = _source(KERNELS[kernel], TYPES[dtype], head_dim, len(axes), fixed, ones)
@@ -106,12 +118,15 @@ def _window_variants(
 def _token_variants(dtype, head_dim: int, precision: str) -> Iterator[Variant]:
     """The kernels that walk all tokens."""
     axes = GRIDS["7x7"]
-    fixed = dict(token_constants(axes, head_dim, dtype.itemsize), GROUP=1, start=None, counts=None)
+    widths = (head_dim, head_dim)
+    fixed = dict(token_constants(axes, widths, dtype.itemsize), GROUP=1, start=None, counts=None)
     for flags in ("bias", "bias, ones"):
         made = _source(bias_kernel, TYPES[dtype], head_dim, len(axes), fixed, "ones" in flags)
         yield Variant("bias", "7x7", TYPES[dtype], head_dim, flags, (), (), made, {})
-    fixed = dict(extra_constants(head_dim, head_dim, dtype.itemsize, precision), GROUP=1)
+    fixed = dict(extra_constants(*widths, dtype.itemsize, precision), GROUP=1)
     options = {"num_warps": fixed.pop("num_warps")}
-    for flags in ("extra", "extra, ones"):
-        made = _source(extra_kernel, TYPES[dtype], head_dim, len(axes), fixed, "ones" in flags)
+    for flags in ("extra", "extra, ones", "masked extra"):
+        masked = "masked" in flags
+        more = dict(EXTRA_MASK=True) if masked else dict(EXTRA_MASK=False, **dict.fromkeys(MASK))
+        made = _source(extra_kernel, TYPES[dtype], head_dim, len(axes), fixed | more, "ones" in flags)
         yield Variant("extra", "7x7", TYPES[dtype], head_dim, flags, (), (), made, options)

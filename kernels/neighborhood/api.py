@@ -10,18 +10,21 @@ from torch import Tensor
 from ..arguments import operator
 from ..calling import (
     Impl,
-    PerAxis,
+    Mask,
+    PerHead,
     check_extra,
     check_grids,
     choose,
+    extra_visibility,
     is_compiled_on_cpu,
     obstacles,
-    per_axis,
+    on_grid,
     resolve_scale,
     without_autocast,
 )
 from . import dense, library, quantized, reference, tiled
-from .geometry import Axis
+from .geometry import Axis, make_axes
+from .heads import attend_groups, check_bias, head_groups
 
 __all__ = [
     "choose",
@@ -37,107 +40,57 @@ __all__ = [
 ]
 
 
-def make_axes(
-    shape: Sequence[int],
-    *,
-    window: PerAxis[int],
-    stride: PerAxis[int] = 1,
-    dilation: PerAxis[int] = 1,
-    causal: PerAxis[bool] = False,
-) -> tuple[Axis, ...]:
-    """Validated axes of a grid.
-
-    Args:
-        shape: tokens along each spatial axis.
-        window, stride, dilation, causal: one value, or one per axis; see `na2d`.
-
-    Raises:
-        ValueError: a value outside its range; the message names it, the axis and what is accepted.
-        TypeError: a value that is no integer (or, for `causal`, no boolean).
-    """
-    rank = len(shape)
-    axes = tuple(
-        Axis(*values)
-        for values in zip(
-            shape,
-            per_axis("window", window, rank, int),
-            per_axis("stride", stride, rank, int),
-            per_axis("dilation", dilation, rank, int),
-            per_axis("causal", causal, rank, bool),
-            strict=True,
-        )
-    )
-    for i, axis in enumerate(axes):
-        if axis.window < 1:
-            raise ValueError(f"window={axis.window} on axis {i} must be at least 1")
-        if axis.window > axis.length:
-            raise ValueError(f"window={axis.window} on axis {i} must not exceed its length {axis.length}")
-        if not 1 <= axis.stride <= axis.window:
-            raise ValueError(f"stride={axis.stride} on axis {i} must lie in [1, window={axis.window}]")
-        if axis.dilation < 1:
-            raise ValueError(f"dilation={axis.dilation} on axis {i} must be at least 1")
-        if axis.window * axis.dilation > axis.length:
-            raise ValueError(
-                f"dilation={axis.dilation} times window={axis.window} on axis {i} must not exceed its "
-                f"length {axis.length}"
-            )
-    return axes
-
-
-def check_bias(axes: tuple[Axis, ...], query: Tensor, bias: Tensor) -> None:
-    if any(axis.window % 2 == 0 for axis in axes):
-        raise ValueError(f"window={[a.window for a in axes]} must be odd on every axis when bias is given")
-    expected = (query.shape[-2], *(2 * axis.window - 1 for axis in axes))
-    if tuple(bias.shape) != expected:
-        raise ValueError(f"bias.shape={tuple(bias.shape)} must be [heads, 2 * window - 1 per axis] = {expected}")
-
-
-def _axes_of(rank, query, key, value, window, stride, dilation, causal, bias, extra_key, extra_value):
-    """Axes of a call, all arguments checked."""
-    check_grids(rank, query, key, value)
-    if value.shape != key.shape:
-        raise ValueError(f"value.shape={tuple(value.shape)} must equal key.shape={tuple(key.shape)}")
-    axes = make_axes(query.shape[1:-2], window=window, stride=stride, dilation=dilation, causal=causal)
-    if bias is not None:
-        check_bias(axes, query, bias)
-    check_extra(key, value, extra_key, extra_value)
-    return axes
-
-
 def _attend(
-    rank, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
-) -> Tensor:
-    axes = _axes_of(rank, query, key, value, window, stride, dilation, causal, bias, extra_key, extra_value)
-    given = {"axes": axes, "bias": bias, "extra_key": extra_key, "extra_value": extra_value}
+    rank, query, key, value, grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask,
+    qk_dtype, impl, *, lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Output and, with `lse`, log-sum-exp of a call: arguments checked, heads of one geometry attended together."""
+    names = ("query", "key", "value")
+    query, key, value = (on_grid(name, x, rank, grid) for name, x in zip(names, (query, key, value), strict=True))
+    check_grids(rank, query, key, value)
+    neighborhood = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
+    groups = head_groups(query.shape[1:-2], query.shape[-2], key.shape[-2], **neighborhood)
+    if bias is not None:
+        check_bias([[axis.window for axis in group.axes] for group in groups], query, bias)
+    check_extra(key, value, extra_key, extra_value)
+    rest = {"scale": scale, "extra_mask": extra_visibility(extra_mask, extra_key), "qk_dtype": qk_dtype, "impl": impl}
+
+    def attend(axes: tuple[Axis, ...], query: Tensor, key: Tensor, value: Tensor, **tensors):
+        return _attend_axes(query, key, value, axes=axes, lse=lse, **tensors, **rest)
+
+    out, found = attend_groups(groups, attend, query, key, value, bias, extra_key, extra_value)
+    if grid is None:
+        return out, found
+    return out.flatten(1, rank), None if found is None else found.flatten(1, rank)
+
+
+def _attend_axes(
+    query, key, value, *, axes, bias, scale, extra_key, extra_value, extra_mask, qk_dtype, impl, lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Output and, with `lse`, log-sum-exp of checked arguments."""
+    extra = {"extra_key": extra_key, "extra_value": extra_value, "extra_mask": extra_mask}
+    given = {"axes": axes, "bias": bias, "scale": scale, **extra, "impl": impl}
     if qk_dtype is not None:
-        return _attend_rounded(query, key, value, **given, scale=scale, qk_dtype=qk_dtype, impl=impl)[0]
-    if extra_key is None and choose(query, impl) == "tiled" and dense.covers(axes, query, key, value, bias):
+        out, found, mean = _attend_rounded(query, key, value, **given, qk_dtype=qk_dtype)
+        return out, found + quantized.mean_logits(query, mean, resolve_scale(query, scale)) if lse else None
+    tiles = not lse and extra_key is None and choose(query, impl, value) == "tiled"
+    if tiles and dense.covers(axes, query, key, value, bias):
         with without_autocast(query.device):
-            return dense.attend(query, key, value, axes=axes, scale=scale, bias=bias)
-    return dispatch(query, key, value, **given, scale=scale, impl=impl)[0]
-
-
-def _attend_lse(
-    rank, query, key, value, window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
-) -> tuple[Tensor, Tensor]:
-    axes = _axes_of(rank, query, key, value, window, stride, dilation, causal, bias, extra_key, extra_value)
-    given = {"axes": axes, "bias": bias, "extra_key": extra_key, "extra_value": extra_value}
-    if qk_dtype is None:
-        return dispatch(query, key, value, **given, scale=scale, impl=impl)
-    out, lse, mean = _attend_rounded(query, key, value, **given, scale=scale, qk_dtype=qk_dtype, impl=impl)
-    return out, lse + quantized.mean_logits(query, mean, resolve_scale(query, scale))
+            return dense.attend(query, key, value, axes=axes, scale=scale, bias=bias), None
+    out, found = dispatch(query, key, value, **given)
+    return out, found if lse else None
 
 
 def _attend_rounded(
-    query, key, value, *, axes, bias, extra_key, extra_value, scale, qk_dtype, impl
+    query, key, value, *, axes, bias, extra_key, extra_value, extra_mask, scale, qk_dtype, impl
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output and log-sum-exp of query and key rounded to `qk_dtype`, the latter without what the mean of the keys adds,
     and that mean."""
     quantized.check(qk_dtype, query, key, value, bias, extra_key, extra_value)
     query, scale = library.with_positive_scale(query, resolve_scale(query, scale))
-    given = {"axes": axes, "scale": scale, "bias": bias, "extra_value": extra_value}
-    e4m3 = choose(query, impl) == "triton" and quantized.obstacle(query) is None
-    rounded = quantized.quantize(query, key, extra_key, cast=e4m3)
+    given = {"axes": axes, "scale": scale, "bias": bias, "extra_value": extra_value, "extra_mask": extra_mask}
+    e4m3 = choose(query, impl, value) == "triton" and quantized.obstacle(query) is None
+    rounded = quantized.quantize(query, key, extra_key, extra_mask, cast=e4m3)
     if e4m3:
         out, lse = quantized.attend(rounded, value, **given)
     else:
@@ -157,10 +110,11 @@ def dispatch(
     extra_key: Tensor | None,
     extra_value: Tensor | None,
     impl: Impl,
+    extra_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of checked arguments by the implementation that `impl` names."""
     tiles = library.attend_tiled if is_compiled_on_cpu(query) else tiled.attend
-    attend = {"triton": library.attend, "tiled": tiles, "reference": reference.attend}[choose(query, impl)]
+    attend = {"triton": library.attend, "tiled": tiles, "reference": reference.attend}[choose(query, impl, value)]
     with without_autocast(query.device):
         return attend(
             query,
@@ -171,6 +125,7 @@ def dispatch(
             bias=bias,
             extra_key=extra_key,
             extra_value=extra_value,
+            extra_mask=extra_mask,
         )
 
 
@@ -180,14 +135,16 @@ def na1d(
     key: Tensor,
     value: Tensor,
     *,
-    window: PerAxis[int],
-    stride: PerAxis[int] = 1,
-    dilation: PerAxis[int] = 1,
-    causal: PerAxis[bool] = False,
+    window: PerHead[int],
+    stride: PerHead[int] = 1,
+    dilation: PerHead[int] = 1,
+    causal: PerHead[bool] = False,
     bias: Tensor | None = None,
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    extra_mask: Mask | None = None,
+    grid: Sequence[int] | None = None,
     qk_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -197,10 +154,10 @@ def na1d(
         query: `[B, L, heads, head_dim]`; all else as in `na2d`, one value per axis where it takes several.
 
     Returns:
-        `[B, L, heads, head_dim]` in the dtype of query.
+        `[B, L, heads, value_dim]` in the dtype of query.
     """
-    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
-    return _attend(1, query, key, value, *rest)
+    rest = grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask, qk_dtype, impl
+    return _attend(1, query, key, value, *rest)[0]
 
 
 @operator
@@ -209,14 +166,16 @@ def na2d(
     key: Tensor,
     value: Tensor,
     *,
-    window: PerAxis[int],
-    stride: PerAxis[int] = 1,
-    dilation: PerAxis[int] = 1,
-    causal: PerAxis[bool] = False,
+    window: PerHead[int],
+    stride: PerHead[int] = 1,
+    dilation: PerHead[int] = 1,
+    causal: PerHead[bool] = False,
     bias: Tensor | None = None,
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    extra_mask: Mask | None = None,
+    grid: Sequence[int] | None = None,
     qk_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -227,16 +186,27 @@ def na2d(
 
     Args:
         query: `[B, H, W, heads, head_dim]`, float16, bfloat16, float32 or float64, any strides.
-        key, value: `[B, H, W, key_heads, head_dim]`; heads is a multiple of key_heads (grouped-query attention).
+        key: `[B, H, W, key_heads, head_dim]`; heads is a multiple of key_heads (grouped-query attention).
+        value: `[B, H, W, key_heads, value_dim]`, wider or narrower than key or as wide.
         window: keys per axis, 1 <= window <= length. An even window has window / 2 keys before the query and
             window / 2 - 1 after it.
         stride: consecutive queries that share a window, 1 <= stride <= window; stride = window is blocked attention.
         dilation: distance between the keys of a window, window * dilation <= length.
-        causal: per axis, whether a query sees no key after itself.
+        causal: per axis, whether a query sees no key after itself. Window, stride, dilation and causal may differ
+            between heads: a sequence of `heads` entries, of which each is a tuple of one value per axis, as in
+            window=[(3, 3), (7, 7), …]. Heads of one neighborhood are attended together.
         bias: relative position table `[heads, 2 * window - 1, 2 * window - 1]`, any floating dtype, indexed by
-            (key - query) / dilation + window - 1 and added to the scaled logits; odd windows only.
+            (key - query) / dilation + window - 1 and added to the scaled logits; odd windows only. Where windows differ
+            between heads, `window` here is the largest on each axis, and smaller ones read the middle of their table.
         scale: factor on query . key; head_dim ** -0.5 when None.
-        extra_key, extra_value: `[B, tokens, key_heads, head_dim]`, seen by every query (text, registers), without bias.
+        extra_key, extra_value: `[B, tokens, key_heads, head_dim]` and `[…, value_dim]`, seen by every query (text,
+            registers), without bias.
+        extra_mask: visibility of the extra tokens, bool `[B, tokens]`, or the number of visible ones at the start of
+            each batch entry, integer `[B]`; all when None. A masked token may hold anything, NaN included, and has a
+            gradient of zero. Lengths are from 0 to tokens, which is checked on CPU outside of graphs only: nothing
+            waits for a device.
+        grid: (H, W) of query, key and value that are `[B, H * W, heads, head_dim]`, as projections leave them, in C
+            order and with any strides; the results have this layout, too.
         qk_dtype: torch.float8_e4m3fn rounds query and key, less the mean of its keys, to e4m3 with one power of two for
             each batch entry and head (SageAttention, arXiv:2410.02367, section 4.2), and matrix units that have
             products of e4m3 numbers make those at twice the rate of half precision. Values and probabilities stay as
@@ -245,15 +215,15 @@ def na2d(
             or "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
 
     Returns:
-        `[B, H, W, heads, head_dim]` in the dtype of query.
+        `[B, H, W, heads, value_dim]` in the dtype of query, `[B, H * W, heads, value_dim]` with `grid`.
 
     Raises:
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
         NotImplementedError: `impl` cannot take this call, or qk_dtype is given and a gradient asked for; the message
             says why.
     """
-    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
-    return _attend(2, query, key, value, *rest)
+    rest = grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask, qk_dtype, impl
+    return _attend(2, query, key, value, *rest)[0]
 
 
 @operator
@@ -262,14 +232,16 @@ def na3d(
     key: Tensor,
     value: Tensor,
     *,
-    window: PerAxis[int],
-    stride: PerAxis[int] = 1,
-    dilation: PerAxis[int] = 1,
-    causal: PerAxis[bool] = False,
+    window: PerHead[int],
+    stride: PerHead[int] = 1,
+    dilation: PerHead[int] = 1,
+    causal: PerHead[bool] = False,
     bias: Tensor | None = None,
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    extra_mask: Mask | None = None,
+    grid: Sequence[int] | None = None,
     qk_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -279,10 +251,10 @@ def na3d(
         query: `[B, T, H, W, heads, head_dim]`; all else as in `na2d`, one value per axis where it takes several.
 
     Returns:
-        `[B, T, H, W, heads, head_dim]` in the dtype of query.
+        `[B, T, H, W, heads, value_dim]` in the dtype of query.
     """
-    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
-    return _attend(3, query, key, value, *rest)
+    rest = grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask, qk_dtype, impl
+    return _attend(3, query, key, value, *rest)[0]
 
 
 @operator
@@ -291,25 +263,27 @@ def na1d_lse(
     key: Tensor,
     value: Tensor,
     *,
-    window: PerAxis[int],
-    stride: PerAxis[int] = 1,
-    dilation: PerAxis[int] = 1,
-    causal: PerAxis[bool] = False,
+    window: PerHead[int],
+    stride: PerHead[int] = 1,
+    dilation: PerHead[int] = 1,
+    causal: PerHead[bool] = False,
     bias: Tensor | None = None,
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    extra_mask: Mask | None = None,
+    grid: Sequence[int] | None = None,
     qk_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`na1d` and the natural log-sum-exp of its logits, both differentiable.
 
     Returns:
-        output `[B, L, heads, head_dim]` and log-sum-exp `[B, L, heads]`, the latter
+        output `[B, L, heads, value_dim]` and log-sum-exp `[B, L, heads]`, the latter
         float32, or float64 for float64 inputs.
     """
-    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
-    return _attend_lse(1, query, key, value, *rest)
+    rest = grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask, qk_dtype, impl
+    return _attend(1, query, key, value, *rest, lse=True)
 
 
 @operator
@@ -318,25 +292,27 @@ def na2d_lse(
     key: Tensor,
     value: Tensor,
     *,
-    window: PerAxis[int],
-    stride: PerAxis[int] = 1,
-    dilation: PerAxis[int] = 1,
-    causal: PerAxis[bool] = False,
+    window: PerHead[int],
+    stride: PerHead[int] = 1,
+    dilation: PerHead[int] = 1,
+    causal: PerHead[bool] = False,
     bias: Tensor | None = None,
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    extra_mask: Mask | None = None,
+    grid: Sequence[int] | None = None,
     qk_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`na2d` and the natural log-sum-exp of its logits, both differentiable.
 
     Returns:
-        output `[B, H, W, heads, head_dim]` and log-sum-exp `[B, H, W, heads]`, the latter
+        output `[B, H, W, heads, value_dim]` and log-sum-exp `[B, H, W, heads]`, the latter
         float32, or float64 for float64 inputs.
     """
-    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
-    return _attend_lse(2, query, key, value, *rest)
+    rest = grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask, qk_dtype, impl
+    return _attend(2, query, key, value, *rest, lse=True)
 
 
 @operator
@@ -345,25 +321,27 @@ def na3d_lse(
     key: Tensor,
     value: Tensor,
     *,
-    window: PerAxis[int],
-    stride: PerAxis[int] = 1,
-    dilation: PerAxis[int] = 1,
-    causal: PerAxis[bool] = False,
+    window: PerHead[int],
+    stride: PerHead[int] = 1,
+    dilation: PerHead[int] = 1,
+    causal: PerHead[bool] = False,
     bias: Tensor | None = None,
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    extra_mask: Mask | None = None,
+    grid: Sequence[int] | None = None,
     qk_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`na3d` and the natural log-sum-exp of its logits, both differentiable.
 
     Returns:
-        output `[B, T, H, W, heads, head_dim]` and log-sum-exp `[B, T, H, W, heads]`, the latter
+        output `[B, T, H, W, heads, value_dim]` and log-sum-exp `[B, T, H, W, heads]`, the latter
         float32, or float64 for float64 inputs.
     """
-    rest = window, stride, dilation, causal, bias, scale, extra_key, extra_value, qk_dtype, impl
-    return _attend_lse(3, query, key, value, *rest)
+    rest = grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask, qk_dtype, impl
+    return _attend(3, query, key, value, *rest, lse=True)
 
 
 @operator

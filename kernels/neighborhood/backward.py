@@ -12,11 +12,13 @@ from .forward import LOG2E, logits_tile
 from .tile import (
     bounds,
     describe,
+    extra_end,
+    extra_view,
     grids,
     group_view,
     inside,
     integers,
-    load_extra,
+    load_extra_pair,
     load_tile,
     local,
     offset,
@@ -43,18 +45,18 @@ def query_step(dq, q, do, lse2, delta, s, k, v, factor, PRECISION: tl.constexpr)
 @triton.jit(do_not_specialize=["extra"])
 def query_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, do_ptr, do_strides,
-    lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
-    bias_ptr, extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
+    lse_ptr, dlse_ptr, delta_ptr, dq_ptr, dq_strides,
+    bias_ptr, extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, extra_ends_ptr,
     lengths, start, counts, heads, extra, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr, TABLE: tl.constexpr, EXTRA: tl.constexpr, PART: tl.constexpr,
+    BIAS: tl.constexpr, TABLE: tl.constexpr, EXTRA: tl.constexpr, EXTRA_MASK: tl.constexpr, PART: tl.constexpr,
     INNER: tl.constexpr, BORDER: tl.constexpr, DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """dQ, and delta for the other kernels. dQ has the strides of out; lse, its gradient and delta are contiguous; see
-    `forward_kernel`."""
+    """dQ, and delta for the other kernels. dQ has the strides of out unless others are given; lse, its gradient and
+    delta are contiguous; see `forward_kernel`."""
     lengths, start, counts = grids(lengths, start, counts, PART)
     batch, head, group, n, first = program(tl.program_id(0), counts, heads, QUERIES, DILATION, CAUSAL)
     n, begin, nq, origin = part(group, n, lengths, start, counts, DILATION, PART)
@@ -64,7 +66,9 @@ def query_kernel(
     k_ptr, k_sp = group_view(k_ptr, k_strides, batch, head // GROUP, group, DILATION, WIDE)
     v_ptr, v_sp = group_view(v_ptr, v_strides, batch, head // GROUP, group, DILATION, WIDE)
     out_ptr, out_sp = group_view(out_ptr, out_strides, batch, head, origin, DILATION, WIDE)
-    dq_ptr, _ = group_view(dq_ptr, out_strides, batch, head, origin, DILATION, WIDE)
+    if dq_strides is None:
+        dq_strides = out_strides
+    dq_ptr, dq_sp = group_view(dq_ptr, dq_strides, batch, head, origin, DILATION, WIDE)
     do_ptr, do_sp = group_view(do_ptr, do_strides, batch, head, origin, DILATION, WIDE)
     lse_ptr, lse_sp = group_view(lse_ptr, row_strides(counts, heads), batch, head, origin, DILATION, WIDE)
     dlse_ptr, _ = group_view(dlse_ptr, row_strides(counts, heads), batch, head, origin, DILATION, WIDE)
@@ -72,14 +76,14 @@ def query_kernel(
     k_desc, v_desc = k_ptr, v_ptr
     if DESCRIPTOR:
         k_desc = describe(k_ptr, k_sp, n, D, KEYS, BLOCK_D)
-        v_desc = describe(v_ptr, v_sp, n, D, KEYS, BLOCK_D)
+        v_desc = describe(v_ptr, v_sp, n, DV, KEYS, BLOCK_DV)
 
     q_steps, k_steps = local(QUERIES), local(KEYS)
     row = shift(first, q_steps)
     keep = inside(row, nq)
     q = load_tile(q_ptr, q_ptr, first, q_steps, q_sp, q_strides[5], nq, D, QUERIES, BLOCK_D, False, True)
-    do = load_tile(do_ptr, do_ptr, first, q_steps, do_sp, do_strides[5], nq, D, QUERIES, BLOCK_D, False, True)
-    out = load_tile(out_ptr, out_ptr, first, q_steps, out_sp, 1, nq, D, QUERIES, BLOCK_D, False, True)
+    do = load_tile(do_ptr, do_ptr, first, q_steps, do_sp, do_strides[5], nq, DV, QUERIES, BLOCK_DV, False, True)
+    out = load_tile(out_ptr, out_ptr, first, q_steps, out_sp, 1, nq, DV, QUERIES, BLOCK_DV, False, True)
     lse2 = tl.load(lse_ptr + offset(row, lse_sp), mask=keep, other=float("inf")) * LOG2E
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     delta -= tl.load(dlse_ptr + offset(row, lse_sp), mask=keep, other=0.0)
@@ -106,25 +110,29 @@ def query_kernel(
         for t in tl.range(0, tile_count(visits, inner_visits, MASKED), num_stages=STAGES):
             corner = tile_origin(t, starts, visits, inner, inner_visits, KEYS, MASKED, INNER)
             k = load_tile(k_ptr, k_desc, corner, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
-            v = load_tile(v_ptr, v_desc, corner, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
+            v = load_tile(
+                v_ptr, v_desc, corner, k_steps, v_sp, v_strides[5], n, DV, KEYS, BLOCK_DV, DESCRIPTOR, MASKED
+            )
             s = logits_tile(
                 q, k, corner, k_steps, lo, count, bias_ptr, bias_row, scale,
                 QUERIES, KEYS, BIAS, BIAS_STRIDES, MASKED, PRECISION,
             )
             dq = query_step(dq, q, do, lse2, delta, s, k, v, factor, PRECISION)
     if EXTRA:
-        extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + (head // GROUP).to(tl.int64) * extra_k_strides[2]
-        extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + (head // GROUP).to(tl.int64) * extra_v_strides[2]
-        for e in tl.range(0, extra, EXTRA_KEYS):
-            k = load_extra(extra_k_ptr, extra_k_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
-            v = load_extra(extra_v_ptr, extra_v_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
+        extra_k_ptr = extra_view(extra_k_ptr, extra_k_strides, batch, head // GROUP)
+        extra_v_ptr = extra_view(extra_v_ptr, extra_v_strides, batch, head // GROUP)
+        for e in tl.range(0, extra_end(extra_ends_ptr, batch, extra, EXTRA_MASK), EXTRA_KEYS):
+            k, v, see = load_extra_pair(
+                extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, batch, e, extra,
+                D, DV, EXTRA_KEYS, BLOCK_D, BLOCK_DV, EXTRA_MASK,
+            )
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            s = tl.where((e + tl.arange(0, EXTRA_KEYS) < extra)[None, :], s * (scale * LOG2E), float("-inf"))
+            s = tl.where(see[None, :], s * (scale * LOG2E), float("-inf"))
             dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
 
     d = tl.arange(0, BLOCK_D)
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + offset(row, out_sp)[:, None] + d[None, :], dq, mask=keep[:, None] & (d < D)[None, :])
+    tl.store(dq_ptr + offset(row, dq_sp)[:, None] + d[None, :], dq, mask=keep[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -141,16 +149,17 @@ def key_step(dk, dv, q, do, lse2, delta, st, v, factor, PRECISION: tl.constexpr)
 @triton.jit
 def key_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides,
-    lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_strides, bias_ptr,
+    lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_strides, dv_strides, bias_ptr,
     lengths, start, counts, key_heads, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
     BIAS: tl.constexpr, TABLE: tl.constexpr, PART: tl.constexpr,
     INNER: tl.constexpr, BORDER: tl.constexpr, DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """dK and dV of a tile of keys, over the queries that see it, of every query head that shares the key head."""
+    """dK and dV of a tile of keys, over the queries that see it, of every query head that shares the key head. dV has
+    the strides of dK unless others are given."""
     lengths, start, counts = grids(lengths, start, counts, PART)
     batch, key_head, group, n, first = program(tl.program_id(0), lengths, key_heads, KEYS, DILATION, (False,) * 3)
     if (first[0] >= n[0]) | (first[1] >= n[1]) | (first[2] >= n[2]):
@@ -162,7 +171,7 @@ def key_kernel(
     k_steps, q_steps = local(KEYS), local(QUERIES)
     row = shift(first, k_steps)
     k = load_tile(k_ptr, k_ptr, first, k_steps, k_sp, k_strides[5], n, D, KEYS, BLOCK_D, False, True)
-    v = load_tile(v_ptr, v_ptr, first, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, False, True)
+    v = load_tile(v_ptr, v_ptr, first, k_steps, v_sp, v_strides[5], n, DV, KEYS, BLOCK_DV, False, True)
 
     lo, count = row_bounds(row, n, begin, nq, WINDOW, STRIDE, CAUSAL, True, PART)
     TABLE_STRIDES: tl.constexpr = (TABLE[1] * TABLE[2], TABLE[2], 1)
@@ -178,7 +187,7 @@ def key_kernel(
     starts, visits, inner, inner_visits = spans(first, n, begin, nq, KEYS, QUERIES, WINDOW, STRIDE, CAUSAL, True, PART)
 
     dk = tl.zeros([KEYS[0] * KEYS[1] * KEYS[2], BLOCK_D], tl.float32)
-    dv = tl.zeros([KEYS[0] * KEYS[1] * KEYS[2], BLOCK_D], tl.float32)
+    dv = tl.zeros([KEYS[0] * KEYS[1] * KEYS[2], BLOCK_DV], tl.float32)
     for g in range(GROUP):
         head = key_head * GROUP + g
         head_q, q_sp = group_view(q_ptr, q_strides, batch, head, origin, DILATION, WIDE)
@@ -191,7 +200,7 @@ def key_kernel(
         q_desc, do_desc = head_q, head_do
         if DESCRIPTOR:
             q_desc = describe(head_q, q_sp, nq, D, QUERIES, BLOCK_D)
-            do_desc = describe(head_do, do_sp, nq, D, QUERIES, BLOCK_D)
+            do_desc = describe(head_do, do_sp, nq, DV, QUERIES, BLOCK_DV)
         for MASKED in tl.static_range(1 - INNER, 1 + BORDER):
             for t in tl.range(0, tile_count(visits, inner_visits, MASKED), num_stages=STAGES):
                 corner = tile_origin(t, starts, visits, inner, inner_visits, QUERIES, MASKED, INNER)
@@ -200,7 +209,8 @@ def key_kernel(
                     head_q, q_desc, corner, q_steps, q_sp, q_strides[5], nq, D, QUERIES, BLOCK_D, DESCRIPTOR, MASKED
                 )
                 do = load_tile(
-                    head_do, do_desc, corner, q_steps, do_sp, do_strides[5], nq, D, QUERIES, BLOCK_D, DESCRIPTOR, MASKED
+                    head_do, do_desc, corner, q_steps, do_sp, do_strides[5], nq, DV, QUERIES, BLOCK_DV, DESCRIPTOR,
+                    MASKED,
                 )
                 place = offset(column, lse_sp)
                 if MASKED:
@@ -219,10 +229,16 @@ def key_kernel(
     keep = inside(row, n)
     d = tl.arange(0, BLOCK_D)
     dk_ptr, dk_sp = group_view(dk_ptr, dk_strides, batch, key_head, group, DILATION, WIDE)
-    dv_ptr, _ = group_view(dv_ptr, dk_strides, batch, key_head, group, DILATION, WIDE)
+    dv_ptr, dv_sp = group_view(
+        dv_ptr, dk_strides if dv_strides is None else dv_strides, batch, key_head, group, DILATION, WIDE
+    )
     where = offset(row, dk_sp)[:, None] + d[None, :]
     store = keep[:, None] & (d < D)[None, :]
     tl.store(dk_ptr + where, (dk * scale).to(dk_ptr.dtype.element_ty), mask=store)
+    if dv_strides is not None:
+        d = tl.arange(0, BLOCK_DV)
+        where = offset(row, dv_sp)[:, None] + d[None, :]
+        store = keep[:, None] & (d < DV)[None, :]
     tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=store)
 
 
@@ -235,14 +251,17 @@ def token(t, lengths):
 @triton.jit(do_not_specialize=["extra"])
 def extra_kernel(
     q_ptr, q_strides, do_ptr, do_strides, lse_ptr, delta_ptr,
-    extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, dk_ptr, dv_ptr,
+    extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, extra_ends_ptr, dk_ptr, dv_ptr,
     lengths, batches, key_heads, extra, chunk, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    QUERIES: tl.constexpr, EXTRA_KEYS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    QUERIES: tl.constexpr, EXTRA_KEYS: tl.constexpr, EXTRA_MASK: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """Partial gradients (float32) of the extra keys `[chunks, B, extra, key heads, D]` and values `[…, DV]`.
+    """Partial gradients (float32) of the extra keys `[chunks, B, extra, key heads, D]` and values `[…, DV]`; those of
+    masked tokens are zero.
 
-    Every query sees every extra key, so a program takes a block of extra keys and one chunk of all tokens.
+    A token that is not masked is seen by every query, so a program takes a block of extra keys and one chunk of all
+    queries.
     """
     blocks = tl.cdiv(extra, EXTRA_KEYS)
     pid = tl.program_id(0)
@@ -253,16 +272,20 @@ def extra_kernel(
     lengths = integers(lengths)
     tokens = lengths[0] * lengths[1] * lengths[2]
 
-    extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + key_head.to(tl.int64) * extra_k_strides[2]
-    extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + key_head.to(tl.int64) * extra_v_strides[2]
-    k = load_extra(extra_k_ptr, extra_k_strides, first, extra, D, EXTRA_KEYS, BLOCK_D)
-    v = load_extra(extra_v_ptr, extra_v_strides, first, extra, DV, EXTRA_KEYS, BLOCK_DV)
+    extra_k_ptr = extra_view(extra_k_ptr, extra_k_strides, batch, key_head)
+    extra_v_ptr = extra_view(extra_v_ptr, extra_v_strides, batch, key_head)
+    k, v, see = load_extra_pair(
+        extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, batch, first, extra,
+        D, DV, EXTRA_KEYS, BLOCK_D, BLOCK_DV, EXTRA_MASK,
+    )
     d, value_d = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     dk = tl.zeros([EXTRA_KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([EXTRA_KEYS, BLOCK_DV], tl.float32)
     for g in range(GROUP):
         head = key_head * GROUP + g
         end = tl.minimum(part * chunk + chunk, tokens)
+        if EXTRA_MASK:  # no queries for a block that nobody sees
+            end = tl.where(first < extra_end(extra_ends_ptr, batch, extra, EXTRA_MASK), end, 0)
         for begin in tl.range(part * chunk, end, QUERIES, num_stages=STAGES):
             t = begin + tl.arange(0, QUERIES)
             keep = t < end
@@ -279,6 +302,8 @@ def extra_kernel(
     base = (part.to(tl.int64) * batches + batch) * extra
     row = ((base + e) * key_heads + key_head)[:, None]
     store = (e < extra)[:, None]
+    if EXTRA_MASK:
+        dk, dv = tl.where(see[:, None], dk, 0.0), tl.where(see[:, None], dv, 0.0)
     tl.store(dk_ptr + row * D + d[None, :], dk * scale, mask=store & (d < D)[None, :])
     tl.store(dv_ptr + row * DV + value_d[None, :], dv, mask=store & (value_d < DV)[None, :])
 
@@ -287,7 +312,8 @@ def extra_kernel(
 def bias_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides, lse_ptr, delta_ptr,
     bias_ptr, partial_ptr, lengths, start, counts, batches, heads, chunk, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    QUERIES: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr, PART: tl.constexpr,
 ):
     """Partial table gradients `[chunks, heads, table]` (float32): a program takes one table entry, that is one offset
@@ -304,7 +330,7 @@ def bias_kernel(
     lengths, start, counts = grids(lengths, start, counts, PART)
     tokens = counts[0] * counts[1] * counts[2]
     total = tl.cast(batches, tl.int64) * tokens
-    d = tl.arange(0, BLOCK_D)
+    d, value_d = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     acc = tl.zeros([QUERIES], tl.float32)
     for begin in range(0, chunk, QUERIES):
         t = part.to(tl.int64) * chunk + begin + tl.arange(0, QUERIES)
@@ -319,8 +345,9 @@ def bias_kernel(
         load = see[:, None] & (d < D)[None, :]
         q = row_vectors(q_ptr, q_strides, batch, query, head, d, load).to(tl.float32)
         k = row_vectors(k_ptr, k_strides, batch, key, head // GROUP, d, load).to(tl.float32)
-        v = row_vectors(v_ptr, v_strides, batch, key, head // GROUP, d, load).to(tl.float32)
-        do = row_vectors(do_ptr, do_strides, batch, query, head, d, load).to(tl.float32)
+        load = see[:, None] & (value_d < DV)[None, :]
+        v = row_vectors(v_ptr, v_strides, batch, key, head // GROUP, value_d, load).to(tl.float32)
+        do = row_vectors(do_ptr, do_strides, batch, query, head, value_d, load).to(tl.float32)
         where = row_offset(row_strides(counts, heads), batch, query, head)
         lse = tl.load(lse_ptr + where, mask=see, other=float("inf"))
         delta = tl.load(delta_ptr + where, mask=see, other=0.0)

@@ -94,7 +94,7 @@ def attend(
         rows = [x.flatten(1, -3).transpose(1, 2) for x in groups]
         shared = query.shape[-2] != key.shape[-2]
         out = F.scaled_dot_product_attention(*rows, attn_mask=_mask(axes, query.dtype), scale=factor, enable_gqa=shared)
-        return _ungroup(out.transpose(1, 2).reshape(groups[0].shape), axes)
+        return _ungroup(out.transpose(1, 2).unflatten(1, groups[0].shape[1:-2]), axes)
     window, spread = [a.window for a in axes], None
     if bias is not None:  # whose gradient is summed in float32 at least
         spread = relative_bias(bias.to(torch.promote_types(query.dtype, torch.float32)), window=window)

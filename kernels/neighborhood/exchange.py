@@ -67,13 +67,14 @@ class Pack(torch.autograd.Function):
     """Copy the own keys and values that other ranks need.
 
     Args: key, value `[B, *spatial, key_heads, head_dim]`; the shard and the split dimension.
-    Returns: rows to send, `[tokens, 2, …]`; then per part its own keys and its own values, as views.
+    Returns: rows to send, key and value of a token side by side, `[tokens, B, …, key_heads, key dim + value dim]`; then
+        per part its own keys and its own values, as views.
     """
 
     @staticmethod
     def forward(ctx, key: Tensor, value: Tensor, shard: Shard, dim: int) -> tuple[Tensor, ...]:
-        ctx.shard, ctx.dim, ctx.shape = shard, dim, key.shape
-        both = [torch.stack([_cut(x, dim, span).movedim(dim, 0) for x in (key, value)], 1) for span in shard.send]
+        ctx.shard, ctx.dim, ctx.shapes = shard, dim, (key.shape, value.shape)
+        both = [torch.cat([_cut(x, dim, span).movedim(dim, 0) for x in (key, value)], -1) for span in shard.send]
         return torch.cat(both), *(_cut(x, dim, part.own) for part in shard.parts for x in (key, value))
 
     @staticmethod
@@ -81,11 +82,12 @@ class Pack(torch.autograd.Function):
     def backward(ctx, returned: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         shard: Shard = ctx.shard
         accumulate = torch.promote_types(returned.dtype, torch.float32)
-        totals = [returned.new_zeros(ctx.shape, dtype=accumulate) for _ in range(2)]  # of key and value
+        totals = [returned.new_zeros(shape, dtype=accumulate) for shape in ctx.shapes]  # of key and value
+        widths = [shape[-1] for shape in ctx.shapes]
         for i, grad in enumerate(grads):
             _cut(totals[i % 2], ctx.dim, shard.parts[i // 2].own).add_(grad)
         for span, part in zip(shard.send, wait(returned).split(shard.sent), strict=True):
-            for total, grad in zip(totals, part.unbind(1), strict=True):
+            for total, grad in zip(totals, part.split(widths, -1), strict=True):
                 _cut(total, ctx.dim, span).add_(grad.movedim(0, ctx.dim))
         return *(total.to(returned.dtype) for total in totals), None, None
 
@@ -93,18 +95,27 @@ class Pack(torch.autograd.Function):
 class Wait(torch.autograd.Function):
     """Wait for the tokens of other ranks and assemble the keys and values of the border.
 
-    Args: the shard, the split dimension, the process group; the sent and the incoming tensor; own keys and values of
-        the border, as `Pack` returned them; the outputs of the interior.
+    Args: the shard, the split dimension, the head dims of key and value, the process group; the sent and the incoming
+        tensor; own keys and values of the border, as `Pack` returned them; the outputs of the interior.
     Returns: key and value per part of the border; the outputs of the interior unchanged.
     """
 
     @staticmethod
-    def forward(ctx, shard: Shard, dim: int, group: ProcessGroup, outgoing: Tensor, incoming: Tensor, *tensors: Tensor):
-        ctx.shard, ctx.dim, ctx.group, ctx.shape = shard, dim, group, incoming.shape
+    def forward(
+        ctx,
+        shard: Shard,
+        dim: int,
+        widths: tuple[int, int],
+        group: ProcessGroup,
+        outgoing: Tensor,
+        incoming: Tensor,
+        *tensors: Tensor,
+    ):
+        ctx.shard, ctx.dim, ctx.widths, ctx.group, ctx.shape = shard, dim, widths, group, incoming.shape
         # Activation checkpointing recomputes up to the last saved tensor. This one makes it reach the wait even if no
         # border follows.
         ctx.save_for_backward(incoming.new_empty(0))
-        arrived = [x.movedim(0, dim) for x in wait(incoming).unbind(1)]
+        arrived = [x.movedim(0, dim) for x in wait(incoming).split(widths, -1)]
         count = 2 * len(shard.border)
         laid = [_lay_out(shard.border[i // 2], arrived[i % 2], tensors[i], dim) for i in range(count)]
         return *laid, *tensors[count:]
@@ -113,13 +124,13 @@ class Wait(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         shard, dim, count = ctx.shard, ctx.dim, 2 * len(ctx.shard.border)
-        if not ctx.needs_input_grad[3]:  # neither key nor value requires a gradient
-            return *(None for _ in range(5 + count)), *grads[count:]
+        if not ctx.needs_input_grad[4]:  # neither key nor value requires a gradient, on any rank
+            return *(None for _ in range(6 + count)), *grads[count:]
         (like,) = ctx.saved_tensors
         total = like.new_zeros(ctx.shape, dtype=torch.promote_types(like.dtype, torch.float32))
-        own = []
+        totals, own = [x.movedim(0, dim) for x in total.split(ctx.widths, -1)], []
         for i, grad in enumerate(grads[:count]):
-            part, received = shard.border[i // 2], total[:, i % 2].movedim(0, dim)
+            part, received = shard.border[i // 2], totals[i % 2]
             below, mine, above = _spans(part)
             _cut(received, dim, part.lower).add_(_cut(grad, dim, below))
             _cut(received, dim, part.upper).add_(_cut(grad, dim, above))
@@ -127,4 +138,4 @@ class Wait(torch.autograd.Function):
         returned = send(total.to(like.dtype), shard.receive, shard.sent, ctx.group)
         if not torch.compiler.is_compiling() and (torch.is_anomaly_enabled() or not _is_next(ctx.next_functions[0][0])):
             returned = wait(returned)  # anomaly mode reads the tensor at once, and a pruned Pack never waits
-        return None, None, None, returned, None, *own, *grads[count:]
+        return None, None, None, None, returned, None, *own, *grads[count:]

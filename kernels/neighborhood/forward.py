@@ -5,10 +5,12 @@ import triton.language as tl
 
 from .tile import (
     describe,
+    extra_end,
+    extra_view,
     grids,
     group_view,
     inside,
-    load_extra,
+    load_extra_pair,
     load_tile,
     local,
     offset,
@@ -69,19 +71,21 @@ def softmax_step(acc, m, l, s, v, factor, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=["extra"])  # a loop known to run once is scheduled into the rest, and spills
 def forward_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr,
-    factor_ptr, bias_ptr, extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
+    factor_ptr, bias_ptr, extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, extra_ends_ptr,
     lengths, start, counts, heads, extra, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
-    QUANTIZED: tl.constexpr, BIAS: tl.constexpr, TABLE: tl.constexpr, EXTRA: tl.constexpr, PART: tl.constexpr,
-    INNER: tl.constexpr, BORDER: tl.constexpr, DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr,
+    QUANTIZED: tl.constexpr, BIAS: tl.constexpr, TABLE: tl.constexpr, EXTRA: tl.constexpr, EXTRA_MASK: tl.constexpr,
+    PART: tl.constexpr, INNER: tl.constexpr, BORDER: tl.constexpr, DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """Strides are of `[B, X, Y, Z, heads, head_dim]` (extra: `[B, tokens, heads, head_dim]`), `GROUP` query heads
-    share a key head, `TABLE` is the size of the widened bias table of a head, and `INNER`/`BORDER` say whether any key
-    tile is wholly seen / not wholly seen. With `PART` the queries are the box of `counts` tokens from `start` on.
+    """Strides are of `[B, X, Y, Z, heads, head_dim]` (extra: `[B, tokens, heads, head_dim]`); values and output have
+    `DV` features a head, queries and keys `D`. `GROUP` query heads share a key head, `TABLE` is the size of the widened
+    bias table of a head, and `INNER`/`BORDER` say whether any key tile is wholly seen / not wholly seen. With `PART`
+    the queries are the box of `counts` tokens from `start` on.
     Causal axes are walked from their end: the last queries have the most keys, and what takes long must not begin last.
+    With `EXTRA_MASK` extra keys are visible where the mask `[B, extra]` is not 0, up to an end for each batch entry.
     `QUANTIZED` query and keys have another scale for each batch entry and head: `scale` times that of `[B, heads]`.
     """
     lengths, start, counts = grids(lengths, start, counts, PART)
@@ -95,7 +99,7 @@ def forward_kernel(
     k_desc, v_desc = k_ptr, v_ptr
     if DESCRIPTOR:
         k_desc = describe(k_ptr, k_sp, n, D, KEYS, BLOCK_D)
-        v_desc = describe(v_ptr, v_sp, n, D, KEYS, BLOCK_D)
+        v_desc = describe(v_ptr, v_sp, n, DV, KEYS, BLOCK_DV)
 
     if QUANTIZED:
         scale *= tl.load(factor_ptr + batch * heads + head)
@@ -118,7 +122,7 @@ def forward_kernel(
         first, n, begin, nq, QUERIES, KEYS, WINDOW, STRIDE, CAUSAL, False, PART
     )
 
-    acc = tl.zeros([QUERIES[0] * QUERIES[1] * QUERIES[2], BLOCK_D], tl.float32)
+    acc = tl.zeros([QUERIES[0] * QUERIES[1] * QUERIES[2], BLOCK_DV], tl.float32)
     m = tl.full([QUERIES[0] * QUERIES[1] * QUERIES[2]], float("-inf"), tl.float32)
     l = tl.zeros([QUERIES[0] * QUERIES[1] * QUERIES[2]], tl.float32)
 
@@ -130,22 +134,26 @@ def forward_kernel(
                 q, k, corner, k_steps, lo, count, bias_ptr, bias_row, scale,
                 QUERIES, KEYS, BIAS, BIAS_STRIDES, MASKED, PRECISION,
             )
-            v = load_tile(v_ptr, v_desc, corner, k_steps, v_sp, v_strides[5], n, D, KEYS, BLOCK_D, DESCRIPTOR, MASKED)
+            v = load_tile(
+                v_ptr, v_desc, corner, k_steps, v_sp, v_strides[5], n, DV, KEYS, BLOCK_DV, DESCRIPTOR, MASKED
+            )
             acc, m, l = softmax_step(acc, m, l, s, v, factor, PRECISION)
     if EXTRA:
-        extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + (head // GROUP).to(tl.int64) * extra_k_strides[2]
-        extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + (head // GROUP).to(tl.int64) * extra_v_strides[2]
-        for e in tl.range(0, extra, EXTRA_KEYS):
-            k = load_extra(extra_k_ptr, extra_k_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
-            v = load_extra(extra_v_ptr, extra_v_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
+        extra_k_ptr = extra_view(extra_k_ptr, extra_k_strides, batch, head // GROUP)
+        extra_v_ptr = extra_view(extra_v_ptr, extra_v_strides, batch, head // GROUP)
+        for e in tl.range(0, extra_end(extra_ends_ptr, batch, extra, EXTRA_MASK), EXTRA_KEYS):
+            k, v, see = load_extra_pair(
+                extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, batch, e, extra,
+                D, DV, EXTRA_KEYS, BLOCK_D, BLOCK_DV, EXTRA_MASK,
+            )
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            s = tl.where((e + tl.arange(0, EXTRA_KEYS) < extra)[None, :], s * (scale * LOG2E), float("-inf"))
+            s = tl.where(see[None, :], s * (scale * LOG2E), float("-inf"))
             acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
 
     keep = inside(row, nq)
     out_ptr, out_sp = group_view(out_ptr, out_strides, batch, head, origin, DILATION, WIDE)
     lse_ptr, lse_sp = group_view(lse_ptr, row_strides(counts, heads), batch, head, origin, DILATION, WIDE)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_DV)
     out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offset(row, out_sp)[:, None] + d[None, :], out, mask=keep[:, None] & (d < D)[None, :])
+    tl.store(out_ptr + offset(row, out_sp)[:, None] + d[None, :], out, mask=keep[:, None] & (d < DV)[None, :])
     tl.store(lse_ptr + offset(row, lse_sp), (m + tl.log2(l)) * LN2, mask=keep)

@@ -9,12 +9,15 @@ and, through `triton.jit`, the kernels.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..calling import PerAxis, per_axis
 
 
 class Axis(NamedTuple):
@@ -35,6 +38,53 @@ class Axis(NamedTuple):
     dilation: int = 1
     causal: bool = False
     queries: tuple[int, int] | None = None
+
+
+def make_axes(
+    shape: Sequence[int],
+    *,
+    window: PerAxis[int],
+    stride: PerAxis[int] = 1,
+    dilation: PerAxis[int] = 1,
+    causal: PerAxis[bool] = False,
+) -> tuple[Axis, ...]:
+    """Validated axes of a grid.
+
+    Args:
+        shape: tokens along each spatial axis.
+        window, stride, dilation, causal: one value, or one per axis; see `na2d`.
+
+    Raises:
+        ValueError: a value outside its range; the message names it, the axis and what is accepted.
+        TypeError: a value that is no integer (or, for `causal`, no boolean).
+    """
+    rank = len(shape)
+    axes = tuple(
+        Axis(*values)
+        for values in zip(
+            shape,
+            per_axis("window", window, rank, int),
+            per_axis("stride", stride, rank, int),
+            per_axis("dilation", dilation, rank, int),
+            per_axis("causal", causal, rank, bool),
+            strict=True,
+        )
+    )
+    for i, axis in enumerate(axes):
+        if axis.window < 1:
+            raise ValueError(f"window={axis.window} on axis {i} must be at least 1")
+        if axis.window > axis.length:
+            raise ValueError(f"window={axis.window} on axis {i} must not exceed its length {axis.length}")
+        if not 1 <= axis.stride <= axis.window:
+            raise ValueError(f"stride={axis.stride} on axis {i} must lie in [1, window={axis.window}]")
+        if axis.dilation < 1:
+            raise ValueError(f"dilation={axis.dilation} on axis {i} must be at least 1")
+        if axis.window * axis.dilation > axis.length:
+            raise ValueError(
+                f"dilation={axis.dilation} times window={axis.window} on axis {i} must not exceed its "
+                f"length {axis.length}"
+            )
+    return axes
 
 
 def window_bounds(p, n, window, stride, causal):

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..launching import (
     aligned,
-    block_d,
     cdiv,
     device_class,
     grid_strides,
@@ -32,11 +31,10 @@ PROGRAMS = 4096
 MIN_CHUNK = 256
 
 
-def window_constants(axes: tuple[Axis, ...], head_dim: int) -> dict:
-    """Compile-time arguments that describe the windows and the head dim."""
+def window_constants(axes: tuple[Axis, ...], widths: tuple[int, int]) -> dict:
+    """Compile-time arguments that describe the windows and the head dims, `widths`, of keys and of values."""
     return dict(
-        D=head_dim,
-        BLOCK_D=block_d(head_dim),
+        **width_constants(*widths),
         WINDOW=padded([a.window for a in axes], 1),
         STRIDE=padded([a.stride for a in axes], 1),
         DILATION=padded([a.dilation for a in axes], 1),
@@ -61,10 +59,10 @@ def grids(axes: tuple[Axis, ...]) -> tuple:
 
 
 @lru_cache(maxsize=1024)
-def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int, precision: str) -> dict:
+def constants(axes: tuple[Axis, ...], config: configs.Config, widths: tuple[int, int], precision: str) -> dict:
     """Compile-time arguments of the kernels that walk windows."""
     return dict(
-        **window_constants(axes, head_dim),
+        **window_constants(axes, widths),
         QUERIES=config.queries,
         KEYS=config.keys,
         TABLE=table_lengths(axes, config),
@@ -97,9 +95,9 @@ def widen(bias: Tensor, lengths: tuple[int, int, int]) -> Tensor:
     return torch.nn.functional.pad(bias, [m for margin in margins for m in (margin, margin)]).contiguous()
 
 
-def token_constants(axes: tuple[Axis, ...], head_dim: int, itemsize: int) -> dict:
+def token_constants(axes: tuple[Axis, ...], widths: tuple[int, int], itemsize: int) -> dict:
     """Compile-time arguments of the kernel of the table gradient."""
-    return dict(window_constants(axes, head_dim), QUERIES=configs.token_block(head_dim, itemsize))
+    return dict(window_constants(axes, widths), QUERIES=configs.token_block(max(widths), itemsize))
 
 
 def extra_constants(head_dim: int, value_dim: int, itemsize: int, precision: str) -> dict:
@@ -132,13 +130,26 @@ def configure(
     config = configs.choose(
         kernel,
         axes,
-        head_dim=walked[0].shape[-1],
+        head_dim=max(x.shape[-1] for x in walked),
         itemsize=walked[0].element_size(),
         device=device_class(walked[0].device),
         descriptor=has_descriptors(walked[0].device),
         wide=needs_wide(*tensors),
     )
     return config._replace(descriptor=config.descriptor and aligned(*walked))
+
+
+def extra_arguments(
+    query: Tensor, extra_key: Tensor | None, extra_value: Tensor | None, extra_mask: Tensor | None
+) -> tuple:
+    """Extra keys and values with their strides, which are visible, and where these end, as kernels take them."""
+    k, v = (query, query) if extra_key is None or extra_value is None else (extra_key, extra_value)
+    pair = (k, k.stride()[:4], v, v.stride()[:4])
+    if extra_mask is None:
+        return *pair, None, None
+    place = torch.arange(1, extra_mask.shape[1] + 1, dtype=torch.int32, device=extra_mask.device)
+    ends = torch.where(extra_mask, place, 0).amax(1) if place.numel() else extra_mask.sum(1, dtype=torch.int32)
+    return *pair, extra_mask.contiguous().view(torch.uint8), ends
 
 
 @with_scratch
@@ -150,22 +161,22 @@ def forward(
     bias,
     extra_key,
     extra_value,
+    extra_mask=None,
     axes: tuple[Axis, ...],
     scale: float,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, head_dim]` and float32 log-sum-exp `[B, *spatial, heads]`.
+    """Output `[B, *spatial, heads, value dim]` and float32 log-sum-exp `[B, *spatial, heads]`.
 
     With a `factor`, float32 `[B, heads]`, query, key and extra key are e4m3 numbers whose products it multiplies.
     """
-    rank, (batch, heads, head_dim) = len(axes), (query.shape[0], *query.shape[-2:])
-    out = torch.empty(query.shape, dtype=value.dtype, device=query.device)
+    rank, (batch, heads), widths = len(axes), (query.shape[0], query.shape[-2]), (key.shape[-1], value.shape[-1])
+    out = torch.empty(*query.shape[:-1], widths[1], dtype=value.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     if batch == 0:
         return out, lse
     config = configure("forward", axes, (key, value), (query, key, value, out))
-    fixed = constants(axes, config, head_dim, precision(query))
-    extra_k, extra_v = (query, query) if extra_key is None else (extra_key, extra_value)
+    fixed = constants(axes, config, widths, precision(query))
     with torch.cuda.device_of(query):
         forward_kernel[(programs(axes, config.queries, batch * heads),)](
             query,
@@ -179,10 +190,7 @@ def forward(
             lse,
             factor,
             bias if bias is None else widen(bias, fixed["TABLE"]),
-            extra_k,
-            extra_k.stride()[:4],
-            extra_v,
-            extra_v.stride()[:4],
+            *extra_arguments(query, extra_key, extra_value, extra_mask),
             *grids(axes),
             heads,
             0 if extra_key is None else extra_key.shape[1],
@@ -192,6 +200,7 @@ def forward(
             QUANTIZED=factor is not None,
             BIAS=bias is not None,
             EXTRA=extra_key is not None,
+            EXTRA_MASK=extra_mask is not None,
             **fixed,
         )
     return out, lse
@@ -210,12 +219,13 @@ def backward(
     bias,
     extra_key,
     extra_value,
+    extra_mask=None,
     axes: tuple[Axis, ...],
     scale: float,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, bias, extra_key and extra_value, contiguous; None for those not given."""
-    rank, (batch, heads, head_dim), key_heads = len(axes), (query.shape[0], *query.shape[-2:]), key.shape[-2]
-    device = query.device
+    rank, (batch, heads), key_heads = len(axes), (query.shape[0], query.shape[-2]), key.shape[-2]
+    widths, device = (key.shape[-1], value.shape[-1]), query.device
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, key, value))
     if batch == 0:
         rest = (None if x is None else x.new_zeros(x.shape) for x in (bias, extra_key, extra_value))
@@ -223,12 +233,13 @@ def backward(
     out, lse, grad_lse = out.contiguous(), lse.contiguous(), grad_lse.contiguous()  # as the kernels take them
     delta = torch.empty_like(lse)
     extra = 0 if extra_key is None else extra_key.shape[1]
-    extra_k, extra_v = (query, query) if extra_key is None else (extra_key, extra_value)
+    extras = extra_arguments(query, extra_key, extra_value, extra_mask)
+    alike = widths.key == widths[1]  # then gradients have the strides of each other
     group = heads // key_heads
     q, k, v, do = ((x, grid_strides(x, rank)) for x in (query, key, value, grad_out))
     with torch.cuda.device_of(query):
         config = configure("query", axes, (key, value), (query, key, value, grad_out, dq))
-        fixed = constants(axes, config, head_dim, precision(query))
+        fixed = constants(axes, config, widths, precision(query))
         query_kernel[(programs(axes, config.queries, batch * heads),)](
             *q,
             *k,
@@ -240,11 +251,9 @@ def backward(
             grad_lse,
             delta,
             dq,
+            None if alike else grid_strides(dq, rank),
             bias if bias is None else widen(bias, fixed["TABLE"]),
-            extra_k,
-            extra_k.stride()[:4],
-            extra_v,
-            extra_v.stride()[:4],
+            *extras,
             *grids(axes),
             heads,
             extra,
@@ -253,12 +262,13 @@ def backward(
             EXTRA_KEYS=EXTRA_KEYS,
             BIAS=bias is not None,
             EXTRA=extra_key is not None,
+            EXTRA_MASK=extra_mask is not None,
             **fixed,
         )
         config = configure("key", axes, (query, grad_out), (query, key, value, grad_out, dk))
         if any(query_count(a) < a.dilation for a in axes):  # no descriptor of a dilation group without queries
             config = config._replace(descriptor=False)
-        fixed = constants(axes, config, head_dim, precision(query))
+        fixed = constants(axes, config, widths, precision(query))
         key_kernel[(programs(axes, config.keys, batch * key_heads, keys=True),)](
             *q,
             *k,
@@ -269,6 +279,7 @@ def backward(
             dk,
             dv,
             grid_strides(dk, rank),
+            None if alike else grid_strides(dv, rank),
             bias if bias is None else widen(bias, fixed["TABLE"]),
             *grids(axes),
             key_heads,
@@ -278,7 +289,9 @@ def backward(
             **fixed,
         )
         dbias = None if bias is None else bias_gradient(q, k, v, do, lse, delta, bias, axes, scale)
-        dek, dev = (None, None) if not extra else extra_gradient(q, do, lse, delta, extra_k, extra_v, axes, scale)
+        dek, dev = (None, None)
+        if extra:
+            dek, dev = extra_gradient(q, do, lse, delta, extra_key, extra_value, axes, scale, extra_mask)
     if extra_key is not None and not extra:
         dek, dev = torch.empty_like(extra_key), torch.empty_like(extra_value)
     return dq, dk, dv, dbias, dek, dev
@@ -306,12 +319,22 @@ def bias_gradient(q, k, v, do, lse, delta, bias: Tensor, axes: tuple[Axis, ...],
         chunk,
         scale,
         GROUP=heads // k[0].shape[-2],
-        **token_constants(axes, query.shape[-1], query.element_size()),
+        **token_constants(axes, (query.shape[-1], v[0].shape[-1]), query.element_size()),
     )
     return partial.sum(0).view(bias.shape).to(bias.dtype)
 
 
-def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, axes: tuple[Axis, ...], scale: float):
+def extra_gradient(
+    q,
+    do,
+    lse,
+    delta,
+    extra_key: Tensor,
+    extra_value: Tensor,
+    axes: tuple[Axis, ...],
+    scale: float,
+    extra_mask: Tensor | None = None,
+):
     """Gradients of the extra keys and values: partial sums of chunks of queries, added by torch in a fixed order."""
     query, (batch, extra, key_heads, head_dim) = q[0], extra_key.shape
     tokens = prod(map(query_count, axes))
@@ -325,10 +348,7 @@ def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, ax
         *do,
         lse,
         delta,
-        extra_key,
-        extra_key.stride()[:4],
-        extra_value,
-        extra_value.stride()[:4],
+        *extra_arguments(query, extra_key, extra_value, extra_mask),
         dk,
         dv,
         unspecialised(padded([query_count(a) for a in axes], 1)),
@@ -338,6 +358,7 @@ def extra_gradient(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, ax
         chunk,
         scale,
         GROUP=query.shape[-2] // key_heads,
+        EXTRA_MASK=extra_mask is not None,
         **extra_constants(head_dim, extra_value.shape[-1], query.element_size(), precision(query)),
     )
     return dk.sum(0).to(extra_key.dtype), dv.sum(0).to(extra_value.dtype)

@@ -15,7 +15,9 @@ from .. import operators
 from .geometry import Axis, query_range
 
 EXTRAS = ("bias", "extra_key", "extra_value")
-GEOMETRY = "int[] window, int[] stride, int[] dilation, bool[] causal, float scale, int[]? first=None"
+REST = (
+    "int[] window, int[] stride, int[] dilation, bool[] causal, float scale, int[]? first=None, Tensor? extra_mask=None"
+)
 
 
 def _axes(queries: Sequence[int], keys: Sequence[int], window, stride, dilation, causal, first) -> tuple[Axis, ...]:
@@ -29,20 +31,36 @@ def _axes(queries: Sequence[int], keys: Sequence[int], window, stride, dilation,
     return tuple(a._replace(queries=(i, i + n)) for a, i, n in zip(axes, first, queries[1:-2], strict=True))
 
 
-def unpack(query, key, bias, extra_key, extra_value, window, stride, dilation, causal, scale, first=None) -> dict:
+def unpack(
+    query, key, bias, extra_key, extra_value, window, stride, dilation, causal, scale, first=None, extra_mask=None
+) -> dict:
     """Arguments of `launch` and `tiled`."""
+    extra = {"extra_key": extra_key, "extra_value": extra_value, "extra_mask": extra_mask}
     axes = _axes(query.shape, key.shape, window, stride, dilation, causal, first)
-    return {"bias": bias, "extra_key": extra_key, "extra_value": extra_value, "axes": axes, "scale": scale}
+    return {"bias": bias, **extra, "axes": axes, "scale": scale}
 
 
 def flops(
-    query, key, value, bias, extra_key, extra_value, window, stride, dilation, causal, scale, first=None
+    query,
+    key,
+    value,
+    bias,
+    extra_key,
+    extra_value,
+    window,
+    stride,
+    dilation,
+    causal,
+    scale,
+    first=None,
+    extra_mask=None,
 ) -> tuple[int, int]:
     from . import cost
 
     batch, *_, heads, head_dim = query
     axes = _axes(query, key, window, stride, dilation, causal, first)
-    sizes = dict(batch=batch, heads=heads, head_dim=head_dim, extra=extra_key[1] if extra_key else 0)
+    extra = extra_key[1] if extra_key else 0
+    sizes = dict(batch=batch, heads=heads, head_dim=head_dim, value_dim=value[-1], extra=extra)
     return cost.forward_flops(axes, **sizes), cost.backward_flops(axes, **sizes)
 
 
@@ -63,10 +81,12 @@ def attend(
     bias: Tensor | None,
     extra_key: Tensor | None,
     extra_value: Tensor | None,
+    extra_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and natural log-sum-exp by the Triton kernels; see `api.na2d`."""
     query, scale = with_positive_scale(query, scale)
-    return torch.ops.foveal.neighborhood_forward(query, key, value, bias, extra_key, extra_value, *pack(axes, scale))
+    geometry = pack(axes, scale, extra_mask)
+    return torch.ops.foveal.neighborhood_forward(query, key, value, bias, extra_key, extra_value, *geometry)
 
 
 def attend_tiled(
@@ -79,18 +99,18 @@ def attend_tiled(
     bias: Tensor | None,
     extra_key: Tensor | None,
     extra_value: Tensor | None,
+    extra_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and natural log-sum-exp by the tiled path, as one operator in a compiled graph."""
-    return torch.ops.foveal.neighborhood_tiled_forward(
-        query, key, value, bias, extra_key, extra_value, *pack(axes, scale)
-    )
+    geometry = pack(axes, scale, extra_mask)
+    return torch.ops.foveal.neighborhood_tiled_forward(query, key, value, bias, extra_key, extra_value, *geometry)
 
 
-def pack(axes: tuple[Axis, ...], scale: float) -> tuple:
-    """Arguments of `GEOMETRY`."""
+def pack(axes: tuple[Axis, ...], scale: float, extra_mask: Tensor | None) -> tuple:
+    """Arguments of `REST`."""
     _, window, stride, dilation, causal, queries = zip(*axes, strict=True)
     first = None if not any(queries) else [query_range(axis)[0] for axis in axes]
-    return window, stride, dilation, causal, scale, first
+    return window, stride, dilation, causal, scale, first, extra_mask
 
 
 for _name, _module in (("neighborhood", "launch"), ("neighborhood_tiled", "tiled")):
@@ -98,7 +118,7 @@ for _name, _module in (("neighborhood", "launch"), ("neighborhood_tiled", "tiled
         _name,
         f"{__package__}.{_module}",
         extras=EXTRAS,
-        rest=GEOMETRY,
+        rest=REST,
         unpack=unpack,
         flops=flops,
         title="neighborhood attention",

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..calling import wants_gradient
 from .geometry import Axis
-from .library import GEOMETRY, flops, pack, unpack
+from .library import REST, flops, pack, unpack
 
 DTYPE = torch.float8_e4m3fn
 LARGEST, SMALLEST = 448.0, 2.0**-9  # numbers that e4m3 has
@@ -79,21 +79,30 @@ def _round(x: Tensor) -> Tensor:
     return (x / step).round() * step
 
 
-def quantize(query: Tensor, key: Tensor, extra_key: Tensor | None, *, cast: bool = True) -> Rounded:
+def quantize(
+    query: Tensor, key: Tensor, extra_key: Tensor | None, extra_mask: Tensor | None = None, *, cast: bool = True
+) -> Rounded:
     """Round query and key to e4m3, in float32 where their own dtype would round, too; `cast` makes it float8_e4m3fn.
 
     Of a channel that holds NaN or infinities no mean is subtracted, and no scale taken of a head: other tokens keep
-    their meaning. There numbers beyond 448 become 448, as infinities do.
+    their meaning. There numbers beyond 448 become 448, as infinities do. Extra keys that are masked count nowhere.
     """
     tokens = tuple(range(1, query.dim() - 2))
-    keys = [(key, tokens)]
+    total, count = key.sum(tokens, dtype=torch.float32), prod(key.shape[1:-2])  # [B, key_heads, head_dim]
+    highest, lowest = key.amax(tokens), key.amin(tokens)
     if extra_key is not None and extra_key.shape[1]:
-        keys.append((extra_key, (1,)))
-    count = sum(prod(x.shape[1:-2]) for x, _ in keys)
-    total = torch.stack([x.sum(dims, dtype=torch.float32) for x, dims in keys]).sum(0)  # [B, key_heads, head_dim]
+        highs = lows = extra_key
+        if extra_mask is None:
+            count += extra_key.shape[1]
+        else:
+            hidden = ~extra_mask[..., None, None]
+            extra_key = extra_key.masked_fill(hidden, 0.0)
+            highs, lows = (extra_key.masked_fill(hidden, limit) for limit in (-torch.inf, torch.inf))
+            count = count + extra_mask.sum(1)[:, None, None]
+        total = total + extra_key.sum(1, dtype=torch.float32)
+        highest, lowest = torch.maximum(highest, highs.amax(1)), torch.minimum(lowest, lows.amin(1))
     mean = torch.where(total.isfinite(), total / count, 0.0)
-    highest = torch.stack([x.amax(dims) for x, dims in keys]).amax(0) - mean
-    lowest = torch.stack([x.amin(dims) for x, dims in keys]).amin(0) - mean
+    highest, lowest = highest - mean, lowest - mean
     key_scale = _power_of_two(torch.maximum(highest, -lowest).amax(-1), query.dtype)
     query_scale = _power_of_two(torch.linalg.vector_norm(query, torch.inf, dim=(*tokens, -1)), query.dtype)
 
@@ -158,19 +167,20 @@ def attend(
     scale: float,
     bias: Tensor | None,
     extra_value: Tensor | None,
+    extra_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and natural log-sum-exp by the Triton kernel, of keys without their mean; `scale` > 0."""
     group = rounded.query.shape[-2] // rounded.key.shape[-2]
     factor = (rounded.query_scale * rounded.key_scale.repeat_interleave(group, dim=1)).contiguous()  # [B, heads]
     return torch.ops.foveal.neighborhood_fp8_forward(
-        rounded.query, rounded.key, value, factor, bias, rounded.extra_key, extra_value, *pack(axes, scale)
+        rounded.query, rounded.key, value, factor, bias, rounded.extra_key, extra_value, *pack(axes, scale, extra_mask)
     )
 
 
 torch.library.define(
     "foveal::neighborhood_fp8_forward",
     "(Tensor query, Tensor key, Tensor value, Tensor factor, Tensor? bias, Tensor? extra_key, Tensor? extra_value, "
-    f"{GEOMETRY}) -> (Tensor, Tensor)",
+    f"{REST}) -> (Tensor, Tensor)",
 )
 
 
@@ -183,7 +193,8 @@ def _forward(query, key, value, factor, *more):
 
 @torch.library.register_fake("foveal::neighborhood_fp8_forward")
 def _fake(query, key, value, *_):
-    return value.new_empty(query.shape), value.new_empty(query.shape[:-1], dtype=torch.float32)
+    rows = query.shape[:-1]
+    return value.new_empty(*rows, value.shape[-1]), value.new_empty(rows, dtype=torch.float32)
 
 
 @register_flop_formula(torch.ops.foveal.neighborhood_fp8_forward)

@@ -17,8 +17,9 @@ def attend(
     bias: Tensor | None,
     extra_key: Tensor | None,
     extra_value: Tensor | None,
+    extra_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, head_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api.na2d`."""
+    """Output `[B, *spatial, heads, value dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api.na2d`."""
     groups = query.shape[-2] // key.shape[-2]
     tokens = slice(1, 1 + len(axes))
     accumulate = torch.promote_types(query.dtype, torch.float32)
@@ -33,8 +34,14 @@ def attend(
         logits = logits + bias.to(accumulate).flatten(1)[:, geometry.relative_index(axes, query.device)]
     logits = logits.masked_fill(~geometry.mask(axes, query.device), float("-inf"))
     if extra_key is not None and extra_value is not None:
-        ek, ev = (x.to(accumulate).transpose(1, 2).repeat_interleave(groups, dim=1) for x in (extra_key, extra_value))
-        logits = torch.cat([logits, q @ ek.transpose(-1, -2) * scale], dim=-1)
+        extras = [x.to(accumulate) for x in (extra_key, extra_value)]
+        if extra_mask is not None:
+            extras = [x.masked_fill(~extra_mask[..., None, None], 0.0) for x in extras]
+        ek, ev = (x.transpose(1, 2).repeat_interleave(groups, dim=1) for x in extras)
+        extra_logits = q @ ek.transpose(-1, -2) * scale
+        if extra_mask is not None:
+            extra_logits = extra_logits.masked_fill(~extra_mask[:, None, None], float("-inf"))
+        logits = torch.cat([logits, extra_logits], dim=-1)
         v = torch.cat([v, ev], dim=2)
     out = (logits.softmax(-1) @ v).transpose(1, 2).unflatten(1, query.shape[tokens])
     lse = logits.logsumexp(-1).transpose(1, 2).unflatten(1, query.shape[tokens])

@@ -15,9 +15,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..arguments import check_arguments
-from ..calling import Impl, PerAxis, check_extra, check_grids, choose, is_integer, per_axis, wants_gradient
-from .api import check_bias, dispatch, make_axes, na3d
+from ..calling import (
+    Impl,
+    Mask,
+    PerHead,
+    check_extra,
+    check_grids,
+    choose,
+    extra_visibility,
+    is_integer,
+    wants_gradient,
+)
+from .api import dispatch, na3d
 from .geometry import Axis
+from .heads import KINDS, attend_groups, check_bias, head_groups, per_head
 from .shards import Part, Shard, make_shards
 
 if TYPE_CHECKING:
@@ -33,14 +44,15 @@ def sharded_neighborhood_attention(
     mesh: DeviceMesh | ProcessGroup,
     axis: int = 0,
     lengths: Sequence[int] | None = None,
-    window: PerAxis[int],
-    stride: PerAxis[int] = 1,
-    dilation: PerAxis[int] = 1,
-    causal: PerAxis[bool] = False,
+    window: PerHead[int],
+    stride: PerHead[int] = 1,
+    dilation: PerHead[int] = 1,
+    causal: PerHead[bool] = False,
     bias: Tensor | None = None,
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    extra_mask: Mask | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """`na1d`, `na2d` or `na3d` on a grid of which every rank holds a piece (sequence parallelism).
@@ -52,19 +64,19 @@ def sharded_neighborhood_attention(
 
     Args:
         query: this rank's piece `[B, *spatial, heads, head_dim]`, one to three spatial axes.
-        key, value: this rank's piece `[B, *spatial, key_heads, head_dim]`.
+        key, value: this rank's piece `[B, *spatial, key_heads, head_dim]` and `[…, value_dim]`.
         mesh: the ranks: a device mesh of one dimension (`mesh["sequence"]` of a larger one) or a process group.
         axis: which spatial axis is split, counted from 0.
         lengths: tokens of every rank's piece along it. When None the ranks tell each other, which makes the host wait,
             and compare their arguments, so that all of them refuse what does not fit. When given, nothing is compared:
             a call that differs between ranks hangs or fails in the communication.
-        window, stride, dilation, causal: of the whole grid, see `na2d`.
-        bias, extra_key, extra_value: as in `na2d`, the same on every rank. Their gradients are those of this rank's
-            queries; the sum over ranks is that of one process.
+        window, stride, dilation, causal: of the whole grid, also per head; see `na2d`.
+        bias, extra_key, extra_value, extra_mask: as in `na2d`, the same on every rank. Their gradients are those of
+            this rank's queries; the sum over ranks is that of one process.
         scale, impl: as in `na2d`.
 
     Returns:
-        `[B, *spatial, heads, head_dim]`, the piece of this rank's queries.
+        `[B, *spatial, heads, value_dim]`, the piece of this rank's queries.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `na2d`; a mesh that is not initialised or has more than one
@@ -85,6 +97,7 @@ def sharded_neighborhood_attention(
         scale=scale,
         extra_key=extra_key,
         extra_value=extra_value,
+        extra_mask=extra_mask,
         impl=impl,
     )
     return out
@@ -98,29 +111,31 @@ def sharded_neighborhood_attention_lse(
     mesh: DeviceMesh | ProcessGroup,
     axis: int = 0,
     lengths: Sequence[int] | None = None,
-    window: PerAxis[int],
-    stride: PerAxis[int] = 1,
-    dilation: PerAxis[int] = 1,
-    causal: PerAxis[bool] = False,
+    window: PerHead[int],
+    stride: PerHead[int] = 1,
+    dilation: PerHead[int] = 1,
+    causal: PerHead[bool] = False,
     bias: Tensor | None = None,
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    extra_mask: Mask | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`sharded_neighborhood_attention` and the natural log-sum-exp of its logits, both differentiable.
 
     Returns:
-        output `[B, *spatial, heads, head_dim]` and log-sum-exp `[B, *spatial, heads]`, the latter
+        output `[B, *spatial, heads, value_dim]` and log-sum-exp `[B, *spatial, heads]`, the latter
         float32, or float64 for float64 inputs.
     """
     group = _process_group(mesh)
     neighborhood = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
-    rest = {"bias": bias, "scale": scale, "extra_key": extra_key, "extra_value": extra_value, "impl": impl}
+    extra = {"extra_key": extra_key, "extra_value": extra_value, "extra_mask": extra_mask}
+    given = {"bias": bias, "scale": scale, **extra, "impl": impl}
     if lengths is None:
-        lengths = _agree(group, query, key, value, axis, neighborhood, rest)
+        lengths = _agree(group, query, key, value, axis, neighborhood, given)
     else:
-        _describe(query, key, value, axis, neighborhood, rest)
+        _describe(query, key, value, axis, neighborhood, given)
         if not isinstance(lengths, Sequence) or not all(map(is_integer, lengths)):
             raise TypeError(f"lengths={lengths!r} must be a list or tuple of integers, one for each rank")
     rank, lengths = dist.get_rank(group), tuple(lengths)
@@ -130,17 +145,25 @@ def sharded_neighborhood_attention_lse(
             f"{rank} that of axis {axis} of query, {query.shape[1 + axis]}"
         )
     shape = [sum(lengths) if i == axis else n for i, n in enumerate(query.shape[1:-2])]
-    axes = make_axes(shape, **neighborhood)
-    if len(lengths) == 1:
-        return dispatch(query, key, value, axes=axes, **rest)
-    shards = make_shards(axes[axis], lengths)
+    groups = head_groups(shape, query.shape[-2], key.shape[-2], **neighborhood)
+    rest = {"scale": scale, "extra_mask": extra_visibility(extra_mask, extra_key), "impl": impl}
 
-    def attend(part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return dispatch(query, key, value, axes=(*axes[:axis], part.axis, *axes[axis + 1 :]), **rest)
+    def attend(axes: tuple[Axis, ...], query: Tensor, key: Tensor, value: Tensor, **tensors):
+        if len(lengths) == 1:
+            return dispatch(query, key, value, axes=axes, **tensors, **rest)
+        shards = make_shards(axes[axis], lengths)
 
-    if not any(shard.border for shard in shards):  # windows end where pieces do, and no token travels
-        return attend(shards[rank].parts[0], query, key, value)
-    return _attend_parts(query, key, value, dim=1 + axis, shard=shards[rank], group=group, attend=attend)
+        def attend_part(part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            cut = (*axes[:axis], part.axis, *axes[axis + 1 :])
+            return dispatch(query, key, value, axes=cut, **tensors, **rest)
+
+        if not any(shard.border for shard in shards):  # windows end where pieces do, and no token travels
+            return attend_part(shards[rank].parts[0], query, key, value)
+        return _attend_parts(query, key, value, dim=1 + axis, shard=shards[rank], group=group, attend=attend_part)
+
+    out, lse = attend_groups(groups, attend, query, key, value, bias, extra_key, extra_value)
+    assert lse is not None
+    return out, lse
 
 
 def _attend_parts(
@@ -159,7 +182,8 @@ def _attend_parts(
         meanwhile = attend(parts[interior], queries[interior], keys[interior], values[interior])
     border = [i for i in range(len(parts)) if i != interior]
     waiting = [x for i in border for x in (keys[i], values[i])]
-    arrived = Wait.apply(shard, dim, group, outgoing, incoming, *waiting, *meanwhile)
+    widths = (key.shape[-1], value.shape[-1])
+    arrived = Wait.apply(shard, dim, widths, group, outgoing, incoming, *waiting, *meanwhile)
     results = [attend(parts[i], queries[i], *arrived[2 * n : 2 * n + 2]) for n, i in enumerate(border)]
     if interior is not None:
         results.insert(interior, arrived[-2:])
@@ -190,19 +214,19 @@ def _describe(query: Tensor, key: Tensor, value: Tensor, axis: int, neighborhood
     check_grids(rank, query, key, value)
     if not isinstance(axis, int) or not 0 <= axis < rank:
         raise ValueError(f"axis={axis!r} must be one of the spatial axes 0 to {rank - 1}")
-    kinds = {"window": int, "stride": int, "dilation": int, "causal": bool}
-    same = {name: per_axis(name, neighborhood[name], rank, kind) for name, kind in kinds.items()}
-    tensors = {"query": query, "key": key}
+    spread = {name: per_head(name, neighborhood[name], query.shape[-2], rank) for name in KINDS}
+    same = {name: values[0] if len(values) == 1 else values for name, values in spread.items()}
+    tensors = {"query": query, "key": key, "value": value}
     if rest["bias"] is not None:
-        check_bias(tuple(Axis(length=0, window=w) for w in same["window"]), query, rest["bias"])
-        tensors["bias"] = rest["bias"]
+        check_bias(spread["window"], query, rest["bias"])
     check_extra(key, value, rest["extra_key"], rest["extra_value"])
-    if rest["extra_key"] is not None:
-        tensors["extra_key"] = rest["extra_key"]
-    choose(query, rest["impl"])
+    extra_visibility(rest["extra_mask"], rest["extra_key"])
+    names = ("bias", "extra_key", "extra_value", "extra_mask")
+    tensors |= {name: rest[name] for name in names if rest[name] is not None}
+    choose(query, rest["impl"], value)
     shapes = {}
     for name, x in tensors.items():
-        split = 1 + axis if name in ("query", "key") else None
+        split = 1 + axis if name in ("query", "key", "value") else None
         shapes[name] = (str(x.dtype), *("split" if i == split else n for i, n in enumerate(x.shape)))
     scale = None if rest["scale"] is None else float(rest["scale"])
     trains = wants_gradient(key, value)

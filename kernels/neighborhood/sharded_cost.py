@@ -11,8 +11,7 @@ from math import prod
 from typing import NamedTuple
 
 from . import cost
-from .api import make_axes
-from .geometry import Axis, query_count
+from .geometry import Axis, make_axes, query_count
 from .shards import make_shards, split_evenly
 
 
@@ -44,6 +43,7 @@ def sharded_cost(
     heads: int,
     head_dim: int,
     itemsize: int,
+    value_dim: int | None = None,
     key_heads: int | None = None,
     batch: int = 1,
 ) -> tuple[RankCost, ...]:
@@ -55,13 +55,15 @@ def sharded_cost(
         lengths: tokens per rank along the split axis; `shards.split_evenly` gives those of an even split.
         heads, key_heads, head_dim, batch: sizes of query, and of key and value.
         itemsize: bytes of one element.
+        value_dim: features of a head of value and output; `head_dim` when None.
     """
-    token = 2 * batch * (key_heads or heads) * head_dim * itemsize  # key and value
+    token = batch * (key_heads or heads) * (head_dim + (value_dim or head_dim)) * itemsize  # key and value
     plane = token * prod(a.length for i, a in enumerate(axes) if i != axis)
     ranks = []
     for rank, shard in enumerate(make_shards(axes[axis], tuple(lengths))):
         parts = [(*axes[:axis], part.axis, *axes[axis + 1 :]) for part in shard.parts]
-        flops = [cost.forward_flops(part, batch=batch, heads=heads, head_dim=head_dim) for part in parts]
+        sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "value_dim": value_dim}
+        flops = [cost.forward_flops(part, **sizes) for part in parts]
         inside, inside_flops = 0, 0
         if shard.interior is not None:
             inside, inside_flops = query_count(shard.parts[shard.interior].axis), flops[shard.interior]

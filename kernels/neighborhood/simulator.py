@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
-from .api import make_axes
 from .configs import splits
 from .cost import backward_bytes, backward_flops, forward_bytes, forward_flops, visible_pairs
-from .geometry import Axis, tile_walk
+from .geometry import Axis, make_axes, tile_walk
 
 
 @dataclass(frozen=True)

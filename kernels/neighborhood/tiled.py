@@ -36,12 +36,13 @@ def attend(
     bias: Tensor | None,
     extra_key: Tensor | None,
     extra_value: Tensor | None,
+    extra_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, head_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api.na2d`.
+    """Output `[B, *spatial, heads, value dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api.na2d`.
 
     Both are differentiable once; a second derivative raises RuntimeError.
     """
-    return _Attention.apply(query, key, value, bias, extra_key, extra_value, axes, scale)
+    return _Attention.apply(query, key, value, bias, extra_key, extra_value, extra_mask, axes, scale)
 
 
 class _Rows(NamedTuple):
@@ -49,15 +50,27 @@ class _Rows(NamedTuple):
 
     query: Tensor  # [B * tokens * heads, d]
     key: Tensor  # [(B * tokens + B * extra) * key heads, d]
-    value: Tensor
+    value: Tensor  # as many rows, of the value's own width
+    hidden: Tensor | None  # [B * extra] extra keys that are masked
     sizes: Sizes
 
 
-def _prepare(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None, extra_value: Tensor | None) -> _Rows:
-    d = query.shape[-1]
-    k, v = key.reshape(-1, d), value.reshape(-1, d)
+def _prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    extra_mask: Tensor | None,
+) -> _Rows:
+    d, hidden = query.shape[-1], None
+    k, v = key.reshape(-1, d), value.reshape(-1, value.shape[-1])
     if extra_key is not None and extra_value is not None:
-        k, v = torch.cat([k, extra_key.reshape(-1, d)]), torch.cat([v, extra_value.reshape(-1, d)])
+        extras = (extra_key, extra_value)
+        if extra_mask is not None:  # masked tokens may hold anything
+            extras = [x.masked_fill(~extra_mask[..., None, None], 0) for x in extras]
+            hidden = ~extra_mask.flatten()
+        k, v = (torch.cat([x, extra.reshape(-1, x.shape[-1])]) for x, extra in zip((k, v), extras, strict=True))
     # A box holds values that a query must not see, and zero times NaN is NaN: the values are made finite, and the keys
     # of those that were not become NaN, which masks keep out. On CPU it costs nothing to look whether it is needed.
     accumulate = torch.promote_types(v.dtype, torch.float32)
@@ -65,19 +78,26 @@ def _prepare(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None
         total = v.sum(-1, keepdim=True, dtype=accumulate)
         k, v = k + (total - total).to(k.dtype), v.nan_to_num()
     key_heads = index(key.shape[-2])
-    return _Rows(query.reshape(-1, d), k, v, Sizes(query.shape[0], key_heads, index(query.shape[-2]) // key_heads))
+    sizes = Sizes(query.shape[0], key_heads, index(query.shape[-2]) // key_heads)
+    return _Rows(query.reshape(-1, d), k, v, hidden, sizes)
 
 
-def _make_plan(query: Tensor, key: Tensor, extra_key: Tensor | None, axes: tuple[Axis, ...]) -> Plan:
+def _width(query: Tensor, value: Tensor) -> int:
+    """Features of a head, on average over query and key, and value and output."""
+    return index(query.shape[-1] + value.shape[-1] + 1) // 2
+
+
+def _make_plan(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None, axes: tuple[Axis, ...]) -> Plan:
     extra = 0 if extra_key is None else extra_key.shape[1]
-    group, d = index(query.shape[-2] // key.shape[-2]), index(query.shape[-1])
+    group, d = index(query.shape[-2] // key.shape[-2]), _width(query, value)
     if not tracing():
         dtype = torch.promote_types(query.dtype, torch.float32)
         known = tuple(
             (a.window, a.stride, a.causal, tiled_plan.positions(a), tiled_plan.query_positions(a) if a.queries else 0)
             for a in axes
         )
-        most = _most_bytes(2 * (query.numel() + key.numel()) * query.dtype.itemsize) / dtype.itemsize
+        in_out = 2 * d * (query.numel() + key.numel()) // query.shape[-1] * query.dtype.itemsize
+        most = _most_bytes(in_out) / dtype.itemsize
         cut = tiled_plan.choose_cut(known, group, d, extra, most)
         return tiled_plan.cached_plan(axes, cut, extra, dtype, query.device)
     # Lengths may be symbolic: they do not choose the cut, and the tables join the graph.
@@ -103,7 +123,7 @@ def _most_bytes(in_out: int) -> float:
 def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int) -> tuple[int, int]:
     """Into how many chunks tiles and key heads are split, by the copies held of gathered rows and of logits."""
     batch, key_heads, group = rows.sizes
-    d, size = index(rows.query.shape[-1]), torch.promote_types(rows.query.dtype, torch.float32).itemsize
+    d, size = _width(rows.query, rows.value), torch.promote_types(rows.query.dtype, torch.float32).itemsize
     unit = size * tiled_plan.workspace(plan.queries * group, plan.keys, d, row_copies, logit_copies)
     in_out = 2 * (group + 1) * key_heads * d * rows.query.dtype.itemsize  # bytes per token
     if tracing():  # the number of chunks must not depend on the number of tokens
@@ -158,12 +178,23 @@ def _hide(logits: Tensor, plan: Plan, chunk: Chunk) -> Tensor:
     return logits
 
 
-def _logits(q: Tensor, k: Tensor, plan: Plan, chunk: Chunk, bias: Tensor | None) -> Tensor:
+def _hide_extra(logits: Tensor, rows: _Rows, plan: Plan, chunk: Chunk) -> Tensor:
+    """Set the logits of extra keys that are masked to minus infinity."""
+    if rows.hidden is None or not plan.extra:
+        return logits
+    first = plan.keys - plan.extra
+    token = chunk.key.view(logits.shape[0], plan.keys)[:, first:] // rows.sizes.key_heads
+    hidden = rows.hidden[token - (rows.key.shape[0] // rows.sizes.key_heads - rows.hidden.shape[0])]
+    logits[..., first:].masked_fill_(hidden[:, None], -math.inf)
+    return logits
+
+
+def _logits(q: Tensor, k: Tensor, rows: _Rows, plan: Plan, chunk: Chunk, bias: Tensor | None) -> Tensor:
     """Base-2 logits `[n * h, g * q, k]` of scaled queries."""
     logits = torch.bmm(q, k.mT)
     if bias is not None:
         _add_bias(logits, plan, chunk, bias)
-    return _hide(logits, plan, chunk)
+    return _hide_extra(_hide(logits, plan, chunk), rows, plan, chunk)
 
 
 def _forward_chunk(rows: _Rows, plan: Plan, chunk: Chunk, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -172,6 +203,7 @@ def _forward_chunk(rows: _Rows, plan: Plan, chunk: Chunk, scale: float, bias: Te
     logits = _logits(
         _take(rows.query, chunk.query, chunk, g * q).mul_(scale * LOG2_E),
         _take(rows.key, chunk.key, chunk, k),
+        rows,
         plan,
         chunk,
         bias,
@@ -195,13 +227,13 @@ def _backward_chunk(rows, plan, chunk, scale, bias, grad_out, lse, grad_lse, gra
     query = query * (scale * LOG2_E)
     lse = lse.index_select(0, chunk.query).mul_(LOG2_E).view(n, h * g, q)
     lse = lse.masked_fill_(~tiled_plan.valid(plan, chunk.rows)[:, None], math.inf).view(n * h, g * q, 1)
-    weights = _logits(query, key, plan, chunk, bias).sub_(lse).exp2_()
-    key_rows = chunk.key[:, None].expand(-1, key.shape[-1])
-    grad_value.scatter_add_(0, key_rows, torch.bmm(weights.mT, grad).flatten(0, 1))
+    weights = _logits(query, key, rows, plan, chunk, bias).sub_(lse).exp2_()
+    key_rows = chunk.key[:, None]
+    grad_value.scatter_add_(0, key_rows.expand(-1, grad.shape[-1]), torch.bmm(weights.mT, grad).flatten(0, 1))
     slope = torch.bmm(grad, _take(rows.value, chunk.key, chunk, k).mT).mul_(weights)
     mean = slope.sum(-1, keepdim=True).sub_(grad_lse.index_select(0, chunk.query).view(n * h, g * q, 1))
     slope = slope.addcmul_(weights, mean, value=-1)
-    grad_key.scatter_add_(0, key_rows, torch.bmm(slope.mT, query).flatten(0, 1))
+    grad_key.scatter_add_(0, key_rows.expand(-1, key.shape[-1]), torch.bmm(slope.mT, query).flatten(0, 1))
     if grad_bias is not None:
         _add_grad_bias(grad_bias, slope.view(n, h * g, q, k), plan, chunk)
     return torch.bmm(slope, key).mul_(scale).to(rows.query.dtype).flatten(0, 1)
@@ -226,21 +258,31 @@ def _bias_gradient(grad_bias: Tensor, plan: Plan, bias: Tensor) -> Tensor:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, *, bias, extra_key, extra_value, axes: tuple[Axis, ...], scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias,
+    extra_key,
+    extra_value,
+    extra_mask,
+    axes: tuple[Axis, ...],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, head_dim]` and log-sum-exp `[B, *spatial, heads]`."""
-    plan = _make_plan(query, key, extra_key, axes)
-    rows = _prepare(query, key, value, extra_key, extra_value)
+    """Output `[B, *spatial, heads, value dim]` and log-sum-exp `[B, *spatial, heads]`."""
+    plan = _make_plan(query, key, value, extra_key, axes)
+    rows = _prepare(query, key, value, extra_key, extra_value, extra_mask)
     accumulate = torch.promote_types(query.dtype, torch.float32)
     table = _bias_by_class(plan, bias, accumulate)
-    out, lse = torch.empty_like(rows.query), rows.query.new_empty(rows.query.shape[0], dtype=accumulate)
+    out = rows.query.new_empty(rows.query.shape[0], value.shape[-1])
+    lse = rows.query.new_empty(rows.query.shape[0], dtype=accumulate)
     for parts in tiled_plan.chunks(plan, rows.sizes, _splits(plan, rows, 2, 2), accumulate, query.device):
         for chunk in parts:
             # Queries that fill up a tile repeat another of it, so the rows written twice are equal.
             part, part_lse = _forward_chunk(rows, plan, chunk, scale, table)
             out.index_copy_(0, chunk.query, part)
             lse.index_copy_(0, chunk.query, part_lse)
-    return out.view(query.shape), lse.view(query.shape[:-1])
+    return out.view(*query.shape[:-1], value.shape[-1]), lse.view(query.shape[:-1])
 
 
 def backward(
@@ -255,15 +297,16 @@ def backward(
     bias,
     extra_key,
     extra_value,
+    extra_mask,
     axes: tuple[Axis, ...],
     scale: float,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, bias, extra_key and extra_value, None for those not given; `out` is not read."""
-    plan = _make_plan(query, key, extra_key, axes)
-    rows = _prepare(query, key, value, extra_key, extra_value)
+    plan = _make_plan(query, key, value, extra_key, axes)
+    rows = _prepare(query, key, value, extra_key, extra_value, extra_mask)
     accumulate = lse.dtype
     table = _bias_by_class(plan, bias, accumulate)
-    grad_out, lse, grad_lse = grad_out.reshape(rows.query.shape), lse.flatten(), grad_lse.flatten()
+    grad_out, lse, grad_lse = grad_out.reshape(-1, value.shape[-1]), lse.flatten(), grad_lse.flatten()
     grad_key, grad_value = (torch.zeros_like(x, dtype=accumulate) for x in (rows.key, rows.value))
     grad_bias = None if table is None else torch.zeros_like(table)
     grad_query = torch.zeros_like(rows.query)
@@ -275,32 +318,34 @@ def backward(
             grad_query.index_add_(0, chunk.query, part)  # zeros from queries that fill up a tile
     grad_key, grad_value = grad_key.mul_(1 / LOG2_E).to(key.dtype), grad_value.to(value.dtype)
     tokens = key.numel() // key.shape[-1]
-    grads = [(x[:tokens].view(key.shape), x[tokens:].clone()) for x in (grad_key, grad_value)]
-    (grad_key, grad_extra_key), (grad_value, grad_extra_value) = grads
+    if rows.hidden is not None:  # also where the gradient of the output is NaN
+        hidden = rows.hidden.repeat_interleave(rows.sizes.key_heads)[:, None]
+        grad_key[tokens:].masked_fill_(hidden, 0)
+        grad_value[tokens:].masked_fill_(hidden, 0)
     return (
         grad_query.view(query.shape),
-        grad_key,
-        grad_value,
+        grad_key[:tokens].view(key.shape),
+        grad_value[:tokens].view(value.shape),
         None if grad_bias is None else _bias_gradient(grad_bias, plan, bias),
-        None if extra_key is None else grad_extra_key.view(extra_key.shape),
-        None if extra_key is None else grad_extra_value.view(extra_key.shape),
+        None if extra_key is None else grad_key[tokens:].clone().view(extra_key.shape),
+        None if extra_key is None else grad_value[tokens:].clone().view(extra_value.shape),
     )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, bias, extra_key, extra_value, axes, scale):
+    def forward(ctx, query, key, value, bias, extra_key, extra_value, extra_mask, axes, scale):
         ctx.given = {"axes": axes, "scale": scale}
-        extra = {"extra_key": extra_key, "extra_value": extra_value}
+        extra = {"extra_key": extra_key, "extra_value": extra_value, "extra_mask": extra_mask}
         out, lse = forward(query, key, value, bias=bias, **extra, **ctx.given)
-        ctx.save_for_backward(query, key, value, bias, extra_key, extra_value, lse)
+        ctx.save_for_backward(query, key, value, bias, extra_key, extra_value, extra_mask, lse)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        query, key, value, bias, extra_key, extra_value, lse = ctx.saved_tensors
-        extra = {"extra_key": extra_key, "extra_value": extra_value}
+        query, key, value, bias, extra_key, extra_value, extra_mask, lse = ctx.saved_tensors
+        extra = {"extra_key": extra_key, "extra_value": extra_value, "extra_mask": extra_mask}
         with without_autocast(grad_out.device):  # as in the forward
             grads = backward(query, key, value, None, lse, grad_out, grad_lse, bias=bias, **extra, **ctx.given)
-        return *grads, None, None
+        return *grads, None, None, None

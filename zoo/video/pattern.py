@@ -215,10 +215,10 @@ def _window(
         queries = _pad_frames(query, past, padding)
         key, value = _pad_frames(key, 0, padding), _pad_frames(value, 0, padding)
     mine = slice(past, past + query.shape[1])
-    if text is not None and (text.mask is not None or text.parts is not None):
+    if text is not None and text.parts is not None:
         video = (x[:, mine] for x in na3d_lse(queries, key, value, **options))
         return merge_attentions(*zip(video, _words(query, text), strict=True))[0]
-    extra = {} if text is None else {"extra_key": text.key, "extra_value": text.value}
+    extra = {} if text is None else {"extra_key": text.key, "extra_value": text.value, "extra_mask": text.mask}
     return na3d(queries, key, value, **options, **extra)[:, mine]
 
 
@@ -230,7 +230,8 @@ def _words(query: Tensor, text: Text) -> tuple[Tensor, Tensor]:
     """Attention `[B, T, H, W, heads, d]` to the words that count and its log-sum-exp, tiny where none does."""
     accumulate = torch.promote_types(query.dtype, torch.float32)
     outs, lses = [], []
-    for frames, words in text.parts or ((slice(None), slice(None)),):
+    assert text.parts is not None
+    for frames, words in text.parts:
         some = text.part(words)
         q = query[:, frames].to(accumulate) * query.shape[-1] ** -0.5
         logits = torch.einsum("bthwnd,blnd->bthwnl", q, some.key.to(accumulate))
