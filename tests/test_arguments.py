@@ -9,7 +9,7 @@ import pytest
 import torch
 from foveal.kernels import ops
 from foveal.kernels.arguments import operator
-from foveal.kernels.calling import Impl, PerAxis
+from foveal.kernels.calling import Impl, Mask, PerAxis, PerHead
 from foveal.kernels.explain import _operators, explain
 from foveal.kernels.ops import BlockMask
 from torch import Tensor
@@ -84,6 +84,9 @@ WRONG: dict[Any, dict[str, Any]] = {
     bool: {"number": 1, "text": "True", "float": 0.0},
     PerAxis[int]: INTEGERS | {"none inside": (None, 1), "float inside": [1, 1.0], "too many": (1,) * 4},
     PerAxis[bool]: {"number": 1, "text": "True", "inside": (True, 0), "too many": (True,) * 4},
+    PerHead[int]: INTEGERS | {"none inside": (None, 1), "too many": (1,) * 4, "none of a head": ((3,), (None,))},
+    PerHead[bool]: {"number": 1, "text": "True", "inside": (True, 0), "of a head": ((True,), (1,))},
+    Mask: NOT_TENSORS | {"floats": torch.ones(1, 3), "sparse": torch.ones(1, 3).bool().to_sparse()},
     Sequence[int]: {"number": 2, "text": "22", "array": np.ones(2, int), "inside": (2, None)},
     torch.dtype: {"text": "float8_e4m3fn", "type": float},
     Impl: {"unknown": "cuda", "number": 1, "list": ["tiled"]},
