@@ -4,22 +4,13 @@ import os
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from foveal.zoo.data import ImageFolder, TimmDataset
 from foveal.zoo.data.classes import ClassTable
 from foveal.zoo.data.loader import PADDING
 from foveal.zoo.data.unreadable import Receiver
-from PIL import Image
-
-
-def write(root: Path, *paths: str) -> Path:
-    """Images below `root`; file number i has the grey level i."""
-    for number, path in enumerate(paths):
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 24), (number % 256,) * 3).save(root / path)
-    return root
+from image_folders import both, write, write_damaged
 
 
 def opened(root: Path, **options) -> ImageFolder:
@@ -32,10 +23,6 @@ def labels(data: ImageFolder, split: str) -> dict[str, int]:
     """Label by file, from the root."""
     dataset = data.datasets[split]
     return {dataset.filename(i): dataset[i][1] for i in range(len(dataset))}
-
-
-def both(*names: str, count: int = 1) -> list[str]:
-    return [f"{split}/{name}/{i}.png" for split in ("train", "val") for name in names for i in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -301,19 +288,7 @@ def test_folders_of_classes_come_before_a_table_that_nobody_named(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path) -> Path:
-    """Twelve noisy images to train on and six to validate on; of the class ant most give none."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 3)):
-        for name in ("ant", "bee"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.jpg")
-        whole = (tmp_path / split / "ant/1.jpg").read_bytes()
-        (tmp_path / split / "ant/0.jpg").write_bytes(b"")
-        (tmp_path / split / "ant/1.jpg").write_bytes(whole[: len(whole) // 2])
-        (tmp_path / split / "ant/2.jpg").write_bytes(b"<html>not found</html>")
-    return tmp_path
+    return write_damaged(tmp_path)
 
 
 AUGMENTED = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "re_mode": "pixel"}

@@ -116,7 +116,12 @@ class RawWeights(Callback):
 @pytest.mark.parametrize("start", [0, 4])
 def test_average_is_the_exponential_average(tmp_path, start):
     raw = RawWeights()
-    options = ("callbacks.ema.decay=0.8", "trainer.max_epochs=1", f"+callbacks.ema.update_starting_at_step={start}")
+    options = (
+        "callbacks.ema.decay=0.8",
+        "callbacks.ema.warmup=false",
+        "trainer.max_epochs=1",
+        f"+callbacks.ema.update_starting_at_step={start}",
+    )
     _, task, _ = fit(configure(tmp_path, *SHORT, *options), raw)
     expected = raw.steps[start]
     for weights in raw.steps[start + 1 :]:
@@ -202,7 +207,9 @@ def test_relative_position_bias_is_not_decayed(tmp_path):
 VIT = ("model=timm", "model.name=vit_tiny_patch16_224", "model.args={img_size:32,patch_size:8,embed_dim:64,depth:2}")
 
 
-@pytest.mark.parametrize("model", [(), (*VIT, "+model.args.num_heads=2")], ids=["natten_dinat_pico", "vit"])
+@pytest.mark.parametrize(
+    "model", [(), (*VIT, "+model.args.num_heads=2", "task.optimizer.lr=2e-3")], ids=["natten_dinat_pico", "vit"]
+)
 def test_overfits_eight_images(tmp_path, model):
     recorder = Recorder()
     fit(configure(tmp_path, "debug=overfit", "logger=none", *model, tiny=False), recorder)
