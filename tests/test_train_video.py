@@ -295,6 +295,8 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert {"train/loss", "val/loss_t0.1", "val/loss_t0.9", "lr", "step"} <= row.keys()
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert {"accuracy", "accuracy of held-out videos", "frechet", "frechet of noise", "test/loss"} <= metrics.keys()
+    assert metrics["change beyond a shift"] > 0.1  # of a model that is hardly trained
+    assert metrics["change beyond a shift of 10 held-out videos"] < 1e-5
     for name in ("samples.gif", "samples/step_0000006.gif"):
         with Image.open(tmp_path / name) as grid:
             assert grid.n_frames == 6 and grid.width > 10 * 64 and grid.info["loop"] == 0

@@ -12,6 +12,7 @@ from foveal.zoo.tasks.video_metrics import (
     ClipJudge,
     FrechetVideoDistance,
     attention_mass_recall,
+    change_beyond_shift,
     conditional_accuracy,
     fit_judge,
     frechet_distance,
@@ -184,3 +185,32 @@ def test_recall_of_a_window_is_that_of_its_mask(options):
         expected = (logits.softmax(-1) * mask).sum(-1).mean(-1)
     torch.testing.assert_close(recall, expected)
     assert (recall < 1).all()
+
+
+def test_change_beyond_a_shift():
+    """Of a form that moves by whole pixels nothing; of two forms, of which one moves, as much as one of them is."""
+    clips = torch.full((3, 2, 4, 12, 12), 0.25)  # on grey
+    for t in range(4):
+        clips[0, :, t, 2 + t : 5 + t, 2 * t : 3 + 2 * t] = 1.0
+        clips[1, :, t, 4 : 4 + 2, 4:6] = 1.0
+        clips[1, :, t, 4 + t % 2, 4:6] = 0.25  # now the upper row, now the lower one
+        clips[1, :, t, 9, 9:11] = 1.0  # that stays
+    torch.testing.assert_close(change_beyond_shift(clips), torch.tensor([0.0, 1.0, 0.0]), atol=1e-6, rtol=0)
+    assert change_beyond_shift(clips, shift=1)[0] > 0.3  # the form moves by two
+    noise = torch.rand(4, 1, 6, 12, 12, generator=torch.Generator().manual_seed(0))
+    assert (change_beyond_shift(noise) > 0.8).all()
+    scaled = change_beyond_shift(5 * noise - 2)
+    torch.testing.assert_close(scaled, change_beyond_shift(noise))  # the units do not matter
+    for wrong in (noise[:, :, :1], noise[0], noise[..., :2]):
+        with pytest.raises(ValueError, match="clips must be"):
+            change_beyond_shift(wrong)
+
+
+def test_clips_that_are_shuffled_frame_by_frame_change():
+    """What a judge and its distance hardly see."""
+    data = MovingDigits()
+    clips = torch.stack([data.dataset("test")[i]["video"] for i in range(50)])
+    clips = data.denormalize(clips)
+    shuffled = torch.stack([clips[torch.randperm(50), :, t] for t in range(6)], dim=2)
+    assert float(change_beyond_shift(clips).mean()) < 1e-5
+    assert float(change_beyond_shift(shuffled).mean()) > 0.5

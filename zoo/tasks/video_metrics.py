@@ -1,4 +1,5 @@
-"""How good generated clips are: a judge trained on the data, Fréchet distance, likeness to a reference, kept attention.
+"""How good generated clips are: a judge trained on the data, Fréchet distance, change from frame to frame, likeness to
+a reference, kept attention.
 
 A Fréchet distance means something only with the features it is measured in, the number of clips and their size: all
 three stand in its name and title. FVD proper needs the I3D network trained on Kinetics-400, which nobody may bundle;
@@ -193,6 +194,43 @@ class FrechetVideoDistance(FrechetInceptionDistance):
         """What the number depends on: `fvd[digits3d], 100 of 1000 clips of 6x12x12`."""
         made, real = int(self.fake_features_num_samples), int(self.real_features_num_samples)
         return f"{self.name}, {made} generated and {real} real clips of {self.size}"
+
+
+@torch.no_grad()
+def change_beyond_shift(clips: Tensor, *, shift: int = 2) -> Tensor:
+    """Share of a frame that no shift of the frame before it explains, averaged over a clip.
+
+    Of consecutive frames, `sum |next - shifted|` over `sum |next - background|`, with the shift of at most `shift`
+    pixels along height and width that explains the next frame best. The background is each channel's median over the
+    clip; it also fills what a shift uncovers. Things that keep their form and move by whole pixels score 0, unrelated
+    frames about 1. A judge of classes and distances of its features hardly see it.
+
+    Args:
+        clips: `[N, C, T, H, W]` of at least two frames, in any units.
+        shift: largest number of pixels, less than H and W.
+
+    Returns:
+        `[N]` float32, the mean over frames; 0 for a clip of one colour.
+
+    Raises:
+        ValueError: clips of another shape.
+    """
+    if clips.ndim != 5 or clips.shape[2] < 2 or not 0 <= shift < min(clips.shape[3:]):
+        raise ValueError(
+            f"clips must be [N, C, T, H, W] with T >= 2 and H, W > shift={shift}, got {tuple(clips.shape)}"
+        )
+    height, width = clips.shape[3:]
+    flat = clips.float().flatten(2)
+    clips = clips.float() - flat.median(dim=2).values[:, :, None, None, None]
+    following = clips[:, :, 1:]
+    shown = following.abs().sum(dim=(1, 3, 4))  # [N, T - 1]
+    padded = F.pad(clips[:, :, :-1], (shift,) * 4)
+    least = torch.full_like(shown, torch.inf)
+    for y in range(2 * shift + 1):
+        for x in range(2 * shift + 1):
+            shifted = padded[..., y : y + height, x : x + width]
+            least = torch.minimum(least, (following - shifted).abs().sum(dim=(1, 3, 4)))
+    return torch.where(shown > 0, least / shown.clamp_min(torch.finfo(shown.dtype).tiny), 0.0).mean(dim=1)
 
 
 def _same_shape(clips: Tensor, reference: Tensor) -> None:

@@ -18,7 +18,7 @@ from ..video import VideoDiT
 from ..video.pipeline import VideoDiTPipeline
 from .report import MetricTable
 from .video import VideoDiffusionTask
-from .video_metrics import ClipJudge, conditional_accuracy, fit_judge, frechet_distance
+from .video_metrics import ClipJudge, change_beyond_shift, conditional_accuracy, fit_judge, frechet_distance
 from .video_plots import plot_strips, plot_video_curves, write_grid
 
 JUDGE_CLIPS, SAMPLE_BATCH = 4000, 50
@@ -230,6 +230,9 @@ class VideoReport(MetricTable):
         def distance(videos: Tensor) -> float:
             return frechet_distance(judge.features(videos), features)
 
+        def change(videos: Tensor) -> float:
+            return float(change_beyond_shift(data.denormalize(videos)).mean())
+
         same = torch.randperm(len(real["video"]), generator=torch.Generator().manual_seed(0))[: self.judged]
         noise = torch.randn(made.shape, generator=torch.Generator().manual_seed(1))
         metrics = {
@@ -239,6 +242,9 @@ class VideoReport(MetricTable):
             "frechet of noise": distance(noise),
             "frechet is": f"in the judge's features, {self.judged} videos against {len(features)} held-out ones",
         }
+        if made.shape[2] > 1:
+            metrics["change beyond a shift"] = change(made)
+            metrics[f"change beyond a shift of {self.judged} held-out videos"] = change(real["video"][same])
         title = f"Fréchet {metrics['frechet']:.1f}"
         shown = beside = list(range(min(10, self.judged, len(features))))
         if "class_labels" in condition:
