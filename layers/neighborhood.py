@@ -76,7 +76,9 @@ class _NeighborhoodAttention(nn.Module):
         """One value for each axis, or such a tuple for each head."""
         if is_per_head(value):
             if len(value) != self.num_heads:
-                raise ValueError(f"{name}={value!r} has {len(value)} entries; expected one for each head")
+                raise ValueError(
+                    f"{name}={value!r} has {len(value)} entries; expected one for each of {self.num_heads} heads"
+                )
             return tuple(self._per_axis(f"{name}[{head}]", entry) for head, entry in enumerate(value))
         values = tuple(value) if isinstance(value, Sequence) else (value,) * self.rank
         if len(values) != self.rank:

@@ -8,6 +8,7 @@ A case prints as the call that makes it again, so a failure can be pasted into a
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
 from random import Random
 
@@ -60,13 +61,13 @@ class Case:
     @property
     def visible(self) -> Tensor | None:
         """Which extra keys are visible, bool `[batch, extra]`; None for all."""
+        if not self.extra_mask:
+            return None
         generator = torch.Generator().manual_seed(self.seed + 2)
         if self.extra_mask == "mask":
             return torch.rand(self.batch, self.extra, generator=generator) < 0.5
-        if self.extra_mask == "lengths":
-            lengths = torch.randint(0, self.extra + 1, (self.batch,), generator=generator)
-            return torch.arange(self.extra) < lengths[:, None]
-        return None
+        lengths = torch.randint(0, self.extra + 1, (self.batch,), generator=generator)
+        return torch.arange(self.extra) < lengths[:, None]
 
     @property
     def options(self) -> dict:
@@ -120,6 +121,15 @@ def cases(rank: int, n: int, seed: int) -> Iterator[Case]:
     """`n` random cases of one rank; the i-th depends on (rank, seed, i) only."""
     for i in range(n):
         yield _case(Random(f"{rank}/{seed}/{i}"), rank)
+
+
+def masked_cases(rank: int, n: int, seed: int) -> Iterator[Case]:
+    """Of random cases, the first `n` in which some extra keys are visible and some are not."""
+
+    def is_masked(case: Case) -> bool:
+        return case.visible is not None and bool(case.visible.any()) and not case.visible.all()
+
+    return islice(filter(is_masked, cases(rank, 10**6, seed)), n)
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> Inputs:

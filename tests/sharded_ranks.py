@@ -78,7 +78,7 @@ def cotangents(case: Case) -> tuple[Tensor, Tensor]:
     """Gradients of the output and the log-sum-exp of the whole grid."""
     randn = seeded_randn(case.seed + 1, torch.float64, "cpu")
     shape = (case.batch, *case.shape, case.heads)
-    return randn(*shape, case.head_dim), randn(*shape)
+    return randn(*shape, case.value_dim or case.head_dim), randn(*shape)
 
 
 def gradients(inputs: dict, outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> dict[str, Tensor]:

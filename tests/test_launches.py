@@ -20,10 +20,13 @@ def leaves(*shape: int) -> list[torch.Tensor]:
 def call_neighborhood(descriptor: bool) -> torch.Tensor:
     extra = torch.randn(2, 2, 5, 2, 16, dtype=torch.bfloat16).requires_grad_().unbind(0)
     bias = torch.randn(2, 5, 5, requires_grad=True)
+    query, key, value = leaves(2, 9, 12, 2, 16)
+    given: dict = dict(extra_key=extra[0], extra_value=extra[1])
+    if descriptor:  # with masked extra keys, and values of their own width
+        value = leaves(2, 9, 12, 2, 32)[2]
+        given = dict(extra_key=extra[0], extra_value=extra[1].repeat(1, 1, 1, 2), extra_mask=torch.tensor([5, 2]))
     with neighborhood.override(size=neighborhood.Size(16, 16, 4, 1), descriptor=descriptor):
-        out = na2d(
-            *leaves(2, 9, 12, 2, 16), window=3, bias=bias, extra_key=extra[0], extra_value=extra[1], impl="triton"
-        )
+        out = na2d(query, key, value, window=3, bias=bias, **given, impl="triton")
         out.sum().backward()  # an expanded gradient: strides of zero
     return out
 

@@ -113,6 +113,51 @@ def test_extra_tokens_are_seen_by_every_query(num_kv_heads):
     torch.testing.assert_close(layer(x, extra=extra), layer.proj(out.flatten(-2)), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["mask", "lengths"])
+def test_masked_extra_tokens_go_nowhere(kind):
+    """Neither into the output nor, as what they hold is multiplied, into gradients of the projection."""
+    layer, x = make(2, qk_norm=nn.RMSNorm), draw(2, *GRIDS[2], 16)
+    extra, lengths = draw(2, 3, 16, seed=1), torch.tensor([1, 2])
+    mask = torch.arange(3) < lengths[:, None]
+    poisoned = extra.masked_fill(~mask[..., None], float("nan"))
+    out = layer(x, extra=poisoned, extra_mask=mask if kind == "mask" else lengths)
+    for i, n in enumerate(lengths.tolist()):
+        alone = layer(x[i : i + 1], extra=extra[i : i + 1, :n])
+        torch.testing.assert_close(out[i : i + 1], alone, rtol=1e-12, atol=1e-12)
+    out.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("rank", LAYERS)
+def test_flattened_tokens(rank):
+    layer, x, extra = make(rank, rpb=True), draw(2, *GRIDS[rank], 16), draw(2, 3, 16, seed=1)
+    out = layer(x.flatten(1, -2), grid=GRIDS[rank], extra=extra)
+    assert torch.equal(out, layer(x, extra=extra).flatten(1, -2))
+    with pytest.raises(ValueError, match=r"grid=.* must hold the .* tokens of x"):
+        layer(x.flatten(1, -2)[:, 1:], grid=GRIDS[rank])
+
+
+def test_windows_per_head():
+    windows, dilations = [(3, 5), (5, 1), (3, 5), (1, 3)], [(1, 1), (1, 2), (2, 1), (1, 1)]
+    layer, x = make(2, window=windows, dilation=dilations, rpb=True), draw(2, *GRIDS[2], 16)
+    assert layer.rpb.shape == (4, 9, 9) and "window=((3, 5), (5, 1)" in repr(layer)
+    query, key, value = layer.qkv(x).unflatten(-1, (3, 4, 4)).unbind(-3)
+    heads = []
+    for i, (window, dilation) in enumerate(zip(windows, dilations, strict=True)):
+        h = slice(i, i + 1)
+        bias = layer.rpb[(h, *(slice(5 - w, 4 + w) for w in window))]
+        tensors = (t[..., h, :] for t in (query, key, value))
+        heads.append(na2d(*tensors, window=window, dilation=dilation, bias=bias, impl="reference"))
+    torch.testing.assert_close(layer(x), layer.proj(torch.cat(heads, -2).flatten(-2)), rtol=1e-12, atol=1e-12)
+
+
+def test_padding_reaches_the_largest_window_of_a_head():
+    windows = [(3, 5), (5, 1), (3, 5), (1, 3)]
+    layer, x = make(2, window=windows, pad=True), draw(1, 4, 3, 16)
+    same = make(2, window=windows)
+    torch.testing.assert_close(layer(x), same(nn.functional.pad(x, (0, 0, 0, 2, 0, 1)))[:, :4, :3])
+
+
 @pytest.mark.parametrize("rank", LAYERS)
 def test_padding_adds_zero_tokens_before_the_projection(rank):
     grid = (4, 9, 5)[:rank]
@@ -175,6 +220,9 @@ def test_meta_then_empty_then_reset():
     ({"num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
     ({"window": 4, "rpb": True}, "must be odd"),
     ({"window": (3, 3, 3)}, r"window=\(3, 3, 3\)"),
+    ({"window": [(3, 3)] * 3}, "has 3 entries; expected one for each of 4 heads"),
+    ({"stride": [(1, 1)] * 3 + [(1,)]}, r"stride\[3\]=\(1,\)"),
+    ({"window": [(3, 3)] * 3 + [(3, 4)], "rpb": True}, "must be odd"),
     ({"dilation": (1,)}, r"dilation=\(1,\)"),
     ({"pad": True, "rope": rotate}, "pad=True cannot be combined with rope"),
 ])  # fmt: skip

@@ -77,6 +77,52 @@ def test_cost_counts_extra_keys_grouped_heads_and_the_table():
     assert explanation.cost["backward_bytes"] == cost.backward_bytes(axes, **sizes, key_heads=2, itemsize=4, bias=True)
 
 
+def test_cost_of_values_of_their_own_width():
+    axes, (query, key, _) = make_axes((9, 11), window=5), tensors()
+    found = explain("na2d", query, key, torch.empty(2, 9, 11, 4, 40), window=5).cost
+    pairs = 2 * 4 * cost.visible_pairs(axes)
+    assert found["forward_flops"] == 2 * pairs * (16 + 40) and found["backward_flops"] == 2 * pairs * (3 * 16 + 2 * 40)
+    rows = 2 * 99 * 4 * 4  # batch, tokens, heads, bytes
+    assert found["forward_bytes"] == rows * 2 * (16 + 40) + rows
+    assert found["backward_bytes"] == rows * 4 * (16 + 40) + rows
+
+
+def test_heads_of_other_windows_are_listed():
+    windows, strides = [(3, 3), (5, 5), (3, 3), (5, 7)], [(1, 1), (2, 1), (1, 1), (1, 1)]
+    explanation = explain("na2d", *tensors(), window=windows, stride=strides)
+    assert explanation.cost["heads_0_to_2_in_steps_of_2"] == "window 3×3, 9 keys per query"
+    assert explanation.cost["head_1"] == "window 5×5, stride 2×1, 25 keys per query"
+    assert explanation.cost["head_3"] == "window 5×7, 35 keys per query"
+    assert explanation.cost["keys_per_query"] == (9 + 25 + 9 + 35) / 4
+    alone = [
+        explain("na2d", *tensors((2, 9, 11, 1, 16)), window=w, stride=s).cost
+        for w, s in zip(windows, strides, strict=True)
+    ]
+    for name in ("forward_flops", "backward_flops", "forward_bytes", "backward_bytes"):
+        assert explanation.cost[name] == sum(found[name] for found in alone)
+    on_device = explain("na2d", *on_cuda(dtype=torch.bfloat16), window=windows, causal=True).cost
+    assert (
+        ", causal on axis 0, axis 1, " in on_device["head_1"] and "of the computed pairs useful" in on_device["head_1"]
+    )
+
+
+def test_flattened_tokens_and_masks():
+    query, key, value = (x.flatten(1, 2) for x in tensors())
+    extra, lengths = torch.empty(2, 7, 4, 16), torch.tensor([3, 7])
+    given = {"extra_key": extra, "extra_value": extra}
+    found = explain("na2d", query, key, value, window=5, grid=(9, 11), **given, extra_mask=lengths)
+    assert found.cost == explain("na2d", *tensors(), window=5, **given).cost
+
+
+def test_values_that_the_kernels_cannot_take():
+    pytest.importorskip("triton")
+    query, key, _ = on_cuda(dtype=torch.bfloat16)
+    with FakeTensorMode():
+        value = torch.empty(2, 9, 11, 4, 320, device="cuda", dtype=torch.bfloat16)
+    explanation = explain("na2d", query, key, value, window=5)
+    assert explanation.impl == "tiled" and "head_dim 320 of value exceeds 256" in explanation.reasons["triton"]
+
+
 @pytest.mark.parametrize("name", ["na1d", "na2d", "na3d", "na1d_lse", "na2d_lse", "na3d_lse"])
 def test_every_operator_by_name_and_by_function(name):
     rank = int(name[2])

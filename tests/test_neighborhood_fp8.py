@@ -155,6 +155,25 @@ def test_nan_reaches_the_queries_that_see_it():
     assert (out - whole)[~out.isnan()].abs().max() < 0.3, "what does not see it is rounded a little otherwise"
 
 
+def test_masked_extra_keys_are_not_rounded_along():
+    """Neither what they hold nor how many they are reaches the mean and the scale."""
+    query, key, value = tensors(2, 5, 6, 2, 24)
+    extra, mask = tensors(2, 4, 2, 24, seed=1)[:2], torch.tensor([[True, False, True, False], [False] * 4])
+    out, lse = na2d_lse(
+        query, key, value, window=3, extra_key=extra[0], extra_value=extra[1], extra_mask=mask, qk_dtype=E4M3
+    )
+    for bad in (1e4, math.nan):
+        poisoned = extra.masked_fill(~mask[..., None, None], bad)
+        given = dict(extra_key=poisoned[0], extra_value=poisoned[1], extra_mask=mask)
+        again = na2d_lse(query, key, value, window=3, **given, qk_dtype=E4M3)
+        assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+    for i in range(2):
+        row = slice(i, i + 1)
+        seen = {f"extra_{name}": x[row, mask[i]] for name, x in zip(("key", "value"), extra, strict=True)}
+        alone = na2d_lse(query[row], key[row], value[row], window=3, **seen, qk_dtype=E4M3)
+        torch.testing.assert_close((out[row], lse[row]), alone)
+
+
 def test_zeros_and_no_extra_tokens():
     query, key, value = tensors(1, 5, 6, 2, 24)
     empty = torch.zeros(1, 0, 2, 24)

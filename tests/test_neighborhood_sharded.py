@@ -109,6 +109,15 @@ def test_random_cases_hold_what_is_hard():
     assert {axis for _, axis, _ in drawn} == {0, 1, 2} and any(case.bias for case, _, _ in drawn)
 
 
+def test_windows_per_head_values_of_their_own_width_and_masked_extra_keys(ranks):
+    """Heads whose windows end where pieces do send nothing, others do."""
+    windows = ((3, 4, 3), (1, 4, 3), (3, 4, 3), (5, 2, 3))
+    case = replace(CLIP, window=windows, stride=1, key_heads=4, value_dim=6, extra_mask="lengths", batch=2)
+    for leaves in (None, ("value",)):
+        found = ranks("attend", case, 0, (2, 1, 2), True, "auto", torch.float64, leaves)
+        assert_equals_one_process(found, case, 0, leaves)
+
+
 @pytest.mark.parametrize("leaves", [("query",), ("key", "extra_key"), ("value",)])
 def test_some_gradients(ranks, leaves):
     found = ranks("attend", CLIP, 1, (2, 3, 1), True, "auto", torch.float64, leaves)
@@ -314,6 +323,10 @@ DIFFERENT = {
     "shape": ([{}, {"shape": (1, 4, 5, 2, 4)}], "query must be the same on every rank of mesh"),
     "dtype": ([{}, {"dtype": torch.float64}], "torch.float64"),
     "bias": ([{}, {"bias": torch.zeros(2, 5, 5)}], "bias must be the same on every rank of mesh, got [None, "),
+    "window of a head": (
+        [{}, {"window": [(3, 3), (1, 3)]}],
+        "window must be the same on every rank of mesh, got [(3, 3), [",
+    ),
     "gradient": ([{}, {"requires_grad": True}], "whether key or value requires a gradient must be the same"),
 }
 

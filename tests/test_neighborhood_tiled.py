@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from foveal.kernels import calling
 from foveal.kernels.neighborhood import dense, tiled_plan
+from foveal.kernels.neighborhood.heads import head_groups
 from foveal.kernels.neighborhood.tiled import SMALL_BYTES
 from foveal.kernels.ops import na1d, na2d, na2d_lse, na3d
 from neighborhood_matrix import (
@@ -16,10 +19,13 @@ from neighborhood_matrix import (
     Case,
     cases,
     check,
+    check_heads,
+    check_masked_tokens,
     check_part,
     check_without_lse,
     gradients,
     make_inputs,
+    masked_cases,
     opcheck,
     run,
 )
@@ -30,7 +36,9 @@ GOLDENS = Path(__file__).parent / "goldens"
 RECORDED = [c for c in json.loads((GOLDENS / "neighborhood.json").read_text())["configs"] if "out_keys" in c]
 RECORDED_BIAS = json.loads((GOLDENS / "neighborhood_rpb.json").read_text())["configs"]
 PLAIN = Case((13, 11), (5, 3), (1, 1), (2, 3), (False, False), heads=4, key_heads=2, bias=True, extra=3)
+MASKED = replace(PLAIN, batch=2, value_dim=5, extra_mask="mask", seed=3)
 WHOLE = Case((5, 14), (5, 7), (1, 3), (1, 2), (False, False), batch=2, heads=2, bias=True)
+ALIKE = {"stride": 1, "dilation": 1, "causal": False}
 STRIDED = Case((9, 16), (4, 8), (3, 4), (2, 1), (True, False), batch=2, seed=1)
 
 
@@ -62,6 +70,53 @@ def test_small_dilation_groups(rank, dtype):
 def test_queries_that_are_a_part_of_the_grid(rank, impl):
     for case in cases(rank, 60, seed=9):
         check_part(case, torch.float64, impl)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_windows_per_head(rank, impl):
+    for case in cases(rank, 25, seed=13):
+        check_heads(case, torch.float64, impl)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_masked_extra_keys_go_nowhere(rank, impl):
+    for case in masked_cases(rank, 10, seed=14):
+        check_masked_tokens(case, torch.float32, impl)
+
+
+def test_heads_of_one_neighborhood_are_views_of_few_calls():
+    def slices(heads: int, key_heads: int, *windows: int) -> list[tuple[slice, slice]]:
+        return [group[1:] for group in head_groups((9,), heads, key_heads, window=[(w,) for w in windows], **ALIKE)]
+
+    assert slices(4, 4, 3, 3, 3, 3) == [(slice(0, 4, 1), slice(0, 4, 1))]
+    assert slices(6, 6, 3, 5, 3, 5, 3, 7) == [
+        (slice(0, 6, 2), slice(0, 6, 2)),
+        (slice(1, 5, 2), slice(1, 5, 2)),
+        (slice(5, 6, 1), slice(5, 6, 1)),
+    ]
+    assert slices(6, 2, 3, 3, 5, 5, 5, 5) == [  # key heads are shared by three
+        (slice(0, 2, 1), slice(0, 1, 1)),
+        (slice(2, 3, 1), slice(0, 1, 1)),
+        (slice(3, 6, 1), slice(1, 2, 1)),
+    ]
+
+
+@pytest.mark.parametrize("operator", [na2d, na2d_lse])
+def test_flattened_tokens_of_one_projection(operator):
+    """The same bits as on the grid, from views of the projection."""
+    projected = torch.randn(2, 9 * 8, 3 * 4 * 6, requires_grad=True)
+    tokens = [x.unflatten(-1, (4, 6)) for x in projected.chunk(3, dim=-1)]
+    on_grid = [x.unflatten(1, (9, 8)) for x in tokens]
+    flat, whole = operator(*tokens, window=(3, 5), grid=(9, 8)), operator(*on_grid, window=(3, 5))
+    flat, whole = (x if isinstance(x, tuple) else (x,) for x in (flat, whole))
+    for x, y in zip(flat, whole, strict=True):
+        assert x.shape == (2, 72, *y.shape[3:]) and torch.equal(x, y.flatten(1, 2))
+    (first,), (second,) = (torch.autograd.grad(x[0].square().sum(), projected) for x in (flat, whole))
+    assert torch.equal(first, second)
+    for name, x in zip(("query", "key", "value"), tokens, strict=True):
+        assert calling.on_grid(name, x, 2, (9, 8)).data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -330,7 +385,7 @@ def test_compiled_as_one_operator(case):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("case", [PLAIN, STRIDED, WHOLE], ids=["plain", "strided", "whole"])
+@pytest.mark.parametrize("case", [PLAIN, STRIDED, WHOLE, MASKED], ids=["plain", "strided", "whole", "masked"])
 def test_opcheck(case, requires_grad):
     opcheck("neighborhood_tiled", case, torch.float32, requires_grad=requires_grad)
 
@@ -343,9 +398,52 @@ def test_compile_dynamic_does_not_recompile():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("kind", ["mask", "lengths"])
+def test_compiled_once_for_any_mask(kind):
+    """Of whatever is visible, and of heads whose windows differ."""
+    torch._dynamo.reset()
+    inputs, counter = make_inputs(replace(MASKED, bias=False), torch.float32), CompileCounterWithBackend("aot_eager")
+    options = {"window": [(5, 3), (3, 3), (5, 3), (3, 3)], "impl": "tiled"}
+    operator = torch.compile(partial(na2d_lse, **options), fullgraph=True, backend=counter)
+    for lengths in ([3, 0], [1, 2], [0, 0]):
+        mask = torch.tensor(lengths)
+        if kind == "mask":
+            mask = torch.arange(3).flip(0) < mask[:, None]
+        got, expected = operator(**inputs, extra_mask=mask), na2d_lse(**inputs, **options, extra_mask=mask)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+
+
 class Exported(torch.nn.Module):
     def forward(self, query, key, value, bias):
         return na2d_lse(query, key, value, window=3, dilation=(2, 1), bias=bias, impl="tiled")
+
+
+class ExportedTokens(torch.nn.Module):
+    """Flattened tokens, heads of two windows, masked extra keys, wide values."""
+
+    def __init__(self, grid: tuple[int, int]):
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, query, key, value, extra_key, extra_value, lengths):
+        extra = {"extra_key": extra_key, "extra_value": extra_value, "extra_mask": lengths}
+        return na2d(query, key, value, window=[(3, 3), (5, 1)], grid=self.grid, **extra, impl="tiled")
+
+
+def test_export_of_tokens_heads_and_lengths_is_aten():
+    inputs = (
+        *torch.randn(2, 2, 99, 2, 8),
+        torch.randn(2, 99, 2, 12),
+        torch.randn(2, 4, 2, 8),
+        torch.randn(2, 4, 2, 12),
+    )
+    model = ExportedTokens((9, 11))
+    exported = torch.export.export(model, (*inputs, torch.tensor([4, 1])))
+    calls = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert {call.namespace for call in calls if isinstance(call, torch._ops.OpOverload)} == {"aten"}
+    for lengths in (torch.tensor([4, 1]), torch.tensor([0, 2])):
+        torch.testing.assert_close(exported.module()(*inputs, lengths), model(*inputs, lengths), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

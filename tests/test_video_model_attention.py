@@ -110,6 +110,44 @@ def test_cross_attention_equals_the_definition(masked):
     torch.testing.assert_close(out, attention.to_out[0](expected), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("grid", GRIDS, ids=name)
+def test_windows_per_head(grid, causal):
+    """Every head gets what it gets where all have its window."""
+    windows, strides = [[2, 3, 3], [9, 2, 3]], [[1, 2, 1], [4, 1, 3]]
+    layer = {"type": "window", "causal": causal, "dilation": [2, 1, 1]}
+    x, prompt = draw(2, grid[0] * grid[1] * grid[2], DIM), draw(2, 3, DIM, seed=1)
+    mask = torch.tensor([[True, False, True], [False] * 3])
+    rope = rotary_embedding(grid_positions(grid), axes=default_axes(SIZE), theta=10000.0, dtype=torch.float64)
+
+    def attend(**sizes) -> torch.Tensor:
+        attention = module(Pattern.from_config(layer | sizes), text="keys")
+        attention.to_out[0] = torch.nn.Identity()
+        return attention(x, prompt, mask, rope, grid)[0].unflatten(-1, (HEADS, SIZE))
+
+    found = attend(window=windows, stride=strides)
+    for head, (window, stride) in enumerate(zip(windows, strides, strict=True)):
+        expected = attend(window=window, stride=stride)
+        torch.testing.assert_close(found[..., head, :], expected[..., head, :], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"window": [[3, 3, 3]] * 3}, "entries for 3 heads; expected one for each of 2"),
+        ({"window": [[3, 3, 3]] * 2, "stride": [[1, 1, 1]] * 3}, r"entries for \[2, 3\] heads"),
+        ({"window": [[3, 3, 3], [3, 3]]}, r"window\[1\]=\[3, 3\] must be one integer"),
+        (
+            {"window": [[3, 3, 3], [3, 3, 2]], "stride": [1, 1, 3]},
+            r"stride=\(1, 1, 3\) must not exceed window=\(3, 3, 2\)",
+        ),
+    ],
+)
+def test_windows_per_head_that_do_not_fit(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        module(Pattern.from_config({"type": "window"} | sizes))
+
+
 def test_gate_multiplies_every_head():
     plain, gated = module(Pattern()), module(Pattern(), gated=True)
     gated.load_state_dict(plain.state_dict() | {k: v for k, v in gated.state_dict().items() if "gate" in k})

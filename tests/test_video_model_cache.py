@@ -1,8 +1,11 @@
 """A causal VideoDiT continues a video chunk by chunk as if it had seen all of it at once."""
 
+import math
+
 import pytest
 import torch
 from foveal.zoo.video import KVCache
+from foveal.zoo.video.pattern import Pattern
 from video_helpers import CONDITIONS, inputs, make
 
 LAYERS = {
@@ -12,6 +15,8 @@ LAYERS = {
     "strided": {"type": "window", "window": [4, 2, 2], "stride": [3, 2, 1]},
     "dilated": {"type": "window", "window": [2, 2, 2], "dilation": [2, 1, 1]},
     "strided and dilated": {"type": "window", "window": [3, 2, 2], "stride": [2, 1, 1], "dilation": [2, 1, 2]},
+    "of two heads": {"type": "window", "window": [[3, 3, 3], [4, 2, 2]], "stride": [[2, 1, 1], [3, 2, 1]]},
+    "dilated in a head": {"type": "window", "window": 2, "stride": [2, 1, 1], "dilation": [[2, 1, 1], [3, 1, 2]]},
     "longer than the video": {"type": "window", "window": [20, 2, 2], "stride": [5, 1, 1]},
 }
 CHUNKS = [(1,) * 9, (2, 3, 4), (4, 4, 1)]
@@ -83,8 +88,9 @@ def test_keeps_the_frames_that_can_still_be_seen(layer):
         assert cache.frames == frames
         kept.append(cache.layer(0).key.shape[1])
     if spec["type"] == "window":
-        window, stride, dilation = (spec.get(n, [1])[0] for n in ("window", "stride", "dilation"))
-        assert max(kept) <= (window + stride - 1) * dilation + stride * dilation
+        heads = [[x[0] for x in (h.window, h.stride, h.dilation)] for h in Pattern.from_config(spec).of_heads()]
+        most = max((window + stride - 1) * dilation for window, stride, dilation in heads)
+        assert max(kept) <= most + math.lcm(*(stride * dilation for _, stride, dilation in heads))
         assert max(kept[12:]) < 24
     else:
         assert kept == list(range(1, 25))

@@ -20,7 +20,7 @@ GRIDS = {
 }
 # wide: 64-bit offsets; grouped: two query heads a key head; part: queries that are a box of the grid
 FLAGS = ("", "bias, extra", "wide, grouped", "ones", "part")
-WIDE_VALUES = (64, 256)  # features of a head of query and key, and of value
+NARROW_KEYS = "keys of 64"  # features a head, beside values of head_dim
 E4M3_FLAGS = ("e4m3", "e4m3, bias, extra", "e4m3, wide, grouped", "e4m3, ones")
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
 
@@ -60,11 +60,12 @@ def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
                         for grid in GRIDS:
                             flags = FLAGS[: 4 - len(GRIDS[grid])]
                             if head_dim == 64 and grid == "21x21":
-                                flags = FLAGS if kernel == "key" else (*FLAGS, "masked extra")
+                                masks = size == sizes[0] and kernel != "key"
+                                flags = (*FLAGS, "masked extra") if masks else FLAGS
                             yield from _window_variants(kernel, grid, dtype, head_dim, size, device, precision, flags)
-                        if head_dim == max(WIDE_VALUES):
-                            known = (dtype, WIDE_VALUES[0], size, device, precision)
-                            yield from _window_variants(kernel, "21x21", *known, ("values",))
+                        if head_dim == 256:
+                            known = (dtype, head_dim, size, device, precision)
+                            yield from _window_variants(kernel, "21x21", *known, (NARROW_KEYS,))
         if tf32 and dtype.itemsize == 2:  # the matrix units of gfx942 know another e4m3
             yield from _e4m3_variants(dtype, device)
         for head_dim in (64, 128, 256):
@@ -85,12 +86,12 @@ def _window_variants(
     axes = GRIDS[grid]
     for flags in all_flags:
         full, wide, ones, e4m3, masked = (word in flags for word in ("bias", "wide", "ones", "e4m3", "masked"))
-        widths = WIDE_VALUES if flags == "values" else (head_dim, head_dim)
+        widths = (64 if flags == NARROW_KEYS else head_dim, head_dim)
         with configs.override(size=size):
             config = configs.choose(
                 kernel,
                 axes,
-                head_dim=max(widths),
+                head_dim=head_dim,
                 itemsize=1 if e4m3 else dtype.itemsize,
                 device=device,
                 descriptor=device == "hopper",

@@ -234,7 +234,7 @@ def backward(
     delta = torch.empty_like(lse)
     extra = 0 if extra_key is None else extra_key.shape[1]
     extras = extra_arguments(query, extra_key, extra_value, extra_mask)
-    alike = widths.key == widths[1]  # then gradients have the strides of each other
+    alike = widths[0] == widths[1]  # then dQ has the strides of out, and dV those of dK
     group = heads // key_heads
     q, k, v, do = ((x, grid_strides(x, rank)) for x in (query, key, value, grad_out))
     with torch.cuda.device_of(query):

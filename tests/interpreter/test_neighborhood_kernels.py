@@ -12,13 +12,40 @@ import triton.language as tl
 from foveal.kernels.neighborhood import configs, geometry, tile
 from foveal.kernels.neighborhood.configs import Size
 from foveal.kernels.ops import na2d, na2d_lse
-from neighborhood_matrix import Case, cases, check, check_part, make_inputs, opcheck, run
+from neighborhood_matrix import (
+    Case,
+    cases,
+    check,
+    check_heads,
+    check_masked_tokens,
+    check_part,
+    make_inputs,
+    masked_cases,
+    opcheck,
+    run,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 CASES = 300
 CHUNK = 50
 CHUNKS = [pytest.param(first, marks=[pytest.mark.slow] * (first >= CASES // 2)) for first in range(0, CASES, CHUNK)]
 SIZES = [Size(queries, keys, 4, 1) for queries, keys in ((16, 16), (32, 16), (16, 32), (32, 32), (64, 32), (64, 64))]
+
+
+FULL = Case(
+    shape=(9, 11),
+    window=(5, 3),
+    stride=(2, 1),
+    dilation=(1, 2),
+    causal=(False, True),
+    heads=2,
+    key_heads=1,
+    bias=True,
+    extra=3,
+)
+
+
+MASKED = replace(FULL, batch=2, extra=19, value_dim=5, extra_mask="mask")
 
 
 def affordable(case: Case) -> bool:
@@ -55,22 +82,29 @@ def test_queries_that_are_a_part_of_the_grid(rank):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
+def test_windows_per_head(rank):
+    for case in affordable_cases(rank, seed=4)[:3]:
+        with configs.override(**forced(case)):
+            check_heads(case, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_masked_extra_keys_go_nowhere(rank):
+    for case in islice(filter(affordable, masked_cases(rank, 10**6, seed=5)), 3):
+        with configs.override(**forced(case)):
+            check_masked_tokens(case, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("widths", [(16, 70), (64, 3)])
+def test_values_wider_and_narrower_than_keys(widths):
+    case = replace(MASKED, head_dim=widths[0], value_dim=widths[1], extra_mask="lengths")
+    check(case, torch.float16, "triton")
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
 def test_half_precision_keeps_the_error_rule(rank):
     for case in affordable_cases(rank, seed=2)[:8]:
         check(case, torch.float16, "triton")
-
-
-FULL = Case(
-    shape=(9, 11),
-    window=(5, 3),
-    stride=(2, 1),
-    dilation=(1, 2),
-    causal=(False, True),
-    heads=2,
-    key_heads=1,
-    bias=True,
-    extra=3,
-)
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 3.0])
@@ -170,6 +204,7 @@ def test_memory_around_the_tensors_is_not_read():
     "case",
     [
         FULL,
+        MASKED,
         Case(shape=(13,), window=(5,), stride=(1,), dilation=(2,), causal=(True,)),
         Case(
             shape=(2, 5, 6), window=(2, 3, 3), stride=(1,) * 3, dilation=(1,) * 3, causal=(False,) * 3, layout="fused"
@@ -185,7 +220,7 @@ def test_compiled_whole_for_any_size():
     compiled = torch.compile(na2d_lse, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(recompile_limit=1):
         for shape in ((12, 14), (13, 11), (16, 15)):  # no length equal to another size, which would be taken for it
-            check(replace(FULL, shape=shape), torch.float32, "triton", operator=compiled)
+            check(replace(MASKED, shape=shape), torch.float32, "triton", operator=compiled)
 
 
 def test_exported_as_one_operator():

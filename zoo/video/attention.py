@@ -119,6 +119,8 @@ class VideoAttention(nn.Module, AttentionModuleMixin):
     ):
         super().__init__()
         self.heads, self.head_dim, self.pattern = heads, head_dim, pattern or Pattern()
+        if self.pattern.heads not in (None, heads):
+            raise ValueError(f"attention has entries for {self.pattern.heads} heads; expected one for each of {heads}")
         self.is_cross_attention = pattern is None
         self.use_bias = self.added_proj_bias = True
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))

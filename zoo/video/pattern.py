@@ -4,6 +4,7 @@ Functions here take queries `[B, T, H, W, heads, d]` and keys of the same grid, 
 rollout continues. Causal means causal in time and frame by frame: tokens of one frame see each other.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.neighborhood.heads import is_per_head
 from ...kernels.ops import merge_attentions, na3d, na3d_lse
 
 Attend = Callable[..., Tensor]  # attention of [B, queries, heads, d] to [B, keys, heads, d], with attn_mask
+Sizes = tuple[Any, ...]  # an integer for each of t, h, w, or such a tuple for each head
 TYPES = ("dense", "window", "spatial", "temporal")
 
 
@@ -45,14 +48,15 @@ class Pattern:
     Attributes:
         type: "dense", "window", "spatial" (each frame by itself) or "temporal" (each place by itself).
         causal: whether a frame sees no later frame; nothing to a spatial layer.
-        window, stride, dilation: of "window", along (t, h, w); see `foveal.kernels.ops.na3d`.
+        window, stride, dilation: of "window", along (t, h, w), or one such tuple per head; see
+            `foveal.kernels.ops.na3d`.
     """
 
     type: str = "dense"
     causal: bool = False
-    window: tuple[int, ...] = (1, 1, 1)
-    stride: tuple[int, ...] = (1, 1, 1)
-    dilation: tuple[int, ...] = (1, 1, 1)
+    window: Sizes = (1, 1, 1)
+    stride: Sizes = (1, 1, 1)
+    dilation: Sizes = (1, 1, 1)
 
     @classmethod
     def from_config(cls, layer: str | Mapping[str, Any]) -> "Pattern":
@@ -75,10 +79,28 @@ class Pattern:
             return cls(kind, causal)
         if "window" not in options:
             raise ValueError(f"attention={layer!r} needs a window")
-        sizes = [_per_axis(layer, name, options.get(name, 1)) for name in ("window", "stride", "dilation")]
-        if any(stride > window for window, stride in zip(*sizes[:2], strict=True)):
-            raise ValueError(f"attention={layer!r}: stride={sizes[1]} must not exceed window={sizes[0]}")
-        return cls(kind, causal, *sizes)
+        sizes = [_sizes(layer, name, options.get(name, 1)) for name in ("window", "stride", "dilation")]
+        if len(counts := {len(x) for x in sizes if is_per_head(x)}) > 1:
+            raise ValueError(
+                f"attention={layer!r} has entries for {sorted(counts)} heads; expected one number of heads"
+            )
+        pattern = cls(kind, causal, *sizes)
+        for head in pattern.of_heads():
+            if any(stride > window for window, stride in zip(head.window, head.stride, strict=True)):
+                raise ValueError(f"attention={layer!r}: stride={head.stride} must not exceed window={head.window}")
+        return pattern
+
+    @property
+    def heads(self) -> int | None:
+        """Number of heads of which each has an entry; None where all heads have the same neighborhood."""
+        return next((len(x) for x in (self.window, self.stride, self.dilation) if is_per_head(x)), None)
+
+    def of_heads(self) -> list["Pattern"]:
+        """The pattern of each head, or the one of all."""
+        if self.heads is None:
+            return [self]
+        sizes = (x if is_per_head(x) else (x,) * self.heads for x in (self.window, self.stride, self.dilation))
+        return [Pattern(self.type, self.causal, *of_head) for of_head in zip(*sizes, strict=True)]
 
     @property
     def remembers(self) -> bool:
@@ -86,9 +108,14 @@ class Pattern:
         return self.type != "spatial"
 
     def first_needed(self, frames: int) -> int:
-        """First frame that any frame from `frames` on can see, down to where a stride and a dilation group begin."""
+        """First frame that any frame from `frames` on can see, down to where stride and dilation groups of all heads
+        begin."""
         if self.type != "window":
             return 0
+        if self.heads is not None:
+            heads = self.of_heads()
+            block = math.lcm(*(head.stride[0] * head.dilation[0] for head in heads))
+            return min(head.first_needed(frames) for head in heads) // block * block
         window, stride, dilation = self.window[0], self.stride[0], self.dilation[0]
         first = frames // dilation // stride * stride + stride - window  # position, in its dilation group
         return max(first, 0) // stride * stride * dilation
@@ -104,6 +131,11 @@ class Pattern:
             return {"window": (grid[0], 1, 1), "causal": (self.causal, False, False)}, 0
         if self.type == "spatial":
             return {"window": (1, *grid[1:])}, 0
+        if self.heads is not None:
+            fits = [head.fit(grid) for head in self.of_heads()]
+            names = ("window", "stride", "dilation")
+            options = {name: tuple(head[name] for head, _ in fits) for name in names}
+            return options | {"causal": fits[0][0]["causal"]}, max(padding for _, padding in fits)
         window = [min(w, n) for w, n in zip(self.window, grid, strict=True)]
         dilation = [min(d, n // w) for d, n, w in zip(self.dilation, grid, window, strict=True)]
         padding = 0
@@ -117,6 +149,12 @@ class Pattern:
         causal = (self.causal, False, False)
         options = {"window": tuple(window), "stride": tuple(stride), "dilation": tuple(dilation), "causal": causal}
         return options, padding
+
+
+def _sizes(layer: object, name: str, value: Any) -> Sizes:
+    if is_per_head(value):
+        return tuple(_per_axis(layer, f"{name}[{head}]", entry) for head, entry in enumerate(value))
+    return _per_axis(layer, name, value)
 
 
 def _per_axis(layer: object, name: str, value: Any) -> tuple[int, ...]:
