@@ -70,6 +70,18 @@ def test_data_or_model_bring_neutral_values(chosen, tmp_path):
         assert compose("train", overrides=["experiment=mine", path, *values, "run_dir=unused"]) == config
 
 
+def test_the_documented_experiment_of_ones_own(tmp_path):
+    text = (CONFIGS.parent / "docs" / "training.md").read_text()
+    (example,) = (block for block in re.findall(r"```yaml\n(.*?)```", text, re.S) if "name: mine" in block)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(example)
+    with initialize_config_module("foveal.configs", version_base="1.3"):
+        config = compose("train", overrides=["experiment=mine", f"hydra.searchpath=[file://{tmp_path}]", "run_dir=x"])
+    assert (config.name, config.data.root, config.data.batch_size) == ("mine", "/data/mine", 64)
+    assert config.model.pretrained and config.callbacks.ema.warmup and config.task.scheduler.warmup_epochs == 2
+    assert (config.trainer.max_epochs, config.trainer.gradient_clip_val, config.threads) == (50, 1.0, None)
+
+
 @pytest.mark.parametrize("name", [None, *EXPERIMENTS])
 def test_averages_warm_up_unless_an_experiment_says_otherwise(name):
     """A short run is measured on its initial weights otherwise."""
