@@ -4,10 +4,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as Bars
-
 from .transfer import Progress
 
 
@@ -17,6 +13,11 @@ def reporter(progress: bool | Progress, label: str) -> Iterator[Progress]:
     if callable(progress):
         yield progress
     elif progress and sys.stderr.isatty():
+        # imported when a bar is drawn: importing the models imports this file
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import Progress as Bars
+
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
