@@ -282,8 +282,8 @@ class AgentAttention2d(_AgentAttention):
 class AgentBranch2d(_AgentAttention):
     """Agent attention without projections, for blocks that have their own; arguments as in `AgentAttention2d`."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Maps `[B, H, W, heads, d]` to `[B, H, W, heads * d]`."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, x: Tensor | None = None) -> Tensor:
+        """Maps `[B, H, W, heads, d]` to `[B, H, W, heads * d]`; `x`, the input of such a block, has no part in it."""
         grid_size = (query.shape[1], query.shape[2])
         out = self._attend(query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2), grid_size)
         return out.view(*query.shape[:3], self.dim)

@@ -162,7 +162,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tree, wheel):
     info = wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"
     assert {name.split("/")[0] for name in names} == {"foveal", info}
     shipped = [*tree.glob("*.py"), *(tree / "configs").rglob("*.yaml")]
-    shipped += [path for kind in ("*.json", "*.safetensors") for path in (tree / "weights").glob(kind)]
+    shipped += [path for kind in ("*.json", "*.safetensors") for path in (tree / "weights").rglob(kind)]
     shipped += [path for folder in MAY_IMPORT for path in (tree / folder).rglob("*.py")]
     expected = {f"foveal/{path.relative_to(tree).as_posix()}" for path in shipped}
     assert {name for name in names if name.startswith("foveal/")} == expected

@@ -198,6 +198,23 @@ def test_repeated_names_and_files_are_refused(tmp_path):
         load_manifest(tmp_path / "absent.json")
 
 
+def test_a_folder_holds_one_file_per_family(tmp_path):
+    folder = tmp_path / "list"
+    folder.mkdir()
+    with pytest.raises(WeightsError, match=r"expected <family>\.json in this folder"):
+        load_manifest(folder)
+    write_manifest(folder / "natten.json", GOOD)
+    write_manifest(folder / "other.json", GOOD, name="other_net.tag")
+    assert list(load_manifest(folder).entries) == [NAME, "other_net.tag"]
+    path = save({"w": torch.ones(3)}, tmp_path / "natten_test_p.digits.safetensors")
+    entry = write_packaged_entry(path, **PACKAGED, manifest_path=folder)
+    assert list(json.loads((folder / "natten.json").read_text())) == [NAME, entry.name]
+    assert fetch(entry.name, manifest=load_manifest(folder)) == path
+    (folder / "natten.json").rename(folder / "another.json")
+    with pytest.raises(WeightsError, match=f"name is '{NAME}'; expected a name of the family 'another'"):
+        load_manifest(folder)
+
+
 PACKAGED = dict(
     name="natten_test_p.digits",
     metrics={"top1": 98.5},

@@ -1,4 +1,4 @@
-"""The list of known weights: `manifest.json` as typed, validated entries.
+"""The list of known weights, one JSON file per family in `manifest/`, as typed, validated entries.
 
 An entry is one set of weights, named as timm names them (`architecture.tag`). It has one or more mirrors: places that
 hold these weights as a file, each with its own format, size and hash. Hashes and sizes that upstream does not publish
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from .digest import sha256_of, write_atomic
 from .errors import WeightsError
 
-MANIFEST_PATH = Path(__file__).with_name("manifest.json")
+MANIFEST_PATH = Path(__file__).with_name("manifest")
 FORMATS = ("official", "transformers", "foveal")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*\.[a-z0-9][a-z0-9_]*")
@@ -154,16 +154,43 @@ class Manifest:
     folder: Path
 
 
+def family_of(name: str) -> str:
+    """First word of a name, such as "agent" of "agent_swin_t.leap_in1k"; names the family's manifest file."""
+    return re.split(r"[_.]", name, maxsplit=1)[0]
+
+
 def load_manifest(path: str | os.PathLike | None = None) -> Manifest:
-    """Reads and validates a manifest, by default the bundled one; raises WeightsError for anything malformed."""
+    """Reads and validates a manifest, by default the bundled one.
+
+    Args:
+        path: a JSON file of name → entry, or a folder of such files, each named after its family: `agent.json` holds
+            the names that begin with "agent". Packaged files lie next to the file or the folder.
+
+    Raises:
+        WeightsError: anything malformed, an entry in the file of another family, a folder without a manifest.
+    """
     path = MANIFEST_PATH if path is None else Path(path)
+    if not path.is_dir():
+        return Manifest(_read_entries(path), path.parent)
+    files = sorted(path.glob("*.json"))
+    if not files:
+        raise WeightsError(f"cannot read the weights manifest {path}: expected <family>.json in this folder")
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in _read_entries(file).items():
+            _require(family_of(name) == file.stem, "name", name, f"a name of the family {file.stem!r} in {file.name}")
+            entries[name] = entry
+    return Manifest(entries, path.parent)
+
+
+def _read_entries(path: Path) -> dict[str, Entry]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"cannot read the weights manifest {path}: {error}") from error
     if not isinstance(data, dict):
         raise WeightsError(f"cannot read the weights manifest {path}: expected an object of name → entry")
-    return Manifest({name: Entry.from_json(name, value) for name, value in data.items()}, path.parent)
+    return {name: Entry.from_json(name, value) for name, value in data.items()}
 
 
 @functools.cache
@@ -199,8 +226,9 @@ def write_packaged_entry(
 ) -> Entry:
     """Adds or updates the manifest entry of a file that ships inside the wheel; hash and size are taken from the file.
 
-    The file must already be `<name>.safetensors` in the manifest's folder, so that the wheel holds both. For the
-    command that trains such weights; other entries are written by hand.
+    The file must already be `<name>.safetensors` next to the manifest, so that the wheel holds both. For the command
+    that trains such weights; other entries are written by hand. Where `manifest_path` is a folder, the entry goes into
+    the file of its family.
     """
     path, manifest_path = Path(path), Path(manifest_path)
     wanted = manifest_path.parent / f"{name}.safetensors"
@@ -218,9 +246,10 @@ def write_packaged_entry(
         metrics=dict(metrics),
         notes=notes,
     )
-    entries = {**load_manifest(manifest_path).entries, name: entry} if manifest_path.exists() else {name: entry}
+    file = manifest_path / f"{family_of(name)}.json" if manifest_path.is_dir() else manifest_path
+    entries = {**(_read_entries(file) if file.exists() else {}), name: entry}
     data = {key: value.to_json() for key, value in entries.items()}
-    write_atomic(manifest_path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     bundled_manifest.cache_clear()
     return entry
 

@@ -1,25 +1,16 @@
-"""Agent-CSWin: CSWin's layout, with agent attention over whole maps in the early stages (arXiv:2312.08874).
-
-Later stages attend in stripes: half of the channels in vertical ones, half in horizontal ones (arXiv:2107.00652).
-Parameter names are those of the official checkpoints.
-"""
+"""CSWin Transformer's layout: overlapping convolutions, blocks that attend in stripes (arXiv:2107.00652)."""
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, register_notrace_module
-from timm.models import generate_default_cfgs, register_model
+from timm.layers import DropPath, Mlp, register_notrace_module, to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.ops import window_attention
-from ..layers.agent import AgentBranch2d
-from .agent_backbone import NumberedBackbone
-from .agent_checkpoint import agent_cfg, checkpoint_filter_fn, stage_grids
-from .builder import build_backbone
-
-AT_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12)}
+from ...kernels.ops import window_attention
+from .base import NumberedHost, stage_grids
+from .blocks import AttentionFactory, Blocks, Layout, Place
 
 
 @register_notrace_module
@@ -60,8 +51,8 @@ class StripeBranch2d(nn.Module):
         stripes = -(-shape[0] // window[0]) * -(-shape[1] // window[1])
         return 2 * self.dim * stripes * (window[0] * window[1]) ** 2
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Maps `[B, H, W, heads, d]` to `[B, H, W, dim]`."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, x: Tensor) -> Tensor:
+        """Maps `[B, H, W, heads, d]` to `[B, H, W, dim]`; `x`, the input of the block, has no part in it."""
         window = self._window(query.shape[1], query.shape[2])
         out = window_attention(query, key, value, window=window, impl=self.impl)
         return out.flatten(3) + self._positions(value.flatten(3), window)
@@ -71,13 +62,17 @@ class StripeBranch2d(nn.Module):
 
 
 class CSWinBlock(nn.Module):
-    """Pre-norm block on `[B, H, W, dim]` whose branches `attns` share channels and heads evenly."""
+    """Pre-norm block on `[B, H, W, dim]` that projects for its branches, which share channels and heads evenly.
+
+    A branch is called as `branch(query, key, value, x)`: maps `[B, H, W, heads, d]` and its channels of the block's
+    input before the norm, `[B, H, W, heads * d]`, which it returns the size of.
+    """
 
     def __init__(
         self,
         dim: int,
         *,
-        branches: Sequence[nn.Module],
+        attn: nn.Module,
         num_heads: int,
         mlp_ratio: float,
         proj_drop: float,
@@ -94,7 +89,7 @@ class CSWinBlock(nn.Module):
         self.norm1 = norm_layer(dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.attns = nn.ModuleList(branches)
+        self.attns = attn if isinstance(attn, nn.ModuleList) else nn.ModuleList([attn])
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
         self.norm2 = norm_layer(dim, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -102,11 +97,12 @@ class CSWinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))  # [B, H, W, 3, heads, d]
-        heads = self.num_heads // len(self.attns)
+        heads, channels = self.num_heads // len(self.attns), x.shape[-1] // len(self.attns)
         mixed = []
         for i, attn in enumerate(self.attns):
             part = qkv[..., i * heads : (i + 1) * heads, :]
-            mixed.append(attn(part[:, :, :, 0], part[:, :, :, 1], part[:, :, :, 2]))
+            own = x[..., i * channels : (i + 1) * channels]
+            mixed.append(attn(part[:, :, :, 0], part[:, :, :, 1], part[:, :, :, 2], own))
         x = x + self.drop_path1(self.proj_drop(self.proj(torch.cat(mixed, dim=-1))))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -139,29 +135,33 @@ class CSWinMerge(nn.Module):
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class AgentCSWin(NumberedBackbone):
-    """Agent-CSWin for images of any size.
+class CSWin(NumberedHost):
+    """CSWin's layout around any attention without projections, for images of any size.
+
+    Parameters are named as in the official checkpoints. Without `attn` it is CSWin Transformer itself.
 
     Args:
-        in_chans, num_classes: channels of the images, outputs of the head (0: no head).
-        global_pool: "avg", "max", "avgmax", "catavgmax" or "" (none).
-        img_size: input size whose biases are learnt; images of other sizes go through with interpolated biases.
+        attn: makes the attention of a block, one branch for all heads, called as in `CSWinBlock`; see
+            `foveal.zoo.hosts.Place`. The host's own attends in stripes: half of the channels in vertical ones, half in
+            horizontal ones, and in the last stage in one window over the whole map.
+        in_chans, num_classes, global_pool, drop_rate, norm_layer, act_layer, impl: as in `Swin`.
+        img_size: native input size, for which attentions may learn positions.
         embed_dim: channels of the first stage; every further stage doubles them.
         depths, num_heads: blocks and heads of each stage.
-        num_agents: agents in each stage, square numbers; None: the stage attends in stripes, the last one in one
-            window over the whole map.
-        split: width of the stripes; a 32nd of the image when None, as upstream (7 at 224 pixels, 12 at 384).
+        split: width of the stripes, of all stages or of each; when None a 32nd of the image in the last two stages and
+            1, 2, 4, ... in those before.
         mlp_ratio: hidden over embedding width.
         stage_norms: normalise each stage's map by `norm0`, `norm1`, ... instead of the last one by `norm`.
-        drop_rate, proj_drop_rate, drop_path_rate: dropout before the head and in blocks, stochastic depth (its rate
-            grows linearly to this value).
-        norm_layer, act_layer: layers of the blocks.
-        impl: implementation of the attention; see `foveal.kernels.ops.agent_attention` and `window_attention`.
+        proj_drop_rate, drop_path_rate: dropout in blocks, stochastic depth.
+        attn_options: further arguments of `attn`; a list or tuple has one entry per stage.
     """
+
+    first_conv: ClassVar[str] = "stage1_conv_embed.0"
 
     def __init__(
         self,
         *,
+        attn: AttentionFactory | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -169,8 +169,7 @@ class AgentCSWin(NumberedBackbone):
         embed_dim: int = 64,
         depths: Sequence[int] = (2, 4, 18, 1),
         num_heads: Sequence[int] = (2, 4, 8, 16),
-        num_agents: Sequence[int | None] = (9, 16, None, None),
-        split: int | None = None,
+        split: int | Sequence[int] | None = None,
         mlp_ratio: float = 4.0,
         stage_norms: bool = False,
         drop_rate: float = 0.0,
@@ -181,45 +180,45 @@ class AgentCSWin(NumberedBackbone):
         impl: str = "auto",
         device=None,
         dtype=None,
+        **attn_options: Any,
     ):
         super().__init__()
-        if not len(depths) == len(num_heads) == len(num_agents):
-            raise ValueError(f"depths={depths}, num_heads={num_heads} and num_agents={num_agents} must be equally long")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        size = (img_size, img_size) if isinstance(img_size, int) else img_size
-        split = max(1, min(size) // 32) if split is None else split
+        size = to_2tuple(img_size)
         channels = [embed_dim * 2**i for i in range(len(depths))]
         reductions = [4 * 2**i for i in range(len(depths))]
-        grids = stage_grids(size, reductions)
         last = len(depths) - 1
-        drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        if split is None:
+            split = [2**i if i < last - 1 else max(1, min(size) // 32) for i in range(len(depths))]
 
-        def make_branches(stage: int) -> Sequence[nn.Module]:
-            dim, agents = channels[stage], num_agents[stage]
-            if agents is not None:
-                shared = {"num_heads": num_heads[stage], "num_agents": agents, "conv_name": "get_v"}
-                return [AgentBranch2d(dim, grid_size=grids[stage], impl=impl, **shared, **dd)]
-            if stage == last:
-                return [StripeBranch2d(dim, impl=impl, **dd)]
-            return [StripeBranch2d(dim // 2, split=split, vertical=v, impl=impl, **dd) for v in (True, False)]
+        def make_block(place: Place, **parts) -> CSWinBlock:
+            return CSWinBlock(
+                place.dim,
+                num_heads=place.num_heads,
+                mlp_ratio=mlp_ratio,
+                proj_drop=proj_drop_rate,
+                norm_layer=norm_layer,
+                act_layer=act_layer,
+                **parts,
+                **dd,
+            )
 
+        layout = Layout(
+            attn=attn,
+            attn_options=attn_options,
+            own=stripes,
+            block=make_block,
+            channels=channels,
+            depths=depths,
+            num_heads=num_heads,
+            grids=stage_grids(size, reductions),
+            windows=[*([split] * last if isinstance(split, int) else split[:last]), None],
+            drop_path_rate=drop_path_rate,
+            options={"impl": impl, **dd},
+        )
         self.stage1_conv_embed = CSWinStem(in_chans, embed_dim, norm_layer=norm_layer, **dd)
         for i, dim in enumerate(channels):
-            blocks = [
-                CSWinBlock(
-                    dim,
-                    branches=make_branches(i),
-                    num_heads=num_heads[i],
-                    mlp_ratio=mlp_ratio,
-                    proj_drop=proj_drop_rate,
-                    drop_path=next(drop_paths),
-                    norm_layer=norm_layer,
-                    act_layer=act_layer,
-                    **dd,
-                )
-                for _ in range(depths[i])
-            ]
-            self.add_module(f"stage{i + 1}", nn.Sequential(*blocks))
+            self.add_module(f"stage{i + 1}", Blocks(*layout.blocks(i)))
             if i < last:
                 self.add_module(f"merge{i + 1}", CSWinMerge(dim, 2 * dim, norm_layer=norm_layer, **dd))
         self._build_head(
@@ -237,17 +236,13 @@ class AgentCSWin(NumberedBackbone):
         )
         self.init_weights(needs_reset=False)
 
-    def patch_embed(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Images `[B, in_chans, H, W]` to the map that the first stage takes."""
-        return self.stage1_conv_embed(x)
+    def _enter(self, index: int, x: Tensor) -> Tensor:
+        return self.stage1_conv_embed(x) if index == 0 else self.get_submodule(f"merge{index}")(x)
 
-    def _down(self, index: int, x: Tensor) -> Tensor:
-        return self.get_submodule(f"merge{index + 1}")(x)
-
-    def _shorten(self, last: int) -> None:
+    def _truncate(self, last: int) -> None:
         for number in range(last + 1, len(self._stages)):
             delattr(self, f"merge{number}")
-        super()._shorten(last)
+        super()._truncate(last)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -256,37 +251,11 @@ class AgentCSWin(NumberedBackbone):
         return {"stem": r"^stage1_conv_embed", "blocks": r"^(?:stage|merge)(\d+)\." if coarse else fine}
 
 
-CHECKPOINTS: dict[str, dict] = {
-    "agent_cswin_t.leap_in1k": {},
-    "agent_cswin_s.leap_in1k": {},
-    "agent_cswin_b.leap_in1k": {},
-    "agent_cswin_b.leap_in1k_384": AT_384,
-}
-default_cfgs = generate_default_cfgs(
-    {name: agent_cfg(name, first_conv="stage1_conv_embed.0", **overrides) for name, overrides in CHECKPOINTS.items()}
-)
-
-
-def _create_agent_cswin(variant: str, pretrained: bool, **kwargs) -> AgentCSWin:
-    return build_backbone(AgentCSWin, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
-
-
-@register_model
-def agent_cswin_t(pretrained: bool = False, **kwargs) -> AgentCSWin:
-    """Agent-CSWin-Tiny, trained with drop path 0.2."""
-    model_args = {"depths": (2, 4, 18, 1)}
-    return _create_agent_cswin("agent_cswin_t", pretrained, **(model_args | kwargs))
-
-
-@register_model
-def agent_cswin_s(pretrained: bool = False, **kwargs) -> AgentCSWin:
-    """Agent-CSWin-Small, trained with drop path 0.4."""
-    model_args = {"depths": (3, 6, 29, 2)}
-    return _create_agent_cswin("agent_cswin_s", pretrained, **(model_args | kwargs))
-
-
-@register_model
-def agent_cswin_b(pretrained: bool = False, **kwargs) -> AgentCSWin:
-    """Agent-CSWin-Base, trained with drop path 0.5, at 384 pixels 0.7."""
-    model_args = {"embed_dim": 96, "depths": (3, 6, 29, 2), "num_heads": (4, 8, 16, 32)}
-    return _create_agent_cswin("agent_cswin_b", pretrained, **(model_args | kwargs))
+def stripes(place: Place) -> nn.ModuleList:
+    """CSWin's own branches: vertical and horizontal stripes, or one window over the whole map."""
+    if place.window is None:
+        return nn.ModuleList([StripeBranch2d(place.dim, **place.options)])
+    return nn.ModuleList(
+        StripeBranch2d(place.dim // 2, split=place.window, vertical=vertical, **place.options)
+        for vertical in (True, False)
+    )

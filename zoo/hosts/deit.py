@@ -1,59 +1,70 @@
-"""Agent-DeiT: DeiT with agent attention (arXiv:2312.08874).
-
-timm's `VisionTransformer`, whose blocks learn the grid of their tokens. Parameter names are those of the official
-checkpoints.
-"""
+"""DeiT's layout, timm's `VisionTransformer`, with blocks that know the grid of their tokens (arXiv:2012.12877)."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.layers import register_notrace_function, to_2tuple
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..layers.agent import AgentAttention2d
-from .agent_checkpoint import agent_cfg, checkpoint_filter_fn, resample_positions, set_agent_grids
-from .builder import build_backbone
+from ...layers.positions import resize_positions
+from .base import position_tables, set_grid_size
+from .blocks import AttentionFactory, Layout, per_block
 
 LayerNorm1e6 = partial(nn.LayerNorm, eps=1e-6)
+register_notrace_function(resize_positions)  # torch.fx cannot trace its check of sizes
 
 
-class AgentBlock(Block):
-    """timm's block around agent attention; `[B, 1 + H * W, dim]`, class token first."""
+class GridBlock(Block):
+    """timm's block around its own attention, or one that takes the grid of its tokens.
+
+    Tokens are `[B, 1 + H * W, dim]`, class token first.
+    """
+
+    takes_grid = False
 
     def forward(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x = x + self.drop_path1(self.attn(self.norm1(x), grid_size=grid_size))
+        y = self.norm1(x)
+        x = x + self.drop_path1(self.attn(y, grid_size=grid_size) if self.takes_grid else self.attn(y))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
-class AgentDeiT(VisionTransformer):
-    """Agent-DeiT for images of any size; sides that patches do not divide are zero-padded right and bottom.
+class DeiT(VisionTransformer):
+    """DeiT's layout around any attention on tokens `[B, 1 + H * W, dim]`, class token first, for images of any size.
+
+    Sides that patches do not divide are zero-padded right and bottom. Parameters are named as in the official
+    checkpoints. Without `attn` it is DeiT itself.
 
     Args:
+        attn: makes the attention of a block, called as `attention(tokens, grid_size=(H, W))`; see
+            `foveal.zoo.hosts.Place`. The host's own is timm's.
         in_chans, num_classes: channels of the images, outputs of the head (0: no head).
         global_pool: "token", "avg", "max", "avgmax" or "" (none).
-        img_size: input size whose biases and position embedding are learnt; images of other sizes go through with
-            interpolated ones.
+        img_size: native input size, for which the position embedding is learnt; images of other sizes go through with
+            an interpolated one.
         patch_size: side of the patches.
         embed_dim, depth, num_heads: channels, blocks, heads.
-        num_agents: agents, a square number.
-        agent_blocks: leading blocks with agent attention, the others have plain attention; all when None.
         mlp_ratio: hidden over embedding width.
         drop_rate, proj_drop_rate, drop_path_rate: dropout before the head and in blocks, stochastic depth (its rate
             grows linearly to this value).
         norm_layer, act_layer: layers of the blocks.
-        impl: implementation of agent attention; see `foveal.kernels.ops.agent_attention`.
+        impl: implementation of the attention, "auto", "triton", "tiled" or "reference".
+        attn_options: further arguments of `attn`; a list or tuple has one entry per block.
     """
 
+    first_conv: ClassVar[str] = "patch_embed.proj"
+    final_reduction: ClassVar[int] = 16
     output_fmt: Literal["NLC"] = "NLC"
 
     def __init__(
         self,
         *,
+        attn: AttentionFactory | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: Literal["", "avg", "avgmax", "max", "token"] = "token",
@@ -62,8 +73,6 @@ class AgentDeiT(VisionTransformer):
         embed_dim: int = 384,
         depth: int = 12,
         num_heads: int = 6,
-        num_agents: int = 49,
-        agent_blocks: int | None = None,
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -73,25 +82,24 @@ class AgentDeiT(VisionTransformer):
         impl: str = "auto",
         device=None,
         dtype=None,
+        **attn_options: Any,
     ):
-        rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
-        agent_blocks = depth if agent_blocks is None else agent_blocks
+        rows, columns = to_2tuple(img_size)
+        layout = Layout(
+            attn=attn,
+            attn_options=per_block(attn_options),
+            channels=[embed_dim],
+            depths=[depth],
+            num_heads=[num_heads],
+            grids=[(rows // patch_size, columns // patch_size)],
+            options={"proj_drop": proj_drop_rate, "impl": impl, "device": device, "dtype": dtype},
+        )
 
-        def make_block(*, depth: int, **arguments) -> Block:
-            if depth >= agent_blocks:
-                return Block(depth=depth, **arguments)
-            block = AgentBlock(depth=depth, **arguments)
-            block.attn = AgentAttention2d(  # pyright: ignore[reportAttributeAccessIssue]
-                embed_dim,
-                num_heads=num_heads,
-                num_agents=num_agents,
-                grid_size=(rows // patch_size, columns // patch_size),
-                class_token=True,
-                proj_drop=proj_drop_rate,
-                impl=impl,
-                device=device,
-                dtype=dtype,
-            )
+        def make_block(*, depth: int, **arguments) -> GridBlock:
+            block = GridBlock(depth=depth, **arguments)
+            made = layout.attention(layout.place(0, depth))
+            if made is not None:
+                block.attn, block.takes_grid = made, True  # pyright: ignore[reportAttributeAccessIssue]
             return block
 
         super().__init__(
@@ -119,11 +127,10 @@ class AgentDeiT(VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Tables of positions and the class token."""
-        leaves = ("weight", "bias")
-        return {n for n, p in self.named_parameters() if p.ndim > 1 and n.rsplit(".", 1)[-1] not in leaves}
+        return position_tables(self)
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Make another input size native: axis biases and the position embedding are interpolated.
+        """Make another input size native: the position embedding and what attentions learnt for one are interpolated.
 
         Raises:
             ValueError: `patch_size` is not None; patches stay as they are.
@@ -133,23 +140,27 @@ class AgentDeiT(VisionTransformer):
         old = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size=img_size)
         grid_size = self.patch_embed.grid_size
-        resized = resample_positions(self.pos_embed.detach(), old, grid_size, prefix=1)
+        resized = resize_positions(self.pos_embed.detach(), old, grid_size, prefix=1)
         self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
-        set_agent_grids([self.blocks], [grid_size])
+        set_grid_size(self.blocks, grid_size)
         update_model_input_size(self, self.patch_embed.img_size)
+
+    @property
+    def position_grids(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the maps that position embeddings are learnt for, by name."""
+        return {"pos_embed": self.patch_embed.grid_size}
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images to tokens `[B, 1 + H * W, dim]` with positions, and their H and W."""
         x = self.patch_embed(x)
         grid_size = (x.shape[1], x.shape[2])
-        positions = resample_positions(self.pos_embed, self.patch_embed.grid_size, grid_size, prefix=1)
+        positions = resize_positions(self.pos_embed, self.patch_embed.grid_size, grid_size, prefix=1)
         assert self.cls_token is not None
         tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
         return self.pos_drop(tokens + positions), grid_size
 
     def _block(self, block: nn.Module, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        arguments = (x, grid_size) if isinstance(block, AgentBlock) else (x,)
-        return checkpoint(block, *arguments) if self.grad_checkpointing else block(*arguments)
+        return checkpoint(block, x, grid_size) if self.grad_checkpointing else block(x, grid_size)
 
     def forward_intermediates(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -199,36 +210,3 @@ class AgentDeiT(VisionTransformer):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Images `[B, in_chans, H, W]` to logits `[B, num_classes]`."""
         return self.forward_head(self.forward_features(x))
-
-
-CHECKPOINTS: dict[str, dict] = {
-    "agent_deit_t.leap_in1k": {},
-    "agent_deit_s.leap_in1k": {},
-    "agent_deit_s.leap_in1k_448": {"input_size": (3, 448, 448), "pool_size": (28, 28)},
-    "agent_deit_b.leap_in1k": {},
-}
-FIRST = {"first_conv": "patch_embed.proj", "pool_size": (14, 14)}
-default_cfgs = generate_default_cfgs({name: agent_cfg(name, **(FIRST | cfg)) for name, cfg in CHECKPOINTS.items()})
-
-
-def _create_agent_deit(variant: str, pretrained: bool, **kwargs) -> AgentDeiT:
-    return build_backbone(AgentDeiT, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
-
-
-@register_model
-def agent_deit_t(pretrained: bool = False, **kwargs) -> AgentDeiT:
-    """Agent-DeiT-Tiny, trained without drop path."""
-    return _create_agent_deit("agent_deit_t", pretrained, **({"embed_dim": 192, "num_heads": 3} | kwargs))
-
-
-@register_model
-def agent_deit_s(pretrained: bool = False, **kwargs) -> AgentDeiT:
-    """Agent-DeiT-Small, trained with drop path 0.1."""
-    return _create_agent_deit("agent_deit_s", pretrained, **({"embed_dim": 384, "num_heads": 6} | kwargs))
-
-
-@register_model
-def agent_deit_b(pretrained: bool = False, **kwargs) -> AgentDeiT:
-    """Agent-DeiT-Base, trained with drop path 0.3; agents in the first four blocks only."""
-    model_args = {"embed_dim": 768, "num_heads": 12, "num_agents": 81, "agent_blocks": 4}
-    return _create_agent_deit("agent_deit_b", pretrained, **(model_args | kwargs))

@@ -11,18 +11,13 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 from timm.layers import DropPath, LayerNorm, calculate_drop_path_rates, register_notrace_module
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..kernels.calling import Impl
-from ..layers.routing import BiLevelRoutingAttention2d, ConvRoutingAttention2d, LePEAttention2d, conv_nhwc, pointwise
-from .backbone import Stage, at_least
-from .builder import build_backbone, imagenet_cfg
-from .checkpoint import checkpoint_filter_fn
-from .listed_backbone import Blocks, ListedBackbone
-
-for layer in (BiLevelRoutingAttention2d, ConvRoutingAttention2d, LePEAttention2d):
-    register_notrace_module(layer)  # torch.fx cannot trace their checks of shapes
+from ...kernels.calling import Impl
+from ...layers.routing import BiLevelRoutingAttention2d, ConvRoutingAttention2d, LePEAttention2d, conv_nhwc, pointwise
+from ..builder import Model, register_family
+from ..hosts.base import ListedBackbone
+from ..hosts.blocks import Blocks, Stage, at_least, equally_long
 
 Layout = Literal["conv", "stl", "stl_nchw"]
 
@@ -127,6 +122,7 @@ class BiFormer(ListedBackbone):
     """
 
     stage_norm_name: ClassVar[str] = "extra_norms.{}"
+    first_conv: ClassVar[str] = "downsample_layers.0.0"
 
     def __init__(
         self,
@@ -154,8 +150,7 @@ class BiFormer(ListedBackbone):
         super().__init__()
         if layout not in ("conv", "stl", "stl_nchw"):
             raise ValueError(f"layout={layout!r} must be 'conv', 'stl' or 'stl_nchw'")
-        if len(depths) != len(topks):
-            raise ValueError(f"depths={depths} and topks={topks} must be equally long")
+        equally_long(depths=depths, topks=topks)
         dd = {"device": device, "dtype": dtype}
 
         def make_attn(dim: int, topk: int | None) -> nn.Module:
@@ -214,57 +209,29 @@ class BiFormer(ListedBackbone):
         return conv_nhwc(self.norm, x)
 
 
-def _cfg(name: str, **overrides) -> dict:
-    defaults = {
-        "first_conv": "downsample_layers.0.0",
-        "license": "mit",
-        "paper_ids": "arXiv:2303.08810",
-        "origin_url": "https://github.com/rayleizhu/BiFormer",
-    }
-    return imagenet_cfg(name, **(defaults | overrides))
-
-
-CHECKPOINTS = [f"biformer_{size}.rayleizhu_in1k" for size in ("t", "s", "b", "stl", "stl_nchw")]
-default_cfgs = generate_default_cfgs({name: _cfg(name) for name in CHECKPOINTS})
-
-
-def _create_biformer(variant: str, pretrained: bool, **kwargs) -> BiFormer:
-    return build_backbone(BiFormer, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
-
-
-@register_model
-def biformer_t(pretrained: bool = False, **kwargs) -> BiFormer:
-    """BiFormer-Tiny."""
-    model_args = {"embed_dim": 64, "depths": (2, 2, 8, 2)}
-    return _create_biformer("biformer_t", pretrained, **(model_args | kwargs))
-
-
-@register_model
-def biformer_s(pretrained: bool = False, **kwargs) -> BiFormer:
-    """BiFormer-Small, trained with drop path 0.15."""
-    model_args = {"embed_dim": 64, "depths": (4, 4, 18, 4)}
-    return _create_biformer("biformer_s", pretrained, **(model_args | kwargs))
-
-
-@register_model
-def biformer_b(pretrained: bool = False, **kwargs) -> BiFormer:
-    """BiFormer-Base."""
-    model_args = {"embed_dim": 96, "depths": (4, 4, 18, 4)}
-    return _create_biformer("biformer_b", pretrained, **(model_args | kwargs))
-
-
+TINY = {"embed_dim": 64, "depths": (2, 2, 8, 2)}
+SMALL = {"embed_dim": 64, "depths": (4, 4, 18, 4)}
+BASE = {"embed_dim": 96, "depths": (4, 4, 18, 4)}
 STL = {"embed_dim": 96, "depths": (2, 2, 6, 2), "mlp_ratio": 4.0}
-
-
-@register_model
-def biformer_stl(pretrained: bool = False, **kwargs) -> BiFormer:
-    """BiFormer in the layout of Swin-T."""
-    model_args = {**STL, "layout": "stl"}
-    return _create_biformer("biformer_stl", pretrained, **(model_args | kwargs))
-
-
-@register_model
-def biformer_stl_nchw(pretrained: bool = False, **kwargs) -> BiFormer:
-    """BiFormer in the layout of Swin-T, the checkpoint with 1x1 convolutions: other weights, other numbers."""
-    model_args = {**STL, "layout": "stl_nchw"}
-    return _create_biformer("biformer_stl_nchw", pretrained, **(model_args | kwargs))
+TEST = {"embed_dim": 16, "depths": (2, 1, 2, 1), "head_dim": 8}
+MODELS = {
+    "biformer_t": Model("BiFormer-Tiny.", BiFormer, TINY),
+    "biformer_s": Model("BiFormer-Small, trained with drop path 0.15.", BiFormer, SMALL),
+    "biformer_b": Model("BiFormer-Base.", BiFormer, BASE),
+    "biformer_stl": Model("BiFormer in the layout of Swin-T.", BiFormer, {**STL, "layout": "stl"}),
+    "biformer_stl_nchw": Model(
+        "BiFormer in the layout of Swin-T, the checkpoint with 1x1 convolutions: other weights, other numbers.",
+        BiFormer,
+        {**STL, "layout": "stl_nchw"},
+    ),
+    "test_biformer": Model("BiFormer for tests.", BiFormer, TEST),
+    "test_biformer_stl_nchw": Model(
+        "BiFormer in the layout of Swin for tests.", BiFormer, {**TEST, "layout": "stl_nchw"}
+    ),
+}
+register_family(
+    __name__,
+    MODELS,
+    cfg={"paper_ids": "arXiv:2303.08810"},
+    leaves=(BiLevelRoutingAttention2d, ConvRoutingAttention2d, LePEAttention2d),
+)

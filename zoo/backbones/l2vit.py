@@ -6,26 +6,21 @@ are those of the official checkpoints.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, register_notrace_module
-from timm.models import generate_default_cfgs, register_model
-from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.calling import Impl
-from ..kernels.ops import window_attention
-from ..layers.linear import LinearAttention, LocalConcentration
-from ..layers.routing import conv_nhwc
-from .builder import build_backbone, imagenet_cfg
-from .checkpoint import checkpoint_filter_fn
-from .listed_backbone import Blocks, ListedBackbone
-
-register_notrace_module(LinearAttention)  # torch.fx cannot trace its checks of shapes
+from ...kernels.calling import Impl
+from ...kernels.ops import window_attention
+from ...layers.linear import LinearAttention, LocalConcentration
+from ...layers.routing import conv_nhwc
+from ..builder import DIGITS_CFG, Model, register_family
+from ..hosts.base import ListedBackbone
+from ..hosts.blocks import Blocks, equally_long
 
 
-@register_notrace_module
 class PaddedWindowAttention2d(nn.Module):
     """Attention inside windows of `[B, H, W, dim]`, without a bias and without a shift.
 
@@ -198,6 +193,8 @@ class L2ViT(ListedBackbone):
         impl: implementation of the attention; see `foveal.kernels.ops.linear_attention`.
     """
 
+    first_conv: ClassVar[str] = "downsample_layers.0.proj.proj.0"
+
     def __init__(
         self,
         *,
@@ -220,8 +217,7 @@ class L2ViT(ListedBackbone):
         dtype=None,
     ):
         super().__init__()
-        if len(depths) != len(num_heads):
-            raise ValueError(f"depths={depths} and num_heads={num_heads} must be equally long")
+        equally_long(depths=depths, num_heads=num_heads)
         dd = {"device": device, "dtype": dtype}
         channels = [embed_dim * 2**i for i in range(len(depths))]
         drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
@@ -264,71 +260,26 @@ class L2ViT(ListedBackbone):
         self.init_weights(needs_reset=False)
 
 
-def _cfg(name: str, **overrides) -> dict:
-    defaults = {
-        "first_conv": "downsample_layers.0.proj.proj.0",
-        "license": "mit",
-        "paper_ids": "arXiv:2501.16182",
-        "origin_url": "https://github.com/ChuanyangZheng/L2ViT",
-    }
-    return imagenet_cfg(name, **(defaults | overrides))
-
-
-FINE_TUNED_384 = "chuanyangzheng_in22k_ft_in1k_384"
-CHECKPOINTS: dict[str, dict] = {
-    "l2vit_t.chuanyangzheng_in1k": {},
-    "l2vit_s.chuanyangzheng_in1k": {},
-    "l2vit_b.chuanyangzheng_in1k": {},
-    "l2vit_b.chuanyangzheng_in22k_ft_in1k": {},
-    f"l2vit_b.{FINE_TUNED_384}": {
-        "input_size": (3, 384, 384),
-        "pool_size": (12, 12),
-        "crop_pct": 1.0,
-        "crop_mode": "squash",
-    },
-    "l2vit_b.chuanyangzheng_in22k": {"num_classes": 21841},
-    "l2vit_pico.untrained": {
-        "url": "",
-        "num_classes": 10,
-        "input_size": (1, 32, 32),
-        "pool_size": (2, 2),
-        "crop_pct": 1.0,
-        "mean": (0.5,),
-        "std": (0.5,),
-    },
+TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
+SMALL = {**TINY, "depths": (2, 2, 18, 2)}
+BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+PICO = {"embed_dim": 28, "depths": (2, 2, 2), "num_heads": (1, 2, 4), "window": 4, "mlp_ratio": 2.0}
+TEST = {"embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4), "window": 3}
+FINE_TUNED_384 = "l2vit_b.chuanyangzheng_in22k_ft_in1k_384"
+MODELS = {
+    "l2vit_t": Model("L2ViT-Tiny.", L2ViT, TINY),
+    "l2vit_s": Model("L2ViT-Small.", L2ViT, SMALL),
+    "l2vit_b": Model(
+        "L2ViT-Base, trained with drop path 0.3; the tag of 384 pixels brings windows of 12.", L2ViT, BASE
+    ),
+    "l2vit_pico": Model("Three stages for 32x32 single-channel images (handwritten digits).", L2ViT, PICO),
+    "test_l2vit": Model("L2ViT for tests.", L2ViT, TEST),
 }
-default_cfgs = generate_default_cfgs({name: _cfg(name, **overrides) for name, overrides in CHECKPOINTS.items()})
-
-
-def _create_l2vit(variant: str, pretrained: bool, **kwargs) -> L2ViT:
-    tag = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg")).tag
-    kwargs = ({"window": 12} if tag == FINE_TUNED_384 else {}) | kwargs
-    return build_backbone(L2ViT, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
-
-
-@register_model
-def l2vit_t(pretrained: bool = False, **kwargs) -> L2ViT:
-    """L2ViT-Tiny."""
-    model_args = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
-    return _create_l2vit("l2vit_t", pretrained, **(model_args | kwargs))
-
-
-@register_model
-def l2vit_s(pretrained: bool = False, **kwargs) -> L2ViT:
-    """L2ViT-Small."""
-    model_args = {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)}
-    return _create_l2vit("l2vit_s", pretrained, **(model_args | kwargs))
-
-
-@register_model
-def l2vit_b(pretrained: bool = False, **kwargs) -> L2ViT:
-    """L2ViT-Base, trained with drop path 0.3; the tag of 384 pixels brings windows of 12."""
-    model_args = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
-    return _create_l2vit("l2vit_b", pretrained, **(model_args | kwargs))
-
-
-@register_model
-def l2vit_pico(pretrained: bool = False, **kwargs) -> L2ViT:
-    """Three stages for 32x32 single-channel images (handwritten digits)."""
-    model_args = {"embed_dim": 28, "depths": (2, 2, 2), "num_heads": (1, 2, 4), "window": 4, "mlp_ratio": 2.0}
-    return _create_l2vit("l2vit_pico", pretrained, **(model_args | kwargs))
+register_family(
+    __name__,
+    MODELS,
+    cfg={"paper_ids": "arXiv:2501.16182"},
+    cfgs={FINE_TUNED_384: {"crop_pct": 1.0, "crop_mode": "squash"}, "l2vit_pico.untrained": DIGITS_CFG},
+    checkpoint_args={FINE_TUNED_384: {"window": 12}},
+    leaves=(LinearAttention, PaddedWindowAttention2d),
+)

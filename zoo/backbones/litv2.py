@@ -8,46 +8,15 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_module
-from timm.models import generate_default_cfgs, register_model
-from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from ..kernels.calling import Impl
-from ..layers.hilo import HiLo
-from .backbone import Backbone, Stage, at_least
-from .builder import build_backbone, imagenet_cfg
-from .checkpoint import checkpoint_filter_fn
-from .dinat_s import patch_stem
-
-register_notrace_module(HiLo)  # torch.fx cannot trace its checks of shapes
-
-
-class DepthwiseConv(nn.Module):
-    """3x3 depthwise convolution of `[B, H, W, dim]`."""
-
-    def __init__(self, dim: int, *, device=None, dtype=None):
-        super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class ConvFeedForward(nn.Module):
-    """Feed-forward layer with a depthwise convolution before the activation, on `[B, H, W, dim]`."""
-
-    def __init__(self, dim: int, hidden: int, *, act_layer: type[nn.Module], drop: float, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(dim, hidden, **dd)
-        self.dwconv = DepthwiseConv(hidden, **dd)
-        self.act = act_layer()
-        self.drop = nn.Dropout(drop)
-        self.fc2 = nn.Linear(hidden, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.dwconv(self.fc1(x))))))
+from ...kernels.calling import Impl
+from ...layers.hilo import HiLo
+from ..builder import Model, register_family
+from ..hosts.base import Backbone
+from ..hosts.blocks import ConvFeedForward, Stage, at_least, equally_long
+from ..hosts.swin import patch_stem
 
 
 class Block(nn.Module):
@@ -162,8 +131,7 @@ class LITv2(Backbone):
         dtype=None,
     ):
         super().__init__()
-        if not len(depths) == len(num_heads) == len(windows):
-            raise ValueError(f"depths={depths}, num_heads={num_heads} and windows={windows} must be equally long")
+        equally_long(depths=depths, num_heads=num_heads, windows=windows)
         dd = {"device": device, "dtype": dtype}
 
         def make_block(stage: int, dim: int, drop_path: float) -> Block:
@@ -208,54 +176,24 @@ class LITv2(Backbone):
         self.init_weights(needs_reset=False)
 
 
-def _cfg(name: str, **overrides) -> dict:
-    defaults = {
-        "first_conv": "patch_embed.proj",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2205.13213",
-        "origin_url": "https://github.com/ziplab/LITv2",
-    }
-    return imagenet_cfg(name, **(defaults | overrides))
-
-
+SMALL = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
+MEDIUM = {**SMALL, "depths": (2, 2, 18, 2)}
+BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+TEST = {"embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4), "alpha": 0.5}
 ALPHAS = {f"ziplab_alpha{round(10 * alpha):02d}_in1k": alpha for alpha in (0.0, 0.2, 0.4, 0.5, 0.7, 0.9, 1.0)}
-CHECKPOINTS: dict[str, dict] = {
-    "litv2_s.ziplab_in1k": {},
-    **{f"litv2_s.{tag}": {} for tag in ALPHAS},
-    "litv2_m.ziplab_in1k": {},
-    "litv2_b.ziplab_in1k": {},
-    "litv2_b.ziplab_in1k_384": {
-        "input_size": (3, 384, 384),
-        "pool_size": (12, 12),
-        "crop_pct": 1.0,
-        "crop_mode": "squash",
-    },
+MODELS = {
+    "litv2_s": Model(
+        "LITv2-Small, trained with drop path 0.2; the tags `ziplab_alpha*_in1k` bring their own `alpha`.", LITv2, SMALL
+    ),
+    "litv2_m": Model("LITv2-Medium, trained with drop path 0.3.", LITv2, MEDIUM),
+    "litv2_b": Model("LITv2-Base, trained with drop path 0.5.", LITv2, BASE),
+    "test_litv2": Model("LITv2 for tests.", LITv2, TEST),
 }
-default_cfgs = generate_default_cfgs({name: _cfg(name, **overrides) for name, overrides in CHECKPOINTS.items()})
-
-
-def _create_litv2(variant: str, pretrained: bool, **kwargs) -> LITv2:
-    tag = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg")).tag
-    kwargs = {"alpha": ALPHAS.get(tag or "", 0.9)} | kwargs
-    return build_backbone(LITv2, variant, pretrained, filter_fn=checkpoint_filter_fn, **kwargs)
-
-
-@register_model
-def litv2_s(pretrained: bool = False, **kwargs) -> LITv2:
-    """LITv2-Small, trained with drop path 0.2; the tags `ziplab_alpha*_in1k` bring their own `alpha`."""
-    model_args = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
-    return _create_litv2("litv2_s", pretrained, **(model_args | kwargs))
-
-
-@register_model
-def litv2_m(pretrained: bool = False, **kwargs) -> LITv2:
-    """LITv2-Medium, trained with drop path 0.3."""
-    model_args = {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)}
-    return _create_litv2("litv2_m", pretrained, **(model_args | kwargs))
-
-
-@register_model
-def litv2_b(pretrained: bool = False, **kwargs) -> LITv2:
-    """LITv2-Base, trained with drop path 0.5."""
-    model_args = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
-    return _create_litv2("litv2_b", pretrained, **(model_args | kwargs))
+register_family(
+    __name__,
+    MODELS,
+    cfg={"paper_ids": "arXiv:2205.13213"},
+    cfgs={"litv2_b.ziplab_in1k_384": {"crop_pct": 1.0, "crop_mode": "squash"}},
+    checkpoint_args={f"litv2_s.{tag}": {"alpha": alpha} for tag, alpha in ALPHAS.items()},
+    leaves=(HiLo,),
+)

@@ -1,54 +1,34 @@
-"""What the channel-last image backbones share: timm's model interface over a stem, stages, a norm and a linear head."""
+"""The interface of timm that image backbones share: a stem, stages of blocks, a norm and a linear head."""
 
+import math
+from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from timm.layers import create_classifier, get_device_dtype
-from timm.models import checkpoint_seq, named_apply
+from timm.layers import create_classifier, get_device_dtype, to_2tuple
+from timm.models import named_apply
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-
-def at_least(side: int, x: Tensor) -> Tensor:
-    """`[B, C, H, W]`, completed right and bottom by zeros where it has fewer than `side` rows or columns."""
-    height, width = x.shape[2:]
-    if height >= side and width >= side:
-        return x
-    return F.pad(x, (0, max(side - width, 0), 0, max(side - height, 0)))
-
-
-class Stage(nn.Module):
-    """Blocks at one resolution, then the way down to the next; `[B, H, W, C]` in and out."""
-
-    def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None = None):
-        super().__init__()
-        self.blocks = nn.Sequential(*blocks)
-        self.downsample = downsample or nn.Identity()
-        self.grad_checkpointing = False
-
-    def forward_blocks(self, x: Tensor) -> Tensor:
-        """The map before down-sampling."""
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsample(self.forward_blocks(x))
+from .blocks import Blocks
 
 
 class Backbone(nn.Module):
     """Hierarchical classifier with timm's interface, on `[B, H, W, C]` maps.
 
     A subclass builds `patch_embed` and a `torch.nn.Sequential` of `Stage` under the name in `stages_name`, then calls
-    `_build_head` and `init_weights(needs_reset=False)`. Where its stages differ, it replaces `_run`, `_down` and
-    `_shorten`.
+    `_build_head` and `init_weights(needs_reset=False)`. Where its stages are stored in another way, it replaces
+    `_stages`, `_enter` and `_truncate`.
     """
 
     output_fmt: Literal["NHWC"] = "NHWC"
     stages_name: ClassVar[str] = "levels"
     stage_norm_name: ClassVar[str] = "norm{}"
-    patch_embed: nn.Module
+    first_conv: ClassVar[str] = "patch_embed.proj"  # the convolution that timm adapts to other numbers of channels
+    final_reduction: ClassVar[int] = 32  # of the last map, in models of four stages
 
     def _build_head(
         self,
@@ -76,8 +56,21 @@ class Backbone(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     @property
-    def _stages(self) -> nn.Sequential:
+    def _stages(self) -> Sequence[nn.Module]:
         return getattr(self, self.stages_name)
+
+    def _enter(self, index: int, x: Tensor) -> Tensor:
+        """The map that stage `index` takes: of images `[B, in_chans, H, W]` for the first, else of the map before."""
+        return self.patch_embed(x) if index == 0 else self._stages[index - 1].downsample(x)
+
+    def _run(self, index: int, x: Tensor) -> Tensor:
+        """The map that stage `index` hands out, before the way down to the next."""
+        return self._stages[index](x)
+
+    def _truncate(self, last: int) -> None:
+        """Drop the stages after `last` and the way down to them."""
+        setattr(self, self.stages_name, self._stages[: last + 1])
+        self._stages[-1].downsample = nn.Identity()
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
@@ -91,8 +84,7 @@ class Backbone(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Tables of positions, as in the official recipes."""
-        leaves = ("weight", "bias")
-        return {n for n, p in self.named_parameters() if p.ndim > 1 and n.rsplit(".", 1)[-1] not in leaves}
+        return position_tables(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -107,8 +99,9 @@ class Backbone(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations."""
-        for stage in self._stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Blocks):
+                module.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -125,19 +118,6 @@ class Backbone(nn.Module):
         self.global_pool.train(self.training)
         self.head.train(self.training)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-
-    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
-        """The map that a stage hands out."""
-        return stage.forward_blocks(x)
-
-    def _down(self, index: int, x: Tensor) -> Tensor:
-        """From the map that stage `index` hands out to what the next one takes."""
-        return self._stages[index].downsample(x)
-
-    def _shorten(self, last: int) -> None:
-        """Drop the stages after `last` and the way down to them."""
-        setattr(self, self.stages_name, self._stages[: last + 1])
-        self._stages[-1].downsample = nn.Identity()
 
     def _norm_map(self, index: int, x: Tensor, *, final: bool) -> Tensor:
         """The map that stage `index` hands out, normalised; by the classifier's norm only after the last one."""
@@ -170,17 +150,16 @@ class Backbone(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NHWC'")
         take, last = feature_take_indices(len(self._stages), indices)
+        last = last if stop_early else len(self._stages) - 1
         intermediates = []
-        stages = self._stages[: last + 1] if stop_early else self._stages
-        x = self.patch_embed(x)
-        for i, stage in enumerate(stages):
-            x = self._run(stage, x if i == 0 else self._down(i - 1, x))
+        for i in range(last + 1):
+            x = self._run(i, self._enter(i, x))
             if i in take:
                 tap = self._norm_map(i, x, final=norm)
                 intermediates.append(tap.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else tap)
         if intermediates_only:
             return intermediates
-        return self._norm_map(len(stages) - 1, x, final=True), intermediates
+        return self._norm_map(last, x, final=True), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -189,7 +168,7 @@ class Backbone(nn.Module):
         take, last = feature_take_indices(len(self._stages), indices)
         shorter = last < len(self._stages) - 1
         if shorter:
-            self._shorten(last)
+            self._truncate(last)
             self.num_features = self.feature_info[last]["num_chs"]
         if self.stage_norms:
             for i in set(range(len(self.feature_info))) - set(take):
@@ -202,9 +181,8 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to the last, normalised map `[B, H', W', num_features]`."""
-        x = self.patch_embed(x)
-        for i, stage in enumerate(self._stages):
-            x = self._run(stage, x if i == 0 else self._down(i - 1, x))
+        for i in range(len(self._stages)):
+            x = self._run(i, self._enter(i, x))
         return self._norm_map(len(self._stages) - 1, x, final=True)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -215,3 +193,91 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to logits `[B, num_classes]`."""
         return self.forward_head(self.forward_features(x))
+
+
+class Host(Backbone):
+    """A layout that takes an attention; see `Place`.
+
+    Its arguments `attn` and `img_size` are the factory and the native input size. `set_input_size` changes the latter:
+    attentions with a method `set_grid_size(grid_size)` are told.
+    """
+
+    def _grids(self, img_size: Sequence[int]) -> list[tuple[int, int]]:
+        return stage_grids(img_size, [info["reduction"] for info in self.feature_info])[: len(self._stages)]
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make another input size native: what is learnt for one is interpolated. Windows and stripes stay."""
+        size = to_2tuple(img_size)
+        for stage, grid_size in zip(self._stages, self._grids(size), strict=True):
+            set_grid_size(stage, grid_size)
+        update_model_input_size(self, size)
+
+
+class NumberedHost(Host):
+    """A host whose stages, sequences of blocks, are attributes such as `stage1`, `stage2`, …, as in PVT and CSWin.
+
+    `stages_name` has "{}" for the number of a stage; the first is 1. `attached_names` are attributes of the model that
+    go with their stage.
+    """
+
+    stages_name: ClassVar[str] = "stage{}"
+    attached_names: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def _stages(self) -> Sequence[nn.Module]:
+        names = (self.stages_name.format(i) for i in range(1, len(self.feature_info) + 1))
+        return [self.get_submodule(name) for name in names if hasattr(self, name)]
+
+    def _truncate(self, last: int) -> None:
+        for number in range(last + 2, len(self._stages) + 1):
+            for name in (self.stages_name, *self.attached_names):
+                delattr(self, name.format(number))
+
+
+class ListedBackbone(Backbone):
+    """A backbone with `downsample_layers`, of which the first is the stem, and `stages`, as in ConvNeXt."""
+
+    stages_name: ClassVar[str] = "stages"
+    downsample_layers: nn.ModuleList
+    stages: nn.Sequential
+
+    @property
+    def patch_embed(self) -> nn.Module:
+        """The stem."""
+        return self.downsample_layers[0]
+
+    def _enter(self, index: int, x: Tensor) -> Tensor:
+        return self.downsample_layers[index](x)
+
+    def _truncate(self, last: int) -> None:
+        self.stages = self.stages[: last + 1]
+        self.downsample_layers = self.downsample_layers[: last + 1]
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Regular expressions that order parameters by depth (layer decay, freezing)."""
+        fine = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(?:blocks\.)?(\d+)", None)]
+        return {
+            "stem": r"^downsample_layers\.0",
+            "blocks": r"^(?:stages|downsample_layers)\.(\d+)" if coarse else [*fine, (r"^(?:extra_)?norm", (99999,))],
+        }
+
+
+def position_tables(model: nn.Module) -> set[str]:
+    """Names of parameters with two or more axes that are no weights of layers: biases and embeddings of positions."""
+    leaves = ("weight", "bias")
+    return {n for n, p in model.named_parameters() if p.ndim > 1 and n.rsplit(".", 1)[-1] not in leaves}
+
+
+def stage_grids(img_size: Sequence[int], reductions: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows and columns of the maps of an image."""
+    return [(math.ceil(img_size[0] / r), math.ceil(img_size[1] / r)) for r in reductions]
+
+
+def set_grid_size(stage: nn.Module, grid_size: tuple[int, int]) -> None:
+    """Make another map native to the attentions of a stage that have one."""
+    for module in stage.modules():
+        change: Any = getattr(module, "set_grid_size", None)
+        if change is not None:
+            change(grid_size)

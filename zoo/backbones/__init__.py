@@ -1,0 +1,5 @@
+"""Families of image backbones, one a file; importing this package registers their models with timm."""
+
+from . import agent, biformer, l2vit, litv2, natten
+
+__all__ = ["agent", "biformer", "l2vit", "litv2", "natten"]
