@@ -3,7 +3,7 @@
 import pytest
 import torch
 from foveal.layers import HiLo
-from foveal.zoo.litv2 import LITv2
+from foveal.zoo.backbones.litv2 import LITv2
 from torch import nn
 from torch.nn import functional as F
 

@@ -5,6 +5,37 @@ import pytest
 import timm
 
 SWIN, LARGE_SWIN = [3, 6, 12, 24], [4, 8, 16, 32]
+PARAMETERS = {  # of the official code
+    "inline_deit_t": 6_477_736,
+    "inline_deit_s.leap_in1k": 16_734_760,
+    "inline_deit_b.leap_in1k": 23_797_096,
+    "inline_pvt_t": 12_032_232,
+    "inline_pvt_s": 21_556_136,
+    "inline_pvt_m": 37_618_856,
+    "inline_pvt_b": 51_154_280,
+    "inline_swin_t": 29_223_544,
+    "inline_swin_s": 49_793_296,
+    "inline_swin_b": 88_350_120,
+    "inline_cswin_t": 20_604_520,
+    "inline_cswin_s": 33_032_872,
+    "inline_cswin_b": 73_413_640,
+    "flatten_pvt_t": 12_150_504 - 1024,  # without a norm that has no use
+    "flatten_pvt_s": 21_670_248 - 1024,
+    "flatten_pvt_m": 37_242_216 - 1024,
+    "flatten_pvt_b": 50_649_192 - 1024,
+    "flatten_pvtv2_b0": 3_594_824,
+    "flatten_pvtv2_b1": 12_931_240,
+    "flatten_pvtv2_b2": 22_548_264,
+    "flatten_pvtv2_b3": 38_273_832,
+    "flatten_pvtv2_b4": 51_836_968,
+    "flatten_swin_t": 29_192_384,
+    "flatten_swin_s": 50_510_288,
+    "flatten_swin_b": 88_972_488,
+    "flatten_swin_b.leap_in1k_384": 91_433_928,
+    "flatten_cswin_t": 21_201_768,
+    "flatten_cswin_s": 35_451_752,
+    "flatten_cswin_b": 74_867_032,
+}
 HEADS = {
     **{f"agent_cswin_{x}": [2, 4, 8, 16] for x in "ts"},
     "agent_cswin_b": LARGE_SWIN,
@@ -13,6 +44,10 @@ HEADS = {
     **{f"agent_pvt_{x}": [1, 2, 5, 8] for x in "tsml"},
     **{f"biformer_{x}": [2, 4, 8] for x in "ts"},  # the last stage has 8, too
     "biformer_b": [3, 6, 12, 8],
+    **{f"{family}_swin_{x}": SWIN for family in ("inline", "flatten") for x in "ts"},
+    **{f"{family}_swin_b": LARGE_SWIN for family in ("inline", "flatten")},
+    **{f"inline_pvt_{x}": [2, 4, 10, 16] for x in "tsmb"},
+    **{f"flatten_pvt_{x}": [1, 2, 5, 8] for x in "tsmb"},
     **{f"biformer_{x}": [3, 6, 12, 8] for x in ("stl", "stl_nchw")},
 }
 
@@ -21,6 +56,11 @@ def per_stage(model, name: str) -> list:
     """Values of an attribute of the attentions, without repeats."""
     found = [getattr(m, name) for m in model.modules() if hasattr(m, name) and type(m).__name__ != "Attention"]
     return [x for i, x in enumerate(found) if i == 0 or x != found[i - 1]]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters(name):
+    assert sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -43,14 +83,14 @@ def test_hilo(name, low, high):
 
 
 @pytest.mark.parametrize(("size", "window"), [(224, 7), (288, 9), (384, 12)])
-@pytest.mark.parametrize("name", ["agent_swin_t", "agent_swin_s", "agent_swin_b"])
+@pytest.mark.parametrize("name", ["agent_swin_t", "agent_swin_s", "agent_swin_b", "inline_swin_t", "flatten_swin_t"])
 def test_windows(name, size, window):
     model = timm.create_model(name, img_size=size, device="meta")
     assert set(per_stage(model, "window")) == {window} and set(per_stage(model, "shift")) == {0, window // 2}
 
 
 @pytest.mark.parametrize(("size", "split"), [(224, 7), (384, 12)])
-@pytest.mark.parametrize("name", ["agent_cswin_t", "agent_cswin_s", "agent_cswin_b"])
+@pytest.mark.parametrize("name", ["agent_cswin_t", "agent_cswin_s", "agent_cswin_b", "inline_cswin_t"])
 def test_stripes(name, size, split):
     """The last stage has one window, the map."""
     assert per_stage(timm.create_model(name, img_size=size, device="meta"), "split") == [

@@ -26,7 +26,6 @@ IMAGENET_22K_CLASSES = 21841  # where upstream does not state the rows of the he
 DIGITS_CFG = {
     "num_classes": 10,
     "input_size": (1, 32, 32),
-    "pool_size": (2, 2),
     "crop_pct": 1.0,
     "mean": (0.5,),
     "std": (0.5,),
@@ -135,8 +134,9 @@ def _checkpoints(model: str) -> list[str]:
 def _make_cfg(name: str, models: Mapping[str, Model], shared: Mapping[str, Any]) -> dict[str, Any]:
     """timm's pretrained configuration of a checkpoint."""
     architecture = name.partition(".")[0]
-    build = models[architecture].build
+    _, build, args = models[architecture]
     model_cls: Any = build.func if isinstance(build, partial) else build
+    reduction = 2 ** (1 + len(args["depths"])) if "depths" in args else 16  # stages from 1/4 on, or patches of 16x16
     cfg: dict[str, Any] = {
         "url": "",
         "num_classes": 1000,
@@ -157,7 +157,7 @@ def _make_cfg(name: str, models: Mapping[str, Model], shared: Mapping[str, Any])
             "origin_url": entry.source,
         }
     cfg |= shared | (TEST_CFG if architecture.startswith("test_") else {})
-    return {"pool_size": (math.ceil(cfg["input_size"][1] / model_cls.final_reduction),) * 2} | cfg
+    return {"pool_size": (math.ceil(cfg["input_size"][1] / reduction),) * 2} | cfg
 
 
 def _make_entry_point(

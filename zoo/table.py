@@ -77,7 +77,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         nonlocal total
         if isinstance(module, nn.Linear):
             total += out.numel() * module.in_features
-        elif isinstance(module, nn.Conv2d):
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
             total += out.numel() * module.weight[0].numel()
         elif isinstance(module, RelativeAttention2d):
             total += 2 * (out.shape[1] * out.shape[2]) ** 2 * out.shape[3]

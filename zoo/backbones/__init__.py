@@ -1,5 +1,5 @@
 """Families of image backbones, one a file; importing this package registers their models with timm."""
 
-from . import agent, biformer, l2vit, litv2, natten
+from . import agent, biformer, flatten, inline, l2vit, litv2, natten
 
-__all__ = ["agent", "biformer", "l2vit", "litv2", "natten"]
+__all__ = ["agent", "biformer", "flatten", "inline", "l2vit", "litv2", "natten"]

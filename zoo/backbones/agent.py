@@ -51,7 +51,7 @@ CSWIN = partial(CSWin, attn=agent, layer=partial(AgentBranch2d, conv_name="get_v
 BASE_SWIN = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
 BASE_CSWIN = {"embed_dim": 96, "depths": (3, 6, 29, 2), "num_heads": (4, 8, 16, 32)}
 PICO = {"embed_dim": 28, "depths": (2, 2, 1), "num_heads": (1, 2, 4), "window": 4, "mlp_ratio": 2.0}
-TEST = {"embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4)}
+TEST = {"embed_dim": 16, "mlp_ratio": 2.0}
 MODELS = {
     "agent_deit_t": Model("Agent-DeiT-Tiny, trained without drop path.", DEIT, {"embed_dim": 192, "num_heads": 3}),
     "agent_deit_s": Model("Agent-DeiT-Small, trained with drop path 0.1.", DEIT, {"embed_dim": 384, "num_heads": 6}),
@@ -87,10 +87,18 @@ MODELS = {
     "test_agent_pvt": Model(
         "Agent-PVT for tests.",
         PVT_,
-        {"embed_dims": (16, 32, 48, 64), "depths": (2, 1, 1, 1), "num_heads": (1, 2, 3, 4), "mlp_ratios": (2, 2, 2, 2)},
+        {"embed_dims": (16, 24), "depths": (2, 1), "num_heads": (1, 2), "mlp_ratios": (2, 3), "num_agents": (9, 16)},
     ),
-    "test_agent_swin": Model("Agent-Swin for tests.", SWIN, {**TEST, "agent_blocks": (2, 1, 1, 0), "window": 3}),
-    "test_agent_cswin": Model("Agent-CSWin for tests.", CSWIN, TEST),
+    "test_agent_swin": Model(
+        "Agent-Swin for tests.",
+        SWIN,
+        {**TEST, "depths": (1, 2), "num_heads": (1, 2), "num_agents": (9, 4), "agent_blocks": (1, 0), "window": 3},
+    ),
+    "test_agent_cswin": Model(
+        "Agent-CSWin for tests.",
+        CSWIN,
+        {**TEST, "depths": (1, 1, 1), "num_heads": (1, 2, 4), "num_agents": (9, None, None)},
+    ),
 }
 register_family(
     __name__,

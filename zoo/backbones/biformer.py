@@ -213,7 +213,7 @@ TINY = {"embed_dim": 64, "depths": (2, 2, 8, 2)}
 SMALL = {"embed_dim": 64, "depths": (4, 4, 18, 4)}
 BASE = {"embed_dim": 96, "depths": (4, 4, 18, 4)}
 STL = {"embed_dim": 96, "depths": (2, 2, 6, 2), "mlp_ratio": 4.0}
-TEST = {"embed_dim": 16, "depths": (2, 1, 2, 1), "head_dim": 8}
+TEST = {"embed_dim": 16, "depths": (2, 1), "topks": (4, None), "head_dim": 8}
 MODELS = {
     "biformer_t": Model("BiFormer-Tiny.", BiFormer, TINY),
     "biformer_s": Model("BiFormer-Small, trained with drop path 0.15.", BiFormer, SMALL),

@@ -264,7 +264,7 @@ TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
 SMALL = {**TINY, "depths": (2, 2, 18, 2)}
 BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
 PICO = {"embed_dim": 28, "depths": (2, 2, 2), "num_heads": (1, 2, 4), "window": 4, "mlp_ratio": 2.0}
-TEST = {"embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4), "window": 3}
+TEST = {"embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2), "window": 3}
 FINE_TUNED_384 = "l2vit_b.chuanyangzheng_in22k_ft_in1k_384"
 MODELS = {
     "l2vit_t": Model("L2ViT-Tiny.", L2ViT, TINY),

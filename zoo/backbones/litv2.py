@@ -179,7 +179,7 @@ class LITv2(Backbone):
 SMALL = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
 MEDIUM = {**SMALL, "depths": (2, 2, 18, 2)}
 BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
-TEST = {"embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4), "alpha": 0.5}
+TEST = {"embed_dim": 16, "depths": (1, 1, 1), "num_heads": (1, 2, 4), "windows": (0, 2, 1), "alpha": 0.5}
 ALPHAS = {f"ziplab_alpha{round(10 * alpha):02d}_in1k": alpha for alpha in (0.0, 0.2, 0.4, 0.5, 0.7, 0.9, 1.0)}
 MODELS = {
     "litv2_s": Model(

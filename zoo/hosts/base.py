@@ -28,7 +28,6 @@ class Backbone(nn.Module):
     stages_name: ClassVar[str] = "levels"
     stage_norm_name: ClassVar[str] = "norm{}"
     first_conv: ClassVar[str] = "patch_embed.proj"  # the convolution that timm adapts to other numbers of channels
-    final_reduction: ClassVar[int] = 32  # of the last map, in models of four stages
 
     def _build_head(
         self,

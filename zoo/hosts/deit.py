@@ -58,7 +58,6 @@ class DeiT(VisionTransformer):
     """
 
     first_conv: ClassVar[str] = "patch_embed.proj"
-    final_reduction: ClassVar[int] = 16
     output_fmt: Literal["NLC"] = "NLC"
 
     def __init__(

@@ -33,7 +33,6 @@ class Isotropic(Host):
     """
 
     stages_name: ClassVar[str] = "layers"
-    final_reduction: ClassVar[int] = 16
 
     def __init__(
         self,

@@ -177,9 +177,9 @@ class PVT(NumberedHost):
         """Make another input size native: position embeddings and what attentions learnt for one are interpolated."""
         super().set_input_size(img_size)
         grids = self._grids(to_2tuple(img_size))
-        for name, new in zip(self.position_grids, grids, strict=True):
+        for i, (name, old) in enumerate(self.position_grids.items()):
             table = self.get_parameter(name)
-            resized = resize_positions(table.detach(), self.position_grids[name], new)
+            resized = resize_positions(table.detach(), old, grids[i])
             self.register_parameter(name, nn.Parameter(resized, requires_grad=table.requires_grad))
         self._native_grids = grids
 

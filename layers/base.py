@@ -1,0 +1,116 @@
+"""What attentions of all tokens of a map share: projections around them, or a block that has them."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.calling import Impl
+
+
+class ProjectedAttention2d(nn.Module):
+    """Attention of all tokens of a map `[B, H, W, dim]`, or of those behind a class token, between linear layers.
+
+    A subclass has `attend(query, key, value, x, grid_size)`: tokens `[B, N, heads, d]` and the layer's input
+    `[B, N, dim]` to `[B, N, dim]`; its parameters and its formula. Parameters are named as in the official checkpoints
+    of vision transformers: `qkv` (rows: query, key, value; each head by head) or `q` and `kv`, and `proj`.
+
+    Args:
+        dim: channels of the input and the output.
+        num_heads: heads; a divisor of dim.
+        class_token: tokens `[B, 1 + H * W, dim]` come instead of a map; the first has no place on it.
+        qkv_bias: whether the projections of queries, keys and values have a bias.
+        separate_query: project queries by `q`, keys and values by `kv`, as PVT names them.
+        projected: False for a layer that is called by a block with projections of its own.
+        proj_drop: dropout after the output projection.
+        impl: "auto", "triton", "tiled" or "reference".
+
+    Raises:
+        ValueError: num_heads does not divide dim.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        class_token: bool = False,
+        qkv_bias: bool = True,
+        separate_query: bool = False,
+        projected: bool = True,
+        proj_drop: float = 0.0,
+        impl: Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dim, self.num_heads, self.class_token = dim, num_heads, class_token
+        self.separate_query = separate_query
+        self.impl: Impl = impl
+        if projected and separate_query:
+            self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+            self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+        elif projected:
+            self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        if projected:
+            self.proj = nn.Linear(dim, dim, **dd)
+            self.proj_drop = nn.Dropout(proj_drop)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """The attention between the projections."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """Project, attend and project.
+
+        Args:
+            x: `[B, H, W, dim]`, or `[B, 1 + H * W, dim]` with a class token.
+            grid_size: H and W of such tokens.
+
+        Returns:
+            the shape of x.
+
+        Raises:
+            ValueError: a shape that does not fit.
+        """
+        if x.dim() != 4 - self.class_token or x.shape[-1] != self.dim:
+            expected = f"[B, 1 + H * W, {self.dim}]" if self.class_token else f"[B, H, W, {self.dim}]"
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected {expected}")
+        tokens = x if self.class_token else x.flatten(1, 2)
+        grid_size = grid_size if self.class_token else (x.shape[1], x.shape[2])
+        if grid_size is None or tokens.shape[1] != grid_size[0] * grid_size[1] + self.class_token:
+            raise ValueError(f"x has {tokens.shape[1]} tokens; expected a class token and grid_size={grid_size}")
+        if self.separate_query:
+            query = self.q(tokens).unflatten(-1, (self.num_heads, -1))
+            key, value = self.kv(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        else:
+            query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, heads, d]
+        return self.proj_drop(self.proj(self.attend(query, key, value, tokens, grid_size))).view(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        name = type(self).__name__
+        raise NotImplementedError(f"TorchScript cannot compile {name}; use torch.export or torch.compile")
+
+
+class BranchMixin(ProjectedAttention2d):
+    """Makes of an attention a branch of CSWin's blocks, which project for it; to be named before that attention.
+
+    A depthwise 3x3 convolution of the values, `get_v`, is added. Arguments are those of the attention.
+    """
+
+    def __init__(self, dim: int, **options: Any):
+        super().__init__(dim, projected=False, **options)
+        dd: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
+        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Maps `[B, H, W, heads, d]` and the block's input before its norm, `[B, H, W, dim]`, to `[B, H, W, dim]`."""
+        tokens = (t.flatten(1, 2) for t in (query, key, value, x))
+        out = self.attend(*tokens, grid_size=(x.shape[1], x.shape[2])).view(x.shape)
+        return out + self.get_v(value.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
