@@ -144,6 +144,7 @@ def test_tables_of_spreadsheets(tmp_path):
         (b'file_name,caption\n0.mp4,"a "red" ball"\n', "line 2: "),
         (b"file_name,caption\n,hello\n", "row 1 has the columns file_name, caption, and file_name is empty"),
         (b"file_name,caption\n", "it has none"),
+        (b"file_name,caption\n ,hello\n", "row 1 has the columns file_name, caption, and file_name is empty"),
         (b"", "has the columns of no header"),
     ],
 )

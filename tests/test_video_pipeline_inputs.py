@@ -276,7 +276,7 @@ def test_classes_are_called_by_their_names(tmp_path):
     assert pipe.labels == {"circle": 0, "square": 1, "10, ten": 2}
     assert pipe.get_label_ids(["10, ten", "circle"]) == [2, 0] and pipe.get_label_ids("square") == [1]
     call = CALL | {"output_type": "latent"}
-    for given in ("square", ["square"], np.int64(1), np.array([1]), torch.tensor(1), (1,)):
+    for given in ("square", ["square"], np.int64(1), np.array([1]), np.array(["square"]), torch.tensor(1), (1,)):
         assert torch.equal(pipe(class_labels=given, **call, generator=seeded()).frames, pipe(
             class_labels=1, **call, generator=seeded()
         ).frames)  # fmt: skip
@@ -287,8 +287,8 @@ def test_classes_are_called_by_their_names(tmp_path):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ("cirlce", "class_labels='cirlce' is no class of this pipeline; did you mean 'circle'"),
-        ("zebra", "class_labels='zebra' is no class of this pipeline; it has circle, square, 10, ten"),
+        ("cirlce", r"class_labels='cirlce' is no class of this pipeline: did you mean 'circle'\?"),
+        ("zebra", "class_labels='zebra' is no class of this pipeline: it has 'circle', 'square', '10, ten'"),
         (["circle", "squares"], "did you mean 'square'"),
         (4, r"class_labels=\[4\] must be integers of 0..3 or names"),
         (True, "must be integers of 0..3 or names"),

@@ -31,7 +31,7 @@ def clip_room(options: dict[str, Any], info: VideoInfo) -> float:
 
 
 def too_short(path: Path, options: dict[str, Any], info: VideoInfo) -> str | None:
-    """Why no clip fits a video; None if one does."""
+    """The reason why no clip fits a video; None if one does."""
     room = clip_room(options, info)
     if room < -1e-3:
         return f"{path} lasts {info.seconds:.2f} s, and a clip {info.seconds - room:.2f} s"
@@ -39,7 +39,7 @@ def too_short(path: Path, options: dict[str, Any], info: VideoInfo) -> str | Non
 
 
 def measured(video: Video, early: EndsEarly, options: dict[str, Any]) -> VideoInfo:
-    """What is known of a video that ended before its header says.
+    """The facts of a video that ended before its header says.
 
     Raises:
         UnreadableVideo: it is too short for a clip.

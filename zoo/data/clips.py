@@ -1,4 +1,4 @@
-"""Reading clips out of video files with PyAV: what a file holds, and its frames at given times.
+"""Reading clips out of video files with PyAV: facts of a file, and its frames at given times.
 
 Whatever the decoder raises at a file becomes `UnreadableVideo` here, with the path.
 """
@@ -40,7 +40,7 @@ class EndsEarly(UnreadableVideo):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file holds.
+    """Facts of a file.
 
     Attributes:
         fps: frames a second.

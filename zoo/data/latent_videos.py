@@ -123,7 +123,7 @@ class VideoLatents(VideoData):
             say(f"data.root={root!r} holds nothing to validate on: its first clip stands in")
         clips["val"] = clips["val"] or clips["test"] or clips["train"][:1]
         clips["test"] = clips["test"] or clips["val"]
-        if class_names is not None and list(class_names) != description["classes"]:
+        if class_names is not None and list(map(str, class_names)) != description["classes"]:
             raise ValueError(
                 f"data.class_names={list(class_names)} are not those of the latents, which are {description['classes']}"
             )

@@ -83,7 +83,7 @@ class VideoData(SeededData):
 
     @property
     def clip_sizes(self) -> tuple[str, list[tuple[int, ...]]]:
-        """What says the sizes of clips, and frames, height and width of each, in pixels or latents."""
+        """The configuration of the sizes of clips, in words, and `[T, H, W]` of each, in pixels or latents."""
         size = self.frames, self.height, self.width
         return f"data with clips of {list(size)}", [size]
 

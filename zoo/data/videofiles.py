@@ -107,7 +107,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise ValueError(f"{error}; it must have rows with file_name, and caption for text") from error
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not row.get("file_name"):
+        if not isinstance(row, dict) or not str(row.get("file_name") or "").strip():
             found = f"the columns {listed(row)}" if isinstance(row, dict) else f"{row!r}"
             raise ValueError(
                 f"data.captions={str(path)!r} must have rows with file_name, and caption for text; row {number} has "

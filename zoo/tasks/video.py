@@ -44,7 +44,7 @@ class VideoDiffusionTask(LightningModule):
         model: `preset` of `VideoDiT.from_preset`, `conditioning` (None, "class", "cross", "joint") and `args`, further
             arguments of the model.
         in_channels, num_classes, text_dim: of the data.
-        clip_sizes: of the data: what says the sizes of its clips, and `[T, H, W]` of each.
+        clip_sizes: of the data: the configuration of its clips' sizes, in words, and `[T, H, W]` of each.
         class_names: of the data, by label; kept in checkpoints and by the pipeline of the run.
         optimizer: arguments of `timm.optim.create_optimizer_v2`: `opt`, `lr`, `weight_decay`, `betas`, ….
         scheduler: `name`, `warmup_steps`, `num_cycles`, `power` and `step_rules` of

@@ -1,5 +1,5 @@
-"""How good generated clips are: a judge trained on the data, Fréchet distance, change from frame to frame, likeness to
-a reference, kept attention.
+"""Measures of generated clips: a judge trained on the data, Fréchet distance, change from frame to frame, likeness to a
+reference, kept attention.
 
 A Fréchet distance means something only with the features it is measured in, the number of clips and their size: all
 three stand in its name and title. FVD proper needs the I3D network trained on Kinetics-400, which nobody may bundle;

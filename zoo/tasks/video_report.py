@@ -70,7 +70,7 @@ def make_pipeline(task: VideoDiffusionTask, data: VideoData, *, whole: bool = Fa
         if task.global_rank == 0:
             model.load_state_dict(state)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=task.shift)
-    names = dict(enumerate(data.class_names)) if task.conditioning == "class" else None
+    names = dict(enumerate(data.class_names)) if model.config.conditioning == "class" else None
     pipeline = VideoDiTPipeline(model, scheduler, vae=data.vae, null_text="zeros", id2label=names, **data.for_pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,10 +51,9 @@ def find_label(name: str, labels: Mapping[str, int]) -> int:
     if not labels:
         raise ValueError(f"class_labels={name!r}: this pipeline knows no names of classes (id2label); give numbers")
     near = get_close_matches(name, labels, n=3, cutoff=0.6)
-    known = " or ".join(map(repr, near)) or ", ".join([*list(labels)[:SHOWN], *["…"] * (len(labels) > SHOWN)])
-    raise ValueError(
-        f"class_labels={name!r} is no class of this pipeline; {'did you mean' if near else 'it has'} {known}"
-    )
+    first = ", ".join(map(repr, list(labels)[:SHOWN])) + ", …" * (len(labels) > SHOWN)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {first}"
+    raise ValueError(f"class_labels={name!r} is no class of this pipeline: {hint}")
 
 
 def read_labels(
@@ -69,9 +69,9 @@ def read_labels(
     Raises:
         ValueError: another kind of value, out of range, or an unknown name; names `class_labels`.
     """
-    one = isinstance(given, str) or not isinstance(given, Sequence)
-    values = [given] if one and not isinstance(given, Tensor) and getattr(given, "ndim", 0) == 0 else given
-    if isinstance(values, Sequence):
+    values = given.tolist() if isinstance(given, np.ndarray | np.generic) else given
+    if not isinstance(values, Tensor):
+        values = [values] if isinstance(values, str) or not isinstance(values, Sequence) else values
         values = [find_label(value, labels) if isinstance(value, str) else value for value in values]
     try:
         found = torch.as_tensor(values, device=device).reshape(-1)

@@ -1,4 +1,4 @@
-"""What surrounds a step of sampling: the noise, the scheduler's timesteps, the caller's function after each step."""
+"""Around a step of sampling: the noise, the scheduler's timesteps, the caller's function after each step."""
 
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -83,7 +83,7 @@ def set_timesteps(scheduler: Any, steps: int, sigmas: Sequence[float] | None, de
 
 
 def _is_flow(levels: Tensor, timesteps: Tensor) -> bool:
-    falls = bool((levels.diff() <= 0).all()) and levels[0] <= 1.001 and abs(levels[-1]) <= 0.001
+    falls = bool((levels.diff() <= 0).all() and levels[0] <= 1.001 and levels[-1].abs() <= 0.001)
     # some schedulers round timesteps to integers
     return falls and bool((timesteps - 1000 * levels[: len(timesteps)]).abs().max() <= 2)
 
