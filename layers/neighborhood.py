@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.ops import na1d, na2d, na3d
+from ..kernels.symbolic import at_least
+from .completion import complete, crop
 
 Rope = Callable[[Tensor, Tensor], Tensor]
 
@@ -125,7 +127,7 @@ class _NeighborhoodAttention(nn.Module):
             impl=self.impl,
         )
         if self.pad:
-            out = out[(slice(None), *(slice(n) for n in spatial))]
+            out = crop(out, spatial)
         return self.proj_drop(self.proj(out.flatten(-2)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,8 +143,8 @@ class _NeighborhoodAttention(nn.Module):
 
     def _pad(self, x: Tensor) -> Tensor:
         """Zeros after the last token of each axis that is shorter than window * dilation."""
-        missing = [max(w * d - n, 0) for n, w, d in zip(x.shape[1:-1], self.window, self.dilation, strict=True)]
-        return F.pad(x, (0, 0, *(side for m in reversed(missing) for side in (0, m)))) if any(missing) else x
+        spans = [w * d for w, d in zip(self.window, self.dilation, strict=True)]
+        return complete(x, [at_least(span, n) for span, n in zip(spans, x.shape[1:-1], strict=True)])
 
     def _grid(self, x: Tensor) -> Tensor:
         axes = [torch.arange(n, device=x.device) for n in x.shape[1:-1]]

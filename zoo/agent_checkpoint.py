@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from timm.layers import register_notrace_function, register_notrace_module, resample_abs_pos_embed
 from torch import Tensor, nn
 
+from ..kernels.symbolic import known
 from ..layers.agent import AXIS_BIASES, AgentAttention2d, AgentBranch2d, resize_axis_bias
 from ..layers.relative import resize_bias_table
 from ..layers.window import WindowAttention2d
@@ -45,7 +46,7 @@ def set_agent_grids(stages: Sequence[nn.Module], grids: Sequence[tuple[int, int]
 @register_notrace_function
 def resample_positions(table: Tensor, grid_size: Sequence[int], new_size: Sequence[int], prefix: int = 0) -> Tensor:
     """Position embedding `[1, prefix + H * W, C]` for another map, bicubic; itself when the size is right."""
-    if tuple(grid_size) == tuple(new_size):
+    if all(known(old == new) for old, new in zip(grid_size, new_size, strict=True)):
         return table
     return resample_abs_pos_embed(
         table, new_size=list(new_size), old_size=list(grid_size), num_prefix_tokens=prefix, antialias=False

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..layers.agent import AgentAttention2d
 from .agent_checkpoint import agent_cfg, checkpoint_filter_fn, resample_positions, set_agent_grids
 from .builder import build_backbone
+from .patches import CompletedPatchEmbed
 
 LayerNorm1e6 = partial(nn.LayerNorm, eps=1e-6)
 
@@ -106,6 +107,7 @@ class AgentDeiT(VisionTransformer):
             mlp_ratio=mlp_ratio,
             dynamic_img_size=True,
             dynamic_img_pad=True,
+            embed_layer=CompletedPatchEmbed,
             drop_rate=drop_rate,
             proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,

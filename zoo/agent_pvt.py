@@ -8,7 +8,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple
+from timm.layers import calculate_drop_path_rates, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from .agent_backbone import NumberedBackbone
 from .agent_checkpoint import add_positions, agent_cfg, checkpoint_filter_fn, resample_positions, stage_grids
 from .builder import build_backbone
 from .dinat import Block
+from .patches import CompletedPatchEmbed
 
 torch.fx.wrap("add_positions")  # it asks for shapes
 LayerNorm1e6 = partial(nn.LayerNorm, eps=1e-6)
@@ -74,7 +75,7 @@ class AgentPVT(NumberedBackbone):
         self._native_grids = stage_grids(to_2tuple(img_size), reductions)
         drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         for i, (dim, (rows, columns)) in enumerate(zip(embed_dims, self._native_grids, strict=True)):
-            embed = PatchEmbed(
+            embed = CompletedPatchEmbed(
                 img_size=None,
                 patch_size=2 if i else 4,
                 in_chans=embed_dims[i - 1] if i else in_chans,

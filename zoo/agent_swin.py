@@ -10,7 +10,6 @@ import torch
 from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from timm.models._input import update_model_input_size
-from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
 from ..layers.agent import AgentAttention2d
@@ -20,6 +19,7 @@ from .backbone import Backbone, Stage
 from .builder import build_backbone
 from .dinat import Block
 from .dinat_s import patch_stem
+from .patches import CompletedPatchMerging
 
 
 class AgentSwin(Backbone):
@@ -109,7 +109,7 @@ class AgentSwin(Backbone):
                 for b in range(depths[i])
             ]
             last = i == len(channels) - 1
-            stages.append(Stage(blocks, None if last else PatchMerging(dim, norm_layer=norm_layer, **dd)))
+            stages.append(Stage(blocks, None if last else CompletedPatchMerging(dim, norm_layer=norm_layer, **dd)))
         self.patch_embed = patch_stem(in_chans, embed_dim, norm_layer=norm_layer, **dd)
         self.layers = nn.Sequential(*stages)
         self._build_head(

@@ -9,15 +9,14 @@ from timm.models import checkpoint_seq, named_apply
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from ..kernels.symbolic import at_least as length_at_least
+from ..layers.completion import complete
 
 
 def at_least(side: int, x: Tensor) -> Tensor:
     """`[B, C, H, W]`, completed right and bottom by zeros where it has fewer than `side` rows or columns."""
-    height, width = x.shape[2:]
-    if height >= side and width >= side:
-        return x
-    return F.pad(x, (0, max(side - width, 0), 0, max(side - height, 0)))
+    return complete(x, [length_at_least(side, n) for n in x.shape[2:]], first=2)
 
 
 class Stage(nn.Module):

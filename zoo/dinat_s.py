@@ -8,17 +8,17 @@ from typing import ClassVar
 
 from timm.layers import PatchEmbed
 from timm.models import generate_default_cfgs, register_model
-from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
 from .builder import build_backbone, imagenet_cfg
 from .dinat import AT_384, DiNAT
 from .dinat_checkpoint import checkpoint_filter_fn
+from .patches import CompletedPatchEmbed, CompletedPatchMerging
 
 
 def patch_stem(in_chans: int, dim: int, *, norm_layer: type[nn.Module], device=None, dtype=None) -> PatchEmbed:
     """4x4 patches: `[B, in_chans, H, W]` to `[B, ceil(H / 4), ceil(W / 4), dim]`, zero-padded right and bottom."""
-    return PatchEmbed(
+    return CompletedPatchEmbed(
         img_size=None,
         patch_size=4,
         in_chans=in_chans,
@@ -36,7 +36,7 @@ class DiNATs(DiNAT):
 
     stages_name: ClassVar[str] = "layers"
     stem_layer: ClassVar[Callable[..., nn.Module]] = staticmethod(patch_stem)
-    downsample_layer: ClassVar[Callable[..., nn.Module]] = PatchMerging
+    downsample_layer: ClassVar[Callable[..., nn.Module]] = CompletedPatchMerging
 
 
 def _cfg(name: str, **overrides) -> dict:

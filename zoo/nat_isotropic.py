@@ -19,6 +19,7 @@ from .backbone import Backbone
 from .builder import build_backbone, imagenet_cfg
 from .dinat import Block, block_dilations
 from .dinat_checkpoint import checkpoint_filter_fn
+from .patches import CompletedPatchEmbed
 
 register_notrace_module(RelativeAttention2d)  # torch.fx cannot trace its check of the grid
 
@@ -70,7 +71,7 @@ class NATIsotropic(Backbone):
         dd = {"device": device, "dtype": dtype}
         self.attention, self.grad_checkpointing = attention, False
         dense = attention == "dense"
-        self.patch_embed = PatchEmbed(
+        self.patch_embed = (PatchEmbed if dense else CompletedPatchEmbed)(
             img_size=img_size if dense else None,
             patch_size=patch_size,
             in_chans=in_chans,

@@ -26,7 +26,7 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor, agent: Tensor) -> N
                 f"{name}.shape={tuple(x.shape)} must have the batch, heads and head_dim of "
                 f"query.shape={tuple(query.shape)}"
             )
-        if min(x.shape[1:]) < 1:
+        if any(n < 1 for n in x.shape[1:]):
             raise ValueError(f"{name}.shape={tuple(x.shape)} must have no empty axis but the batch")
     if key.shape != value.shape:
         raise ValueError(f"value.shape={tuple(value.shape)} must equal key.shape={tuple(key.shape)}")

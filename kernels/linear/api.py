@@ -53,7 +53,7 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise TypeError(f"{name}.dtype={x.dtype} must be a floating dtype and equal query.dtype={query.dtype}")
         if x.device != query.device:
             raise ValueError(f"{name}.device={x.device} must equal query.device={query.device}")
-        if min(x.shape[1:]) < 1:
+        if any(n < 1 for n in x.shape[1:]):
             raise ValueError(f"{name}.shape={tuple(x.shape)} must have no empty axis but the batch")
     if key.shape[0] != query.shape[0] or key.shape[-2:] != query.shape[-2:]:
         raise ValueError(
