@@ -67,7 +67,7 @@ def check_grids(rank: int, query: Tensor, key: Tensor, value: Tensor, *, cross: 
         axes = "heads and spatial axes" if cross else "the heads axis"
         raise ValueError(f"key.shape={tuple(key.shape)} must equal query.shape={tuple(query.shape)} in all but {axes}")
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if min(x.shape[1:]) < 1:
+        if any(n < 1 for n in x.shape[1:]):  # `min` would compare symbols with each other
             raise ValueError(f"{name}.shape={tuple(x.shape)} must have no empty axis but the batch")
     if query.shape[-2] % key.shape[-2]:
         raise ValueError(f"query heads ({query.shape[-2]}) must be a multiple of key heads ({key.shape[-2]})")

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..kernels.calling import Impl
 from ..kernels.ops import agent_attention
+from ..kernels.symbolic import known
 
 AXIS_BIASES = {"ah_bias": (3, 0), "aw_bias": (4, 1), "ha_bias": (2, 0), "wa_bias": (3, 1)}  # its axis, the grid's axis
 
@@ -21,7 +22,7 @@ def is_plain(x: Tensor) -> bool:
 
 def resize_axis_bias(bias: Tensor, axis: int, length: int) -> Tensor:
     """A bias whose `axis` gets another length, interpolated linearly; itself when the length is right."""
-    if bias.shape[axis] == length:
+    if known(bias.shape[axis] == length):
         return bias
     lines = bias.movedim(axis, -1)
     resized = F.interpolate(lines.flatten(0, -2)[None].float(), size=length, mode="linear", align_corners=False)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..kernels.calling import Impl
 from ..kernels.ops import window_attention
+from .completion import complete_multiples, crop
 
 
 class HiLo(nn.Module):
@@ -76,11 +77,10 @@ class HiLo(nn.Module):
         """
         if x.dim() != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, H, W, {self.dim}]")
-        right, bottom = (-n % self.window for n in (x.shape[2], x.shape[1]))
-        padded = F.pad(x, (0, 0, 0, right, 0, bottom)) if right or bottom else x
+        padded = complete_multiples(x, (self.window, self.window))
         branches = []
         if self.high_heads:
-            branches.append(self._high(padded)[:, : x.shape[1], : x.shape[2]])
+            branches.append(crop(self._high(padded), x.shape[1:3]))
         if self.low_heads:
             branches.append(self._low(x, padded))
         return self.proj_drop(torch.cat(branches, dim=-1) if len(branches) > 1 else branches[0])

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from ..kernels.calling import PerHead, extra_visibility, on_grid
 from ..kernels.neighborhood.heads import is_per_head
 from ..kernels.ops import na1d, na2d, na3d
+from ..kernels.symbolic import at_least
+from .completion import complete, crop
 
 Rope = Callable[[Tensor, Tensor], Tensor]
 
@@ -150,7 +152,7 @@ class _NeighborhoodAttention(nn.Module):
             impl=self.impl,
         )
         if self.pad:
-            out = out[(slice(None), *(slice(n) for n in spatial))]
+            out = crop(out, spatial)
         return self.proj_drop(self.proj(out.flatten(-2)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,8 +171,7 @@ class _NeighborhoodAttention(nn.Module):
 
     def _pad(self, x: Tensor) -> Tensor:
         """Zeros after the last token of each axis that is shorter than window * dilation."""
-        missing = [max(span - n, 0) for n, span in zip(x.shape[1:-1], self._spans(), strict=True)]
-        return F.pad(x, (0, 0, *(side for m in reversed(missing) for side in (0, m)))) if any(missing) else x
+        return complete(x, [at_least(span, n) for span, n in zip(self._spans(), x.shape[1:-1], strict=True)])
 
     def _spans(self) -> list[int]:
         """The most tokens that the window of a head reaches over, per axis."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.symbolic import known
+
 
 def resize_positions(table: Tensor, grid_size: Sequence[int], new_size: Sequence[int], prefix: int = 0) -> Tensor:
     """Position embedding for a map of another size, bicubic in float32.
@@ -19,7 +21,7 @@ def resize_positions(table: Tensor, grid_size: Sequence[int], new_size: Sequence
     Returns:
         `[1, prefix + new H * new W, C]` in the dtype of table, which itself is returned when the size is right.
     """
-    if tuple(grid_size) == tuple(new_size):
+    if all(known(old == new) for old, new in zip(grid_size, new_size, strict=True)):
         return table
     maps = table[:, prefix:].float().unflatten(1, tuple(grid_size)).permute(0, 3, 1, 2)
     resized = F.interpolate(maps, size=tuple(new_size), mode="bicubic", align_corners=False)

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from ..kernels.block_sparse import block_sparse_attention
 from ..kernels.block_sparse.routing import make_routing_mask, routing_attention2d
 from ..kernels.calling import Impl
+from ..kernels.symbolic import at_least, ceil_div, known
+from .completion import complete_multiples, crop
 
 
 def pointwise(conv: bool, dim: int, out: int, *, bias: bool = True, device=None, dtype=None) -> nn.Module:
@@ -98,14 +100,12 @@ class BiLevelRoutingAttention2d(_PositionAttention):
         """
         self._check(x)
         rows, columns = x.shape[1:3]
-        right, bottom = -columns % self.regions, -rows % self.regions
-        if right or bottom:
-            if not self.auto_pad:
-                raise ValueError(f"x has a map of {(rows, columns)}; regions={self.regions} must divide both sides")
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        if not self.auto_pad and (rows % self.regions or columns % self.regions):
+            raise ValueError(f"x has a map of {(rows, columns)}; regions={self.regions} must divide both sides")
+        x = complete_multiples(x, (self.regions, self.regions))
         query, key, value = self._heads(self.qkv["qkv"](x))
         out = routing_attention2d(query, key, value, regions=self.regions, topk=self.topk, impl=self.impl)
-        out = (out.flatten(-2) + conv_nhwc(self.lepe, value.flatten(-2)))[:, :rows, :columns]
+        out = crop(out.flatten(-2) + conv_nhwc(self.lepe, value.flatten(-2)), (rows, columns))
         return self.proj_drop(self.wo(out))
 
     def attention_macs(self, grid: tuple[int, int]) -> int:
@@ -148,8 +148,9 @@ class ConvRoutingAttention2d(_PositionAttention):
 
     def _cut(self, grid: tuple[int, int]) -> tuple[tuple[int, int], int]:
         """Tokens of a region along height and width, and how many regions each attends to."""
-        height, width = (max(n // self.regions, 1) for n in grid)
-        return (height, width), min(self.topk, -(-grid[0] // height) * -(-grid[1] // width))
+        height, width = (at_least(1, n // self.regions) for n in grid)
+        count = ceil_div(grid[0], height) * ceil_div(grid[1], width)
+        return (height, width), self.topk if known(count >= self.topk) else torch.sym_min(self.topk, count)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, dim]` to `[B, H, W, dim]`; a ValueError for a shape that does not fit."""
@@ -158,10 +159,9 @@ class ConvRoutingAttention2d(_PositionAttention):
         size, topk = self._cut((rows, columns))
         query, key, value = self._heads(conv_nhwc(self.qkv_linear, x))
         mask = make_routing_mask(query, key, size=size, topk=topk)
-        missing = (0, 0, 0, 0, 0, -columns % size[1], 0, -rows % size[0])
-        padded = (F.pad(t, missing) if any(missing) else t for t in (query, key, value))
+        padded = (complete_multiples(t, size) for t in (query, key, value))
         out = block_sparse_attention(*padded, mask=mask, scale=self.dim**-0.5, impl=self.impl)
-        out = out[:, :rows, :columns].flatten(-2) + conv_nhwc(self.lepe, value.flatten(-2))
+        out = crop(out, (rows, columns)).flatten(-2) + conv_nhwc(self.lepe, value.flatten(-2))
         return self.proj_drop(conv_nhwc(self.output_linear, out))
 
     def attention_macs(self, grid: tuple[int, int]) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..kernels.calling import Impl
 from ..kernels.ops import relative_bias, window_attention
+from ..kernels.symbolic import at_most, known
 
 
 class WindowAttention2d(nn.Module):
@@ -68,13 +69,21 @@ class WindowAttention2d(nn.Module):
         rows, columns = (slice(self.window - n, self.window + n - 1) for n in window)
         return relative_bias(table[:, rows, columns], window=window)
 
+    def _shift(self, length: int) -> int:
+        """0 on an axis no longer than the window."""
+        if known(length > self.window) or self.shift == 0:
+            return self.shift
+        if known(length <= self.window):
+            return 0
+        return self.shift * torch.sym_min(torch.sym_max(length - self.window, 0), 1)
+
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, dim]` to `[B, H, W, dim]`; raises ValueError for another shape."""
         if x.dim() != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, H, W, {self.dim}]")
         size = (x.shape[1], x.shape[2])
-        window = (min(self.window, size[0]), min(self.window, size[1]))
-        shift = tuple(self.shift if n > self.window else 0 for n in size)
+        window = (at_most(self.window, size[0]), at_most(self.window, size[1]))
+        shift = tuple(self._shift(n) for n in size)
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)  # [B, H, W, heads, d]
         out = window_attention(query, key, value, window=window, shift=shift, bias=self.bias(window), impl=self.impl)
         return self.proj_drop(self.proj(out.flatten(3)))

@@ -23,7 +23,7 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor, agent: Tensor) -> N
             raise ValueError(
                 f"{name}.shape={tuple(x.shape)} must have the batch, {alike} of query.shape={tuple(query.shape)}"
             )
-        if min(x.shape[1:]) < 1:
+        if any(n < 1 for n in x.shape[1:]):
             raise ValueError(f"{name}.shape={tuple(x.shape)} must have no empty axis but the batch")
     if key.shape[:-1] != value.shape[:-1]:
         raise ValueError(

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..calling import is_plain_call, wants_gradient
 from ..softmax import REGISTER
+from ..symbolic import known
 
 
 def attend(
@@ -42,7 +43,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
     bias = bias.to(query.dtype)
     if not torch.compiler.is_compiling() and key.shape[2] < REGISTER:  # a graph that is open in agents would close
         return ((key * scale) @ query.mT + bias.mT).softmax(-2).mT @ value
-    if query.shape[2] >= key.shape[2]:  # the scale goes to the fewer
+    if known(query.shape[2] >= key.shape[2]):  # the scale goes to the fewer
         return (query @ (key * scale).mT + bias).softmax(-1) @ value
     # fused attention makes zeros of a row that is all minus infinity, and softmax NaN; on CPU it costs nothing to look
     looks = is_plain_call() and query.device.type == "cpu"

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..symbolic import ceil_div
+
 
 class BlockMask(NamedTuple):
     """For every box of queries, a list of the boxes of keys it attends to.
@@ -50,7 +52,7 @@ class BlockMask(NamedTuple):
 
 def boxes(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
     """Boxes of `block` tokens along each axis of a grid, those cut short included."""
-    return tuple((n + b - 1) // b for n, b in zip(shape, block, strict=True))
+    return tuple(ceil_div(n, b) for n, b in zip(shape, block, strict=True))
 
 
 def listed(kv_num: Tensor, kv_idx: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch.nn.functional import avg_pool2d
 
 from ..arguments import operator
 from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, without_autocast
+from ..symbolic import ceil_div, is_symbol, known
 from .api import block_sparse_attention
 from .mask import BlockMask, boxes
 
@@ -38,11 +39,24 @@ def _means(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Mean over the tokens of every region, in float32 at least: `[B, H, W, heads, d]` to `[B, regions, heads * d]`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     height, width = x.shape[1:3]
-    if height % size[0] == 0 and width % size[1] == 0:
+    if any(is_symbol(n) for n in (height, width, *size)):
+        batch, down, across = x.shape[0], *(ceil_div(n, s) for n, s in zip((height, width), size, strict=True))
+        rows, columns = (_shares(n, s, dtype, x.device) for n, s in zip((height, width), size, strict=True))
+        x = x.reshape(batch * height, width, -1).to(dtype)
+        x = torch.bmm(columns.expand(batch * height, across, width), x).view(batch, height, across * x.shape[2])
+        return torch.bmm(rows.expand(batch, down, height), x).view(batch, down * across, -1)
+    if known(height % size[0] == 0) and known(width % size[1] == 0):
         cut = x.unflatten(1, (height // size[0], size[0])).unflatten(3, (width // size[1], size[1]))
         return cut.mean(4, dtype=dtype).mean(2).flatten(3).flatten(1, 2)
     pooled = avg_pool2d(x.flatten(3).permute(0, 3, 1, 2), size, ceil_mode=True, count_include_pad=False)
     return pooled.flatten(2).transpose(1, 2).to(dtype)
+
+
+def _shares(length: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What every token of an axis has in the mean of every region, `[regions, length]`."""
+    region = torch.arange(ceil_div(length, size), device=device)
+    belongs = (torch.arange(length, device=device) // size == region[:, None]).to(dtype)
+    return belongs / belongs.sum(1, keepdim=True)
 
 
 @torch.no_grad()

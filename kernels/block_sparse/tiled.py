@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from ..calling import without_autocast
+from ..symbolic import ceil_div, exporting, known
+from . import gathered
 from .mask import BlockMask, boxes
 
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
@@ -41,6 +43,9 @@ def attend(
 
     Both are differentiable once; a second derivative raises RuntimeError.
     """
+    if exporting():
+        extra = {"extra_key": extra_key, "extra_value": extra_value}
+        return gathered.attend(query, key, value, mask=mask, scale=scale, **extra)
     lists = mask.kv_num, mask.kv_idx, mask.bias, mask.q_len, mask.kv_len
     blocks = tuple(mask.query_block), tuple(mask.key_block)
     return _Attention.apply(query, key, value, extra_key, extra_value, *lists, *blocks, scale)
@@ -105,7 +110,7 @@ def _select(x: _Operands, batch: slice, heads: slice) -> _Operands:
 
 
 def _divides(shape: Sequence[int], block: Sequence[int]) -> bool:
-    return all(n % b == 0 for n, b in zip(shape, block, strict=True))
+    return all(known(ceil_div(n, b) * b == n) for n, b in zip(shape, block, strict=True))
 
 
 def _cut(x: Tensor, block: tuple[int, ...], group: int) -> Tensor:

@@ -50,7 +50,7 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [B, *spatial, heads, head_dim]")
         if x.dtype != query.dtype:
             raise TypeError(f"{name}.dtype={x.dtype} must equal query.dtype={query.dtype}")
-        if min(x.shape[1:]) < 1:
+        if any(n < 1 for n in x.shape[1:]):
             raise ValueError(f"{name}.shape={tuple(x.shape)} must have no empty axis but the batch")
     if key.shape[0] != query.shape[0] or key.shape[-2:] != query.shape[-2:]:
         raise ValueError(

@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from ..calling import tracing, without_autocast
+from ..symbolic import known, plain
 from . import tiled_plan
 from .geometry import Axis, query_count
-from .tiled_plan import Chunk, Plan, Sizes
+from .tiled_plan import Chunk, Plan, Sizes, Slab
 
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
 CACHE_BYTES = 6 << 20  # what a chunk works on should stay in cache
@@ -73,7 +74,7 @@ def _prepare(
         k, v = (torch.cat([x, extra.reshape(-1, x.shape[-1])]) for x, extra in zip((k, v), extras, strict=True))
     # A box holds values that a query must not see, and zero times NaN is NaN: the values are made finite, and the keys
     # of those that were not become NaN, which masks keep out. On CPU it costs nothing to look whether it is needed.
-    accumulate = torch.promote_types(v.dtype, torch.float32)
+    accumulate = _accumulate(v)
     if tracing() or v.device.type != "cpu" or not math.isfinite(v.sum(dtype=accumulate).item()):
         total = v.sum(-1, keepdim=True, dtype=accumulate)
         k, v = k + (total - total).to(k.dtype), v.nan_to_num()
@@ -87,32 +88,25 @@ def _width(query: Tensor, value: Tensor) -> int:
     return index(query.shape[-1] + value.shape[-1] + 1) // 2
 
 
+def _known_axis(axis: Axis) -> tuple[int, int, bool, int, int]:
+    """What the choice of a cut knows of an axis: its lengths are 0 where they are symbols."""
+    n = tiled_plan.positions(axis)
+    length = axis.window if known(axis.window == n) else plain(n)
+    return axis.window, axis.stride, axis.causal, length, index(tiled_plan.query_positions(axis)) if axis.queries else 0
+
+
 def _make_plan(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None, axes: tuple[Axis, ...]) -> Plan:
     extra = 0 if extra_key is None else extra_key.shape[1]
     group, d = index(query.shape[-2] // key.shape[-2]), _width(query, value)
-    if not tracing():
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        known = tuple(
-            (a.window, a.stride, a.causal, tiled_plan.positions(a), tiled_plan.query_positions(a) if a.queries else 0)
-            for a in axes
-        )
-        in_out = 2 * d * (query.numel() + key.numel()) // query.shape[-1] * query.dtype.itemsize
-        most = _most_bytes(in_out) / dtype.itemsize
-        cut = tiled_plan.choose_cut(known, group, d, extra, most)
-        return tiled_plan.cached_plan(axes, cut, extra, dtype, query.device)
-    # Lengths may be symbolic: they do not choose the cut, and the tables join the graph.
-    axes = tuple(Axis(a.length, index(a.window), index(a.stride), index(a.dilation), *a[4:]) for a in axes)
-    known = tuple(
-        (
-            a.window,
-            a.stride,
-            a.causal,
-            a.window if a.window == tiled_plan.positions(a) else 0,
-            index(tiled_plan.query_positions(a)) if a.queries else 0,
-        )
-        for a in axes
-    )
-    return tiled_plan.make_plan(axes, tiled_plan.choose_cut(known, group, d, index(extra)), extra, query.device)
+    if tracing():  # the tables join the graph
+        axes = tuple(Axis(a.length, index(a.window), index(a.stride), index(a.dilation), *a[4:]) for a in axes)
+        cut = tiled_plan.choose_cut(tuple(map(_known_axis, axes)), group, d, index(extra))
+        return tiled_plan.make_plan(axes, cut, extra, query.device)
+    dtype = _accumulate(query)
+    in_out = 2 * d * (query.numel() + key.numel()) // query.shape[-1] * query.dtype.itemsize
+    most = _most_bytes(in_out) / dtype.itemsize
+    cut = tiled_plan.choose_cut(tuple(map(_known_axis, axes)), group, d, extra, most)
+    return tiled_plan.cached_plan(axes, cut, extra, dtype, query.device)
 
 
 def _most_bytes(in_out: int) -> float:
@@ -123,8 +117,8 @@ def _most_bytes(in_out: int) -> float:
 def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int) -> tuple[int, int]:
     """Into how many chunks tiles and key heads are split, by the copies held of gathered rows and of logits."""
     batch, key_heads, group = rows.sizes
-    d, size = _width(rows.query, rows.value), torch.promote_types(rows.query.dtype, torch.float32).itemsize
-    unit = size * tiled_plan.workspace(plan.queries * group, plan.keys, d, row_copies, logit_copies)
+    d, size = _width(rows.query, rows.value), _accumulate(rows.query).itemsize
+    unit = size * tiled_plan.workspace(plan.queries * group, plan.slab_keys, d, row_copies, logit_copies)
     in_out = 2 * (group + 1) * key_heads * d * rows.query.dtype.itemsize  # bytes per token
     if tracing():  # the number of chunks must not depend on the number of tokens
         return index(-(-unit * key_heads // (COMPILED_RATIO * in_out * plan.queries))), 1
@@ -135,10 +129,20 @@ def _splits(plan: Plan, rows: _Rows, row_copies: int, logit_copies: int) -> tupl
     return max(1, math.ceil(batch * plan.tiles / (units // key_heads))), 1
 
 
-def _take(x: Tensor, rows: Tensor, chunk: Chunk, per_tile: int) -> Tensor:
-    """Gathered rows `[n * h, per_tile, d]` in the dtype of accumulation."""
+def _take_queries(x: Tensor, chunk: Chunk) -> Tensor:
+    """Rows of a chunk's queries `[n * h, g * q, d]` in the dtype of accumulation."""
+    n, h, g, q = chunk.shape
+    return x.index_select(0, chunk.query).to(_accumulate(x)).view(n * h, g * q, x.shape[-1])
+
+
+def _take_keys(x: Tensor, chunk: Chunk, slab: Slab) -> Tensor:
+    """Rows of a slab's keys or values `[n * h, k, d]` in the dtype of accumulation."""
     n, h = chunk.shape[:2]
-    return x.index_select(0, rows).to(torch.promote_types(x.dtype, torch.float32)).view(n * h, per_tile, x.shape[-1])
+    return x.index_select(0, slab.rows).to(_accumulate(x)).view(n * h, slab.keys, x.shape[-1])
+
+
+def _accumulate(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _bias_by_class(plan: Plan, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -151,100 +155,131 @@ def _bias_by_class(plan: Plan, bias: Tensor | None, dtype: torch.dtype) -> Tenso
     return pad(flat[:, plan.classes.entries].transpose(0, 1), (0, plan.extra)).contiguous()
 
 
-def _add_bias(logits: Tensor, plan: Plan, chunk: Chunk, bias: Tensor) -> None:
-    n, h, g, q, k = chunk.shape
+def _add_bias(logits: Tensor, plan: Plan, chunk: Chunk, slab: Slab, bias: Tensor) -> None:
+    n, h, g, q = chunk.shape
+    logits = logits.view(n, h * g, q, slab.keys)
     if plan.classes is not None and chunk.kind is not None:
-        logits.view(n, h * g, q, k).add_(bias.index_select(0, chunk.kind)[:, chunk.heads])
+        logits.add_(bias.index_select(0, chunk.kind)[:, chunk.heads])
         return
-    entries = tiled_plan.bias_entries(plan, chunk.rows)  # [n, q, k - extra]
-    values = bias[chunk.heads].index_select(1, entries.flatten()).view(h * g, n, q, k - plan.extra).transpose(0, 1)
-    logits.view(n, h * g, q, k)[..., : k - plan.extra].add_(values)
+    keys = slab.keys - slab.extra
+    entries = tiled_plan.bias_entries(plan, chunk.rows, slab.slots)  # [n, q, keys]
+    values = bias[chunk.heads].index_select(1, entries.flatten()).view(h * g, n, q, keys).transpose(0, 1)
+    logits[..., :keys].add_(values)
 
 
-def _hide(logits: Tensor, plan: Plan, chunk: Chunk) -> Tensor:
+def _hide(logits: Tensor, plan: Plan, chunk: Chunk, slab: Slab) -> Tensor:
     """Set the logits of keys outside the window to minus infinity, also where they are NaN."""
-    n, h, g, q, k = chunk.shape
-    if plan.dense:
+    n, h, g, q = chunk.shape
+    if plan.uniform:
         return logits
-    if tracing():
-        visible = tiled_plan.visibility(plan, chunk.rows)[:, None]
-        return torch.where(visible, logits.view(n, h * g, q, k), -math.inf).view(n * h, g * q, k)
-    if plan.classes is None or chunk.kind is None:
-        keep, fill = tiled_plan.mask_bits(tiled_plan.visibility(plan, chunk.rows), logits.dtype)
-    else:
+    if plan.classes is not None and chunk.kind is not None:
         keep, fill = (x.index_select(0, chunk.kind) for x in (plan.classes.keep, plan.classes.fill))
-    bits = logits.view(n, h * g, q * k).view(keep.dtype)
-    bits.bitwise_and_(keep.view(n, 1, q * k)).bitwise_or_(fill.view(n, 1, q * k))
+    else:
+        visible = tiled_plan.visibility(plan, chunk.rows, slab.slots, slab.extra)
+        if tracing():
+            logits = torch.where(visible[:, None], logits.view(n, h * g, q, slab.keys), -math.inf)
+            return logits.view(n * h, g * q, slab.keys)
+        keep, fill = tiled_plan.mask_bits(visible, logits.dtype)
+    bits = logits.view(n, h * g, q * slab.keys).view(keep.dtype)
+    bits.bitwise_and_(keep.view(n, 1, q * slab.keys)).bitwise_or_(fill.view(n, 1, q * slab.keys))
     return logits
 
 
-def _hide_extra(logits: Tensor, rows: _Rows, plan: Plan, chunk: Chunk) -> Tensor:
+def _hide_extra(logits: Tensor, rows: _Rows, slab: Slab) -> Tensor:
     """Set the logits of extra keys that are masked to minus infinity."""
-    if rows.hidden is None or not plan.extra:
+    if rows.hidden is None or not slab.extra:
         return logits
-    first = plan.keys - plan.extra
-    token = chunk.key.view(logits.shape[0], plan.keys)[:, first:] // rows.sizes.key_heads
+    first = slab.keys - slab.extra
+    token = slab.rows.view(logits.shape[0], slab.keys)[:, first:] // rows.sizes.key_heads
     hidden = rows.hidden[token - (rows.key.shape[0] // rows.sizes.key_heads - rows.hidden.shape[0])]
     logits[..., first:].masked_fill_(hidden[:, None], -math.inf)
     return logits
 
 
-def _logits(q: Tensor, k: Tensor, rows: _Rows, plan: Plan, chunk: Chunk, bias: Tensor | None) -> Tensor:
+def _logits(q: Tensor, k: Tensor, rows: _Rows, plan: Plan, chunk: Chunk, slab: Slab, bias: Tensor | None) -> Tensor:
     """Base-2 logits `[n * h, g * q, k]` of scaled queries."""
     logits = torch.bmm(q, k.mT)
     if bias is not None:
-        _add_bias(logits, plan, chunk, bias)
-    return _hide_extra(_hide(logits, plan, chunk), rows, plan, chunk)
+        _add_bias(logits, plan, chunk, slab, bias)
+    return _hide_extra(_hide(logits, plan, chunk, slab), rows, slab)
 
 
 def _forward_chunk(rows: _Rows, plan: Plan, chunk: Chunk, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output rows `[n * h * g * q, d]` and log-sum-exp `[n * h * g * q]` of the chunk's queries."""
-    _, _, g, q, k = chunk.shape
-    logits = _logits(
-        _take(rows.query, chunk.query, chunk, g * q).mul_(scale * LOG2_E),
-        _take(rows.key, chunk.key, chunk, k),
-        rows,
-        plan,
-        chunk,
-        bias,
-    )
-    highest = logits.amax(-1, keepdim=True)
-    weights = logits.sub_(highest).exp2_()
-    total = weights.sum(-1, keepdim=True)
-    out = torch.bmm(weights, _take(rows.value, chunk.key, chunk, k)).div_(total)
-    lse = total.log2_().add_(highest).mul_(1 / LOG2_E)
-    return out.to(rows.query.dtype).flatten(0, 1), lse.flatten()
+    query = _take_queries(rows.query, chunk).mul_(scale * LOG2_E)
+    highest = total = out = query.new_zeros(())
+    for i, slab in enumerate(chunk.slabs):
+        logits = _logits(query, _take_keys(rows.key, chunk, slab), rows, plan, chunk, slab, bias)
+        here = logits.amax(-1, keepdim=True)
+        if plan.slabs > 1:  # a query may see nothing of a slab, or nothing yet
+            here = here.clamp_(min=torch.finfo(here.dtype).min)
+            here = torch.maximum(here, highest) if i else here
+        weights = logits.sub_(here).exp2_()
+        value = _take_keys(rows.value, chunk, slab)
+        if i == 0:
+            total, out = weights.sum(-1, keepdim=True), torch.bmm(weights, value)
+        else:
+            before = highest.sub_(here).exp2_()
+            total = total.mul_(before).add_(weights.sum(-1, keepdim=True))
+            out = out.mul_(before).baddbmm_(weights, value)
+        highest = here
+    lse = total.log2().add_(highest).mul_(1 / LOG2_E)
+    return out.div_(total).to(rows.value.dtype).flatten(0, 1), lse.flatten()
 
 
-def _backward_chunk(rows, plan, chunk, scale, bias, grad_out, lse, grad_lse, grad_key, grad_value, grad_bias) -> Tensor:
+class _Sums(NamedTuple):
+    """What the backward adds up over chunks."""
+
+    key: Tensor  # as the rows of key and value, in the dtype of accumulation
+    value: Tensor
+    bias: Tensor | None  # as `_bias_by_class`
+
+
+class _Given(NamedTuple):
+    """Rows of a query's output and log-sum-exp and of their gradients."""
+
+    out: Tensor | None
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor
+
+
+def _backward_chunk(
+    rows: _Rows, plan: Plan, chunk: Chunk, scale: float, bias: Tensor | None, given: _Given, sums: _Sums
+) -> Tensor:
     """Add the gradients of one chunk to those of key, value and bias; returns that of the query, as its rows."""
-    n, h, g, q, k = chunk.shape
-    query, key, grad = (
-        _take(rows.query, chunk.query, chunk, g * q),
-        _take(rows.key, chunk.key, chunk, k),
-        _take(grad_out, chunk.query, chunk, g * q),
-    )
-    query = query * (scale * LOG2_E)
-    lse = lse.index_select(0, chunk.query).mul_(LOG2_E).view(n, h * g, q)
+    n, h, g, q = chunk.shape
+    query, grad = _take_queries(rows.query, chunk), _take_queries(given.grad_out, chunk)
+    query = query.mul_(scale * LOG2_E)
+    lse = given.lse.index_select(0, chunk.query).mul_(LOG2_E).view(n, h * g, q)
     lse = lse.masked_fill_(~tiled_plan.valid(plan, chunk.rows)[:, None], math.inf).view(n * h, g * q, 1)
-    weights = _logits(query, key, rows, plan, chunk, bias).sub_(lse).exp2_()
-    key_rows = chunk.key[:, None]
-    grad_value.scatter_add_(0, key_rows.expand(-1, grad.shape[-1]), torch.bmm(weights.mT, grad).flatten(0, 1))
-    slope = torch.bmm(grad, _take(rows.value, chunk.key, chunk, k).mT).mul_(weights)
-    mean = slope.sum(-1, keepdim=True).sub_(grad_lse.index_select(0, chunk.query).view(n * h, g * q, 1))
-    slope = slope.addcmul_(weights, mean, value=-1)
-    grad_key.scatter_add_(0, key_rows.expand(-1, key.shape[-1]), torch.bmm(slope.mT, query).flatten(0, 1))
-    if grad_bias is not None:
-        _add_grad_bias(grad_bias, slope.view(n, h * g, q, k), plan, chunk)
-    return torch.bmm(slope, key).mul_(scale).to(rows.query.dtype).flatten(0, 1)
+    grad_lse = given.grad_lse.index_select(0, chunk.query).view(n * h, g * q, 1)
+    mean = None
+    if given.out is not None:  # where weights are not at hand all at once
+        mean = (_take_queries(given.out, chunk) * grad).sum(-1, keepdim=True).sub_(grad_lse)
+    grad_query = torch.zeros_like(query)
+    for slab in chunk.slabs:
+        key, key_rows = _take_keys(rows.key, chunk, slab), slab.rows[:, None]
+        weights = _logits(query, key, rows, plan, chunk, slab, bias).sub_(lse).exp2_()
+        found = torch.bmm(weights.mT, grad).flatten(0, 1)
+        sums.value.scatter_add_(0, key_rows.expand(-1, found.shape[-1]), found)
+        slope = torch.bmm(grad, _take_keys(rows.value, chunk, slab).mT).mul_(weights)
+        middle = slope.sum(-1, keepdim=True).sub_(grad_lse) if mean is None else mean
+        slope = slope.addcmul_(weights, middle, value=-1)
+        found = torch.bmm(slope.mT, query).flatten(0, 1)
+        sums.key.scatter_add_(0, key_rows.expand(-1, found.shape[-1]), found)
+        if sums.bias is not None:
+            _add_grad_bias(sums.bias, slope.view(n, h * g, q, slab.keys), plan, chunk, slab)
+        grad_query.baddbmm_(slope, key)
+    return grad_query.mul_(scale).to(rows.query.dtype).flatten(0, 1)
 
 
-def _add_grad_bias(grad_bias: Tensor, slope: Tensor, plan: Plan, chunk: Chunk) -> None:
+def _add_grad_bias(grad_bias: Tensor, slope: Tensor, plan: Plan, chunk: Chunk, slab: Slab) -> None:
     if plan.classes is not None and chunk.kind is not None:
         grad_bias[:, chunk.heads] = grad_bias[:, chunk.heads].index_add(0, chunk.kind, slope)
         return
-    slope = slope[..., : slope.shape[-1] - plan.extra].transpose(0, 1).flatten(1)  # [heads, n * q * k]
-    entries = tiled_plan.bias_entries(plan, chunk.rows).flatten().expand_as(slope)
+    slope = slope[..., : slab.keys - slab.extra].transpose(0, 1).flatten(1)  # [heads, n * q * k]
+    entries = tiled_plan.bias_entries(plan, chunk.rows, slab.slots).flatten().expand_as(slope)
     grad_bias[chunk.heads] = grad_bias[chunk.heads].scatter_add(1, entries, slope)
 
 
@@ -265,14 +300,14 @@ def forward(
     bias,
     extra_key,
     extra_value,
-    extra_mask,
+    extra_mask=None,
     axes: tuple[Axis, ...],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value dim]` and log-sum-exp `[B, *spatial, heads]`."""
     plan = _make_plan(query, key, value, extra_key, axes)
     rows = _prepare(query, key, value, extra_key, extra_value, extra_mask)
-    accumulate = torch.promote_types(query.dtype, torch.float32)
+    accumulate = _accumulate(query)
     table = _bias_by_class(plan, bias, accumulate)
     out = rows.query.new_empty(rows.query.shape[0], value.shape[-1])
     lse = rows.query.new_empty(rows.query.shape[0], dtype=accumulate)
@@ -297,26 +332,31 @@ def backward(
     bias,
     extra_key,
     extra_value,
-    extra_mask,
+    extra_mask=None,
     axes: tuple[Axis, ...],
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, bias, extra_key and extra_value, None for those not given; `out` is not read."""
+    """Gradients of query, key, value, bias, extra_key and extra_value, None for those not given.
+
+    `out` is read only where boxes are cut into slabs; see `reads_output`.
+    """
     plan = _make_plan(query, key, value, extra_key, axes)
     rows = _prepare(query, key, value, extra_key, extra_value, extra_mask)
-    accumulate = lse.dtype
+    accumulate, width = lse.dtype, value.shape[-1]
     table = _bias_by_class(plan, bias, accumulate)
-    grad_out, lse, grad_lse = grad_out.reshape(-1, value.shape[-1]), lse.flatten(), grad_lse.flatten()
-    grad_key, grad_value = (torch.zeros_like(x, dtype=accumulate) for x in (rows.key, rows.value))
-    grad_bias = None if table is None else torch.zeros_like(table)
+    output = None if out is None or plan.slabs == 1 else out.reshape(-1, width)
+    given = _Given(output, lse.flatten(), grad_out.reshape(-1, width), grad_lse.flatten())
+    sums = _Sums(
+        torch.zeros_like(rows.key, dtype=accumulate),
+        torch.zeros_like(rows.value, dtype=accumulate),
+        None if table is None else torch.zeros_like(table),
+    )
     grad_query = torch.zeros_like(rows.query)
     for parts in tiled_plan.chunks(plan, rows.sizes, _splits(plan, rows, 4, 3), accumulate, query.device):
         for chunk in parts:
-            part = _backward_chunk(
-                rows, plan, chunk, scale, table, grad_out, lse, grad_lse, grad_key, grad_value, grad_bias
-            )
+            part = _backward_chunk(rows, plan, chunk, scale, table, given, sums)
             grad_query.index_add_(0, chunk.query, part)  # zeros from queries that fill up a tile
-    grad_key, grad_value = grad_key.mul_(1 / LOG2_E).to(key.dtype), grad_value.to(value.dtype)
+    grad_key, grad_value = sums.key.mul_(1 / LOG2_E).to(key.dtype), sums.value.to(value.dtype)
     tokens = key.numel() // key.shape[-1]
     if rows.hidden is not None:  # also where the gradient of the output is NaN
         hidden = rows.hidden.repeat_interleave(rows.sizes.key_heads)[:, None]
@@ -326,10 +366,15 @@ def backward(
         grad_query.view(query.shape),
         grad_key[:tokens].view(key.shape),
         grad_value[:tokens].view(value.shape),
-        None if grad_bias is None else _bias_gradient(grad_bias, plan, bias),
+        None if sums.bias is None else _bias_gradient(sums.bias, plan, bias),
         None if extra_key is None else grad_key[tokens:].clone().view(extra_key.shape),
-        None if extra_key is None else grad_value[tokens:].clone().view(extra_value.shape),
+        None if extra_value is None else grad_value[tokens:].clone().view(extra_value.shape),
     )
+
+
+def reads_output(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None, axes: tuple[Axis, ...]) -> bool:
+    """Whether the backward of a call reads its output."""
+    return not tracing() and _make_plan(query, key, value, extra_key, axes).slabs > 1
 
 
 class _Attention(torch.autograd.Function):
@@ -338,14 +383,16 @@ class _Attention(torch.autograd.Function):
         ctx.given = {"axes": axes, "scale": scale}
         extra = {"extra_key": extra_key, "extra_value": extra_value, "extra_mask": extra_mask}
         out, lse = forward(query, key, value, bias=bias, **extra, **ctx.given)
-        ctx.save_for_backward(query, key, value, bias, extra_key, extra_value, extra_mask, lse)
+        # What is not kept may be written to.
+        kept = out if reads_output(query, key, value, extra_key, axes) else None
+        ctx.save_for_backward(query, key, value, bias, extra_key, extra_value, extra_mask, kept, lse)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        query, key, value, bias, extra_key, extra_value, extra_mask, lse = ctx.saved_tensors
+        query, key, value, bias, extra_key, extra_value, extra_mask, out, lse = ctx.saved_tensors
         extra = {"extra_key": extra_key, "extra_value": extra_value, "extra_mask": extra_mask}
         with without_autocast(grad_out.device):  # as in the forward
-            grads = backward(query, key, value, None, lse, grad_out, grad_lse, bias=bias, **extra, **ctx.given)
+            grads = backward(query, key, value, out, lse, grad_out, grad_lse, bias=bias, **extra, **ctx.given)
         return *grads, None, None, None

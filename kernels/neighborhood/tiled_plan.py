@@ -2,14 +2,15 @@
 
 An axis with dilation is cut into its dilation groups first, so a tile is a run of neighbouring positions of one group
 on every axis, and its box is the run of positions that holds the windows of them all. Everything is a small table per
-axis; the tables of a whole tile are combined when a chunk of tiles is computed.
+axis; the tables of a whole tile are combined when a chunk of tiles is computed. A box whose keys would take too much
+memory is cut into slabs, which a tile attends to one after the other.
 """
 
 import math
 import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache, reduce
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
 from ..calling import tracing
+from ..symbolic import ceil_div
 from .geometry import Axis, group_length, query_count, query_range, window_bounds
 
 TILES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128)
@@ -57,8 +59,9 @@ class Plan(NamedTuple):
     grid: tuple[int, ...]  # tiles per axis
     tile: tuple[int, ...]  # queries of a tile per axis
     box: tuple[int, ...]  # keys of a tile per axis
+    slabs: int  # that a box is cut into, along its longest axis
     extra: int  # keys after those of the box, seen by every query
-    dense: bool  # every query sees every key of its box
+    uniform: bool  # every query sees every key of its box
     classes: Classes | None
 
     @property
@@ -73,16 +76,33 @@ class Plan(NamedTuple):
     def keys(self) -> int:
         return prod(self.box) + self.extra
 
+    @property
+    def slab_keys(self) -> int:
+        """Keys of the largest slab, and those after the box."""
+        return prod(self.box) // max(self.box) * -(-max(self.box) // self.slabs) + self.extra
+
+
+class Slab(NamedTuple):
+    """Keys that the tiles of a chunk attend to at a time, k of them a tile."""
+
+    slots: tuple[tuple[int, int], ...]  # per axis, the first slot of the box and the one after the last
+    extra: int  # how many of the last keys are no part of the box
+    rows: Tensor  # [n * h * k] rows of key and value
+
+    @property
+    def keys(self) -> int:
+        return prod([last - first for first, last in self.slots]) + self.extra
+
 
 class Chunk(NamedTuple):
-    """Some tiles and key heads; n tiles, h key heads, g query heads a key head, q queries and k keys a tile."""
+    """Some tiles and key heads; n tiles, h key heads, g query heads a key head, q queries a tile."""
 
     rows: list[Tensor]  # per axis, which row of the plan's tables, [n]
     kind: Tensor | None  # class of each tile, [n]
     heads: slice  # query heads
     query: Tensor  # [n * h * g * q] rows of the query
-    key: Tensor  # [n * h * k] rows of key and value
-    shape: tuple[int, int, int, int, int]  # n, h, g, q, k
+    slabs: list[Slab]
+    shape: tuple[int, int, int, int]  # n, h, g, q
 
 
 class Sizes(NamedTuple):
@@ -108,9 +128,10 @@ def box_length(window: int, stride: int, causal: bool, tile: int, anywhere: bool
     return longest
 
 
-def _cost(rows: int, keys: int, head_dim: int) -> float:
+def _cost(rows: int, keys: int, head_dim: int, slabs: int) -> float:
     """Nanoseconds for one tile, fitted on one core: products (poor with few rows), softmax, gathers, calls."""
-    return (rows + 4) * keys * 0.05 * head_dim + 0.9 * rows * keys + (0.35 * keys + 0.6 * rows) * head_dim + 100
+    gathers = (0.35 * keys + 0.6 * rows * slabs) * head_dim
+    return (rows + 4 * slabs) * keys * 0.05 * head_dim + 0.9 * rows * keys + gathers + 100 * slabs
 
 
 def workspace(rows: int, keys: int, head_dim: int, row_copies: int, logit_copies: int) -> int:
@@ -118,11 +139,25 @@ def workspace(rows: int, keys: int, head_dim: int, row_copies: int, logit_copies
     return (rows + keys) * (row_copies * head_dim + 2) + rows * keys * logit_copies
 
 
+def _fit(rows: int, box: tuple[int, ...], extra: int, head_dim: int, most: float) -> tuple[int, float]:
+    """Slabs of a box that keep the workspace of the backward to `most`, and by how much as many as can be exceed it."""
+    if workspace(rows, prod(box) + extra, head_dim, 4, 3) <= most:
+        return 1, 0.0
+    longest = max(box)
+    fixed = workspace(rows, extra, head_dim, 4, 3)
+    slot = workspace(rows, extra + prod(box) // longest, head_dim, 4, 3) - fixed  # one step along the longest axis
+    slots = (most - fixed) // slot
+    if slots < 1:
+        return longest, fixed + slot - most
+    return math.ceil(longest / slots), 0.0
+
+
 class Cut(NamedTuple):
-    """Queries of a tile and keys of its box, per axis."""
+    """Queries of a tile and keys of its box, per axis, and the slabs that the box is cut into."""
 
     tile: tuple[int, ...]
     box: tuple[int, ...]
+    slabs: int = 1
 
 
 @torch.compiler.assume_constant_result  # a search to run, not to trace
@@ -152,30 +187,30 @@ def _choose_cut(
         options.append([(t, k, rows / (-(-rows // t) * t) if rows else 1.0) for t, k in zip(sizes, keys, strict=True)])
 
     def cost(choice: tuple[tuple[int, int, float], ...]) -> tuple[float, float]:
-        tile, box, used = (prod(x) for x in zip(*choice, strict=True))
-        rows, keys = int(tile * group), int(box) + extra
-        excess = max(0.0, workspace(rows, keys, head_dim, 4, 3) - most)
-        return excess, _cost(rows, keys, head_dim) / (tile * used)
+        tile, box, used = zip(*choice, strict=True)
+        rows, keys = prod(tile) * group, prod(box) + extra
+        slabs, excess = _fit(rows, box, extra, head_dim, most)
+        return excess, _cost(rows, keys, head_dim, slabs) / (prod(tile) * prod(used))
 
     choices = (choice for choice in product(*options) if prod(t for t, _, _ in choice) <= MAX_QUERIES)
     tile, box, _ = zip(*min(choices, key=cost), strict=True)
-    return Cut(tile, box)
+    return Cut(tile, box, _fit(prod(tile) * group, box, extra, head_dim, most)[0])
 
 
 def positions(axis: Axis) -> int:
     """Positions in the longest dilation group."""
-    return -(-axis.length // axis.dilation)
+    return ceil_div(axis.length, axis.dilation)
 
 
 def query_positions(axis: Axis) -> int:
     """Positions of queries in the dilation group that has most of them."""
-    return -(-query_count(axis) // axis.dilation)
+    return ceil_div(query_count(axis), axis.dilation)
 
 
 def _axis_tiles(axis: Axis, tile: int, box: int, device: torch.device) -> AxisTiles:
     length, window, stride, dilation, causal, _ = axis
     first, last = query_range(axis)
-    count = -(-query_positions(axis) // tile)  # tiles of each dilation group
+    count = ceil_div(query_positions(axis), tile)  # tiles of each dilation group
     row = torch.arange(count * dilation, device=device)[:, None]
     group = row // count  # [tiles, 1]
     begin, end = group_length(first, dilation, group), group_length(last, dilation, group)
@@ -212,13 +247,28 @@ def tile_rows(plan: Plan, tiles: Tensor) -> list[Tensor]:
     return rows[::-1]
 
 
-def tokens(plan: Plan, rows: list[Tensor], name: str) -> Tensor:
-    """Flat tokens of the "query" tile or of the "key" box: int64 `[n, q or k]`."""
+def _tokens(coordinates: list[Tensor], lengths: list[int]) -> Tensor:
+    """Flat tokens `[n, …]` of coordinates `[n, c]` on axes of these lengths, in C order."""
     parts, stride = [], 1
-    for axis, table, row in zip(reversed(plan.axes), reversed(plan.tables), reversed(rows), strict=True):
-        parts.append(getattr(table, name).index_select(0, row) * stride)
-        stride = stride * (query_count(axis) if name == "query" else axis.length)
+    for coordinate, length in zip(reversed(coordinates), reversed(lengths), strict=True):
+        parts.append(coordinate * stride)
+        stride = stride * length
     return _outer(torch.add, parts[::-1])
+
+
+def query_tokens(plan: Plan, rows: list[Tensor]) -> Tensor:
+    """Flat tokens of the queries of tiles: int64 `[n, q]`."""
+    coordinates = [table.query.index_select(0, row) for table, row in zip(plan.tables, rows, strict=True)]
+    return _tokens(coordinates, [query_count(axis) for axis in plan.axes])
+
+
+def key_tokens(plan: Plan, rows: list[Tensor], slots: tuple[tuple[int, int], ...]) -> Tensor:
+    """Flat tokens of the keys of a slab of each box: int64 `[n, k]`."""
+    coordinates = [
+        table.key[:, first:last].index_select(0, row)
+        for table, row, (first, last) in zip(plan.tables, rows, slots, strict=True)
+    ]
+    return _tokens(coordinates, [axis.length for axis in plan.axes])
 
 
 def valid(plan: Plan, rows: list[Tensor]) -> Tensor:
@@ -226,14 +276,14 @@ def valid(plan: Plan, rows: list[Tensor]) -> Tensor:
     return _outer(torch.logical_and, [t.valid.index_select(0, r) for t, r in zip(plan.tables, rows, strict=True)])
 
 
-def visibility(plan: Plan, rows: list[Tensor]) -> Tensor:
-    """Who sees whom: bool `[n, q, k]`."""
+def visibility(plan: Plan, rows: list[Tensor], slots: tuple[tuple[int, int], ...], extra: int) -> Tensor:
+    """Which query sees which key of a slab: bool `[n, q, k]`."""
     parts = []
-    for table, row, k in zip(plan.tables, rows, plan.box, strict=True):
-        slot = torch.arange(k, device=row.device)
+    for table, row, slot_range in zip(plan.tables, rows, slots, strict=True):
+        slot = torch.arange(*slot_range, device=row.device)
         first, last = (x.index_select(0, row)[..., None] for x in (table.first, table.last))
         parts.append((slot >= first) & (slot < last))
-    return pad(_outer(torch.logical_and, parts), (0, plan.extra), value=True)
+    return pad(_outer(torch.logical_and, parts), (0, extra), value=True)
 
 
 def mask_bits(visible: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -245,23 +295,31 @@ def mask_bits(visible: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return keep, ~keep & MINUS_INFINITY[dtype]
 
 
-def bias_entries(plan: Plan, rows: list[Tensor]) -> Tensor:
-    """Entry of the flattened bias table for each query and key, extra keys aside: int64 `[n, q, k]`."""
+def bias_entries(plan: Plan, rows: list[Tensor], slots: tuple[tuple[int, int], ...]) -> Tensor:
+    """Entry of the flattened bias table for each query and key of a slab, extra keys aside: int64 `[n, q, k]`."""
     parts, stride = [], 1
-    for axis, table, row, k in zip(*(reversed(x) for x in (plan.axes, plan.tables, rows, plan.box)), strict=True):
-        entry = table.offset.index_select(0, row)[..., None] + torch.arange(k, device=row.device)
+    for axis, table, row, slot_range in zip(*map(reversed, (plan.axes, plan.tables, rows, slots)), strict=True):
+        entry = table.offset.index_select(0, row)[..., None] + torch.arange(*slot_range, device=row.device)
         parts.append(entry.clamp(0, 2 * axis.window - 2) * stride)
         stride *= 2 * axis.window - 1
     return _outer(torch.add, parts[::-1])
 
 
+def slab_slots(plan: Plan) -> list[tuple[tuple[int, int], ...]]:
+    """Slots of every slab, per axis."""
+    whole = [(0, k) for k in plan.box]
+    longest = plan.box.index(max(plan.box))
+    ends = [plan.box[longest] * i // plan.slabs for i in range(plan.slabs + 1)]
+    return [(*whole[:longest], ends_of, *whole[longest + 1 :]) for ends_of in pairwise(ends)]
+
+
 def make_plan(axes: tuple[Axis, ...], cut: Cut, extra: int, device: torch.device) -> Plan:
     """Cut the grid into tiles; lengths may be symbolic, a box may be longer than its axis."""
-    tile, box = cut
-    tables = tuple(_axis_tiles(a, t, k, device) for a, t, k in zip(axes, tile, box, strict=True))
-    grid = tuple(-(-query_positions(a) // t) * a.dilation for a, t in zip(axes, tile, strict=True))
-    dense = all(a.window * a.dilation == a.length and not a.causal for a in axes)
-    return Plan(axes, tables, grid, tile, box, extra, dense, None)
+    tables = tuple(_axis_tiles(a, t, k, device) for a, t, k in zip(axes, cut.tile, cut.box, strict=True))
+    grid = tuple(ceil_div(query_positions(a), t) * a.dilation for a, t in zip(axes, cut.tile, strict=True))
+    # Each query sees `window` keys: where no box has more, its queries share one window.
+    uniform = all(k == a.window and not a.causal for a, k in zip(axes, cut.box, strict=True))
+    return Plan(axes, tables, grid, *cut, extra, uniform, None)
 
 
 @lru_cache(maxsize=64)
@@ -275,10 +333,10 @@ def cached_plan(axes: tuple[Axis, ...], cut: Cut, extra: int, dtype: torch.dtype
         unique, kind = torch.unique(torch.cat([table.first, table.last, table.offset], 1), dim=0, return_inverse=True)
         pattern, patterns = pattern * len(unique) + kind[row], patterns * len(unique)
     kinds, of_tile = torch.unique(pattern, return_inverse=True)
-    if len(kinds) * plan.queries * plan.keys <= CLASS_ELEMENTS:
-        rows = tile_rows(plan, torch.empty_like(kinds).scatter_(0, of_tile, tiles))
-        masks = mask_bits(visibility(plan, rows), dtype)
-        plan = plan._replace(classes=Classes(of_tile, *masks, bias_entries(plan, rows)))
+    if cut.slabs == 1 and len(kinds) * plan.queries * plan.keys <= CLASS_ELEMENTS:
+        rows, (slots,) = tile_rows(plan, torch.empty_like(kinds).scatter_(0, of_tile, tiles)), slab_slots(plan)
+        masks = mask_bits(visibility(plan, rows, slots, extra), dtype)
+        plan = plan._replace(classes=Classes(of_tile, *masks, bias_entries(plan, rows, slots)))
     return tree_map_only(Tensor, lambda x: x.to(device), plan)
 
 
@@ -289,22 +347,26 @@ def _chunk(plan: Plan, sizes: Sizes, splits: tuple[int, int], i: int, device: to
     tiles = torch.arange(total * i // splits[0], total * (i + 1) // splits[0], device=device)
     batch, tile = tiles // plan.tiles, tiles % plan.tiles
     rows = tile_rows(plan, tile)
-    query = tokens(plan, rows, "query") + batch[:, None] * queries
-    key = tokens(plan, rows, "key") + batch[:, None] * keys
+    query = query_tokens(plan, rows) + batch[:, None] * queries
+    slabs = [(slots, 0, key_tokens(plan, rows, slots) + batch[:, None] * keys) for slots in slab_slots(plan)]
     if plan.extra:
         extra = sizes.batch * keys + batch[:, None] * plan.extra + torch.arange(plan.extra, device=device)
-        key = torch.cat([key, extra], 1)
+        slots, _, key = slabs[-1]
+        slabs[-1] = (slots, plan.extra, torch.cat([key, extra], 1))
     kind = None if plan.classes is None else plan.classes.of_tile.index_select(0, tile)
     chunks = []
     for j in range(splits[1]):
         first, last = (sizes.key_heads * x // splits[1] for x in (j, j + 1))
         head = torch.arange(first, last, device=device)
         member = head[:, None] * sizes.group + torch.arange(sizes.group, device=device)  # [h, g]
-        key_rows = key[:, None, :] * sizes.key_heads + head[:, None]  # [n, h, k]
         query_rows = query[:, None, None, :] * (sizes.key_heads * sizes.group) + member[..., None]  # [n, h, g, q]
+        of_head = [
+            Slab(slots, extra, (key[:, None, :] * sizes.key_heads + head[:, None]).flatten())  # [n, h, k]
+            for slots, extra, key in slabs
+        ]
         heads = slice(first * sizes.group, last * sizes.group)
-        shape = (tile.shape[0], last - first, sizes.group, plan.queries, plan.keys)
-        chunks.append(Chunk(rows, kind, heads, query_rows.flatten(), key_rows.flatten(), shape))
+        shape = (tile.shape[0], last - first, sizes.group, plan.queries)
+        chunks.append(Chunk(rows, kind, heads, query_rows.flatten(), of_head, shape))
     return chunks
 
 
@@ -318,7 +380,9 @@ def chunks(
     plan: Plan, sizes: Sizes, splits: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> Iterable[list[Chunk]]:
     """All tiles of the batch in order, in chunks; each a list over key heads."""
-    few = sizes.batch * plan.tiles * sizes.key_heads * (plan.keys + plan.queries * sizes.group) <= CACHED_ROWS
-    if few and not tracing():
-        return _cached_chunks((plan.axes, Cut(plan.tile, plan.box), plan.extra, dtype), sizes, splits, device)
+    if not tracing():  # where the number of rows may be a symbol
+        rows = sizes.batch * plan.tiles * sizes.key_heads * (plan.keys + plan.queries * sizes.group)
+        if rows <= CACHED_ROWS:
+            cut = Cut(plan.tile, plan.box, plan.slabs)
+            return _cached_chunks((plan.axes, cut, plan.extra, dtype), sizes, splits, device)
     return (_chunk(plan, sizes, splits, i, device) for i in range(splits[0]))

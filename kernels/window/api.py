@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..arguments import operator
 from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, resolve_scale, without_autocast
+from ..symbolic import known
 from . import library, reference, tiled
 from .geometry import Axis
 
@@ -37,13 +38,13 @@ def make_axes(
         per_axis(name, value, rank, int) for name, value in (("window", window), ("shift", shift), ("halo", halo))
     )
     for i, (n, w, s, h) in enumerate(zip(shape, windows, shifts, halos, strict=True)):
-        if not 1 <= w <= n:
+        if known(w < 1) or known(w > n):
             raise ValueError(f"window={w} on axis {i} must lie in [1, length={n}]")
         if not 0 <= s < w:
             raise ValueError(f"shift={s} on axis {i} must lie in [0, window={w})")
         if h < 0:
             raise ValueError(f"halo={h} on axis {i} must not be negative")
-    if any(shifts) and any(halos):
+    if any(halos) and any(shifts):
         raise ValueError(f"shift={shifts} cannot be combined with halo={halos}: one of them must be 0")
     enlarged = tuple(n + 2 * h for n, h in zip(shape, halos, strict=True))
     keys = tuple(shape if key_shape is None else key_shape)
@@ -61,7 +62,7 @@ def _axes_of(query: Tensor, key: Tensor, value: Tensor, window, shift, halo) -> 
         raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, 1 to 3 spatial axes, heads, head_dim]")
     if key.dim() != query.dim() or key.shape[:-1] != value.shape[:-1]:
         check_grids(rank, query, key, value)
-    if min(query.shape[1:]) < 1:
+    if any(n < 1 for n in query.shape[1:]):
         raise ValueError(f"query.shape={tuple(query.shape)} must have no empty axis but the batch")
     spatial = slice(1, 1 + rank)
     axes = make_axes(query.shape[spatial], window=window, shift=shift, halo=halo, key_shape=key.shape[spatial])

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from ..calling import wants_gradient
 from ..softmax import softmax
+from ..symbolic import known
+from . import rolled
 from .geometry import Axis, Run, runs
 
 Cut = tuple[int, int, int, int]  # how many stretches, the first coordinate, coordinates of one, from one to the next
@@ -115,7 +117,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
 def _is_fused(tensors: tuple[Tensor, ...], bias: Tensor | None, rows: int, lse: bool) -> bool:
     """Whether PyTorch's fused attention computes a box: faster for many rows, but it has no lse."""
     least = FUSED_TRAINING if wants_gradient(*tensors) else FUSED_INFERENCE
-    return not lse and not wants_gradient(bias) and rows >= least
+    return not lse and not wants_gradient(bias) and known(rows >= least)
 
 
 def attend(
@@ -129,6 +131,8 @@ def attend(
     lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Output `[B, *spatial, heads, value_dim]` and, unless `lse` is off, natural log-sum-exp `[B, *spatial, heads]`."""
+    if rolled.covers(axes):
+        return rolled.attend(query, key, value, axes=axes, scale=scale, bias=bias)
     rank, heads, key_heads, dtype = len(axes), query.shape[-2], key.shape[-2], query.dtype
     if any(a.halo for a in axes):  # gradients of keys that several windows see are summed in float32
         query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))

@@ -10,10 +10,10 @@ from typing import ClassVar, NoReturn
 
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, register_notrace_module
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...kernels.calling import Impl
 from ...kernels.ops import window_attention
+from ...layers.completion import complete_multiples, crop
 from ...layers.linear import LinearAttention, LocalConcentration
 from ...layers.routing import conv_nhwc
 from ..builder import DIGITS_CFG, Model, register_family
@@ -48,10 +48,10 @@ class PaddedWindowAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window))
+        x = complete_multiples(x, (self.window, self.window))
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)  # [B, H, W, heads, d]
         out = window_attention(query, key, value, window=self.window, impl=self.impl)
-        return self.proj_drop(self.proj(out[:, :height, :width].flatten(3)))
+        return self.proj_drop(self.proj(crop(out, (height, width)).flatten(3)))
 
     def attention_macs(self, shape: tuple[int, int]) -> int:
         """Multiply-accumulates of the attention for one map of this size."""
@@ -126,7 +126,7 @@ class PadTo(nn.Module):
         self.side = side
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x, (0, -x.shape[3] % self.side, 0, -x.shape[2] % self.side))
+        return complete_multiples(x, (self.side, self.side), first=2)
 
 
 class ConvStem(nn.Module):

@@ -8,7 +8,9 @@ import torch
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from ...kernels.symbolic import at_least as length_at_least
+from ...layers.completion import complete
 
 
 class Place(NamedTuple):
@@ -240,7 +242,4 @@ class ConvFeedForward(nn.Module):
 
 def at_least(side: int, x: Tensor) -> Tensor:
     """`[B, C, H, W]`, completed right and bottom by zeros where it has fewer than `side` rows or columns."""
-    height, width = x.shape[2:]
-    if height >= side and width >= side:
-        return x
-    return F.pad(x, (0, max(side - width, 0), 0, max(side - height, 0)))
+    return complete(x, [length_at_least(side, n) for n in x.shape[2:]], first=2)

@@ -6,9 +6,11 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from timm.layers import DropPath, Mlp, register_notrace_module, to_2tuple
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...kernels.ops import window_attention
+from ...kernels.symbolic import at_most, ceil_div, known
+from ...layers.completion import complete, complete_multiples
+from ...layers.routing import conv_nhwc
 from .base import NumberedHost, stage_grids
 from .blocks import AttentionFactory, Blocks, Layout, Place
 
@@ -32,18 +34,26 @@ class StripeBranch2d(nn.Module):
         self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def _positions(self, value: Tensor, window: tuple[int, int]) -> Tensor:
-        """The convolution of maps `[B, H, W, dim]`, window by window."""
-        batch, rows, columns, _ = value.shape
-        x = F.pad(value, (0, 0, 0, -columns % window[1], 0, -rows % window[0]))
-        down, across = x.shape[1] // window[0], x.shape[2] // window[1]
-        x = x.view(batch, down, window[0], across, window[1], self.dim)
-        x = self.get_v(x.permute(0, 1, 3, 5, 2, 4).flatten(0, 2)).unflatten(0, (batch, down, across))
-        x = x.permute(0, 1, 4, 2, 5, 3).reshape(batch, down * window[0], across * window[1], self.dim)
-        return x[:, :rows, :columns]
+        """The convolution of maps `[B, H, W, dim]`, window by window: a line of zeros stands between neighbours."""
+        x, places = value, []
+        for axis, side in enumerate(window, 1):
+            length = x.shape[axis]
+            if known(side >= length):
+                continue
+            line = torch.arange(ceil_div(length, side) * (side + 1), device=x.device)
+            coordinate = torch.where(line % (side + 1) < side, line - line // (side + 1), length).clamp(max=length)
+            x = complete(x, [length + 1], first=axis).index_select(axis, coordinate)
+            coordinate = torch.arange(length, device=x.device)
+            places.append((axis, coordinate + coordinate // side))
+        x = conv_nhwc(self.get_v, x)
+        for axis, place in places:
+            x = x.index_select(axis, place)
+        return x
 
     def _window(self, rows: int, columns: int) -> tuple[int, int]:
-        split = max(rows, columns) if self.split is None else self.split
-        return (rows, min(split, columns)) if self.vertical else (min(split, rows), columns)
+        if self.split is None:
+            return rows, columns
+        return (rows, at_most(self.split, columns)) if self.vertical else (at_most(self.split, rows), columns)
 
     def attention_macs(self, shape: tuple[int, int]) -> int:
         """Multiply-accumulates of the attention for one map of this size, all stripes whole."""
@@ -107,6 +117,7 @@ class CSWinBlock(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
+@register_notrace_module
 class CSWinStem(nn.Sequential):
     """7x7 convolution of stride 4: `[B, in_chans, H, W]` to `[B, ceil(H / 4), ceil(W / 4), dim]`.
 
@@ -119,8 +130,7 @@ class CSWinStem(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         conv, _, norm = self
-        x = F.pad(input, (0, -input.shape[3] % 4, 0, -input.shape[2] % 4))
-        return norm(conv(x).permute(0, 2, 3, 1))
+        return norm(conv(complete_multiples(input, (4, 4), first=2)).permute(0, 2, 3, 1))
 
 
 class CSWinMerge(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...layers.positions import resize_positions
 from .base import position_tables, set_grid_size
 from .blocks import AttentionFactory, Layout, per_block
+from .patches import CompletedPatchEmbed
 
 LayerNorm1e6 = partial(nn.LayerNorm, eps=1e-6)
 register_notrace_function(resize_positions)  # torch.fx cannot trace its check of sizes
@@ -113,6 +114,7 @@ class DeiT(VisionTransformer):
             mlp_ratio=mlp_ratio,
             dynamic_img_size=True,
             dynamic_img_pad=True,
+            embed_layer=CompletedPatchEmbed,
             drop_rate=drop_rate,
             proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,

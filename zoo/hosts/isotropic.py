@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...layers.relative import RelativeAttention2d
 from .base import Host, stage_grids
 from .blocks import AttentionFactory, Block, Layout, Place, per_block
+from .patches import CompletedPatchEmbed
 
 register_notrace_module(RelativeAttention2d)  # torch.fx cannot trace its check of the grid
 
@@ -61,7 +62,7 @@ class Isotropic(Host):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.dense, self.grad_checkpointing = attn is None, False
-        self.patch_embed = PatchEmbed(
+        self.patch_embed = (PatchEmbed if self.dense else CompletedPatchEmbed)(
             img_size=to_2tuple(img_size) if self.dense else None,
             patch_size=patch_size,
             in_chans=in_chans,

@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import Mlp, PatchEmbed, register_notrace_function, to_2tuple
+from timm.layers import Mlp, register_notrace_function, to_2tuple
 from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
 
 from ...layers.positions import resize_positions
 from .base import NumberedHost, stage_grids
 from .blocks import AttentionFactory, Block, Blocks, ConvFeedForward, Layout, Place, equally_long
+from .patches import CompletedPatchEmbed
 
 torch.fx.wrap("add_positions")  # it asks for shapes
 LayerNorm1e6 = partial(nn.LayerNorm, eps=1e-6)
@@ -126,7 +127,7 @@ class PVT(NumberedHost):
 
     def _make_embed(self, index: int, in_chans: int, dim: int, **dd) -> nn.Module:
         """Layer from `[B, in_chans, H, W]` to the map of stage `index`."""
-        return PatchEmbed(
+        return CompletedPatchEmbed(
             img_size=None,
             patch_size=2 if index else 4,
             in_chans=in_chans,

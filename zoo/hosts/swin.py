@@ -4,19 +4,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from timm.layers import PatchEmbed, register_notrace_module, to_2tuple
-from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
 from ...layers.window import WindowAttention2d
 from .base import Host, stage_grids
 from .blocks import AttentionFactory, Block, Layout, Place, Stage
+from .patches import CompletedPatchEmbed, CompletedPatchMerging
 
 register_notrace_module(WindowAttention2d)  # torch.fx cannot trace its checks of shapes
 
 
 def patch_stem(in_chans: int, dim: int, *, norm_layer: type[nn.Module], device=None, dtype=None) -> PatchEmbed:
     """4x4 patches: `[B, in_chans, H, W]` to `[B, ceil(H / 4), ceil(W / 4), dim]`, zero-padded right and bottom."""
-    return PatchEmbed(
+    return CompletedPatchEmbed(
         img_size=None,
         patch_size=4,
         in_chans=in_chans,
@@ -56,7 +56,7 @@ class Swin(Host):
 
     stages_name: ClassVar[str] = "layers"
     stem_layer: ClassVar[Callable[..., nn.Module]] = staticmethod(patch_stem)
-    downsample_layer: ClassVar[Callable[..., nn.Module]] = PatchMerging
+    downsample_layer: ClassVar[Callable[..., nn.Module]] = CompletedPatchMerging
 
     def __init__(
         self,

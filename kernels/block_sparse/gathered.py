@@ -1,0 +1,114 @@
+"""Block-sparse attention as one gather and two products: the graph that is exported.
+
+A graph cannot look at its lists nor choose chunks by lengths, which may be symbols. Every box of queries gathers the
+tokens of all boxes that it may list, so that keys and values take (entries of a list / boxes of keys a box of queries)
+times their memory, times the boxes of queries. Everything is computed on flat numbers: a broadcast or a reshape binds a
+graph to the axes that are 1 while it is traced.
+"""
+
+import math
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..symbolic import ceil_div, known, ravel, unravel
+from .mask import BlockMask, boxes
+
+
+def _tokens(box: Tensor, place: Tensor, shape: Sequence[int], block: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Tokens of the grid at these places of these boxes, and which of them exist; None if all do."""
+    inside, outside = [], None
+    starts, places = unravel(box, boxes(shape, block)), unravel(place, block)
+    for start, step, n, b in zip(starts, places, shape, block, strict=True):
+        coordinate = start * b + step
+        if not known(ceil_div(n, b) * b == n):
+            exists = coordinate < n
+            outside = exists if outside is None else outside & exists
+            coordinate = coordinate.clamp(max=n - 1)
+        inside.append(coordinate)
+    return ravel(inside, shape), outside
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a & b
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: BlockMask,
+    scale: float,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, *spatial, heads, value_dim]` and log-sum-exp `[B, *spatial, heads]`; see `api`."""
+    (batch, *shape, heads, d), (*_, key_heads, width) = query.shape, value.shape
+    key_shape, device = key.shape[1:-2], query.device
+    lists = key_heads if mask.kv_idx.shape[1] == 1 else heads  # a unit: a box of the queries that share a list and keys
+    group, most, accumulate = heads // lists, mask.kv_idx.shape[-1], torch.promote_types(query.dtype, torch.float32)
+    count, t, s = prod(boxes(shape, mask.query_block)), prod(mask.query_block), prod(mask.key_block)
+    units, tokens, key_tokens = batch * lists * count, prod(shape), prod(key_shape)
+
+    def numbers(*lengths: int) -> list[Tensor]:
+        return unravel(torch.arange(prod(lengths), device=device), lengths)
+
+    def entries(x: Tensor, entry: Tensor, of: Tensor, box: Tensor, place: Tensor | None = None) -> Tensor:
+        """What `x`, `[B or 1, heads or 1, query boxes]` or a list of `most` longer, says of units."""
+        at = (entry if x.shape[0] > 1 else 0, of if x.shape[1] > 1 else 0, box)
+        flat = (at[0] * x.shape[1] + at[1]) * count + at[2]
+        return x.flatten().index_select(0, flat if place is None else flat * most + place)
+
+    entry, of, box, member, place = numbers(batch, lists, count, group, t)
+    token, _ = _tokens(box, place, shape, mask.query_block)
+    rows = (entry * tokens + token) * heads + of * group + member
+    q = query.reshape(-1, d).index_select(0, rows).to(accumulate).view(units, group * t, d)
+
+    entry, of, box, listed, place = numbers(batch, lists, count, most, s)
+    counts = listed < entries(mask.kv_num, entry, of, box)
+    number = torch.where(counts, entries(mask.kv_idx, entry, of, box, listed), 0).long()
+    token, exists = _tokens(number, place, key_shape, mask.key_block)
+    if mask.kv_len is not None:
+        exists = _both(exists, place < mask.kv_len.index_select(0, number))
+    visible = counts if exists is None else counts & exists
+    rows = (entry * key_tokens + token) * key_heads + of // (lists // key_heads)
+    k, v = (x.reshape(-1, x.shape[-1]).index_select(0, rows).to(accumulate) for x in (key, value))
+    v = torch.where(visible[:, None], v, 0)  # zero times NaN is NaN
+    k, v = k.view(units, most * s, d), v.view(units, most * s, width)
+    added = torch.zeros((), dtype=accumulate, device=device)
+    if mask.bias is not None:
+        added = entries(mask.bias, entry, of, box, listed).to(accumulate)
+    added = torch.where(visible, added, -math.inf).view(units, most * s)
+    if extra_key is not None and extra_value is not None:
+        extra = extra_key.shape[1]
+        entry, of, _, token = numbers(batch, lists, count, extra)
+        rows = (entry * extra + token) * key_heads + of // (lists // key_heads)
+        ek, ev = (x.reshape(-1, x.shape[-1]).index_select(0, rows).to(accumulate) for x in (extra_key, extra_value))
+        k, v = torch.cat([k, ek.view(units, extra, d)], 1), torch.cat([v, ev.view(units, extra, width)], 1)
+        added = torch.cat([added, added.new_zeros(units, extra)], 1)
+
+    logits = torch.bmm(q * scale, k.mT)
+    logits = torch.where(added[:, None] == -math.inf, -math.inf, logits + added[:, None])
+    highest = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(accumulate).min)  # where nothing is visible
+    weights = (logits - highest).exp()
+    total = weights.sum(-1, keepdim=True)
+    out, lse = torch.bmm(weights, v) / (total + (total == 0)), total.log() + highest
+
+    entry, token, head = numbers(batch, tokens, heads)  # from [units, group, t] back to the grid
+    box, place = _boxes_of(token, shape, mask.query_block)
+    back = (((entry * lists + head // group) * count + box) * group + head % group) * t + place
+    out, lse = out.view(-1, width).index_select(0, back), lse.view(-1).index_select(0, back)
+    if mask.q_len is not None:
+        dead = place >= mask.q_len.index_select(0, box)
+        out, lse = torch.where(dead[:, None], 0, out), torch.where(dead, -math.inf, lse)
+    return out.to(query.dtype).view(*query.shape[:-1], width), lse.view(query.shape[:-1])
+
+
+def _boxes_of(token: Tensor, shape: Sequence[int], block: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Boxes of tokens of the grid, and their places inside."""
+    coordinates = unravel(token, shape)
+    box = ravel([c // b for c, b in zip(coordinates, block, strict=True)], boxes(shape, block))
+    return box, ravel([c % b for c, b in zip(coordinates, block, strict=True)], block)

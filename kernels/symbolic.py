@@ -1,0 +1,75 @@
+"""Lengths that may be symbols, as they are while a graph with dynamic shapes is traced.
+
+A comparison of symbols decides how the graph goes on, and binds it to lengths of which the answer is the same. `known`
+asks without binding; the other functions compute with symbols so that more is known of what they return.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .calling import tracing
+
+
+def known(condition) -> bool:
+    """Whether a condition holds whatever its symbols stand for; a condition without symbols, whether it holds."""
+    if not tracing():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # it brings sympy
+
+    return statically_known_true(condition)
+
+
+def is_symbol(length: int) -> bool:
+    """Whether a length of an exported graph is a symbol. `torch.compile` calls its symbols integers: it compiles again
+    for lengths that a graph does not serve."""
+    return isinstance(length, torch.SymInt)
+
+
+def plain(length: int) -> int:
+    """A length that is a plain number, and 0 where it is a symbol or may be one."""
+    return 0 if torch.compiler.is_dynamo_compiling() or is_symbol(length) else length
+
+
+def ceil_div(length: int, by: int) -> int:
+    """length / by, rounded up."""
+    whole = length // by  # which cancels factors, where a remainder does not
+    return whole if known(whole * by == length) else (length + by - 1) // by
+
+
+def round_up(length: int, side: int) -> int:
+    """The multiple of `side` that is no less than `length`."""
+    return ceil_div(length, side) * side
+
+
+def at_least(side: int, length: int) -> int:
+    """The larger of the two."""
+    return length if known(length >= side) else torch.sym_max(length, side)
+
+
+def at_most(side: int, length: int) -> int:
+    """The smaller of the two; `side` where symbols leave that open, for what takes a side beyond the length, too."""
+    return length if known(length <= side) else side
+
+
+def unravel(index: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Coordinates of flat numbers in C order."""
+    parts = []
+    for n in reversed(counts):
+        parts.append(index % n)
+        index = index // n
+    return parts[::-1]
+
+
+def ravel(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """The inverse of `unravel`."""
+    flat = parts[0]
+    for part, n in zip(parts[1:], counts[1:], strict=True):
+        flat = flat * n + part
+    return flat
+
+
+def exporting() -> bool:
+    """Whether a graph is made to be exported, by tracing operators one by one."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()

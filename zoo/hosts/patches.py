@@ -1,0 +1,23 @@
+"""timm's patches, zero-padded right and bottom so that graphs of any size have simple lengths."""
+
+from timm.layers import PatchEmbed, register_notrace_module
+from timm.models.swin_transformer import PatchMerging
+from torch import Tensor
+
+from ...layers.completion import complete_multiples
+
+
+@register_notrace_module  # torch.fx cannot trace questions about lengths
+class CompletedPatchEmbed(PatchEmbed):
+    """Patches of images that they need not divide."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(complete_multiples(x, self.patch_size, first=2))
+
+
+@register_notrace_module
+class CompletedPatchMerging(PatchMerging):
+    """`[B, H, W, dim]` to `[B, ceil(H / 2), ceil(W / 2), out_dim]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(complete_multiples(x, (2, 2)))
