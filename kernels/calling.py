@@ -48,6 +48,12 @@ def per_axis(name: str, value: Any, rank: int, kind: type) -> tuple:
     return tuple(v if isinstance(v, (int, torch.SymInt)) else int(v) for v in values)
 
 
+def is_per_head(value) -> bool:
+    """Whether an argument about the neighborhood has one entry per head: it is a sequence that holds a sequence."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return several and any(isinstance(entry, Sequence) for entry in value)
+
+
 def check_grids(rank: int, query: Tensor, key: Tensor, value: Tensor, *, cross: bool = False) -> None:
     """Refuse what is not `[B, *spatial, heads, head_dim]` three times over, with grouped key heads at most.
 
@@ -79,8 +85,13 @@ def on_grid(
     """`x [B, tokens, features]` as a view `[B, *grid, features]`; as it is when `grid` is None."""
     if grid is None:
         return x
-    if not isinstance(grid, Sequence) or len(grid) != rank or any(isinstance(n, (bool, float)) for n in grid):
-        raise ValueError(f"grid={grid!r} must hold the tokens along each of {rank} spatial axes, as integers")
+    if not isinstance(grid, Sequence) or isinstance(grid, str):
+        raise TypeError(f"grid must be a list or tuple, got {type(grid).__name__}")
+    for i, n in enumerate(grid):
+        if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)):
+            raise TypeError(f"grid[{i}]={n!r} must be an integer, got {type(n).__name__}")
+    if len(grid) != rank:
+        raise ValueError(f"grid={tuple(grid)} must hold the tokens along each of {rank} spatial axes")
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dim() != 3 + features.count(","):

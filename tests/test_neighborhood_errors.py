@@ -95,7 +95,7 @@ def test_extra(extra_key, extra_value, error, message):
 
 
 MASKS = {
-    "list": ([True, False, True], TypeError, "extra_mask must be a tensor or None, got list"),
+    "list": ([True, False, True], TypeError, "extra_mask must be a tensor, got list"),
     "float": (torch.zeros(1, 3), TypeError, r"extra_mask\.dtype=torch\.float32 must be bool or an integer dtype"),
     "integers for a mask": (
         torch.ones(1, 3).long(),
@@ -123,7 +123,7 @@ GRIDS = {
     "negative": ({"grid": (-6, -8)}, TOKENS, ValueError, r"grid=\(-6, -8\)"),
     "axes": ({"grid": (2, 4, 6)}, TOKENS, ValueError, r"grid=\(2, 4, 6\) must hold .* 2 spatial axes"),
     "number": ({"grid": 48}, TOKENS, TypeError, "grid must be a list or tuple, got int"),
-    "float": ({"grid": (6.0, 8)}, TOKENS, TypeError, r"grid\[0\]=6\.0 must be an integer"),
+    "float": ({"grid": (6.0, 8)}, TOKENS, TypeError, r"grid\[0\]=6\.0 must be an integer, got float"),
     "unflattened": ({"grid": (6, 8)}, Q, ValueError, r"query has shape \(1, 6, 8, 2, 4\); with grid=\(6, 8\) expected"),
     "without grid": ({}, TOKENS, ValueError, r"query has shape \(1, 48, 2, 4\)"),
     "no tensor": ({"grid": (6, 8)}, None, TypeError, "query must be a tensor"),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..calling import per_axis
+from ..calling import is_per_head, per_axis
 from .geometry import Axis, make_axes
 
 KINDS: dict[str, type] = {"window": int, "stride": int, "dilation": int, "causal": bool}
@@ -24,12 +24,6 @@ class HeadGroup(NamedTuple):
     axes: tuple[Axis, ...]
     heads: slice
     key_heads: slice
-
-
-def is_per_head(value) -> bool:
-    """Whether an argument about the neighborhood has one entry per head: it is a sequence that holds a sequence."""
-    several = isinstance(value, Sequence) and not isinstance(value, str)
-    return several and any(isinstance(entry, Sequence) for entry in value)
 
 
 def per_head(name: str, value, heads: int, rank: int) -> list[tuple]:
