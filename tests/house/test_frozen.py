@@ -16,6 +16,7 @@ from enum import Enum
 from importlib import import_module
 from pathlib import Path
 
+import foveal.zoo  # noqa: F401  registers the models
 import pytest
 import timm
 import torch
@@ -97,6 +98,7 @@ def state_dict_keys() -> dict:
 def test_surface_is_frozen(surface: Callable[[], dict], request):
     path = FROZEN / f"{surface.__name__}.json"
     found = json.loads(json.dumps(surface()))
+    assert found and OURS
     if request.config.getoption("--freeze"):
         path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     frozen = json.loads(path.read_text())
