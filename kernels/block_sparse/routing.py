@@ -8,7 +8,7 @@ from torch.nn.functional import avg_pool2d
 
 from ..arguments import operator
 from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, without_autocast
-from ..symbolic import ceil_div, is_symbol, known
+from ..symbolic import ceil_div, is_symbol
 from .api import block_sparse_attention
 from .mask import BlockMask, boxes
 
@@ -45,7 +45,7 @@ def _means(x: Tensor, size: tuple[int, int]) -> Tensor:
         x = x.reshape(batch * height, width, -1).to(dtype)
         x = torch.bmm(columns.expand(batch * height, across, width), x).view(batch, height, across * x.shape[2])
         return torch.bmm(rows.expand(batch, down, height), x).view(batch, down * across, -1)
-    if known(height % size[0] == 0) and known(width % size[1] == 0):
+    if height % size[0] == 0 and width % size[1] == 0:
         cut = x.unflatten(1, (height // size[0], size[0])).unflatten(3, (width // size[1], size[1]))
         return cut.mean(4, dtype=dtype).mean(2).flatten(3).flatten(1, 2)
     pooled = avg_pool2d(x.flatten(3).permute(0, 3, 1, 2), size, ceil_mode=True, count_include_pad=False)
