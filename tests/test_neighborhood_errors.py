@@ -95,7 +95,7 @@ def test_extra(extra_key, extra_value, error, message):
 
 
 MASKS = {
-    "list": ([True, False, True], TypeError, "extra_mask must be a tensor, got list"),
+    "list": ([True, False, True], TypeError, "extra_mask must be a tensor or None, got list"),
     "float": (torch.zeros(1, 3), TypeError, r"extra_mask\.dtype=torch\.float32 must be bool or an integer dtype"),
     "integers for a mask": (
         torch.ones(1, 3).long(),
