@@ -1,4 +1,6 @@
-"""Holds the default suite to its time: prints the slowest areas and tests, and fails a default test that is too slow.
+"""Holds the default suite to its time: prints the slowest areas and tests, and names default tests that are too slow.
+
+With `--budget` these fail the run.
 
 Time is processor time of a test and of the processes it waits for, fixtures included, so that a busy machine does not
 fail a test. Tests that carry a marker of their own cost (`slow`, `gpu`, …) are counted and not held to the limit.
@@ -63,7 +65,7 @@ class Budget:
         ]
 
     def pytest_sessionfinish(self, session):
-        if self.over() and session.exitstatus == 0:
+        if session.config.getoption("--budget") and self.over() and session.exitstatus == 0:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter):
