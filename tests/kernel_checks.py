@@ -13,7 +13,8 @@ INTERPRETER = Path(__file__).parent / "interpreter"
 
 def run_interpreter(file: str, select: str, *options: str) -> None:
     """Run the tests of `interpreter/<file>` that match `select`, in a process where Triton interprets its kernels."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:budget"]
+    without = [word for plugin in ("cacheprovider", "xdist", "budget") for word in ("-p", f"no:{plugin}")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *without]
     command += [str(INTERPRETER / file), "-k", select, *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=INTERPRETER.parents[1])
