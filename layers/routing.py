@@ -150,7 +150,8 @@ class ConvRoutingAttention2d(_PositionAttention):
         """Tokens of a region along height and width, and how many regions each attends to."""
         height, width = (at_least(1, n // self.regions) for n in grid)
         count = ceil_div(grid[0], height) * ceil_div(grid[1], width)
-        return (height, width), self.topk if known(count >= self.topk) else torch.sym_min(self.topk, count)
+        topk = self.topk if known(count >= self.topk) else torch.sym_min(self.topk, count)
+        return (height, width), topk  # pyright: ignore[reportReturnType]
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, dim]` to `[B, H, W, dim]`; a ValueError for a shape that does not fit."""

@@ -75,7 +75,8 @@ class WindowAttention2d(nn.Module):
             return self.shift
         if known(length <= self.window):
             return 0
-        return self.shift * torch.sym_min(torch.sym_max(length - self.window, 0), 1)
+        longer = torch.sym_min(torch.sym_max(length - self.window, 0), 1)
+        return self.shift * longer  # pyright: ignore[reportReturnType]
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, dim]` to `[B, H, W, dim]`; raises ValueError for another shape."""

@@ -116,7 +116,7 @@ def register_family(
         register_notrace_module(layer)
     here = sys.modules[module]
     names = [name for model in models for name in _checkpoints(model)]
-    default_cfgs = {name: _make_cfg(name, models, cfg) | (cfgs or {}).get(name, {}) for name in names}
+    default_cfgs = {name: {**_make_cfg(name, models, cfg), **(cfgs or {}).get(name, {})} for name in names}
     here.default_cfgs = generate_default_cfgs(default_cfgs)  # where register_model looks for them
     for name, model in models.items():
         entry_point = _make_entry_point(name, model, conversion, checkpoint_args or {})
@@ -156,7 +156,7 @@ def _make_cfg(name: str, models: Mapping[str, Model], shared: Mapping[str, Any])
             "license": None if entry.licence == "NOASSERTION" else entry.licence.lower(),
             "origin_url": entry.source,
         }
-    cfg |= shared | (TEST_CFG if architecture.startswith("test_") else {})
+    cfg |= {**shared, **(TEST_CFG if architecture.startswith("test_") else {})}
     return {"pool_size": (math.ceil(cfg["input_size"][1] / reduction),) * 2} | cfg
 
 

@@ -28,7 +28,7 @@ class Target(NamedTuple):
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of the map that the parameter is learnt for, as its owner states them."""
         owner, _, leaf = self.key.rpartition(".")
-        module = self.model.get_submodule(owner)
+        module: Any = self.model.get_submodule(owner)
         return module.position_grids[leaf] if module is self.model else module.grid_size
 
 

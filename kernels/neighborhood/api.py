@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ __all__ = [
 def _attend(
     rank, query, key, value, grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask,
     qk_dtype, impl, *, lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Any]:  # fmt: skip
     """Output and, with `lse`, log-sum-exp of a call: arguments checked, heads of one geometry attended together."""
     names = ("query", "key", "value")
     query, key, value = (on_grid(name, x, rank, grid) for name, x in zip(names, (query, key, value), strict=True))

@@ -80,7 +80,7 @@ def summarize(
         from . import configs
 
         device = device_class(query.device) if torch.cuda.is_available() else "hopper"
-        launch = dict(head_dim=max(head_dim, value.shape[-1]), itemsize=query.itemsize, device=device)
+        launch: dict = dict(head_dim=max(head_dim, value.shape[-1]), itemsize=query.itemsize, device=device)
         config = configs.choose("forward", axes, **launch, wide=False)
         summary["forward_tile"] = f"{config.pack} windows of {config.queries} queries by {config.keys} keys"
         one = configs.in_one_pass(axes, **launch)

@@ -79,13 +79,15 @@ class Images(ImageDataset):
             file, target = self.reader[index]
         except GONE as error:
             raise UnreadableImage(str(error.filename), reason(error)) from error
+        assert file is not None
         with file:
             image = decode(file, name=str(self.filename(index, absolute=True)), mode=self.input_img_mode)
         if self.transform is not None:
             image = self.transform(image)
         if target is None:
             return image, PADDING
-        return image, target if self.target_transform is None else self.target_transform(target)
+        label: Any = target if self.target_transform is None else self.target_transform(target)
+        return image, label
 
 
 class TransformedImages(ImageData):

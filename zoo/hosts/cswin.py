@@ -194,7 +194,7 @@ class CSWin(NumberedHost):
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        size = to_2tuple(img_size)
+        size: tuple[int, int] = to_2tuple(img_size)
         channels = [embed_dim * 2**i for i in range(len(depths))]
         reductions = [4 * 2**i for i in range(len(depths))]
         last = len(depths) - 1

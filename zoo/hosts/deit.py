@@ -84,7 +84,8 @@ class DeiT(VisionTransformer):
         dtype=None,
         **attn_options: Any,
     ):
-        rows, columns = to_2tuple(img_size)
+        size: tuple[int, int] = to_2tuple(img_size)
+        rows, columns = size
         layout = Layout(
             attn=attn,
             attn_options=per_block(attn_options),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from timm.layers import PatchEmbed, register_notrace_module, to_2tuple
+from timm.layers import register_notrace_module, to_2tuple
 from torch import nn
 
 from ...layers.window import WindowAttention2d
@@ -14,7 +14,7 @@ from .patches import CompletedPatchEmbed, CompletedPatchMerging
 register_notrace_module(WindowAttention2d)  # torch.fx cannot trace its checks of shapes
 
 
-def patch_stem(in_chans: int, dim: int, *, norm_layer: type[nn.Module], device=None, dtype=None) -> PatchEmbed:
+def patch_stem(in_chans: int, dim: int, *, norm_layer: type[nn.Module], device=None, dtype=None) -> nn.Module:
     """4x4 patches: `[B, in_chans, H, W]` to `[B, ceil(H / 4), ceil(W / 4), dim]`, zero-padded right and bottom."""
     return CompletedPatchEmbed(
         img_size=None,
@@ -85,7 +85,7 @@ class Swin(Host):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        size = to_2tuple(img_size)
+        size: tuple[int, int] = to_2tuple(img_size)
         channels = [embed_dim * 2**i for i in range(len(depths))]
         reductions = [4 * 2**i for i in range(len(depths))]
 
