@@ -58,20 +58,11 @@ class Conversion:
     resize: Mapping[str, Resize] = field(default_factory=dict)
 
     def __call__(self, state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-        """The file's tensors by the model's names, in its shapes.
-
-        Raises:
-            ValueError: no key of the file is a parameter of the model.
-        """
+        """The file's tensors by the model's names, in its shapes; a key that no step knows stays as it is."""
         file = _split(_join(self._renamed(unwrap(state_dict)), self.join), self.split)
         own = model.state_dict()
         file = {key: value for key, value in file.items() if key in own or not self._is_dropped(key)}
         out = {key: self._resized(key, value, own, model, file) for key, value in file.items()}
-        if not out.keys() & own.keys():
-            raise ValueError(
-                f"nothing of this file fits {type(model).__name__}: it has {_some(list(out))}; "
-                f"the model has {_some(list(own))}"
-            )
         return fit_stage_norms(out, model)
 
     def report(self, state_dict: Mapping[str, Any], model: nn.Module) -> "Report":
@@ -144,10 +135,6 @@ def fit_stage_norms(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str
     norm = re.compile(str(model.stage_norm_name).replace(".", r"\.").format(r"\d+") + r"\.")
     out = {k: v for k, v in state_dict.items() if not k.startswith(("norm.", "head."))}
     return out | {k: v for k, v in model.state_dict().items() if norm.match(k) and k not in out}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f", … ({len(names)} names)" if len(names) > 3 else "")
 
 
 def bias_table(value: Tensor, target: Target) -> Tensor:
