@@ -66,7 +66,7 @@ class Conversion:
         return fit_stage_norms(out, model)
 
     def report(self, state_dict: Mapping[str, Any], model: nn.Module) -> "Report":
-        """What a published file lacks of a model's parameters, and what of it the model has no use for."""
+        """Compare a published file, converted, with the parameters of a model."""
         out, own = self(state_dict, model), model.state_dict()
         return Report([key for key in own if key not in out], [key for key in out if key not in own])
 
