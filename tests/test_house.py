@@ -57,6 +57,16 @@ def test_imports_point_down():
     assert not wrong, "\n".join(wrong)
 
 
+def test_families_of_backbones_know_layouts_and_no_other_family():
+    shelves = {"zoo/backbones": (".zoo.builder", ".zoo.conversion", ".zoo.hosts"), "zoo/hosts": (".zoo.hosts",)}
+    wrong = []
+    for shelf, allowed in shelves.items():
+        for path in sorted((ROOT / shelf).glob("*.py")):
+            names = [name for _, name in imports(path) if name.startswith(".zoo") and not name.startswith(allowed)]
+            wrong += [f"{relative(path)} imports {name[1:]}" for name in names]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_train_imports_only_the_zoo():
     ours = {name for _, name in imports(ROOT / "train.py") if name.split(".")[0] == "foveal" or name.startswith(".")}
     assert all(name.startswith("foveal.zoo") for name in ours), ours

@@ -3,17 +3,20 @@
 import json
 import lzma
 import re
+import sys
 from pathlib import Path
 
-import foveal.zoo  # noqa: F401
+import foveal.zoo
 import numpy as np
 import pytest
 import timm
 import torch
+from foveal.zoo.conversion import OFFICIAL_NAMES
 from golden_weights import image_a, image_b, load_synthetic
 
 GOLDENS = Path(__file__).with_name("goldens")
-FAMILIES = ("natten", "litv2", "biformer", "agent", "l2vit", "inline", "flatten")  # goldens/FAMILY_*, models FAMILY_*
+FAMILIES = sorted(path.name.removesuffix("_keys.json.xz") for path in GOLDENS.glob("*_keys.json.xz"))
+WHOLE = ("natten", "litv2", "biformer", "agent")  # of which every size was recorded, by its official name
 NOISE, KEYS = {}, {}
 for family in FAMILIES:
     NOISE |= json.loads((GOLDENS / f"{family}_outputs.json").read_text())
@@ -30,18 +33,11 @@ RECORDED = {  # recording: our model, stages whose outputs were recorded after t
     "agent_swin_tiny": ("agent_swin_t", (0, 1, 2, 3)),
     "agent_cswin_tiny": ("agent_cswin_t", (0, 1, 2, 3)),
 }
-LOGITS = {  # recordings of logits only
-    "l2vit_tiny": "l2vit_t",
-    "inline_swin_tiny": "inline_swin_t",
-    "inline_deit_tiny": "inline_deit_t",
-    "inline_pvt_tiny": "inline_pvt_t",
-    "inline_cswin_tiny": "inline_cswin_t",
-    "flatten_swin_tiny": "flatten_swin_t",
-    "flatten_pvt_tiny": "flatten_pvt_t",
-    "flatten_pvt_v2_b0": "flatten_pvtv2_b0",
-    "flatten_cswin_tiny": "flatten_cswin_t",
-}
-SOON = ("l2vit_tiny", "inline_swin_tiny", "flatten_swin_tiny", "flatten_pvt_v2_b0")  # the others on request
+LOGITS = [  # recordings of logits only, by our names; see golden_weights.record
+    pytest.param(name, marks=[pytest.mark.slow] if runs["a_hot"]["slow"] else [])
+    for name, runs in NOISE.items()
+    if "a_hot" in runs
+]
 HARD = ("biformer_tiny", "biformer_stl_nchw")  # choose regions: rounding flips close choices, so float64 only
 
 
@@ -76,11 +72,11 @@ def our_name(official: str) -> str:
         return re.sub(r"_alpha(\d)\.(\d)", r".ziplab_alpha\1\2_in1k", official)
     if official.startswith("biformer"):
         return "_".join(SIZES.get(part, part) for part in official.split("_"))
-    if official.startswith(("agent", "inline", "flatten")):
-        family, backbone, size, *pixels = official.replace("pvt_v2", "pvtv2").split("_")
-        return "_".join([family, backbone, f"{SIZES.get(size, size)}.leap_in1k", *pixels])
-    if official == "l2vit_tiny":
-        return "l2vit_t"
+    if timm.is_model(official) and not official.startswith("biformer"):
+        return official
+    if official.startswith("agent"):
+        family, backbone, size, *pixels = official.split("_")
+        return "_".join([family, backbone, f"{SIZES[size]}.leap_in1k", *pixels])
     name = official.replace("dinat_s_", "dinats_") if official.removeprefix("dinat_s_") in SIZES else official
     name = name.replace("dinat_s_large_384", "dinats_large_384").replace("_isotropic", "_iso")
     return "natten_" + "_".join(SIZES.get(part, part) for part in name.split("_"))
@@ -120,31 +116,26 @@ def test_outputs_are_the_official_ones(recording, run, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize(
-    "recording", [name if name in SOON else pytest.param(name, marks=pytest.mark.slow) for name in LOGITS]
-)
-def test_logits_are_the_official_ones(recording, dtype):
-    recorded, noise = np.load(GOLDENS / f"{recording}.npz")["logits"], NOISE[recording]["a_hot"]
-    model = load_synthetic(timm.create_model(LOGITS[recording]).to(dtype), "hot")
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits_are_the_official_ones(name, dtype):
+    recorded, noise = np.load(GOLDENS / f"{name}.npz")["logits"], NOISE[name]["a_hot"]
+    model = load_synthetic(timm.create_model(name).to(dtype), "hot")
     with torch.inference_mode():
         logits = model(image_a(tuple(noise["input"]))[:1].to(dtype))
     assert np.abs(logits.numpy() - recorded[:1]).max() <= 20 * noise["fp64_max_abs_diff"]
 
 
 @pytest.mark.parametrize("official", KEYS)
-def test_names_and_shapes_are_the_official_ones(official):
+def test_official_names_and_shapes_are_converted_to_ours(official):
     model = timm.create_model(our_name(official), device="meta")
-    ours = {key: list(value.shape) for key, value in model.state_dict().items()}
-    buffers = ("relative_position_index", "attn_mask")
-    theirs = {key: shape for key, shape in KEYS[official].items() if not key.endswith(buffers)}
-    if official == "flatten_pvt_tiny":  # holds a norm that its forward never uses
-        del theirs["norm.weight"], theirs["norm.bias"]
-    assert ours == theirs
+    family = sys.modules[timm.models.model_entrypoint(our_name(official).split(".")[0]).__module__]
+    conversion = getattr(family, "CONVERSION", OFFICIAL_NAMES)
+    out = conversion({key: torch.empty(shape, device="meta") for key, shape in KEYS[official].items()}, model)
+    assert {key: x.shape for key, x in out.items()} == {key: x.shape for key, x in model.state_dict().items()}
 
 
 def test_every_official_variant_is_ours():
-    """Of the later families, one size of each layout was recorded."""
     covered = {our_name(official).split(".")[0] for official in KEYS}
-    ours = set(timm.list_models([f"{family}_*" for family in FAMILIES[:4]]))
+    ours = set(timm.list_models([f"{family}_*" for family in WHOLE]))
     assert covered >= {name for name in ours if not name.endswith("_pico")}
-    assert covered <= set(timm.list_models())
+    assert {name.split("_")[0] for name in covered} == set(FAMILIES) <= set(foveal.zoo.backbones.__all__)

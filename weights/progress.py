@@ -13,8 +13,7 @@ def reporter(progress: bool | Progress, label: str) -> Iterator[Progress]:
     if callable(progress):
         yield progress
     elif progress and sys.stderr.isatty():
-        # imported when a bar is drawn: importing the models imports this file
-        from rich.console import Console
+        from rich.console import Console  # a tenth of a second, for bars only
         from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
         from rich.progress import Progress as Bars
 

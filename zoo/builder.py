@@ -39,7 +39,7 @@ def build_backbone(
     variant: str,
     pretrained: bool,
     *,
-    conversion: Callable = OFFICIAL_NAMES,
+    filter_fn: Callable = OFFICIAL_NAMES,
     out_indices: int | Sequence[int] | None = None,
     pretrained_cfg=None,
     pretrained_cfg_overlay: dict | None = None,
@@ -61,7 +61,7 @@ def build_backbone(
         if not elsewhere and cfg.url and cfg.url.startswith(SCHEME):
             file = overlay["file"] = str(fetch(cfg.url.removeprefix(SCHEME), cache_dir=cache_dir))
         source = "the given state_dict" if cfg.state_dict else file or cfg.file or cfg.hf_hub_id or cfg.url
-        conversion = fitting(conversion, str(source), features_only=kwargs.get("features_only", False))
+        filter_fn = fitting(filter_fn, str(source), features_only=kwargs.get("features_only", False))
     with explained(file):
         return build_model_with_cfg(
             model_cls,
@@ -69,7 +69,7 @@ def build_backbone(
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=conversion,
+            pretrained_filter_fn=filter_fn,
             feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
             cache_dir=cache_dir,
             **kwargs,
@@ -116,7 +116,7 @@ def register_family(
         register_notrace_module(layer)
     here = sys.modules[module]
     names = [name for model in models for name in _checkpoints(model)]
-    default_cfgs = {name: {**_make_cfg(name, models, cfg), **(cfgs or {}).get(name, {})} for name in names}
+    default_cfgs = {name: _make_cfg(name, models, {**cfg, **(cfgs or {}).get(name, {})}) for name in names}
     here.default_cfgs = generate_default_cfgs(default_cfgs)  # where register_model looks for them
     for name, model in models.items():
         entry_point = _make_entry_point(name, model, conversion, checkpoint_args or {})
@@ -131,8 +131,8 @@ def _checkpoints(model: str) -> list[str]:
     return released or [f"{model}.untrained"]
 
 
-def _make_cfg(name: str, models: Mapping[str, Model], shared: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's pretrained configuration of a checkpoint."""
+def _make_cfg(name: str, models: Mapping[str, Model], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's pretrained configuration of a checkpoint: what the family states, over what the manifest does."""
     architecture = name.partition(".")[0]
     _, build, args = models[architecture]
     model_cls: Any = build.func if isinstance(build, partial) else build
@@ -156,7 +156,7 @@ def _make_cfg(name: str, models: Mapping[str, Model], shared: Mapping[str, Any])
             "license": None if entry.licence == "NOASSERTION" else entry.licence.lower(),
             "origin_url": entry.source,
         }
-    cfg |= {**shared, **(TEST_CFG if architecture.startswith("test_") else {})}
+    cfg |= {**(TEST_CFG if architecture.startswith("test_") else {}), **stated}
     return {"pool_size": (math.ceil(cfg["input_size"][1] / reduction),) * 2} | cfg
 
 
@@ -168,6 +168,6 @@ def _make_entry_point(
         if checkpoint_args:
             tag = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg")).tag
             args = {**args, **checkpoint_args.get(f"{name}.{tag}", {})}
-        return build_backbone(model.build, name, pretrained, conversion=conversion, **{**args, **kwargs})
+        return build_backbone(model.build, name, pretrained, filter_fn=conversion, **{**args, **kwargs})
 
     return entry_point

@@ -58,7 +58,7 @@ class Conversion:
     resize: Mapping[str, Resize] = field(default_factory=dict)
 
     def __call__(self, state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-        """The file's tensors by the model's names, in its shapes."""
+        """The file's tensors by the model's names, in its shapes; a key that no step knows stays as it is."""
         file = _split(_join(self._renamed(unwrap(state_dict)), self.join), self.split)
         own = model.state_dict()
         file = {key: value for key, value in file.items() if key in own or not self._is_dropped(key)}
@@ -66,7 +66,7 @@ class Conversion:
         return fit_stage_norms(out, model)
 
     def report(self, state_dict: Mapping[str, Any], model: nn.Module) -> "Report":
-        """What a published file lacks of a model's parameters, and what of it the model has no use for."""
+        """Compare a published file, converted, with the parameters of a model."""
         out, own = self(state_dict, model), model.state_dict()
         return Report([key for key in own if key not in out], [key for key in out if key not in own])
 

@@ -48,13 +48,29 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
   zeros that take part in the attention, as in the official detection code. On the way down LITv2 and the STL models
   drop the last row or column of odd maps, also as in the official code. `timm.create_model("litv2_s", alpha=0.5)` sets
   the share of low-frequency heads.
-- Agent models learn position biases for one input size, the checkpoint's, or `img_size=`. Images of other sizes go
-  through with biases interpolated on the way; `model.set_input_size(...)` and loading interpolate them for good, by the
-  authors' rule. Their repository states no licence: the links below lead to the authors' own files.
-- `impl=` chooses the attention kernels (see [Operations](operations.md)); other knobs are in the docstrings of the
-  models in `foveal.zoo`: `DiNAT`, `NATIsotropic`, `LITv2`, `BiFormer`, `L2ViT`, `AgentDeiT`, `AgentPVT`,
-  `AgentSwin`, `AgentCSWin`.
+- Agent, InLine and FLatten models learn positions for one input size, the checkpoint's, or `img_size=`. Images of other
+  sizes go through with positions interpolated on the way; `model.set_input_size(...)` and loading interpolate them for
+  good, by the authors' rule. Their repositories state no licence: the links below lead to the authors' own files.
+- `impl=` chooses the attention kernels (see [Operations](operations.md)). A model takes the arguments of its layout
+  (`Swin`, `NAT`, `PVT`, `PVTv2`, `CSWin`, `DeiT`, `Isotropic` in `foveal.zoo.hosts`) and of its family's attention
+  (`foveal.zoo.backbones`): `timm.create_model("agent_swin_t", num_agents=(9, 9, 25, 25), drop_path_rate=0.1)`.
 - `torch.compile(fullgraph=True)` and `torch.export` work; TorchScript refuses (tracing takes `impl="reference"`).
+
+A layout takes any attention on maps `[B, H, W, dim]`. `attn` gets the `Place` of every block, and returns a module, or
+None where the layout's own attention stays:
+
+```python
+from foveal.layers import LinearAttention
+from foveal.zoo.hosts import Swin
+
+
+def linear_first(place):
+    if place.stage < 2:
+        return LinearAttention(place.dim, num_heads=place.num_heads, **place.options)
+
+
+model = Swin(attn=linear_first, depths=(2, 2, 6, 2), num_classes=10)  # linear attention, then shifted windows
+```
 
 A row is a released checkpoint, created as `model.tag`; the first of a model is its default. Multiply-accumulates
 (GMACs) are those of convolutions, linear layers and attention at the given size. ImageNet-1k accuracy is what the
@@ -115,22 +131,26 @@ def row(name: str) -> list[str]:
     return [architecture, tag, f"{params / 1e6:.2f}", f"{macs / 1e9:.2f}", size, top1, entry.licence, source]
 
 
-def family(module: str, models: list[str]) -> str:
-    """Heading and table of the models that one module of the zoo defines, small to large."""
-    released = bundled_manifest().entries
-    rows = [row(name) for model in models for name in get_arch_pretrained_cfgs(model) if name in released]
-    rows.sort(key=lambda cells: float(cells[3]))
+def family(module: str) -> str:
+    """Heading and table of the models of one module of the zoo: layout by layout, small to large."""
+    released, models = bundled_manifest().entries, sys.modules[module].MODELS
+    layouts = [model.build for model in models.values()]
+    rows = []
+    for name, model in models.items():
+        for checkpoint in get_arch_pretrained_cfgs(name):
+            if checkpoint in released:
+                cells = row(checkpoint)
+                rows.append((layouts.index(model.build), float(cells[3]), cells))
+    rows.sort(key=lambda ranked: ranked[:2])
     title = (sys.modules[module].__doc__ or module).splitlines()[0].rstrip(".")
-    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ALIGNMENT, *rows)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ALIGNMENT, *(cells for *_, cells in rows))]
     return "\n".join([f"## {title}", "", *lines, ""])
 
 
 def markdown() -> str:
     """The whole page."""
-    families: dict[str, list[str]] = {}
-    for name in our_models():
-        families.setdefault(model_entrypoint(name).__module__, []).append(name)
-    return "\n".join([INTRO, *(family(module, families[module]) for module in sorted(families))])
+    modules = sorted({model_entrypoint(name).__module__ for name in our_models()})
+    return "\n".join([INTRO, *(family(module) for module in modules)])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
-"""Families of image backbones, one a file; importing this package registers their models with timm."""
+"""Families of image backbones, one a file; importing this package registers the models of all of them with timm."""
 
-from . import agent, biformer, flatten, inline, l2vit, litv2, natten
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["agent", "biformer", "flatten", "inline", "l2vit", "litv2", "natten"]
+__all__ = sorted(module.name for module in iter_modules(__path__))
+for name in __all__:
+    import_module(f"{__name__}.{name}")

@@ -100,17 +100,18 @@ MODELS = {
         {**TEST, "depths": (1, 1, 1), "num_heads": (1, 2, 4), "num_agents": (9, None, None)},
     ),
 }
+CONVERSION = Conversion(
+    drop=(r"\.relative_position_index$", r"\.attn_mask$"),
+    resize={
+        **dict.fromkeys(AXIS_BIASES, axes),
+        "relative_position_bias_table": window_table,
+        **{f"pos_embed{i}": partial(positions, file_grid=axis_grid) for i in ("", 1, 2, 3, 4)},
+    },
+)
 register_family(
     __name__,
     MODELS,
-    conversion=Conversion(
-        drop=(r"\.relative_position_index$", r"\.attn_mask$"),
-        resize={
-            **dict.fromkeys(AXIS_BIASES, axes),
-            "relative_position_bias_table": window_table,
-            **{f"pos_embed{i}": partial(positions, file_grid=axis_grid) for i in ("", 1, 2, 3, 4)},
-        },
-    ),
+    conversion=CONVERSION,
     cfg={"fixed_input_size": True, "crop_mode": "squash", "paper_ids": "arXiv:2312.08874"},
     cfgs={
         "agent_swin_s.leap_in1k_288": {"crop_pct": 1.0},

@@ -88,19 +88,17 @@ MODELS = {
         {"embed_dim": 16, "depths": (1, 1, 1), "num_heads": (1, 2, 4), "linear_blocks": (1, 0, 0)},
     ),
 }
+CONVERSION = Conversion(
+    drop=(r"\.relative_position_index$", r"\.attn_mask$", r"^norm\."),  # PVT's files hold a norm without a use
+    resize={
+        "relative_position_bias_table": window_table,
+        **{name: positions for name in ("positional_encoding", "pos_embed1", "pos_embed2", "pos_embed3", "pos_embed4")},
+    },
+)
 register_family(
     __name__,
     MODELS,
-    conversion=Conversion(
-        drop=(r"\.relative_position_index$", r"\.attn_mask$", r"^norm\."),  # PVT's files hold a norm without a use
-        resize={
-            "relative_position_bias_table": window_table,
-            **{
-                name: positions
-                for name in ("positional_encoding", "pos_embed1", "pos_embed2", "pos_embed3", "pos_embed4")
-            },
-        },
-    ),
+    conversion=CONVERSION,
     cfg={"fixed_input_size": True, "crop_mode": "squash", "paper_ids": "arXiv:2308.00442"},
     cfgs={"flatten_swin_b.leap_in1k_384": {"crop_pct": 1.0}},
     leaves=(FocusedLinearAttention2d, FocusedLinearBranch2d),

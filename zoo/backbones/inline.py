@@ -77,16 +77,17 @@ MODELS = {
         {"embed_dim": 16, "depths": (1, 1, 1), "num_heads": (1, 2, 4), "inline_blocks": (1, 0, 0)},
     ),
 }
+CONVERSION = Conversion(
+    drop=(r"\.relative_position_index$", r"\.attn_mask$"),
+    resize={
+        "relative_position_bias_table": window_table,
+        **{f"pos_embed{i}": positions for i in ("", 1, 2, 3, 4)},
+    },
+)
 register_family(
     __name__,
     MODELS,
-    conversion=Conversion(
-        drop=(r"\.relative_position_index$", r"\.attn_mask$"),
-        resize={
-            "relative_position_bias_table": window_table,
-            **{f"pos_embed{i}": positions for i in ("", 1, 2, 3, 4)},
-        },
-    ),
+    conversion=CONVERSION,
     cfg={"fixed_input_size": True, "crop_mode": "squash", "paper_ids": "arXiv:2412.06590"},
     leaves=(InLineAttention2d, InLineBranch2d),
 )
