@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .loader import EpochSampler, ResumableLoader, SeededDataset
+from .loader import EpochSampler, ResumableLoader, SeededDataset, leave_group
 
 
 class SeededData(LightningDataModule):
@@ -49,7 +49,8 @@ class SeededData(LightningDataModule):
         dataset = self.datasets[split]
         pin_memory = torch.cuda.is_available()
         if isinstance(dataset, IterableDataset):
-            loader = DataLoader(dataset, self.batch_size, num_workers=self.num_workers, pin_memory=pin_memory)
+            options = {"num_workers": self.num_workers, "pin_memory": pin_memory, "worker_init_fn": leave_group}
+            loader = DataLoader(dataset, self.batch_size, **options)
             # streams shuffle by themselves: Lightning tells the epoch to samplers only, so theirs passes it on
             setattr(loader.sampler, "set_epoch", getattr(dataset, "set_epoch", None))  # noqa: B010
             return loader
