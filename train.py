@@ -28,7 +28,7 @@ from foveal.zoo.tasks.launch import (
 )
 from foveal.zoo.tasks.record import Record, print_summary
 from foveal.zoo.tasks.resume import Resumption, changed_since, check_resume, listed
-from foveal.zoo.tasks.stopping import Interruption, report_stop, status_of
+from foveal.zoo.tasks.stopping import Interruption, report_stop, status_of, stop_between_stages
 from foveal.zoo.tasks.sweep import go_on_after_failure, metric_mode, record_job
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -85,7 +85,7 @@ def train(config: DictConfig) -> float:
         with writing_to(start.run_dir):
             metrics = run(config, trainer, task, data, checkpoint=start.checkpoint)
             record.end(metrics)
-    except SystemExit as stopped:
+    except (SystemExit, RuntimeError) as stopped:
         status = status_of(stopped, trainer)
         if status is None:
             raise
@@ -98,12 +98,12 @@ def train(config: DictConfig) -> float:
 
 def prepare(start: Start, config: DictConfig, task: pl.LightningModule) -> dict[str, tuple[Any, Any]]:
     """Checks that the task fits the checkpoint, says what starts, and returns what the configuration changes."""
+    changes = {}
+    if start.checkpoint is not None:
+        saved = read_checkpoint(start.checkpoint)
+        check_resume(task, saved, path=start.checkpoint)
+        changes = changed_since(config, saved, path=start.checkpoint)
     rank_zero_only(say)(f" {start.in_words}; everything goes to {start.run_dir}", lead=config.name)
-    if start.checkpoint is None:
-        return {}
-    saved = read_checkpoint(start.checkpoint, mmap=True)
-    check_resume(task, saved, path=start.checkpoint)
-    changes = changed_since(config, saved, path=start.checkpoint)
     if changes:
         rank_zero_only(say)(f" {listed(changes)}", lead="changed:")
     return changes
@@ -120,9 +120,11 @@ def run(
     """Trains what is left to train, tests, and returns what was measured."""
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    stop_between_stages(trainer)
     if config.metric not in metrics:  # a finished run was resumed: nothing was trained
         trainer.validate(task, datamodule=data, verbose=False)
         metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+        stop_between_stages(trainer)
     if config.test:
         trainer.test(task, datamodule=data, verbose=False)
         metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -45,7 +45,9 @@ def round_up(length: int, side: int) -> int:
 
 def at_least(side: int, length: int) -> int:
     """The larger of the two."""
-    return length if known(length >= side) else torch.sym_max(length, side)  # pyright: ignore[reportReturnType]
+    if known(length >= side):
+        return length
+    return side if known(length <= side) else torch.sym_max(length, side)  # pyright: ignore[reportReturnType]
 
 
 def at_most(side: int, length: int) -> int:

@@ -54,7 +54,7 @@ def test_random_cases(rank, dtype):
 def test_windows_that_are_whole_dilation_groups(rank, dtype):
     for case in cases(rank, 100, seed=11):
         shape = tuple(w * d for w, d in zip(case.window, case.dilation, strict=True))
-        check_without_lse(replace(case, shape=shape, causal=(False,) * rank, extra=0), dtype, "tiled")
+        check_without_lse(replace(case, shape=shape, causal=(False,) * rank, extra=0, extra_mask=""), dtype, "tiled")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -62,7 +62,7 @@ def test_windows_that_are_whole_dilation_groups(rank, dtype):
 def test_small_dilation_groups(rank, dtype):
     for case in cases(rank, 100, seed=12):
         shape = tuple(n // d * d for n, d in zip(case.shape, case.dilation, strict=True))
-        check_without_lse(replace(case, shape=shape, bias=False, extra=0), dtype, "tiled")
+        check_without_lse(replace(case, shape=shape, bias=False, extra=0, extra_mask=""), dtype, "tiled")
 
 
 @pytest.mark.parametrize("impl", ["tiled", "reference"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .classes import ClassTable
-from .loader import EpochSampler, ResumableLoader, SeededDataset
+from .loader import EpochSampler, ResumableLoader, SeededDataset, leave_group
 from .pixels import mode_of
 from .unreadable import Receiver, SeededImages
 
@@ -70,7 +70,8 @@ class SeededData(LightningDataModule):
         dataset = self.datasets[split]
         pin_memory = torch.cuda.is_available()
         if isinstance(dataset, IterableDataset):
-            loader = DataLoader(dataset, self.batch_size, num_workers=self.num_workers, pin_memory=pin_memory)
+            options = {"num_workers": self.num_workers, "pin_memory": pin_memory, "worker_init_fn": leave_group}
+            loader = DataLoader(dataset, self.batch_size, **options)
             # streams shuffle by themselves: Lightning tells the epoch to samplers only, so theirs passes it on
             setattr(loader.sampler, "set_epoch", getattr(dataset, "set_epoch", None))  # noqa: B010
             return loader

@@ -7,6 +7,7 @@ resume in the middle of an epoch it is enough to know how many batches were used
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,6 +114,13 @@ class EpochSampler(Sampler):
             yield int(order[0]), None
 
 
+def leave_group(worker: int) -> None:
+    """Takes a worker out of the group of processes that Ctrl-C and `timeout` signal as a whole: the training process
+    needs it until it has stopped, and then ends it itself."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
 class ResumableLoader(DataLoader):
     """A `DataLoader` that Lightning can stop and resume at any batch, through `state_dict` and `load_state_dict`.
 
@@ -141,6 +149,7 @@ class ResumableLoader(DataLoader):
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
+            worker_init_fn=leave_group,
         )
         self.epoch_sampler, self.receive = sampler, receive
         self._handed_out = {"epoch": 0, "batches": 0, "global_batch": sampler.batch_size * sampler.world}

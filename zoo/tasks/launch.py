@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -142,7 +143,7 @@ def find_start(config: DictConfig) -> Start:
     run_dir, checkpoint = resolve_run(config)
     evaluates = False
     if checkpoint is not None:
-        trained = is_trained(read_checkpoint(checkpoint, mmap=True), config)
+        trained = is_trained(read_checkpoint(checkpoint), config)
         evaluates = trained and checkpoint.parent.parent == run_dir and not is_unfinished(run_dir)
     if evaluates:
         run_dir = (Path(config.runs) / config.name / time.strftime("evaluation_%Y-%m-%d_%H-%M-%S")).resolve()
@@ -154,11 +155,10 @@ def check_writable(run_dir: Path) -> None:
     """Raises ValueError when a run's folder cannot be made or written, before anything is trained."""
     try:
         there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-    except OSError as error:  # a name that is too long
-        raise ValueError(f"run_dir={str(run_dir)!r} cannot be made: {reason(error)}") from error
-    why = "is no folder" if not there.is_dir() else "is read-only" if not os.access(there, os.W_OK | os.X_OK) else None
-    if why:
-        raise ValueError(f"run_dir={str(run_dir)!r} cannot be written: {there} {why}")
+        with TemporaryDirectory(prefix=".foveal-", dir=there):  # the root user may write where no folder can be
+            pass
+    except OSError as error:
+        raise ValueError(f"run_dir={str(run_dir)!r} cannot be written: {reason(error)}") from error
 
 
 def check_metrics(config: DictConfig, task: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,12 @@ class MetricTable(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        row |= _values(trainer, "train/") | self._validated
+        trained = _values(trainer, "train/")
+        if not trained:  # it goes on from the end of an epoch: the batches were of another process
+            with warnings.catch_warnings():  # as is their count
+                warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
+                trained = {"train/loss": float(pl_module.train_loss.compute())}  # pyright: ignore
+        row |= trained | self._validated
         self._validated = {}
         row["lr"] = max(group["lr"] for group in trainer.optimizers[0].param_groups)  # the head's, with layer decay
         self.rows = [old for old in self.rows if old["epoch"] < row["epoch"]] + [row]

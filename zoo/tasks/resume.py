@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .optim import make_optimizer, seek
 
@@ -55,6 +56,20 @@ def check_weights(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, p
         )
 
 
+def check_groups(optimizer: Optimizer, saved: Mapping[str, Any], *, path: Path, changes: Mapping[str, Any]) -> None:
+    """Raises ValueError when the optimizer of a checkpoint has its parameters in other groups; `changes` are those of
+    the optimizer's options."""
+    groups, theirs = (
+        [len(group["params"]) for group in each] for each in (optimizer.param_groups, saved["param_groups"])
+    )
+    if groups != theirs:
+        because = listed(changes or {"parameters by group": (theirs, groups)})
+        raise ValueError(
+            f"task.optimizer cannot go on from {path}, whose parameters are in other groups: {because}; pass what the "
+            "checkpoint was made with, or begin a new run"
+        )
+
+
 def check_resume(task: Any, checkpoint: Mapping[str, Any], *, path: Path) -> None:
     """Checks, before anything is trained or written, that a task can go on from a checkpoint.
 
@@ -80,14 +95,8 @@ def check_resume(task: Any, checkpoint: Mapping[str, Any], *, path: Path) -> Non
     changes.pop("model.pretrained", None)
     because = f": {listed(changes)}" if changes else ""
     check_weights(task.state_dict(), checkpoint["state_dict"], path=path, because=because)
-    groups = [len(group["params"]) for group in make_optimizer(task.model, ours).param_groups]
-    saved = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
-    if groups != saved:
-        changes = differing(theirs, dict(ours), "task.optimizer") or {"task.optimizer": (len(saved), len(groups))}
-        raise ValueError(
-            f"task.optimizer cannot go on from {path}, whose parameters are in other groups: {listed(changes)}; pass "
-            "what the checkpoint was made with, or begin a new run"
-        )
+    changes = differing(theirs, dict(ours), "task.optimizer")
+    check_groups(make_optimizer(task.model, ours), checkpoint["optimizer_states"][0], path=path, changes=changes)
 
 
 def changed_since(config: DictConfig, checkpoint: Mapping[str, Any], *, path: Path) -> dict[str, tuple[Any, Any]]:
@@ -102,7 +111,35 @@ def changed_since(config: DictConfig, checkpoint: Mapping[str, Any], *, path: Pa
     here = config.copy()
     here.run_dir = old.get("run_dir")  # the folder is part of many values
     changes = differing(old, OmegaConf.to_container(here, resolve=True))
-    return {key: values for key, values in changes.items() if key not in OF_A_START}
+    written = flat(OmegaConf.to_container(config, resolve=False))
+    follow = {key for key, value in written.items() if isinstance(value, str) and "${" in value}  # another key
+    return {key: values for key, values in changes.items() if not _is_within(key, {*OF_A_START, *follow})}
+
+
+def _is_within(key: str, keys: set[str]) -> bool:
+    parts = key.split(".")
+    return any(".".join(parts[: end + 1]) in keys for end in range(len(parts)))
+
+
+def validate_first(loop: dict[str, Any]) -> bool:
+    """Makes a checkpoint from the last batch of an epoch go on with the validation of that epoch; returns whether it
+    was such a one.
+
+    Lightning takes its epoch for finished, validation and metrics included, though none of it was done. The counters
+    become those of a run that was stopped in the first batch of validation.
+
+    Args:
+        loop: state of the trainer's `fit_loop` in the checkpoint; it is changed.
+    """
+    batches, validation = loop["epoch_loop.batch_progress"], loop["epoch_loop.val_loop.batch_progress"]
+    if not batches["is_last_batch"] or batches["total"]["completed"] != batches["total"]["processed"] - 1:
+        return False
+    for counts in (batches["total"], batches["current"]):
+        counts["completed"] += 1
+    validation["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    validation["total"] |= {key: validation["total"]["completed"] + 1 for key in ("ready", "started")}
+    validation["is_last_batch"] = False
+    return True
 
 
 class Resumption(Callback):
@@ -118,6 +155,7 @@ class Resumption(Callback):
         self._old: dict[str, Any] | None = None  # hyper-parameters of the checkpoint
         self._fresh: list[list[dict[str, Any]]] = []
         self._patience: list[int] = []
+        self._validates_first = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._old = None
@@ -134,6 +172,19 @@ class Resumption(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self._old = dict(checkpoint.get("hyper_parameters", {}))
             checkpoint["lr_schedulers"] = []
+            self._validates_first = validate_first(checkpoint["loops"]["fit_loop"])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_restart(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_restart(trainer)
+
+    def _end_restart(self, trainer: Trainer) -> None:
+        """Validation counts from its beginning, and no checkpoint after this one says that it was interrupted."""
+        if self._validates_first:
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
+            self._validates_first = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._old is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
+
+from .resume import check_groups, check_weights
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -90,9 +93,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
         options = StateDictOptions(full_state_dict=True)
         # an average kept beside the weights stays behind: sharded weights have none
         weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
+        check_weights(self.model.state_dict(), weights, path=Path(path))
         set_model_state_dict(self.model, weights, options=options)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            check_groups(optimizer, saved, path=Path(path), changes={})
             order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
             groups = [group | {"params": [order[i] for i in group["params"]]} for group in saved["param_groups"]]
             state = {"state": {order[i]: value for i, value in saved["state"].items()}, "param_groups": groups}

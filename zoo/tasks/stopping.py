@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -90,33 +92,42 @@ def _state(trainer: Trainer) -> dict[str, Any]:
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
-def status_of(stopped: SystemExit, trainer: Trainer) -> int | None:
-    """Exit status when Lightning ended the process after SIGTERM or Ctrl-C, else None."""
-    if isinstance(stopped, SIGTERMException):
+def status_of(stopped: BaseException, trainer: Trainer) -> int | None:
+    """Exit status when SIGTERM or Ctrl-C was what ended training, else None. A scheduler may send SIGTERM to workers
+    of the loader as well, and their end may be noticed first."""
+    workers = isinstance(stopped, RuntimeError) and "DataLoader worker" in str(stopped) and trainer.received_sigterm
+    if isinstance(stopped, SIGTERMException) or workers:
         by = next((c.signal for c in trainer.callbacks if isinstance(c, Interruption)), signal.SIGTERM)  # pyright: ignore
         return STATUS[by]
     return STATUS[signal.SIGINT] if isinstance(stopped.__context__, KeyboardInterrupt) else None
 
 
-def how_to_go_on(run_dir: Path, *, overrides: list[str] | None = None) -> str:
-    """The command that goes on with a run.
-
-    Args:
-        run_dir: its folder.
-        overrides: of its job; None: the arguments of this process.
-    """
-    arguments = sys.argv[1:] if overrides is None else overrides
-    arguments = [argument for argument in arguments if not argument.startswith(START_KEYS)]
+def how_to_go_on(run_dir: Path) -> str:
+    """The command that goes on with a run in its folder: that of this process, or of this job of a sweep."""
+    job = HydraConfig.get() if HydraConfig.initialized() else None
+    sweeping = job is not None and job.mode == RunMode.MULTIRUN
+    arguments = [item for item in (job.overrides.task if sweeping else sys.argv[1:]) if not item.startswith(START_KEYS)]
     script = Path(sys.argv[0])
-    program = ["python", sys.argv[0]] if script.suffix == ".py" else [script.name]
-    if script.is_relative_to(Path(__file__).parents[2]) and script.name == "train.py":
-        program = ["foveal-train"]
-    return shlex.join([*program, *arguments, f"run_dir={run_dir}", "ckpt_path=auto"])
+    outside = script.name == "train.py" and not script.is_absolute()  # of `python train.py`
+    return shlex.join(
+        [
+            *(["python", str(script)] if outside else ["foveal-train"]),
+            *arguments,
+            f"run_dir={run_dir}",
+            "ckpt_path=auto",
+        ]
+    )
 
 
-def report_stop(status: int, run_dir: Path, *, step: int, overrides: list[str] | None = None) -> None:
+def report_stop(status: int, run_dir: Path, *, step: int) -> None:
     """Says on stderr what stopped the run and how to go on."""
     by = next(signum.name for signum, code in STATUS.items() if code == status)
     saved = (run_dir / "checkpoints" / "last.ckpt").is_file()
-    hint = how_to_go_on(run_dir, overrides=overrides) if saved else "there is no checkpoint yet"
-    tell(f"{by} stopped {run_dir} at step {step}; to go on: {hint}")
+    hint = f"to go on: {how_to_go_on(run_dir)}" if saved else "it has no checkpoint yet"
+    tell(f"{by} stopped {run_dir} at step {step}; {hint}")
+
+
+def stop_between_stages(trainer: Trainer) -> None:
+    """Raises SIGTERMException when SIGTERM came after the last batch of a stage, where Lightning does not look."""
+    if trainer.received_sigterm:
+        raise SIGTERMException
