@@ -1,9 +1,10 @@
 """Sentences for users: a name that does not exist, what was done otherwise than asked for."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 
 
 def unknown_name(what: str, value: str, known: Iterable[str]) -> ValueError:
@@ -25,6 +26,7 @@ def unknown_name(what: str, value: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"{what}={value!r} is not known: {hint}")
 
 
+@rank_zero_only
 def say(what: str, details: Sequence[str] = (), most: int = 20) -> None:
     """Tells the user, once and from the main process, what else was done than was asked for.
 
@@ -35,4 +37,5 @@ def say(what: str, details: Sequence[str] = (), most: int = 20) -> None:
     """
     shown = [f"  {detail}" for detail in details[:most]]
     more = [f"  and {len(details) - most} more"] if len(details) > most else []
-    rank_zero_warn("\n".join([what + ":" * bool(details), *shown, *more]), stacklevel=5)
+    text = "\n".join([what + ":" * bool(details), *shown, *more])
+    warnings.warn_explicit(text, UserWarning, filename="foveal", lineno=1)  # a line of our code would say nothing
