@@ -36,7 +36,7 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
 - A file with official parameter names needs no conversion:
   `timm.create_model("natten_dinat_s", pretrained=True, pretrained_cfg_overlay=dict(file="dinat_small_in1k_224.pth"))`.
   Nor do the `shi-labs/*` files of the Hugging Face hub, nor the backbones of detection and segmentation checkpoints
-  (build the model with `stage_norms=True`). A file that does not fill the model, but for the classifier, is an error.
+  (build the model with `stage_norms=True`). A file that does not fill the model is an error, but for the classifier.
 - What `foveal-train` made loads by `checkpoint_path="RUN/checkpoints/last.ckpt"`, or as `local-dir:FOLDER` after
   `python -m foveal.zoo.tasks.export RUN FOLDER`: see [Training](training.md#use-what-you-trained).
 - The ImageNet-22k heads are expected to have 21,841 classes; upstream does not say. Should a file hold another number,

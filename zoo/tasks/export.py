@@ -110,7 +110,7 @@ def _build(config: Mapping[str, Any], weights: dict[str, Tensor], checkpoint: Pa
 def card(config: Mapping[str, Any], name: str) -> str:
     """The text of `README.md`: front matter of the Hugging Face hub, how to load and to prepare images, the classes."""
     architecture = config["architecture"]
-    ours = model_entrypoint(architecture).__module__.startswith(f"{__name__.split('.')[0]}.")
+    ours = model_entrypoint(architecture).__module__.startswith("foveal.")
     imports = "import timm\n" + ("import foveal.zoo  # registers the model\n" if ours else "")
     lines = [
         "---",
