@@ -51,12 +51,13 @@ class ClassTable:
     def __len__(self) -> int:
         return len(self.names)
 
-    def check(self, found: Iterable[str], *, where: str) -> None:
+    def check(self, found: Iterable[str], *, where: str, owner: str = "training") -> None:
         """Refuse classes that are not in the table.
 
         Args:
             found: names of classes.
             where: they were found, for the message; a folder or a file.
+            owner: what the table was made from.
 
         Raises:
             ValueError: names the classes and the place.
@@ -64,7 +65,7 @@ class ClassTable:
         unknown = set(found) - self.labels.keys()
         if unknown:
             raise ValueError(
-                f"{where} has images of {listed(ClassTable.of(unknown).names)}, which training does not have: "
+                f"{where} has images of {listed(ClassTable.of(unknown).names)}, which {owner} does not have: "
                 f"its classes are {listed(self.names)}"
             )
 

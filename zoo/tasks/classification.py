@@ -138,9 +138,9 @@ class ClassificationTask(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Some data know their classes only when they are opened."""
-        data = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "class_names"):
-            self.hparams["class_names"] = list(data.class_names)
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        if names is not None:
+            self.hparams["class_names"] = list(names)
 
     def on_fit_start(self) -> None:
         """Weights that were trained on other pixels than the data give are worse than they need to be."""

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ...weights.manifest import MANIFEST_PATH, write_packaged_entry
+from ..data.loader import PADDING
 from .checkpoint import newest_checkpoint
 from .launch import check_targets
 
@@ -37,7 +38,7 @@ def accuracy_on_test(model: nn.Module, data: LightningDataModule) -> float:
     right = total = 0
     for images, targets in data.test_dataloader():
         right += int((model(images).argmax(dim=1) == targets).sum())
-        total += len(targets)
+        total += int((targets != PADDING).sum())
     return right / total
 
 
