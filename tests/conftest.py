@@ -12,6 +12,7 @@ def pytest_addoption(parser):
         "--cases", type=int, default=64, metavar="N",
         help="random cases a sweep on a GPU, of which every one compiles three to six kernels, about a second each",
     )  # fmt: skip
+    parser.addoption("--budget", action="store_true", help="fail if a default test takes too long (tests/budget.py)")
     parser.addoption(
         "--freeze", action="store_true", help="write the frozen surfaces anew (tests/house/test_frozen.py)"
     )

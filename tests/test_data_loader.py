@@ -195,7 +195,7 @@ def test_image_folder_errors(folder):
         ({"val_fraction": 1.0}, r"data\.val_fraction=1\.0 must be above 0 and below 1"),
         ({"num_classes": 4}, r"data\.num_classes=4, and .*train has 3 classes: cat, dog, owl"),
         ({"labels": "none.csv"}, r"data\.labels='none\.csv' does not exist"),
-        ({"class_names": ["cat", "dog"]}, r"train has images of owl, which training does not have"),
+        ({"class_names": ["cat", "dog"]}, r"train has images of owl, which data\.class_names does not have"),
         ({"class_names": ["cat", "dog", "cat", "owl"]}, r"data\.class_names names 'cat' twice"),
     ],
 )

@@ -40,8 +40,16 @@ def test_every_experiment_composes_and_names_trusted_classes(name):
 
 
 def test_plain_is_the_experiment_of_the_digits():
-    assert composed() == composed("experiment=digits_dinat")
+    assert composed() == composed("data=digits") == composed("experiment=digits_dinat")
     assert composed("task.optimizer.lr=0.1").callbacks.ema.decay == 0.99
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("digits_")])
+def test_a_small_model_on_the_digits_is_its_experiment(name):
+    """So that a sweep over models compares what the experiments do."""
+    header = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
+    model = header.split("override /model: ")[1].split()[0]
+    assert composed(f"model={model}") == composed(f"experiment={name}")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +58,7 @@ def test_plain_is_the_experiment_of_the_digits():
         ("data=imagefolder", "data.root=x", "model=timm", "model.name=natten_dinat_m"),
         ("data=imagefolder", "data.root=x"),
         ("model=timm", "model.name=natten_dinat_m"),
-        ("model=litv2_pico",),
+        ("data=imagefolder", "data.root=x", "model=litv2_pico"),
     ],
     ids=" ".join,
 )

@@ -165,7 +165,7 @@ def test_preprocessing_is_that_of_the_evaluated_images(tmp_path):
     for given in ({}, transform):
         data = TimmDataset(**options, mean=(0.1,) * 3, std=(0.2,) * 3, eval_transform=given)
         said = timm.data.create_transform(**data.preprocessing, is_training=False)
-        assert str(said) == str(data._transform("val")).replace("    ToMode('RGB')\n", "")  # files have modes of their own
+        assert str(said) == str(data._transform("val")).replace("    ToMode('RGB')\n", "")
 
 
 def test_shipped_weights_reproduce_the_accuracy_in_the_manifest():

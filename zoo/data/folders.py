@@ -62,10 +62,11 @@ class Listing:
         Raises:
             ValueError: a split has images of a class that the table does not have.
         """
+        owner = "training" if table is None else "data.class_names"
         table = table or ClassTable.of(self.classes("train"))
         for split, place in self.places.items():
             found = self.classes(split)
-            table.check(found, where=place)
+            table.check(found, where=place, owner=owner)
             missing = [name for name in table.names if name not in found]
             if missing:
                 say(f"{place} has no {split} images of {len(missing)} of {len(table)} classes: {listed(missing)}")

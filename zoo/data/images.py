@@ -69,7 +69,7 @@ class Files(Reader):
 class Images(ImageDataset):
     """timm's dataset; a file that gives no image is an error here, and not replaced by the next one."""
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         """`(transform(image), target)`.
 
         Raises:
@@ -79,8 +79,7 @@ class Images(ImageDataset):
             file, target = self.reader[index]
         except GONE as error:
             raise UnreadableImage(str(error.filename), reason(error)) from error
-        assert file is not None
-        with file:
+        with file:  # pyright: ignore[reportOptionalContextManager] - timm's readers are not typed
             image = decode(file, name=str(self.filename(index, absolute=True)), mode=self.input_img_mode)
         if self.transform is not None:
             image = self.transform(image)

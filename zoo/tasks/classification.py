@@ -138,8 +138,9 @@ class ClassificationTask(LightningModule):
         """
         data = getattr(self.trainer, "datamodule", None)
         self._padded = not getattr(data, "shuffle", True)
-        if hasattr(data, "class_names"):  # some data know their classes only when they are opened
-            self.hparams["class_names"] = list(getattr(data, "class_names"))  # noqa: B009
+        names = getattr(data, "class_names", None)
+        if names is not None:  # some data know their classes only when they are opened
+            self.hparams["class_names"] = list(names)
         batch = getattr(data, "batch_size", None)
         if stage == "fit" and self.mixup is not None and batch is not None and batch % 2:
             raise ValueError(f"data.batch_size={batch} must be even with task.mixup, which mixes images in pairs")

@@ -23,6 +23,7 @@ from torch import nn
 from ...weights import WeightsError
 from ...weights.load import save
 from ...weights.manifest import MANIFEST_PATH, Entry, Mirror, write_packaged_entry
+from ..data.loader import PADDING
 from .checkpoint import newest_checkpoint
 from .export import trained_model
 from .launch import check_targets
@@ -39,7 +40,7 @@ def accuracy_on_test(model: nn.Module, data: LightningDataModule) -> float:
     right = total = 0
     for images, targets in data.test_dataloader():
         right += int((model(images).argmax(dim=1) == targets).sum())
-        total += len(targets)
+        total += int((targets != PADDING).sum())
     return right / total
 
 
