@@ -1,7 +1,7 @@
 """Lengths that may be symbols, as they are while a graph with dynamic shapes is traced.
 
-A comparison of symbols decides how the graph goes on, and binds it to lengths of which the answer is the same. `known`
-asks without binding; the other functions compute with symbols so that more is known of what they return.
+A comparison of symbols decides how the graph goes on, and binds it to lengths of which the answer is the same. A graph
+that `torch.compile` makes may be bound: it is made again for others. An exported graph has to serve all lengths.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,16 @@ from torch import Tensor
 from .calling import tracing
 
 
-def known(condition) -> bool:
-    """Whether a condition holds whatever its symbols stand for; a condition without symbols, whether it holds."""
-    if not tracing():
-        return bool(condition)
+def _follows(condition) -> bool:
+    """Whether a condition holds whatever its symbols stand for."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # it brings sympy
 
     return statically_known_true(condition)
+
+
+def known(condition) -> bool:
+    """Whether a condition holds; in a graph that must not be bound, whether it holds whatever its symbols stand for."""
+    return _follows(condition) if tracing() and not torch.compiler.is_dynamo_compiling() else bool(condition)
 
 
 def is_symbol(length: int) -> bool:
@@ -35,7 +38,8 @@ def plain(length: int) -> int:
 def ceil_div(length: int, by: int) -> int:
     """length / by, rounded up."""
     whole = length // by  # which cancels factors, where a remainder does not
-    return whole if known(whole * by == length) else (length + by - 1) // by
+    exact = _follows(whole * by == length) if tracing() else whole * by == length
+    return whole if exact else (length + by - 1) // by
 
 
 def round_up(length: int, side: int) -> int:

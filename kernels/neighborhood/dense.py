@@ -4,6 +4,9 @@ Where windows are whole groups that is window attention: so it is in half of DiN
 last stage, whose map is one window. Where they are not, a mask hides what a query does not see: PyTorch's fused
 attention computes a few times the logits, and is still faster than to gather keys for tiles. It has no gradient of a
 bias, and in half precision it is less exact than tiles: these take them.
+
+A graph takes the former as plain PyTorch. The latter looks at its numbers, so in a compiled graph it stands inside the
+operator of the tiled path: `forward` and `backward`.
 """
 
 import math
@@ -14,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..calling import resolve_scale, tracing, wants_gradient
+from ..calling import is_plain_call, resolve_scale, wants_gradient
+from ..symbolic import known
 from ..window import Axis as WindowAxis
 from ..window import relative_bias
 from ..window import tiled as windows
@@ -26,30 +30,47 @@ MOST_KEYS = 128  # of a window that is a whole group: its logits are kept for th
 MOST_MASKED = 256
 MOST_HIDDEN = 5
 MOST_LOGITS = 1 << 19
+# What `scaled_dot_product_attention` calls on CPU; it does not return its log-sum-exp, which a backward needs.
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _is_whole(axes: tuple[Axis, ...]) -> bool:
-    return all(a.window * a.dilation == a.length and not a.causal for a in axes)
+    return all(known(a.window * a.dilation == a.length) and not a.causal for a in axes)
 
 
 def covers(axes: tuple[Axis, ...], query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
-    """Whether dense attention serves a call of the tiled path; lengths that are symbolic are not asked."""
-    if tracing() or any(a.queries is not None or a.length % a.dilation for a in axes):
+    """Whether dense attention serves a call of the tiled path; a graph with symbolic lengths it does not."""
+    if any(a.queries is not None for a in axes):
         return False
-    window = prod(a.window for a in axes)
     if _is_whole(axes):
-        return window <= MOST_KEYS
-    keys = prod(a.length // a.dilation for a in axes)
-    if bias is not None or query.dtype.itemsize < 4 or keys > min(MOST_MASKED, MOST_HIDDEN * window):
+        return prod(a.window for a in axes) <= MOST_KEYS
+    if not is_plain_call() or query.device.type != "cpu" or bias is not None or not _is_masked(axes, query):
         return False
-    if not wants_gradient(query, key, value) and query.numel() // query.shape[-1] * keys > MOST_LOGITS:
+    if not wants_gradient(query, key, value) and _logits(axes, query) > MOST_LOGITS:
         return False
-    # A mask adds minus infinity, and NaN stays NaN; on CPU it costs nothing to look. Nobody looks for finite numbers
-    # whose product is not.
-    return query.device.type == "cpu" and all(_is_finite(x) for x in (key, value))
+    return all(_is_finite(x) for x in (key, value))
+
+
+def _keys(axes: tuple[Axis, ...]) -> int:
+    """Positions of a dilation group."""
+    return prod(a.length // a.dilation for a in axes)
+
+
+def _logits(axes: tuple[Axis, ...], query: Tensor) -> int:
+    return query.numel() // query.shape[-1] * _keys(axes)
+
+
+def _is_masked(axes: tuple[Axis, ...], query: Tensor) -> bool:
+    """Whether dilation groups, all of one length, are small enough for a mask."""
+    if query.dtype.itemsize < 4 or any(a.length % a.dilation for a in axes):
+        return False
+    return _keys(axes) <= min(MOST_MASKED, MOST_HIDDEN * prod(a.window for a in axes))
 
 
 def _is_finite(x: Tensor) -> bool:
+    """Whether a mask, which adds minus infinity, hides all of `x`: NaN would stay NaN. On CPU it costs nothing to look;
+    nobody looks for finite numbers whose product is not."""
     return math.isfinite(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).item())
 
 
@@ -101,3 +122,58 @@ def attend(
     q, k, v = groups
     out, _ = windows.attend(q, k, v, axes=tuple(WindowAxis(w, w) for w in window), scale=factor, bias=spread, lse=False)
     return _ungroup(out, axes)
+
+
+def serves(
+    axes: tuple[Axis, ...], query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, extra_key: Tensor | None
+) -> bool:
+    """Whether `forward` and `backward` take a call of the operator of the tiled path."""
+    if bias is not None or extra_key is not None or any(a.queries is not None for a in axes):
+        return False
+    if query.device.type != "cpu" or query.shape != key.shape or key.shape != value.shape or not query.numel():
+        return False
+    return _is_masked(axes, query) and all(_is_finite(x) for x in (key, value))
+
+
+def _dense_rows(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """`[B * groups, heads, positions, d]`, the last axis one number after the other, as fused attention reads it."""
+    x = _groups(x, axes).flatten(1, -3).transpose(1, 2)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _from_rows(x: Tensor, like: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """The inverse of `_dense_rows`, for a grid of the shape of `like` up to its last axis."""
+    positions = [a.length // a.dilation for a in axes]
+    return _ungroup(x.transpose(1, 2).unflatten(1, positions), axes).view(*like.shape[:-1], x.shape[-1])
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, *, axes: tuple[Axis, ...], scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp of calls that `serves` accepts; None where tiles are faster."""
+    if not _is_whole(axes) and _logits(axes, query) > MOST_LOGITS:
+        return None
+    mask = None if _is_whole(axes) else _mask(axes, query.dtype)
+    rows = [_dense_rows(x, axes) for x in (query, key, value)]
+    out, lse = FUSED(*rows, attn_mask=mask, scale=scale)
+    return _from_rows(out, query, axes), _from_rows(lse[..., None], query, axes)[..., 0]
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    *,
+    axes: tuple[Axis, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value of calls that `serves` accepts, where the log-sum-exp has none."""
+    mask = None if _is_whole(axes) else _mask(axes, query.dtype)
+    grad, q, k, v, o = (_dense_rows(x, axes) for x in (grad_out, query, key, value, out))
+    sums = _dense_rows(lse[..., None], axes)[..., 0]
+    grads = FUSED_BACKWARD(grad, q, k, v, o, sums, 0.0, False, attn_mask=mask, scale=scale)
+    dq, dk, dv = (_from_rows(x, query, axes) for x in grads)
+    return dq, dk, dv

@@ -113,7 +113,7 @@ def pack(axes: tuple[Axis, ...], scale: float, extra_mask: Tensor | None) -> tup
     return window, stride, dilation, causal, scale, first, extra_mask
 
 
-for _name, _module in (("neighborhood", "launch"), ("neighborhood_tiled", "tiled")):
+for _name, _module in (("neighborhood", "launch"), ("neighborhood_tiled", "compiled")):
     operators.define(
         _name,
         f"{__package__}.{_module}",

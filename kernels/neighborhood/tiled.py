@@ -309,9 +309,16 @@ def forward(
     rows = _prepare(query, key, value, extra_key, extra_value, extra_mask)
     accumulate = _accumulate(query)
     table = _bias_by_class(plan, bias, accumulate)
+    splits = _splits(plan, rows, 2, 2)
+    if tracing():  # a graph that gathers is bound to fewer lengths than one that scatters, and exports to more formats
+        chunks = tiled_plan.chunks(plan, rows.sizes, splits, accumulate, query.device)
+        parts = zip(*(_forward_chunk(rows, plan, chunk, scale, table) for (chunk,) in chunks), strict=True)
+        places = tiled_plan.places(plan, rows.sizes, query.device)
+        out, lse = (torch.cat(part)[places] for part in parts)
+        return out, lse
     out = rows.query.new_empty(rows.query.shape[0], value.shape[-1])
     lse = rows.query.new_empty(rows.query.shape[0], dtype=accumulate)
-    for parts in tiled_plan.chunks(plan, rows.sizes, _splits(plan, rows, 2, 2), accumulate, query.device):
+    for parts in tiled_plan.chunks(plan, rows.sizes, splits, accumulate, query.device):
         for chunk in parts:
             # Queries that fill up a tile repeat another of it, so the rows written twice are equal.
             part, part_lse = _forward_chunk(rows, plan, chunk, scale, table)

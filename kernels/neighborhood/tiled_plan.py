@@ -271,6 +271,23 @@ def key_tokens(plan: Plan, rows: list[Tensor], slots: tuple[tuple[int, int], ...
     return _tokens(coordinates, [axis.length for axis in plan.axes])
 
 
+def places(plan: Plan, sizes: Sizes, device: torch.device) -> Tensor:
+    """Where each query stands among those of all tiles `[B * tiles, heads, q]`: int64 `[B, *spatial, heads]`."""
+    heads = sizes.key_heads * sizes.group
+    parts, tiles, slots = [], heads * plan.queries, 1
+    for axis, tile, count in zip(*map(reversed, (plan.axes, plan.tile, plan.grid)), strict=True):
+        coordinate = torch.arange(*query_range(axis), device=device)
+        group = coordinate % axis.dilation
+        position = coordinate // axis.dilation - group_length(query_range(axis)[0], axis.dilation, group)
+        row = group * (count // axis.dilation) + position // tile
+        parts.append(row * tiles + position % tile * slots)
+        tiles, slots = tiles * count, slots * tile
+    entry = torch.arange(sizes.batch, device=device) * tiles
+    parts = [torch.arange(heads, device=device) * plan.queries, *parts, entry]
+    shaped = (part[(slice(None), *[None] * i)] for i, part in enumerate(parts))
+    return reduce(torch.add, shaped)
+
+
 def valid(plan: Plan, rows: list[Tensor]) -> Tensor:
     """Which queries are none that only fill up their tile: bool `[n, q]`."""
     return _outer(torch.logical_and, [t.valid.index_select(0, r) for t, r in zip(plan.tables, rows, strict=True)])
