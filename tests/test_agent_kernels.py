@@ -15,7 +15,13 @@ def test_interpreter(part):
 
 def check_report(**kwargs) -> None:
     for row in kernel_checks.check_report(operators=["agent"], **kwargs):
-        if row.arch == "sm_90" and row.dtype != "fp32" and row.grid == "spread" and row.head_dim == 64 and "values" not in row.flags:
+        if (
+            row.arch == "sm_90"
+            and row.dtype != "fp32"
+            and row.grid == "spread"
+            and row.head_dim == 64
+            and "values" not in row.flags
+        ):
             assert row.wgmma, row
 
 

@@ -166,7 +166,9 @@ def test_compiled_as_one_operator(dynamic):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("case", [replace(CASE, value_dim=20), replace(CASE, inverse=True, extra=0, bias=False, layout="fused")])
+@pytest.mark.parametrize(
+    "case", [replace(CASE, value_dim=20), replace(CASE, inverse=True, extra=0, bias=False, layout="fused")]
+)
 def test_opcheck(case, requires_grad):
     opcheck("block_sparse_tiled", case, requires_grad=requires_grad)
 

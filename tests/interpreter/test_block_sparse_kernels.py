@@ -108,7 +108,9 @@ def test_what_is_not_listed_is_not_read():
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("case", [replace(FULL, value_dim=20), replace(FULL, inverse=True, extra=0, bias=False, layout="fused")])
+@pytest.mark.parametrize(
+    "case", [replace(FULL, value_dim=20), replace(FULL, inverse=True, extra=0, bias=False, layout="fused")]
+)
 def test_opcheck(case, requires_grad):
     opcheck("block_sparse", case, requires_grad=requires_grad)
 
