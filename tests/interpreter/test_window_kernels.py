@@ -54,7 +54,6 @@ def test_half_precision_keeps_the_error_rule(rank):
         HALO,
         replace(FULL, head_dim=8, value_dim=24),  # the backward of half precision has one kernel
         replace(FULL, head_dim=64, value_dim=256, heads=1, batch=1),
-        replace(HALO, head_dim=40, value_dim=3),
     ],
 )
 def test_pinned_tiles_are_right(case, dtype):

@@ -1,0 +1,329 @@
+"""Every Triton kernel, run by Triton's interpreter, on memory and orders of programs that no device promises.
+
+Results must be the same bits when programs run in another order, when memory that was never written holds NaN, and when
+tensors lie in the midst of NaN. They must show NaN of any payload, and read and write numbers 2^31 and more apart.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from itertools import islice
+from math import prod
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import agent_matrix
+import block_sparse_matrix
+import linear_matrix
+import neighborhood_matrix
+import pytest
+import torch
+import window_matrix
+from foveal.kernels.agent.forward import merge_kernel
+from foveal.kernels.linear import launch as linear_launch
+from foveal.kernels.ops import (
+    BlockMask,
+    agent_attention,
+    block_sparse_attention_lse,
+    linear_attention,
+    na2d_lse,
+    window_attention_lse,
+)
+from operator_matrix import Inputs
+from torch import Tensor
+from triton.runtime import interpreter
+
+ROUND = 4096  # numbers of NaN before and after a tensor
+CANONICAL = 0x7FFFFFFF  # the NaN that NVIDIA's units make; NumPy's is 0x7FC00000
+
+
+class Operator(NamedTuple):
+    """A test matrix, the ranks of its random cases, cases that reach every kernel, what is forced of their launches."""
+
+    matrix: Any
+    ranks: tuple[int | None, ...]
+    cases: tuple
+    forced: dict[str, Any] = {}
+
+
+OPERATORS = {
+    "neighborhood": Operator(
+        neighborhood_matrix,
+        (1, 2, 3),
+        (
+            neighborhood_matrix.Case((40,), (9,), (4,), (1,), (False,), key_heads=1, layout="channels_first"),
+            neighborhood_matrix.Case(
+                (4, 6), (3, 3), (2, 1), (1, 2), (False, True), heads=1, key_heads=1, bias=True, extra=3
+            ),
+        ),
+    ),
+    "window": Operator(
+        window_matrix,
+        (1, 2, 3),
+        (
+            window_matrix.Case((5, 6), (4, 3), (2, 1), (0, 0), key_heads=1, bias=True, value_dim=5),
+            window_matrix.Case((5, 6), (3, 6), (0, 0), (1, 0), heads=1, key_heads=1, padded=True, bias=True),
+            window_matrix.Case((4, 6), (2, 3), (1, 0), (0, 0), heads=1, key_heads=1, bias=True),
+        ),
+        dict(one_pass=True),
+    ),
+    "block_sparse": Operator(
+        block_sparse_matrix,
+        (None,),
+        (
+            block_sparse_matrix.Case((5, 6), (4, 5), (4, 4), (3, 4), 3, q_len=True, kv_len=True, inverse=True),
+            block_sparse_matrix.Case(
+                (5, 6), (5, 6), (4, 4), (4, 4), 2, full=True, bias=True, key_heads=1, value_dim=12, extra=3
+            ),
+        ),
+    ),
+    "agent": Operator(
+        agent_matrix,
+        (None,),
+        (
+            agent_matrix.Case((5, 7), (5, 7), 4, heads=1),
+            agent_matrix.Case((5, 6), (4, 5), 9, agent_bias=True, query_bias=True, value_dim=12, layout="fused"),
+        ),
+        dict(queries=16, keys=16, chunk=16),
+    ),
+    "linear": Operator(
+        linear_matrix,
+        (None,),
+        (
+            linear_matrix.Case((5, 7), (5, 7), centered=True),
+            linear_matrix.Case((5, 7), (4, 6), relu=True, floor=20.0, scale=None, value_dim=12),
+        ),
+        dict(rows=16, chunk=16, columns=16),
+    ),
+}
+
+
+def launch_of(name: str):
+    return import_module(f"foveal.kernels.{name}.launch")
+
+
+def configs_of(name: str):
+    return import_module(f"foveal.kernels.{name}.configs")
+
+
+def is_small(case) -> bool:
+    """Whether a case has few programs, of which one takes the interpreter about ten milliseconds."""
+    tokens = prod(case.shape), prod(getattr(case, "key_shape", ())), getattr(case, "agents", 1)
+    groups = prod(getattr(case, "dilation", ())) * prod(2 * h + 1 for h in getattr(case, "halo", ()))
+    boxes = getattr(case, "query_boxes", 1), getattr(case, "key_boxes", 1)
+    table = prod(2 * w - 1 for w in case.window) if getattr(case, "bias", False) and hasattr(case, "dilation") else 1
+    few = 0 < case.batch * case.heads <= 2 and max(tokens) <= 48 and max(groups, *boxes) <= 6 and table <= 9
+    return few
+
+
+def embed(x: Tensor | None) -> Tensor | None:
+    """The same values and strides in the midst of NaN."""
+    if x is None:
+        return None
+    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    storage = torch.full((size + 2 * ROUND,), float("nan"), dtype=x.dtype)
+    inside = storage.as_strided(x.shape, x.stride(), ROUND)
+    once = [slice(None) if s else slice(0, 1) for s in x.stride()]  # an expanded axis is one token in memory
+    inside[tuple(once)].copy_(x.detach()[tuple(once)])
+    return inside.requires_grad_(x.requires_grad)
+
+
+@contextmanager
+def hostile(seed: int) -> Iterator[None]:
+    """Inside the block programs of a launch run in a random order, and `torch.empty` holds NaN."""
+    random, builder = Random(seed), interpreter.interpreter_builder
+    order: list[int] = []
+
+    def set_grid_dim(x, y, z):
+        order[:] = random.sample(range(x), x)
+        type(builder).set_grid_dim(builder, x, y, z)
+
+    def set_grid_idx(x, y, z):
+        type(builder).set_grid_idx(builder, order[x], y, z)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "set_grid_dim", set_grid_dim, raising=False)
+        patch.setattr(builder, "set_grid_idx", set_grid_idx, raising=False)
+        torch.use_deterministic_algorithms(True)  # which fills what `torch.empty` makes
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], what: object) -> None:
+    """Equal bits; NaN at the same places."""
+    for name, x in expected.items():
+        y = got[name]
+        assert torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num()), (name, what)
+
+
+def check(name: str, case, forced: dict) -> None:
+    inputs = OPERATORS[name].matrix.make_inputs(case, torch.float32)
+    with configs_of(name).override(**forced):
+        expected = OPERATORS[name].matrix.run(case, inputs, "triton")
+        with hostile(case.seed):
+            got = OPERATORS[name].matrix.run(case, {n: embed(x) for n, x in inputs.items()}, "triton")
+    assert_same(got, expected, case)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_order_and_memory_change_nothing(name):
+    for i, case in enumerate(OPERATORS[name].cases):
+        check(name, case, OPERATORS[name].forced if i else {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPERATORS)
+def test_order_and_memory_change_nothing_in_random_cases(name):
+    matrix, ranks, _, forced = OPERATORS[name]
+    for rank in ranks:
+        cases = matrix.cases(*(() if rank is None else (rank,)), 10**6, seed=11)
+        for i, case in enumerate(islice(filter(is_small, cases), 12)):
+            check(name, case, forced if i % 2 else {})
+
+
+def test_hostile_memory_is_hostile():
+    with hostile(0):
+        assert torch.empty(3).isnan().all()
+        builder = interpreter.interpreter_builder
+        builder.set_grid_dim(9, 1, 1)
+        seen = []
+        for x in range(9):
+            builder.set_grid_idx(x, 0, 0)
+            seen.append(builder.grid_idx[0])
+    assert sorted(seen) == list(range(9)) != seen
+    embedded = embed(torch.randn(2, 3).t())
+    assert embedded.stride() == (1, 3) and torch.isnan(embedded.as_strided((1,), (1,), ROUND - 1)).all()
+
+
+def place(x: Tensor, bits: int) -> Tensor:
+    """A copy with one NaN of these bits, in the middle."""
+    x = x.detach().clone()
+    middle = tuple(n // 2 for n in x.shape)
+    x[middle] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    assert x[middle].view(torch.int32) == bits
+    return x
+
+
+def poisoned(matrix, case, inputs: Inputs, name: str, bits: int) -> dict[str, Tensor]:
+    """Results with one NaN in an input or, for the name "grad", in the gradient that comes back."""
+    given = {n: place(x, bits) if n == name else x for n, x in inputs.items()}
+    given = {n: None if x is None else x.detach().requires_grad_() for n, x in given.items()}
+
+    def operator(**arguments):
+        found = matrix_operator(matrix, case)(**arguments)
+        out, *rest = (found,) if isinstance(found, Tensor) else found
+        factor = torch.ones_like(out)
+        out = out * (place(factor, bits) if name == "grad" else factor)
+        return (out, *rest) if rest else out
+
+    return matrix.run(case, given, "triton", operator=operator)
+
+
+def matrix_operator(matrix, case) -> Callable:
+    if matrix is neighborhood_matrix:
+        return neighborhood_matrix.OPERATORS[case.rank]
+    return {
+        window_matrix: window_attention_lse,
+        block_sparse_matrix: block_sparse_attention_lse,
+        agent_matrix: agent_attention,
+        linear_matrix: linear_attention,
+    }[matrix]
+
+
+@pytest.fixture
+def tf32(monkeypatch):
+    """As if products of float32 were allowed to take TF32, and states did, as on NVIDIA's devices."""
+    for name in OPERATORS:
+        monkeypatch.setattr(launch_of(name), "precision", lambda query: "tf32")
+    monkeypatch.setattr(linear_launch, "state_precision", lambda query, precision: "tf32")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_not_a_number_shows_whatever_its_payload(name, tf32):
+    matrix, _, (*_, case), _ = OPERATORS[name]
+    inputs = matrix.make_inputs(case, torch.float32)
+    for tensor in [*(n for n, x in inputs.items() if x is not None), "grad"]:
+        found, expected = (poisoned(matrix, case, inputs, tensor, bits) for bits in (CANONICAL, 0x7FC00000))
+        assert_same(found, expected, (tensor, case))
+        assert found["out"].isnan().any(), (tensor, case)
+
+
+@pytest.mark.parametrize("bits", [CANONICAL, 0x7FC00000, 0x7F800000])  # the last is infinity
+def test_linear_attention_shows_what_plain_products_show(bits, tf32):
+    inputs = dict(zip(("query", "key", "value"), torch.randn(3, 1, 16, 16, 2, 32), strict=True))
+    inputs["value"] = place(inputs["value"].abs(), 0x7FC00000)
+    inputs["value"].view(torch.int32)[inputs["value"].isnan()] = bits
+    got, exact = (linear_attention(**inputs, impl=impl) for impl in ("triton", "tiled"))
+    assert not exact.isfinite().all()
+    assert torch.equal(got.isnan(), exact.isnan()) and torch.equal(got.isinf(), exact.isinf())
+
+
+class Far:
+    """Tensors in files without content: tokens or features of one are 2^31 numbers apart, and no memory is taken."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.made = folder, 0
+
+    def file(self, numbers: int) -> Tensor:
+        self.made += 1
+        return torch.from_file(str(self.folder / str(self.made)), shared=True, size=numbers, dtype=torch.float32)
+
+    def copy(self, x: Tensor, axis: int) -> Tensor:
+        """The values of `x`, the entries along `axis` so far apart that the last is 2^31 numbers from the first."""
+        step = 2**31 // (x.shape[axis] - 1) + 1
+        strides = list(x.contiguous().stride())
+        strides[axis] = step
+        inner = sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) + 1
+        return self.file(inner).as_strided(x.shape, strides).copy_(x.detach())
+
+
+@pytest.fixture
+def far(tmp_path, monkeypatch) -> Far:
+    """With checks of 32-bit overflow, which come before a process reads where it must not."""
+    options = interpreter.InterpreterOptions(sanitize_overflow=True)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)  # copies storages to themselves
+    return Far(tmp_path)
+
+
+def calls() -> dict[str, Callable]:
+    """Operators of query, key and value `[1, 3, 3, 2, 4]`."""
+    kv_num, kv_idx = torch.ones(1, 1, 4, dtype=torch.int32), torch.arange(4, dtype=torch.int32).view(1, 1, 4, 1)
+    mask = BlockMask((2, 2), (2, 2), kv_num, kv_idx.flip(2))
+    agent = torch.randn(1, 2, 2, 4)
+    return {
+        "neighborhood": lambda q, k, v: na2d_lse(q, k, v, window=2, impl="triton"),
+        "window": lambda q, k, v: window_attention_lse(q, k, v, window=2, impl="triton"),
+        "block_sparse": lambda q, k, v: block_sparse_attention_lse(q, k, v, mask=mask, impl="triton"),
+        "agent": lambda q, k, v: (agent_attention(q, k, v, agent, impl="triton"),),
+        "linear": lambda q, k, v: (linear_attention(q, k, v, relu=True, floor=1.0, impl="triton"),),
+    }
+
+
+@pytest.mark.parametrize("axis", [1, 4], ids=["tokens", "features"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_numbers_far_apart(name, axis, far):
+    call, near = calls()[name], [x.requires_grad_() for x in torch.randn(3, 1, 3, 3, 2, 4).unbind()]
+    expected = call(*near)
+    cotangents = [torch.randn_like(x) for x in expected]
+    expected = dict(enumerate((*expected, *torch.autograd.grad(expected, near, cotangents))))
+    apart = [far.copy(x, axis).requires_grad_() for x in near]
+    got = call(*apart)
+    cotangents[0] = far.copy(cotangents[0], axis)
+    got = dict(enumerate((*got, *torch.autograd.grad(got, apart, cotangents))))
+    assert_same(got, expected, name)
+
+
+def test_parts_of_agent_attention_far_apart(far):
+    """Nine queries of 2^20 heads of 256 features: the last lies 2^31 numbers behind the first."""
+    queries, heads, dim = 9, 2**20, 256
+    parts, lse = far.file(2 * queries * heads * dim), far.file(2 * queries * heads)
+    out, out_lse = far.file(queries * heads * dim), far.file(queries * heads)
+    first = parts.view(2, queries, heads, dim)[:, :, 0].copy_(torch.randn(2, queries, dim))
+    merge_kernel[(1,)](
+        parts, lse, out, out_lse, queries, 1, heads, 2, DV=dim, BLOCK_DV=dim, QUERIES=16, WIDE=True
+    )  # fmt: skip
+    torch.testing.assert_close(out.view(queries, heads, dim)[:, 0], first.mean(0))
