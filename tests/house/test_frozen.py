@@ -25,6 +25,7 @@ import yaml
 FROZEN = Path(__file__).parent / "frozen"
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("foveal.kernels.ops", "foveal.layers", "foveal.weights", "foveal.zoo", "foveal.zoo.data", "foveal.zoo.video")
+PLACES = r" at 0x[0-9a-f]+|(?<=PosixPath\(').*(?=/weights)"  # of objects in memory, of the checkout on the disk
 OURS = sorted(
     name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("foveal.")
 )
@@ -39,7 +40,7 @@ def parameters(target) -> str:
             keyword_only = True
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
-        shown.append(f"{stars}{parameter.name}{re.sub(r' at 0x[0-9a-f]+', '', default)}")
+        shown.append(f"{stars}{parameter.name}{re.sub(PLACES, '', default)}")
     return ", ".join(shown)
 
 
