@@ -4,13 +4,14 @@ Results must be the same bits when programs run in another order, when memory th
 tensors lie in the midst of NaN. They must show NaN of any payload, and read and write numbers 2^31 and more apart.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import islice
 from math import prod
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import agent_matrix
@@ -44,7 +45,7 @@ class Operator(NamedTuple):
     matrix: Any
     ranks: tuple[int | None, ...]
     cases: tuple
-    forced: dict[str, Any] = {}
+    forced: Mapping[str, Any] = MappingProxyType({})
 
 
 OPERATORS = {
@@ -159,7 +160,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], what: objec
         assert torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num()), (name, what)
 
 
-def check(name: str, case, forced: dict) -> None:
+def check(name: str, case, forced: Mapping[str, Any]) -> None:
     inputs = OPERATORS[name].matrix.make_inputs(case, torch.float32)
     with configs_of(name).override(**forced):
         expected = OPERATORS[name].matrix.run(case, inputs, "triton")
