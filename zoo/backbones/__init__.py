@@ -3,6 +3,5 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-__all__ = sorted(module.name for module in iter_modules(__path__))
-for name in __all__:
+for name in sorted(module.name for module in iter_modules(__path__)):
     import_module(f"{__name__}.{name}")

@@ -105,8 +105,8 @@ def status_of(stopped: BaseException, trainer: Trainer) -> int | None:
 def how_to_go_on(run_dir: Path) -> str:
     """The command that goes on with a run in its folder: that of this process, or of this job of a sweep."""
     job = HydraConfig.get() if HydraConfig.initialized() else None
-    sweeping = job is not None and job.mode == RunMode.MULTIRUN
-    arguments = [item for item in (job.overrides.task if sweeping else sys.argv[1:]) if not item.startswith(START_KEYS)]
+    given = sys.argv[1:] if job is None or job.mode != RunMode.MULTIRUN else job.overrides.task
+    arguments = [item for item in given if not item.startswith(START_KEYS)]
     script = Path(sys.argv[0])
     outside = script.name == "train.py" and not script.is_absolute()  # of `python train.py`
     return shlex.join(
