@@ -138,4 +138,4 @@ def test_every_official_variant_is_ours():
     covered = {our_name(official).split(".")[0] for official in KEYS}
     ours = set(timm.list_models([f"{family}_*" for family in WHOLE]))
     assert covered >= {name for name in ours if not name.endswith("_pico")}
-    assert {name.split("_")[0] for name in covered} == set(FAMILIES) <= set(foveal.zoo.backbones.__all__)
+    assert {name.split("_")[0] for name in covered} == set(FAMILIES) <= set(foveal.zoo.backbones.FAMILIES)

@@ -74,7 +74,7 @@ def as_map(features: torch.Tensor) -> torch.Tensor:
 
 def test_every_family_is_a_file_and_has_a_small_model():
     files = [module.name for module in pkgutil.iter_modules(foveal.zoo.backbones.__path__)]
-    assert files == foveal.zoo.backbones.__all__
+    assert files == foveal.zoo.backbones.FAMILIES
     for file in files:
         models = importlib.import_module(f"foveal.zoo.backbones.{file}").MODELS
         assert {name.removeprefix("test_").split("_")[0] for name in models} == {file}

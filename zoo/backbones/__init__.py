@@ -3,5 +3,6 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-for name in sorted(module.name for module in iter_modules(__path__)):
+FAMILIES = sorted(module.name for module in iter_modules(__path__))
+for name in FAMILIES:
     import_module(f"{__name__}.{name}")
