@@ -12,11 +12,14 @@ from foveal.kernels.neighborhood.geometry import Axis, inverse_bounds, window_bo
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("part", ["[1-", "[2-", "[3-", "not random"])
+PARTS = ["random and [1-", "random and [2-", "random and [3-", "opcheck", "compiled"]
+PARTS += [" and ".join(f"not {part}" for part in ("random", "opcheck", "compiled"))]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_interpreter(part):
     """The tests under `interpreter/`, in a process where Triton interprets its kernels."""
-    select = part if part == "not random" else f"random and {part}"
-    kernel_checks.run_interpreter("test_neighborhood_kernels.py", select)
+    kernel_checks.run_interpreter("test_neighborhood_kernels.py", part)
 
 
 @pytest.mark.slow
