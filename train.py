@@ -98,7 +98,7 @@ def prepare(start: Start, config: DictConfig, task: pl.LightningModule) -> dict[
     """Checks that the task fits the checkpoint, says what starts, and returns what the configuration changes."""
     changes = {}
     if start.checkpoint is not None:
-        saved = read_checkpoint(start.checkpoint, mmap=True)
+        saved = read_checkpoint(start.checkpoint)
         check_resume(task, saved, path=start.checkpoint)
         changes = changed_since(config, saved, path=start.checkpoint)
     rank_zero_only(say)(f" {start.in_words}; everything goes to {start.run_dir}", lead=config.name)

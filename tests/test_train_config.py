@@ -181,6 +181,16 @@ MISTAKES = [
     (["task._target_=os.system"], "task._target_='os.system' is not allowed"),
     (["trainer.strategy=fsdp", "callbacks.ema._target_=null"], "callbacks.ema"),
     (["trainer.max_epochs=["], "no viable alternative"),
+    (["task.mixup={mixup_alpha: 0.8}", "data.batch_size=7"], "data.batch_size=7 must be even with task.mixup"),
+    (["task.mixup={mixup_alpha: 0.0}"], "task.mixup={'mixup_alpha': 0.0} does not work: One of mixup_alpha"),
+    (["task.mixup={colour: 1}"], "task.mixup={'colour': 1} does not work: Mixup.__init__() got an unexpected"),
+    (["+task.optimizer.colour=1"], "does not work: AdamW.__init__() got an unexpected keyword argument 'colour'"),
+    (["task.optimizer.lr=fast"], "task.optimizer.lr='fast' must be a number"),
+    (["+task.scheduler.colour=1"], "does not work: create_scheduler_v2() got an unexpected keyword argument 'colour'"),
+    (["metric=val/acc"], "metric='val/acc' is not known: did you mean 'val/acc"),
+    (["metric=test/acc1", "test=false"], "metric='test/acc1' is not measured with test=false"),
+    (["callbacks.best.monitor=val/accc1"], "callbacks.best.monitor='val/accc1' is not known: did you mean 'val/acc1'"),
+    (["run_dir=/proc/run"], "run_dir='/proc/run' cannot be written: No such file or directory"),
 ]
 
 

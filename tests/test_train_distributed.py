@@ -135,5 +135,6 @@ def test_strategies_that_start_the_script_again_are_refused_in_a_sweep(tmp_path)
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "foveal-train: trainer.strategy='ddp' cannot start its processes inside a sweep" in done.stderr
+    failed = "foveal-train: job 1 (seed=1) of the sweep failed: trainer.strategy='ddp' cannot start its processes"
+    assert failed in done.stderr
     assert "Traceback" not in done.stderr

@@ -79,15 +79,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable | None = lambda storage, _: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        return read_checkpoint(Path(path), map_location=map_location, weights_only=weights_only)
+        return _load(Path(path), map_location=map_location, weights_only=weights_only)
 
 
-def read_checkpoint(path: Path, **options: Any) -> dict[str, Any]:
-    """Reads a checkpoint of a training run.
-
-    Args:
-        path: of the file.
-        options: of `torch.load`; with `mmap=True` tensors are read from the disk only when they are used.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint of a training run; its tensors are read from the disk only when they are used.
 
     Raises:
         ValueError: a folder, a damaged file or one of another program; the message names the file.
@@ -96,17 +92,21 @@ def read_checkpoint(path: Path, **options: Any) -> dict[str, Any]:
         inside = path / "checkpoints" / "last.ckpt"
         hint = f"pass ckpt_path={inside}" if inside.is_file() else "expected a file such as RUN/checkpoints/last.ckpt"
         raise ValueError(f"ckpt_path={str(path)!r} is a folder: {hint}")
-    with about("ckpt_path", path, *DAMAGED):
-        if not zipfile.is_zipfile(path):  # its directory is at the end
-            raise ValueError("it is empty" if not path.stat().st_size else "it is cut short, or no file of torch.save")
-        try:
-            checkpoint = torch.load(path, **{"map_location": "cpu", "weights_only": True} | options)
-        except pickle.UnpicklingError as error:
-            raise ValueError("it holds more than tensors and plain values, which only code could make") from error
+    checkpoint = _load(path, map_location="cpu", weights_only=True, mmap=True)
     missing = [part for part in PARTS if not isinstance(checkpoint, dict) or part not in checkpoint]
     if missing:
         raise ValueError(f"ckpt_path={str(path)!r} is no checkpoint of a training run: it has no {', '.join(missing)}")
     return checkpoint
+
+
+def _load(path: Path, **options: Any) -> Any:
+    with about("ckpt_path", path, *DAMAGED):
+        if not zipfile.is_zipfile(path):  # its directory is at the end
+            raise ValueError("it is empty" if not path.stat().st_size else "it is cut short, or no file of torch.save")
+        try:
+            return torch.load(path, **options)
+        except pickle.UnpicklingError as error:
+            raise ValueError("it holds more than tensors and plain values, which only code could make") from error
 
 
 def newest_checkpoint(experiment: Path) -> Path | None:

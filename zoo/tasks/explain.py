@@ -36,11 +36,17 @@ OF_FILES = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, err
 
 
 class JobError(Exception):
-    """A job of a sweep failed: what to say at the end of the sweep, and the exit status."""
+    """A job of a sweep failed.
 
-    def __init__(self, sentence: str, *, status: int):
+    Args:
+        sentence: what to say, again, at the end of the sweep.
+        table: what the other jobs measured, if any ends well.
+        status: exit status of the sweep.
+    """
+
+    def __init__(self, sentence: str, *, table: Path, status: int):
         super().__init__(sentence)
-        self.status = status
+        self.table, self.status = table, status
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,7 @@ def explain(error: BaseException) -> str | None:
     if remote is not None:
         return _explain_remote(remote)
     if isinstance(error, JobError):
-        return str(error)
+        return f"{error}" + (f"; what the others measured is in {error.table}" if error.table.is_file() else "")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return str(unknown_name(group, name, error.options))

@@ -143,7 +143,7 @@ def find_start(config: DictConfig) -> Start:
     run_dir, checkpoint = resolve_run(config)
     evaluates = False
     if checkpoint is not None:
-        trained = is_trained(read_checkpoint(checkpoint, mmap=True), config)
+        trained = is_trained(read_checkpoint(checkpoint), config)
         evaluates = trained and checkpoint.parent.parent == run_dir and not is_unfinished(run_dir)
     if evaluates:
         run_dir = (Path(config.runs) / config.name / time.strftime("evaluation_%Y-%m-%d_%H-%M-%S")).resolve()

@@ -69,10 +69,8 @@ def go_on_after_failure(job: HydraConf) -> Iterator[None]:
         own = [item.lstrip("+") for item in job.overrides.task if item not in sys.argv]
         failed = f"job {job.job.num} ({' '.join(own)}) of the sweep failed: {sentence or 'its traceback is above'}"
         tell(failed)
-        raise JobError(
-            f"{failed}; what the other jobs measured is in {Path(job.sweep.dir) / 'comparison.csv'}",
-            status=1 if sentence is None else 2,
-        ) from error
+        table = Path(job.sweep.dir) / "comparison.csv"
+        raise JobError(failed, table=table, status=1 if sentence is None else 2) from error
 
 
 def record_job(job: HydraConf, *, metric: str, mode: str, value: float, minutes: float) -> None:
