@@ -244,7 +244,7 @@ MISTAKES = [
     (["+task.optimizer.colour=1"], "does not work: AdamW.__init__() got an unexpected keyword argument 'colour'"),
     (["task.optimizer.lr=fast"], "task.optimizer.lr='fast' must be a number"),
     (["+task.scheduler.colour=1"], "does not work: create_scheduler_v2() got an unexpected keyword argument 'colour'"),
-    (["metric=val/acc"], "metric='val/acc' is not known: did you mean 'val/acc1'"),
+    (["metric=val/acc"], "metric='val/acc' is not known: did you mean 'val/acc"),
     (["metric=test/acc1", "test=false"], "metric='test/acc1' is not measured with test=false"),
     (["callbacks.best.monitor=val/accc1"], "callbacks.best.monitor='val/accc1' is not known: did you mean 'val/acc1'"),
     (["run_dir=/proc/run"], "run_dir='/proc/run' cannot be written: No such file or directory"),

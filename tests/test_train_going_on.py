@@ -148,10 +148,10 @@ def test_changes_are_said_and_recorded(ended, tmp_path, capsys):
         (run / name).write_bytes(content)
     go_on(run, "task.optimizer.lr=9e-3")
     said = " ".join(capsys.readouterr().out.split())
-    assert "changed: task.optimizer.lr 0.002 → 0.009, trainer.max_epochs 2 → 3" in said
+    assert "changed: task.optimizer.lr 0.001 → 0.009, trainer.max_epochs 2 → 3" in said
     first, second = json.loads((run / "environment.json").read_text())
     assert first["changed"] == {} and first["goes_on_from"] is None
-    assert second["changed"] == {"task.optimizer.lr": [0.002, 0.009], "trainer.max_epochs": [2, 3]}
+    assert second["changed"] == {"task.optimizer.lr": [0.001, 0.009], "trainer.max_epochs": [2, 3]}
     assert second["goes_on_from"] == str(run / "checkpoints" / "last.ckpt")
     assert set(second["ended"]["metrics"]) >= {"val/acc1", "test/acc1"}
     assert [row["epoch"] for row in csv.DictReader((run / "metrics.csv").open())] == ["0", "1", "2"]
@@ -183,7 +183,7 @@ def test_evaluating_a_run_changes_nothing_in_it(ended, tmp_path, capsys, given):
     config.run_dir = str(ended) if given else None
     train.train(config)
     assert files(ended) == before
-    (results,) = (tmp_path / "runs" / "digits_dinat").iterdir()
+    (results,) = (tmp_path / "runs" / "unnamed").iterdir()
     assert {"config.yaml", "environment.json", "predictions.png"} <= files(results).keys()
     (start,) = json.loads((results / "environment.json").read_text())
     assert start["ended"]["metrics"]["test/acc1"] >= 0 and start["changed"] == {"seed": [0, 3]}
