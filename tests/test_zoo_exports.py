@@ -1,0 +1,45 @@
+"""Exported programs serve other batches and sizes than those they were traced with."""
+
+import foveal.zoo  # noqa: F401  registers the models
+import pytest
+import timm
+import torch
+
+ANY_SIZE = sorted(
+    name for name in timm.list_models("test_*")
+    if timm.models.model_entrypoint(name).__module__.startswith("foveal.") and "vitrpb" not in name
+)  # fmt: skip
+DEFAULT = ("test_natten_dinat", "test_agent_swin", "test_litv2")
+AUTO = torch.export.Dim.AUTO
+
+
+def test_every_family_is_asked():
+    assert set(DEFAULT) <= set(ANY_SIZE) and len(ANY_SIZE) > 10
+
+
+def check(model: torch.nn.Module, traced: torch.Tensor, dynamic: dict, *others: torch.Tensor) -> None:
+    program = torch.export.export(model.eval(), (traced,), dynamic_shapes=(dynamic,)).module()
+    for images in (traced, *others):
+        with torch.no_grad():
+            torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [
+    name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in ANY_SIZE
+])  # fmt: skip
+def test_batch_and_size_are_free(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    channels, side, _ = model.pretrained_cfg["input_size"]
+    traced = torch.randn(2, channels, side, side)
+    others = (torch.randn(3, channels, side + 32, side), torch.randn(1, channels, side, side + 64))
+    check(model, traced, {0: AUTO, 2: AUTO, 3: AUTO}, *others)
+
+
+def test_batch_is_free_at_224():
+    """Chunks of tiles depend on the batch in eager calls, and must not where a program is made."""
+    torch.manual_seed(0)
+    options = {"num_classes": 3, "embed_dim": 16, "depths": (2,), "num_heads": (1,), "dilations": (8,)}
+    batch = torch.export.Dim("batch", min=2, max=64)
+    images = torch.randn(5, 3, 224, 224)
+    check(timm.create_model("natten_dinat_m", **options), images[:2], {0: batch}, images)
