@@ -54,8 +54,8 @@ def build(config: DictConfig) -> tuple[pl.Trainer, pl.LightningModule, pl.Lightn
     strategy = make_strategy(options["trainer"].pop("strategy"))
     if not isinstance(strategy, ModelParallelStrategy):
         task.configure_model()  # sharded models are built on their devices; others here, before processes are spawned
-    loggers = instantiate_all(options["logger"])
-    callbacks = make_callbacks(options["callbacks"], options["trainer"], logs=bool(loggers))
+    loggers = instantiate_all(options.get("logger"))
+    callbacks = make_callbacks(options.get("callbacks"), options["trainer"], logs=bool(loggers))
     if options["trainer"].get("enable_checkpointing", True):
         callbacks.append(Interruption(Path(config.run_dir) / "checkpoints" / "last.ckpt"))
     trainer = instantiate(

@@ -18,7 +18,7 @@ def reporter(progress: bool | Progress, label: str) -> Iterator[Progress]:
         from rich.progress import Progress as Bars
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),

@@ -126,7 +126,9 @@ def is_trained(checkpoint: Mapping[str, Any], config: DictConfig) -> bool:
     if (epochs not in (None, -1) and done >= epochs) or (steps != -1 and checkpoint["global_step"] >= steps):
         return True
     waited = [state["wait_count"] for key, state in checkpoint["callbacks"].items() if key.startswith("EarlyStopping")]
-    stopping = [callback for callback in (config.callbacks or {}).values() if callback and "patience" in callback]
+    stopping = [
+        callback for callback in (config.get("callbacks") or {}).values() if callback and "patience" in callback
+    ]
     return any(0 < count >= callback.patience for count, callback in zip(waited, stopping, strict=False))
 
 
@@ -181,7 +183,7 @@ def check_metrics(config: DictConfig, task: Any) -> None:
             raise ValueError(f"metric={config.metric!r} is not measured with test=false")
     elif config.metric not in known:
         raise unknown_name("metric", config.metric, known)
-    for name, callback in (config.callbacks or {}).items():
+    for name, callback in (config.get("callbacks") or {}).items():
         monitor = callback.get("monitor") if callback else None
         if monitor is not None and monitor not in (*measured, "epoch", "step"):
             raise unknown_name(f"callbacks.{name}.monitor", monitor, measured)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ def metric_mode(config: DictConfig) -> str:
 
 def _what_differs(rows: list[dict[str, str]]) -> list[str]:
     """For each job the overrides that not all jobs share."""
-    overrides = [row["overrides"].split() for row in rows]
+    overrides = [shlex.split(row["overrides"]) for row in rows]
     shared = set.intersection(*map(set, overrides))
     names = [" ".join(item for item in own if item not in shared) for own in overrides]
     return [name or f"job {row['job']}" for name, row in zip(names, rows, strict=True)]
@@ -95,9 +96,8 @@ def record_job(job: HydraConf, *, metric: str, mode: str, value: float, minutes:
         if rows and metric not in rows[0]:
             raise ValueError(f"metric={metric!r} is not in {path}: pass one metric=NAME that all jobs of a sweep have")
         result = {metric: f"{value:.6g}", "minutes": f"{minutes:.2f}"}
-        rows.append(
-            {"job": str(job.job.num), "overrides": " ".join(item.lstrip("+") for item in job.overrides.task)} | result
-        )
+        overrides = shlex.join(item.lstrip("+") for item in job.overrides.task)
+        rows.append({"job": str(job.job.num), "overrides": overrides} | result)
         sign = 1 if mode == "min" else -1
         rows.sort(key=lambda row: (math.isnan(float(row[metric])), sign * float(row[metric])))
         with replacing(path) as partial, partial.open("w", newline="") as file:
