@@ -159,7 +159,7 @@ def test_changes_are_said_and_recorded(ended, tmp_path, capsys):
 
 def test_patience_is_the_one_of_the_configuration(tmp_path):
     """And a run that early stopping ended is not trained on."""
-    options = (*SHORT, "callbacks=early_stopping", "+callbacks.early_stopping.min_delta=2.0")
+    options = (*SHORT, "callbacks=early_stopping", "+callbacks.early_stopping.min_delta=2.0", "test=false")
     run = tmp_path / "run"
     train.train(configure(run, *options, "trainer.max_epochs=9", "callbacks.early_stopping.patience=1"))
     assert len(list(csv.DictReader((run / "metrics.csv").open()))) == 2
