@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tests.operator_matrix import as_leaves, errors, gradients
+from tests.support.operator_matrix import as_leaves, errors, gradients
 
 from . import figures
 from .benchmark import Benchmark, Call, Maker, Metric, Work, dtype_name, refuse_wrong

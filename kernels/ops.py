@@ -7,7 +7,6 @@ from .block_sparse import (
     block_sparse_attention_lse,
     routing_attention2d,
 )
-from .explain import explain
 from .linear import linear_attention
 from .low_rank import biased_attention
 from .neighborhood import (
@@ -21,6 +20,7 @@ from .neighborhood import (
     sharded_neighborhood_attention,
     sharded_neighborhood_attention_lse,
 )
+from .tools.explain import explain
 from .window import relative_bias, window_attention, window_attention_lse
 
 __all__ = [

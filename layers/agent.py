@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.calling import Impl
+from ..kernels.common.calling import Impl
+from ..kernels.common.symbolic import known
 from ..kernels.ops import agent_attention
-from ..kernels.symbolic import known
 
 AXIS_BIASES = {"ah_bias": (3, 0), "aw_bias": (4, 1), "ha_bias": (2, 0), "wa_bias": (3, 1)}  # its axis, the grid's axis
 

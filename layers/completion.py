@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.symbolic import is_symbol, known, round_up
+from ..kernels.common.symbolic import is_symbol, known, round_up
 
 
 def complete(x: Tensor, lengths: Sequence[int], *, first: int = 1) -> Tensor:

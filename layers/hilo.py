@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.calling import Impl
+from ..kernels.common.calling import Impl
 from ..kernels.ops import window_attention
 from .completion import complete_multiples, crop
 

@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..kernels.calling import Impl
+from ..kernels.common.calling import Impl
 from ..kernels.ops import linear_attention
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.calling import PerHead, extra_visibility, is_per_head, on_grid
+from ..kernels.common.calling import PerHead, extra_visibility, is_per_head, on_grid
+from ..kernels.common.symbolic import at_least
 from ..kernels.ops import na1d, na2d, na3d
-from ..kernels.symbolic import at_least
 from .completion import complete, crop
 
 Rope = Callable[[Tensor, Tensor], Tensor]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.symbolic import known
+from ..kernels.common.symbolic import known
 
 
 def resize_positions(table: Tensor, grid_size: Sequence[int], new_size: Sequence[int], prefix: int = 0) -> Tensor:

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from ..kernels.block_sparse import block_sparse_attention
 from ..kernels.block_sparse.routing import make_routing_mask, routing_attention2d
-from ..kernels.calling import Impl
-from ..kernels.symbolic import at_least, ceil_div, known
+from ..kernels.common.calling import Impl
+from ..kernels.common.symbolic import at_least, ceil_div, known
 from .completion import complete_multiples, crop
 
 

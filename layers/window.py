@@ -5,9 +5,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..kernels.calling import Impl
+from ..kernels.common.calling import Impl
+from ..kernels.common.symbolic import at_most, known
 from ..kernels.ops import relative_bias, window_attention
-from ..kernels.symbolic import at_most, known
 
 
 class WindowAttention2d(nn.Module):

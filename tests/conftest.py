@@ -12,7 +12,7 @@ def pytest_addoption(parser):
         "--cases", type=int, default=64, metavar="N",
         help="random cases a sweep on a GPU, of which every one compiles three to six kernels, about a second each",
     )  # fmt: skip
-    parser.addoption("--budget", action="store_true", help="fail if a default test takes too long (tests/budget.py)")
+    parser.addoption("--budget", action="store_true", help="fail if a default test takes too long")
     parser.addoption(
         "--freeze", action="store_true", help="write the frozen surfaces anew (tests/house/test_frozen.py)"
     )
@@ -29,4 +29,4 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("sweep", chunks, ids=lambda chunk: f"{chunk.start}-{chunk.stop - 1}")
 
 
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels/interpreter"]

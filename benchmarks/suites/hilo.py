@@ -20,7 +20,7 @@ from timm.models.swin_transformer import WindowAttention, window_partition, wind
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.operator_matrix import as_leaves, errors, gradients
+from tests.support.operator_matrix import as_leaves, errors, gradients
 
 from ..benchmark import Benchmark, Call, Maker, refuse_wrong
 from ..figures import in_order, select

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from triton.compiler import ASTSource
 
-from ..aot import TYPES, Variant, source
-from ..launching import Device
+from ..common.launching import Device
+from ..tools.variants import TYPES, Variant, source
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel
 from .forward import forward_kernel, merge_kernel

@@ -4,8 +4,8 @@ from math import prod
 
 from torch import Tensor
 
-from ..arguments import operator
-from ..calling import Impl, choose, obstacles, resolve_scale, without_autocast
+from ..common.arguments import operator
+from ..common.calling import Impl, choose, obstacles, resolve_scale, without_autocast
 from . import library, reference, tiled
 
 __all__ = ["agent_attention", "choose", "obstacles"]

@@ -3,7 +3,7 @@
 from math import ceil
 from typing import Literal, NamedTuple
 
-from ..launching import Device, Overrides, block_d, tile_length
+from ..common.launching import Device, Overrides, block_d, tile_length
 
 Kernel = Literal["forward", "query", "key", "bias"]
 # Where the long axis is split over programs: programs to aim for, and the fewest tokens (batch entries) that one takes.

@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..launching import block_d, cdiv, device_class, grid, needs_wide, precision, width_constants
+from ..common.launching import block_d, cdiv, device_class, grid, needs_wide, precision, width_constants
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel
 from .forward import forward_kernel, merge_kernel

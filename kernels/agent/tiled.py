@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..calling import is_plain_call, wants_gradient
-from ..softmax import REGISTER
-from ..symbolic import known
+from ..common.calling import is_plain_call, wants_gradient
+from ..common.softmax import REGISTER
+from ..common.symbolic import known
 
 
 def attend(

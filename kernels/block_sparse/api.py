@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import ACCEPTED_DTYPES, DTYPES, check_dense, operator
-from ..calling import (
+from ..common.arguments import ACCEPTED_DTYPES, DTYPES, check_dense, operator
+from ..common.calling import (
     Impl,
     check_extra,
     check_grids,

@@ -6,7 +6,7 @@ Nothing here depends on timing, so a call always takes the same kernel.
 from math import prod
 from typing import Literal, NamedTuple
 
-from ..launching import Device, Overrides, block_d, tile_length
+from ..common.launching import Device, Overrides, block_d, tile_length
 
 Kernel = Literal["forward", "query", "key"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..calling import PerAxis
+from ..common.calling import PerAxis
 from .mask import BlockMask, box_of_token, boxes, listed
 from .routing import region_lengths
 

@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..symbolic import ceil_div, known, ravel, unravel
+from ..common.symbolic import ceil_div, known, ravel, unravel
 from .mask import BlockMask, boxes
 
 

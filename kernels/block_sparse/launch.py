@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..launching import cdiv, device_class, grid_strides, needs_wide, padded, precision, width_constants
+from ..common.launching import cdiv, device_class, grid_strides, needs_wide, padded, precision, width_constants
 from ..neighborhood.geometry import Axis
 from ..neighborhood.launch import EXTRA_KEYS, extra_gradient
 from . import configs

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .. import operators
+from ..common import operators
 from .mask import BlockMask, boxes
 
 LISTS = "Tensor kv_num, Tensor kv_idx, Tensor? bias, Tensor? q_len, Tensor? kv_len, Tensor? starts, Tensor? order"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..symbolic import ceil_div
+from ..common.symbolic import ceil_div
 
 
 class BlockMask(NamedTuple):

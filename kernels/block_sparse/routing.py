@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from ..arguments import operator
-from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, without_autocast
-from ..symbolic import ceil_div, is_symbol
+from ..common.arguments import operator
+from ..common.calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, without_autocast
+from ..common.symbolic import ceil_div, is_symbol
 from .api import block_sparse_attention
 from .mask import BlockMask, boxes
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from ..calling import without_autocast
-from ..symbolic import ceil_div, exporting, known
+from ..common.calling import without_autocast
+from ..common.symbolic import ceil_div, exporting, known
 from . import gathered
 from .mask import BlockMask, boxes
 

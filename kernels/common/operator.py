@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..calling import IMPLEMENTATIONS, is_compiled_on_cpu, triton_obstacle, without_autocast
+from .calling import IMPLEMENTATIONS, is_compiled_on_cpu, triton_obstacle, without_autocast
 from .schema import codec
 
 Flops = Callable[..., tuple[int, int]]

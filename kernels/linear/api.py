@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import calling
-from ..arguments import operator
-from ..calling import Impl, is_compiled_on_cpu, is_plain_call, wants_gradient, without_autocast
+from ..common import calling
+from ..common.arguments import operator
+from ..common.calling import Impl, is_compiled_on_cpu, is_plain_call, wants_gradient, without_autocast
 from . import chunked, library, reference, tiled
 from .options import Options, factors
 

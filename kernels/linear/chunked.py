@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..calling import without_autocast
-from ..launching import cdiv
+from ..common.calling import without_autocast
+from ..common.launching import cdiv
 from .options import Options, factors
 
 CHUNK = 1 << 18  # numbers of one tensor that are worked on at a time

@@ -3,7 +3,7 @@
 from math import ceil
 from typing import Literal, NamedTuple
 
-from ..launching import Device, Overrides, block_d, tile_length
+from ..common.launching import Device, Overrides, block_d, tile_length
 
 Kernel = Literal["state", "apply", "query", "key"]
 PROGRAMS = 1024  # to aim for

@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..launching import block_d, cdiv, device_class, grid, has_tf32, needs_wide, precision
+from ..common.launching import block_d, cdiv, device_class, grid, has_tf32, needs_wide, precision
 from . import configs
 from .backward import key_kernel, query_kernel
 from .forward import apply_kernel, state_kernel

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ..arguments import operator
-from ..calling import without_autocast
+from ..common.arguments import operator
+from ..common.calling import without_autocast
 
 MULTIPLE = 8  # of the head dim, which fused attention asks for
 

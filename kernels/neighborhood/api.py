@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import operator
-from ..calling import (
+from ..common.arguments import operator
+from ..common.calling import (
     Impl,
     Mask,
     PerHead,

@@ -9,7 +9,7 @@ from functools import lru_cache
 from math import prod
 from typing import Literal, NamedTuple
 
-from ..launching import MIN_TILE, Device, Overrides, block_d
+from ..common.launching import MIN_TILE, Device, Overrides, block_d
 from .geometry import Axis, tile_walk
 
 Kernel = Literal["forward", "query", "key"]
@@ -103,7 +103,7 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
 }
 SAME_COST = 1.1  # costs within 10 % count as equal: the estimate is no more accurate
 TILE_OVERHEAD = 4096  # fixed work per visited tile, in (query, key) pairs
-MASK_COST = 0.125  # work that the mask adds, per work of the tile; counted by `python -m foveal.kernels.report --loop`
+MASK_COST = 0.125  # work that the mask adds, per work of the tile; counted by `tools.compile_report --loop`
 
 # Building two descriptors costs a third of the 1,000 instructions outside the loop, and a round trip to memory.
 # Pointers cost 5 to 13 instructions per tile for narrow heads, but 45 and many registers for wide ones.

@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..calling import Mask, PerHead, on_grid
+from ..common.calling import Mask, PerHead, on_grid
 from . import geometry, quantized
 from .geometry import Axis
 from .heads import HeadGroup, head_groups
@@ -193,7 +193,7 @@ def _describe(axes: tuple[Axis, ...]) -> str:
 
 def _tiling(axes: tuple[Axis, ...], device: torch.device, width: int, itemsize: int, extra: int):
     """The tiles that the forward kernel visits."""
-    from ..launching import device_class
+    from ..common.launching import device_class
     from . import configs, simulator
 
     config = configs.choose(

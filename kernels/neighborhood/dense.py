@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..calling import is_plain_call, resolve_scale, wants_gradient
-from ..symbolic import known
+from ..common.calling import is_plain_call, resolve_scale, wants_gradient
+from ..common.symbolic import known
 from ..window import Axis as WindowAxis
 from ..window import relative_bias
 from ..window import tiled as windows

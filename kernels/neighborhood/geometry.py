@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..calling import PerAxis, per_axis
+from ..common.calling import PerAxis, per_axis
 
 
 class Axis(NamedTuple):

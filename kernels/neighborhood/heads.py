@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..calling import is_per_head, per_axis
+from ..common.calling import is_per_head, per_axis
 from .geometry import Axis, make_axes
 
 KINDS: dict[str, type] = {"window": int, "stride": int, "dilation": int, "causal": bool}

@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..launching import (
+from ..common.launching import (
     aligned,
     cdiv,
     device_class,

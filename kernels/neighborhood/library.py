@@ -11,7 +11,7 @@ from math import copysign
 import torch
 from torch import Tensor
 
-from .. import operators
+from ..common import operators
 from .geometry import Axis, query_range
 
 EXTRAS = ("bias", "extra_key", "extra_value")

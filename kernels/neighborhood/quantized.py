@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..calling import wants_gradient
+from ..common.calling import wants_gradient
 from .geometry import Axis
 from .library import REST, flops, pack, unpack
 

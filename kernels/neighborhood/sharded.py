@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..arguments import check_arguments
-from ..calling import (
+from ..common.arguments import check_arguments
+from ..common.calling import (
     Impl,
     Mask,
     PerHead,

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from ..calling import tracing, without_autocast
-from ..symbolic import known, plain
+from ..common.calling import tracing, without_autocast
+from ..common.symbolic import known, plain
 from . import tiled_plan
 from .geometry import Axis, query_count
 from .tiled_plan import Chunk, Plan, Sizes, Slab

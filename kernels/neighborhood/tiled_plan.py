@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
-from ..calling import tracing
-from ..symbolic import ceil_div
+from ..common.calling import tracing
+from ..common.symbolic import ceil_div
 from .geometry import Axis, group_length, query_count, query_range, window_bounds
 
 TILES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128)

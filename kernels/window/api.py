@@ -5,9 +5,9 @@ from math import prod
 
 from torch import Tensor
 
-from ..arguments import operator
-from ..calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, resolve_scale, without_autocast
-from ..symbolic import known
+from ..common.arguments import operator
+from ..common.calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, resolve_scale, without_autocast
+from ..common.symbolic import known
 from . import library, reference, tiled
 from .geometry import Axis
 

@@ -3,7 +3,7 @@
 from math import prod
 from typing import Literal, NamedTuple
 
-from ..launching import MIN_TILE, Device, Overrides, block_d
+from ..common.launching import MIN_TILE, Device, Overrides, block_d
 from .geometry import Axis
 
 Kernel = Literal["forward", "window", "query", "key", "bias"]

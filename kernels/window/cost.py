@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..calling import PerAxis
+from ..common.calling import PerAxis
 from .api import make_axes
 from .geometry import Axis, visible_pairs
 
@@ -76,7 +76,7 @@ def summarize(
         "backward_bytes": 2 * queries + 2 * keys + lse + 2 * table,
     }
     if impl == "triton":
-        from ..launching import device_class
+        from ..common.launching import device_class
         from . import configs
 
         device = device_class(query.device) if torch.cuda.is_available() else "hopper"

@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..launching import cdiv, device_class, grid_strides, needs_wide, padded, precision, width_constants
+from ..common.launching import cdiv, device_class, grid_strides, needs_wide, padded, precision, width_constants
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel, window_kernel
 from .forward import forward_kernel

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import operators
+from ..common import operators
 from .geometry import Axis
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..calling import PerAxis
+from ..common.calling import PerAxis
 from . import geometry
 from .api import make_axes
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..symbolic import ceil_div, is_symbol, known, ravel, unravel
+from ..common.symbolic import ceil_div, is_symbol, known, ravel, unravel
 from .geometry import Axis
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..calling import wants_gradient
-from ..softmax import softmax
-from ..symbolic import known
+from ..common.calling import wants_gradient
+from ..common.softmax import softmax
+from ..common.symbolic import known
 from . import rolled
 from .geometry import Axis, Run, runs
 

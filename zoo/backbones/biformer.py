@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from timm.layers import DropPath, LayerNorm, calculate_drop_path_rates, register_notrace_module
 from torch import Tensor, nn
 
-from ...kernels.calling import Impl
+from ...kernels.common.calling import Impl
 from ...layers.routing import BiLevelRoutingAttention2d, ConvRoutingAttention2d, LePEAttention2d, conv_nhwc, pointwise
 from ..builder import Model, register_family
 from ..hosts.base import ListedBackbone

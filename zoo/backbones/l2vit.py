@@ -11,7 +11,7 @@ from typing import ClassVar, NoReturn
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, register_notrace_module
 from torch import Tensor, nn
 
-from ...kernels.calling import Impl
+from ...kernels.common.calling import Impl
 from ...kernels.ops import window_attention
 from ...layers.completion import complete_multiples, crop
 from ...layers.linear import LinearAttention, LocalConcentration

@@ -11,7 +11,7 @@ from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_mo
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from ...kernels.calling import Impl
+from ...kernels.common.calling import Impl
 from ...layers.hilo import HiLo
 from ..builder import Model, register_family
 from ..hosts.base import Backbone

@@ -9,7 +9,7 @@ from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-from ...kernels.symbolic import at_least as length_at_least
+from ...kernels.common.symbolic import at_least as length_at_least
 from ...layers.completion import complete
 
 

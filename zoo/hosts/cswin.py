@@ -7,8 +7,8 @@ import torch
 from timm.layers import DropPath, Mlp, register_notrace_module, to_2tuple
 from torch import Tensor, nn
 
+from ...kernels.common.symbolic import at_most, ceil_div, known
 from ...kernels.ops import window_attention
-from ...kernels.symbolic import at_most, ceil_div, known
 from ...layers.completion import complete, complete_multiples
 from ...layers.routing import conv_nhwc
 from .base import NumberedHost, stage_grids

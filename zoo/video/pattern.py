@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.calling import is_per_head
+from ...kernels.common.calling import is_per_head
 from ...kernels.ops import merge_attentions, na3d, na3d_lse
 
 Attend = Callable[..., Tensor]  # attention of [B, queries, heads, d] to [B, keys, heads, d], with attn_mask

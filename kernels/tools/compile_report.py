@@ -1,0 +1,302 @@
+"""Compile every kernel without a device: `python -m foveal.kernels.tools.compile_report --arch sm_90`.
+
+One row a kernel variant: registers, spills, shared memory, and whether Hopper's matrix (wgmma) and copy (TMA)
+instructions are there. Exits with 1 if a variant does not compile, spills, or wants more
+shared memory than the device has.
+
+With `--loop`, a row for every hot loop instead: what one turn costs a scheduler of an SM, see `sass`.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from . import sass
+
+OPERATORS = ("agent", "block_sparse", "linear", "neighborhood", "window")
+ARCHITECTURES = {  # shared memory a program may have, in bytes, and which table of sizes the device takes
+    "sm_80": (163 * 1024, "ampere"),
+    "sm_89": (99 * 1024, "small"),
+    "sm_90": (227 * 1024, "hopper"),
+    "sm_100": (227 * 1024, "hopper"),
+    "gfx942": (64 * 1024, "small"),
+}
+
+
+class Row(NamedTuple):
+    """Compiler output of one variant; registers a thread, spills and shared memory in bytes."""
+
+    operator: str
+    kernel: str
+    grid: str
+    dtype: str
+    head_dim: int
+    flags: str
+    queries: str
+    keys: str
+    warps: int
+    stages: int
+    arch: str
+    registers: int
+    spills: int
+    shared: int
+    wgmma: bool
+    tma: bool
+    error: str = ""
+
+
+def _target(arch: str):
+    from triton.backends.compiler import GPUTarget
+
+    return (
+        GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    )
+
+
+def _nvidia_usage(ptx: str, cubin: bytes, arch: str) -> tuple[int, int]:
+    """Registers and bytes spilled a thread. Without a stack nothing spills; the assembler says what a stack holds."""
+    from triton import knobs
+
+    tools = knobs.nvidia
+    with tempfile.TemporaryDirectory() as folder:
+        code, text = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        code.write_bytes(cubin)
+        command = [tools.cuobjdump.path, "-res-usage", str(code)]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        registers, stack = (int(x) for x in re.findall(r"REG:(\d+) STACK:(\d+)", usage)[-1])
+        if not stack:
+            return registers, 0
+        text.write_text(ptx)
+        assembler = tools.ptxas_blackwell if int(arch.removeprefix("sm_")) >= 100 else tools.ptxas
+        target = re.findall(r"\.target (\w+)", ptx)[0]
+        command = [assembler.path, "-v", f"--gpu-name={target}", str(text), "-o", str(code)]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return registers, max(int(x) for x in re.findall(r"(\d+) bytes spill", log))
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """Vector registers and bytes of scratch a thread."""
+    registers = re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[-1]
+    scratch = re.findall(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[-1]
+    return int(registers), int(scratch)
+
+
+def _variants(operator: str, arch: str) -> list:
+    module = import_module(f"..{operator}.aot", __package__)
+    return list(module.variants(device=ARCHITECTURES[arch][1], tf32=arch.startswith("sm_")))
+
+
+class LoopRow(NamedTuple):
+    """One turn of hot loop number `loop` of a variant, in the order of its code; see `sass.Loop`.
+
+    `programs` fit on an SM, of whose matrix units they reach `share` at most.
+    """
+
+    operator: str
+    kernel: str
+    grid: str
+    dtype: str
+    head_dim: int
+    flags: str
+    queries: str
+    keys: str
+    warps: int
+    stages: int
+    arch: str
+    registers: int
+    shared: int
+    programs: int
+    loop: int
+    products: int
+    tensor: float
+    special: float
+    float32: float
+    integer: float
+    memory: float
+    issue: float
+    busy: float
+    share: float
+
+
+def _head(operator: str, variant, arch: str) -> tuple:
+    """The fields that rows begin with."""
+    tiles = ("×".join(map(str, variant.queries)), "×".join(map(str, variant.keys)))
+    head = (operator, variant.kernel, variant.grid, variant.dtype, variant.head_dim, variant.flags, *tiles)
+    return (*head, variant.options.get("num_warps", 4), variant.options.get("num_stages", 0), arch)
+
+
+def count_loops(operator: str, arch: str, index: int) -> list[LoopRow]:
+    """Compile variant number `index` of an operator for an NVIDIA architecture and count its hot loops."""
+    import triton
+
+    variant = _variants(operator, arch)[index]
+    head, warps = _head(operator, variant, arch), variant.options.get("num_warps", 4)
+    kernel = triton.compile(variant.source, target=_target(arch), options=variant.options)
+    registers, _ = _nvidia_usage(kernel.asm["ptx"], kernel.asm["cubin"], arch)
+    shared, columns = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0) or 0
+    programs = sass.resident_programs(arch, registers=registers, shared=shared, warps=warps, tensor_columns=columns)
+    rows = []
+    for i, loop in enumerate(sass.hot_loops(sass.disassemble(kernel.asm["cubin"]), arch, warps)):
+        counts = (loop.products, loop.tensor, loop.special, loop.float32, loop.integer, loop.memory, loop.issue)
+        bound = (loop.busy(arch), loop.share(arch, programs))
+        rows.append(LoopRow(*head, registers, shared, programs, i, *counts, *bound))
+    return rows
+
+
+def describe(operator: str, arch: str, index: int) -> Row:
+    """Compile variant number `index` of an operator for an architecture."""
+    import triton
+
+    variant = _variants(operator, arch)[index]
+    head = _head(operator, variant, arch)
+    try:
+        kernel = triton.compile(variant.source, target=_target(arch), options=variant.options)
+        code = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
+        registers, spills = (
+            _amd_usage(code) if arch.startswith("gfx") else _nvidia_usage(code, kernel.asm["cubin"], arch)
+        )
+    except Exception as error:  # every failure of the compiler is a row of the report, not the end of it
+        return Row(*head, 0, 0, 0, False, False, f"{type(error).__name__}: {error}".strip().splitlines()[-1])
+    shared, limit = kernel.metadata.shared, ARCHITECTURES[arch][0]
+    error = f"shared memory exceeds {limit}" if shared > limit else ""
+    return Row(*head, registers, spills, shared, "wgmma" in code, "cp.async.bulk.tensor" in code, error)
+
+
+def _jobs(architectures: Sequence[str], operators: Sequence[str], select: dict[str, set] | None) -> list[tuple]:
+    """Operator, architecture and number of the variants to compile."""
+    jobs = []
+    for operator in operators:
+        for arch in architectures:
+            for index, variant in enumerate(_variants(operator, arch)):
+                if all(getattr(variant, field) in values for field, values in (select or {}).items()):
+                    jobs.append((operator, arch, index))
+    return jobs
+
+
+def report(
+    *,
+    architectures: Sequence[str] = tuple(ARCHITECTURES),
+    operators: Sequence[str] = OPERATORS,
+    select: dict[str, set] | None = None,
+    workers: int | None = None,
+) -> Iterator[Row]:
+    """Rows of all variants, in order, as they are compiled.
+
+    Args:
+        architectures: of `ARCHITECTURES`.
+        operators: of `OPERATORS`.
+        select: accepted values by field of `Row` that is known before compiling: kernel, grid, dtype, head_dim, flags.
+        workers: processes; one a core when None.
+    """
+    jobs = _jobs(architectures, operators, select)
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        yield from pool.map(describe, *zip(*jobs, strict=True)) if jobs else ()
+
+
+def loop_report(
+    *,
+    architectures: Sequence[str] = tuple(sass.DEVICES),
+    operators: Sequence[str] = OPERATORS,
+    select: dict[str, set] | None = None,
+    workers: int | None = None,
+) -> Iterator[LoopRow]:
+    """Rows of the hot loops of all variants; arguments as `report` has them, architectures of `sass.DEVICES`.
+
+    Raises:
+        ValueError: an architecture whose machine code is not read.
+    """
+    if unknown := set(architectures) - set(sass.DEVICES):
+        raise ValueError(
+            f"architectures={sorted(unknown)} must be of {list(sass.DEVICES)}: loops are counted there only"
+        )
+    jobs = _jobs(architectures, operators, select)
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        for rows in pool.map(count_loops, *zip(*jobs, strict=True)) if jobs else ():
+            yield from rows
+
+
+HEAD = {
+    "kernel": 8,
+    "grid": 9,
+    "dtype": 5,
+    "head_dim": 8,
+    "flags": 13,
+    "queries": 9,
+    "keys": 9,
+    "warps": 5,
+    "stages": 6,
+}
+HEAD |= {"arch": 6, "registers": 9}
+COLUMNS = HEAD | {"spills": 6, "shared": 7, "wgmma": 5, "tma": 3, "error": 0}  # with their widths
+LOOP_COLUMNS = HEAD | {
+    "shared": 7,
+    "programs": 8,
+    "loop": 4,
+    "products": 8,
+    "tensor": 6,
+    "special": 7,
+    "float32": 7,
+    "integer": 7,
+}
+LOOP_COLUMNS |= {"memory": 6, "issue": 6, "busy": 6, "share": 5}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}" if value <= 1 else f"{value:.0f}"
+    return "yes" if value is True else "" if value is False else str(value)
+
+
+def _line(values: Sequence[object], columns: dict[str, int]) -> str:
+    return "  ".join(_text(v).ljust(width) for v, width in zip(values, columns.values(), strict=True)).rstrip()
+
+
+def _print_loops(rows: Iterator[LoopRow]) -> int:
+    """Print rows; returns the exit code, 1 if there are none."""
+    print(_line(list(LOOP_COLUMNS), LOOP_COLUMNS))
+    code = 1
+    for row in rows:
+        code = 0
+        print(_line([getattr(row, column) for column in LOOP_COLUMNS], LOOP_COLUMNS), flush=True)
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m foveal.kernels.tools.compile_report", description=__doc__)
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES)
+    parser.add_argument("--operator", nargs="+", choices=OPERATORS, default=OPERATORS)
+    parser.add_argument("--kernel", nargs="+")
+    parser.add_argument("--grid", nargs="+")
+    parser.add_argument("--dtype", nargs="+", choices=("fp16", "bf16", "fp32"))
+    parser.add_argument("--head-dim", nargs="+", type=int)
+    parser.add_argument("--flags", nargs="*", help='of the variants, "" for plain ones')
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--loop", action="store_true", help="count the instructions of the hot loops (NVIDIA)")
+    options = parser.parse_args(arguments)
+    chosen = {field: getattr(options, field) for field in ("kernel", "grid", "dtype", "head_dim", "flags")}
+    select = {field: set(values) for field, values in chosen.items() if values}
+    common: dict = dict(operators=options.operator, select=select, workers=options.workers)
+    if options.loop:
+        try:
+            return _print_loops(loop_report(architectures=options.arch or tuple(sass.DEVICES), **common))
+        except ValueError as error:
+            parser.error(str(error))
+    print(_line(list(COLUMNS), COLUMNS))
+    failures = variants = 0
+    for row in report(architectures=options.arch or tuple(ARCHITECTURES), **common):
+        print(_line([getattr(row, column) for column in COLUMNS], COLUMNS), flush=True)
+        variants += 1
+        failures += bool(row.error or row.spills)
+    print(f"{variants} variants, {failures} that do not compile, spill or do not fit")
+    return int(failures > 0 or variants == 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,27 @@
+"""The Triton kernels of block-sparse attention without a device."""
+
+import kernel_checks
+import pytest
+from foveal.kernels.tools import compile_report
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("part", ["random", "not random"])
+def test_interpreter(part):
+    """The tests under `interpreter/`, in a process where Triton interprets its kernels."""
+    kernel_checks.run_interpreter("test_block_sparse_kernels.py", part)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_kernels_compile_without_spills(arch):
+    """Head dim 64 in bfloat16; the slow test does all others."""
+    select = {"grid": {"8x8"}, "head_dim": {64}, "dtype": {"bf16"}, "flags": {"", "bias, extra, lengths"}}
+    rows = kernel_checks.check_report(operators=["block_sparse"], architectures=[arch], select=select)
+    assert arch != "sm_90" or all(row.wgmma for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", compile_report.ARCHITECTURES)
+def test_every_pinned_size_compiles(arch):
+    kernel_checks.check_report(operators=["block_sparse"], architectures=[arch], unspilled=kernel_checks.must_not_spill)

@@ -1,0 +1,92 @@
+"""The Triton kernels of neighborhood attention without a device."""
+
+from random import Random
+
+import kernel_checks
+import pytest
+import torch
+from foveal.kernels.neighborhood import configs
+from foveal.kernels.neighborhood.geometry import Axis, inverse_bounds, window_bounds
+from foveal.kernels.tools import compile_report
+
+pytest.importorskip("triton")
+
+
+PARTS = ["random and [1-", "random and [2-", "random and [3-", "opcheck", "compiled"]
+PARTS += [" and ".join(f"not {part}" for part in ("random", "opcheck", "compiled"))]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_interpreter(part):
+    """The tests under `interpreter/`, in a process where Triton interprets its kernels."""
+    kernel_checks.run_interpreter("test_neighborhood_kernels.py", part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["[1-", "[2-", "[3-"])
+def test_interpreter_on_more_random_cases(part):
+    kernel_checks.run_interpreter("test_neighborhood_kernels.py", f"random and {part}", "-m", "slow")
+
+
+@pytest.mark.parametrize("kernel", ["forward", "query", "key"])
+def test_descriptors_where_a_program_has_many_tiles(kernel):
+    def addresses(window: int, descriptor: bool) -> bool:
+        known: dict = dict(head_dim=32, itemsize=2, device="hopper", descriptor=descriptor, wide=False)
+        return configs.choose(kernel, (Axis(56, window), Axis(56, window)), **known).descriptor
+
+    assert [addresses(window, descriptor=True) for window in (7, 29)] == [False, True]
+    assert not addresses(29, descriptor=False)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_every_pair_of_a_visited_tile_has_its_entry_in_the_bias_table(inverse):
+    """Kernels read entries of pairs that are not seen, too, also past the ends of the grid."""
+    from foveal.kernels.neighborhood import launch
+
+    random, bounds, least = Random(0), inverse_bounds if inverse else window_bounds, 10**6
+    for _ in range(300):
+        window = random.choice((1, 3, 5, 7, 11))
+        n, stride = random.randint(window, 40), random.randint(1, window)
+        axis = Axis(n, window, stride, 1, random.random() < 0.5)
+        rows, columns = random.choice((1, 2, 4, 8, 16)), random.choice((1, 2, 4, 8, 16))
+        known: dict = dict(warps=4, stages=1, descriptor=False, inner=True, border=True, wide=False)
+        half = launch.table_lengths((axis,), configs.Config((1, 1, rows), (1, 1, columns), **known))[2] // 2
+        for first in range(0, n, rows):
+            low, _ = bounds(first, n, *axis[1:3], axis.causal)
+            _, high = bounds(min(first + rows, n) - 1, n, *axis[1:3], axis.causal)
+            last = low + -(-(high - low) // columns) * columns - 1
+            least = min(least, half - (last - first), half - (first + rows - 1 - low))
+    assert least == 0, "no pair outside, and none of the table for nothing"
+
+
+def test_the_table_is_widened_around_its_middle():
+    from foveal.kernels.neighborhood import launch
+
+    bias = torch.randn(2, 3, 5)
+    wide = launch.widen(bias, (1, 7, 11))
+    assert wide.shape == (2, 7, 11) and torch.equal(wide[:, 2:5, 3:8], bias) and wide.count_nonzero() == 30
+    assert torch.equal(launch.widen(bias, (1, 3, 5)), bias)
+
+
+def check_report(**kwargs) -> None:
+    for row in kernel_checks.check_report(operators=["neighborhood"], unspilled=kernel_checks.must_not_spill, **kwargs):
+        if row.arch == "sm_90" and row.kernel in ("forward", "query", "key"):
+            assert row.tma or (row.grid == "7x7" and row.head_dim == 32), row
+            assert row.wgmma or row.dtype == "fp32" or row.head_dim == 256, row
+
+
+@pytest.mark.parametrize("arch", compile_report.ARCHITECTURES)
+def test_kernels_compile_without_spills(arch):
+    """Head dim 64; the slow test does all others."""
+    select = {"grid": {"7x7"}, "head_dim": {64}, "dtype": {"bf16"}, "flags": {"", "bias", "extra", "bias, extra"}}
+    if arch == "sm_90":
+        select |= {"dtype": {"bf16", "fp32"}, "grid": {"21x21"}}  # with wholly visible tiles, too
+        del select["flags"]
+    check_report(architectures=[arch], select=select)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", compile_report.ARCHITECTURES)
+def test_every_pinned_size_compiles_without_spills(arch):
+    """All but float32 at head dim 256, whose rows alone fill the registers."""
+    check_report(architectures=[arch])

@@ -1,0 +1,26 @@
+"""The Triton kernels of window attention without a device."""
+
+import kernel_checks
+import pytest
+from foveal.kernels.tools import compile_report
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("part", ["random", "not random"])
+def test_interpreter(part):
+    """The tests under `interpreter/`, in a process where Triton interprets its kernels."""
+    kernel_checks.run_interpreter("test_window_kernels.py", part)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_kernels_compile(arch):
+    """Head dim 32 with a bias; the slow test does all others."""
+    select = {"grid": {"2x2", "7x7", "8x8+3"}, "head_dim": {32}, "dtype": {"bf16"}, "flags": {"bias"}}
+    kernel_checks.check_report(operators=["window"], architectures=[arch], select=select)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", compile_report.ARCHITECTURES)
+def test_every_variant_compiles(arch):
+    kernel_checks.check_report(operators=["window"], architectures=[arch], unspilled=kernel_checks.must_not_spill)
