@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup train test lint format docs clean
+.PHONY: setup train test slow lint format docs clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,10 @@ train: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --maxschedchunk 1 $(ARGS)
+
+# all values of the kernels in Triton's interpreter, all of their machine code, whole training runs
+slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m "slow and not gpu and not multigpu and not network" $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

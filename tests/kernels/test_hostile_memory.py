@@ -7,9 +7,9 @@ pytest.importorskip("triton")
 
 
 def test_interpreter():
-    kernel_checks.run_interpreter("test_hostile_memory.py", "test")
+    kernel_checks.run_interpreter("test_hostile_memory.py")
 
 
 @pytest.mark.slow
 def test_interpreter_on_more_cases():
-    kernel_checks.run_interpreter("test_hostile_memory.py", "test", "-m", "slow")
+    kernel_checks.run_interpreter("test_hostile_memory.py", slow=True)

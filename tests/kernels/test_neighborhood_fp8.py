@@ -278,9 +278,15 @@ def test_nan_on_a_gpu():
 
 
 def test_interpreter():
-    """The tests under `interpreter/`, in a process where Triton interprets its kernels."""
+    """Quick tests under `interpreter/`, in a process where Triton interprets its kernels."""
     pytest.importorskip("triton")
-    kernel_checks.run_interpreter("test_neighborhood_fp8_kernels.py", "test")
+    kernel_checks.run_interpreter("test_neighborhood_fp8_kernels.py")
+
+
+@pytest.mark.slow
+def test_interpreter_on_everything():
+    pytest.importorskip("triton")
+    kernel_checks.run_interpreter("test_neighborhood_fp8_kernels.py", slow=True)
 
 
 INSTRUCTIONS = {

@@ -16,16 +16,15 @@ PARTS = ["random and [1-", "random and [2-", "random and [3-", "opcheck", "compi
 PARTS += [" and ".join(f"not {part}" for part in ("random", "opcheck", "compiled"))]
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_interpreter(part):
-    """The tests under `interpreter/`, in a process where Triton interprets its kernels."""
-    kernel_checks.run_interpreter("test_neighborhood_kernels.py", part)
+def test_interpreter():
+    """Quick tests under `interpreter/`, in a process where Triton interprets its kernels."""
+    kernel_checks.run_interpreter("test_neighborhood_kernels.py")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["[1-", "[2-", "[3-"])
-def test_interpreter_on_more_random_cases(part):
-    kernel_checks.run_interpreter("test_neighborhood_kernels.py", f"random and {part}", "-m", "slow")
+@pytest.mark.parametrize("part", PARTS)
+def test_interpreter_on_everything(part):
+    kernel_checks.run_interpreter("test_neighborhood_kernels.py", part, slow=True)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "query", "key"])
@@ -75,14 +74,10 @@ def check_report(**kwargs) -> None:
             assert row.wgmma or row.dtype == "fp32" or row.head_dim == 256, row
 
 
-@pytest.mark.parametrize("arch", compile_report.ARCHITECTURES)
-def test_kernels_compile_without_spills(arch):
-    """Head dim 64; the slow test does all others."""
-    select = {"grid": {"7x7"}, "head_dim": {64}, "dtype": {"bf16"}, "flags": {"", "bias", "extra", "bias, extra"}}
-    if arch == "sm_90":
-        select |= {"dtype": {"bf16", "fp32"}, "grid": {"21x21"}}  # with wholly visible tiles, too
-        del select["flags"]
-    check_report(architectures=[arch], select=select)
+def test_kernels_compile_without_spills():
+    """Head dim 64 with wholly visible tiles; the slow test does all others."""
+    select = {"grid": {"21x21"}, "head_dim": {64}, "dtype": {"bf16"}, "flags": {"", "bias, extra"}}
+    check_report(architectures=["sm_90"], select=select)
 
 
 @pytest.mark.slow

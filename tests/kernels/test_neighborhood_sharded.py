@@ -388,6 +388,7 @@ def test_even_pieces_are_those_of_torch():
             assert split_evenly(length, parts) == tuple(map(len, torch.arange(length).tensor_split(parts)))
 
 
+@pytest.mark.slow
 def test_printed_costs(capsys):
     clip, heads = ["--shape", "30", "48", "80", "--window", "18", "24", "24"], ["--heads", "24", "--head-dim", "128"]
     print_costs([*clip, *heads, "--ranks", "2", "64"])

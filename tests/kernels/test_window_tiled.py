@@ -153,7 +153,7 @@ def compiled(dynamic: bool):
     return torch.compile(window_attention_lse, fullgraph=True, dynamic=dynamic, backend=counter), counter
 
 
-@pytest.mark.parametrize("case", [SHIFTED, HALO, EVEN])
+@pytest.mark.parametrize("case", [SHIFTED, *(pytest.param(case, marks=pytest.mark.slow) for case in (HALO, EVEN))])
 def test_compile(case):
     torch._dynamo.reset()
     check(case, torch.float32, "tiled", operator=compiled(False)[0])

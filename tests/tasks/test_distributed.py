@@ -42,6 +42,7 @@ def initial_weights(config) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in task.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_gradients_of_one(tmp_path):
     step = (*PLAIN, "trainer.limit_train_batches=1")
     start = initial_weights(configure(tmp_path, *step))
@@ -77,6 +78,7 @@ def last(run_dir: Path) -> dict:
     return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_sharded_run_saves_what_one_process_saves_and_loads(tmp_path):
     """Two sharded processes train an epoch; one process makes the same checkpoint, and goes on from either alike."""
     epoch = (*PLAIN, "task.optimizer.lr=0.05", "trainer.limit_train_batches=2")

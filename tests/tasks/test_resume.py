@@ -64,6 +64,7 @@ def killed_and_resumed(runs: Path, kills: list[int]) -> int:
     return hits
 
 
+@pytest.mark.slow
 def test_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp_path):
     rng = random.SystemRandom()
     kills = [rng.randrange(5, 19), rng.randrange(24, 50)]

@@ -68,7 +68,7 @@ class CrashAfter(Callback):
             raise Crash
 
 
-@pytest.mark.parametrize("step", [4, 6, 10])
+@pytest.mark.parametrize("step", [6, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 10))])
 def test_resumed_steps_see_the_same_data_and_random_numbers(tmp_path, step):
     """Inside the first epoch, at its end, inside the second."""
     mixed = (*SHORT, "task.mixup={mixup_alpha:0.8,cutmix_alpha:1.0}", "callbacks.last_step.every_n_train_steps=1")

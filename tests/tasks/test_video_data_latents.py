@@ -106,6 +106,7 @@ def test_keys_follow_the_bytes_the_autoencoder_and_the_cut(vae, tmp_path):
     assert vae_hash(copy) != vae_hash(vae)
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_where_it_was(vae, tmp_path):
     """The third file is a pipe that nobody writes to: the command waits there until it is killed."""
     root, out = tmp_path / "in", tmp_path / "out"

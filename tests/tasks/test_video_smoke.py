@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from foveal import train
 from foveal.zoo.data import MovingDigits
@@ -12,6 +13,7 @@ from train_helpers import configure
 BOUND = 0.83
 
 
+@pytest.mark.slow
 def test_moving_digits_learn(tmp_path):
     short = ("trainer.max_epochs=1", "data.epoch_length=9600", "data.val_length=120", "data.test_length=40")
     light = (

@@ -43,8 +43,7 @@ HARD = ("biformer_tiny", "biformer_stl_nchw")  # choose regions: rounding flips 
 
 def slow(recording: str, run: str, dtype: str) -> bool:
     """What runs on request only: weak weights, and a second dtype of what takes long."""
-    natten, agent = recording.startswith(("dinat", "nat")), recording.startswith("agent")
-    return (not natten and run.endswith("v1")) or (agent and dtype == "fp64")
+    return run.endswith("v1") or (recording.startswith("agent") and dtype == "fp64")
 
 
 RUNS = [

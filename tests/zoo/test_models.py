@@ -33,15 +33,11 @@ LARGE = [name for name in MODELS if name not in SMALL]
 CHECKPOINTS = [name for model in MODELS for name in get_arch_pretrained_cfgs(model)]
 FIXED = [name for name in SMALL if "vitrpb" in name]  # take one input size only
 FLEXIBLE = [name for name in SMALL if name not in FIXED]
-COMPILED = {  # one of each attention and of each layout; the others with `-m slow`
+COMPILED = {  # the others with `-m slow`
     "test_agent_deit",
-    "test_biformer",
     "test_flatten_pvtv2",
-    "test_inline_cswin",
-    "test_l2vit",
     "test_litv2",
     "test_natten_dinats",
-    "test_natten_vitrpb",
 }
 SOME_COMPILED = [name if name in COMPILED else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
 

@@ -88,7 +88,10 @@ def test_halonet(caplog):
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["swin", "swinv2, ragged", "davit, ragged"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("swin", "swinv2, ragged")]
+
+
+@pytest.mark.parametrize("name", ["davit, ragged", *SLOW])
 def test_compiles_whole(name):
     torch._dynamo.reset()
     theirs, ours, x = pair(name, False)

@@ -8,6 +8,14 @@ from foveal.kernels.tools import compile_report
 from triton.runtime import interpreter
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as slow whatever is not among the `QUICK` tests of its file: names, or beginnings of names."""
+    for item in items:
+        if not item.name.startswith(item.module.QUICK):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter():
     """Let device functions run under the patch of `triton.language` that their kernel made, not one more a call.

@@ -13,8 +13,17 @@ from foveal.kernels.ops import agent_attention
 from operator_matrix import LAYOUTS, opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
+QUICK = (  # by default; all others are slow
+    "test_random_cases_match_the_reference[0]",
+    "test_a_bias_may_hide",
+    "test_memory_around",
+    "test_only_what",
+    "test_flops",
+    "test_second_derivatives",
+    "test_unknown_overrides",
+)
 CASES = 160
-CHUNK = 40
+CHUNK = 10
 FULL = Case((5, 7), (4, 6), agents=9, heads=2, agent_bias=True, query_bias=True, query_scale=0.2)
 
 

@@ -13,8 +13,19 @@ from linear_matrix import Case, cases, check, check_large_means, make_inputs, op
 from operator_matrix import LAYOUTS
 from torch.utils.flop_counter import FlopCounterMode
 
+QUICK = (  # by default; all others are slow
+    "test_random_cases_match_the_reference[0]",
+    "test_large_means",
+    "test_memory_around",
+    "test_not_a_number",
+    "test_only_what",
+    "test_flops",
+    "test_second_derivatives",
+    "test_long_heads",
+    "test_unknown_overrides",
+)
 CASES = 80
-CHUNK = 20
+CHUNK = 10
 FLOOR = Case((5, 7), (4, 6), heads=2, relu=True, floor=20.0, scale=None)
 CENTERED = replace(FLOOR, floor=None, centered=True, value_dim=12)
 

@@ -14,6 +14,11 @@ from foveal.kernels.ops import na2d
 from neighborhood_matrix import Case, cases
 from torch.utils.flop_counter import FlopCounterMode
 
+QUICK = (  # by default; all others are slow
+    "test_any_scale[0.0]",
+    "test_zeros_and_tiny",
+    "test_flops",
+)
 SIZES = [Size(queries, keys, 4, 1) for queries, keys in ((16, 16), (32, 16), (16, 32), (32, 32), (64, 64))]
 FULL = Case(
     shape=(9, 11), window=(5, 3), stride=(2, 1), dilation=(1, 2), causal=(False, True),
