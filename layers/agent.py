@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.common.calling import Impl
-from ..kernels.common.symbolic import known
+from ..kernels.common.symbolic import exporting, known
 from ..kernels.ops import agent_attention
 
 AXIS_BIASES = {"ah_bias": (3, 0), "aw_bias": (4, 1), "ha_bias": (2, 0), "wa_bias": (3, 1)}  # its axis, the grid's axis
@@ -27,6 +27,23 @@ def resize_axis_bias(bias: Tensor, axis: int, length: int) -> Tensor:
     lines = bias.movedim(axis, -1)
     resized = F.interpolate(lines.flatten(0, -2)[None].float(), size=length, mode="linear", align_corners=False)
     return resized[0].unflatten(0, lines.shape[:-1]).movedim(-1, axis).to(bias.dtype)
+
+
+def pool_to_square(x: Tensor, side: int) -> Tensor:
+    """Mean of each of side × side regions of maps `[B, C, H, W]`, as `adaptive_avg_pool2d` cuts them.
+
+    An exported graph gets two products instead of the pooling: ONNX's translation of the latter keeps the extents of
+    regions that it was traced with, and is wrong for other sizes without a word.
+    """
+    if not exporting():
+        return F.adaptive_avg_pool2d(x, side)
+
+    def averages(length: int) -> Tensor:  # [side, length]
+        region, i = torch.arange(side, device=x.device)[:, None], torch.arange(length, device=x.device)
+        inside = (i >= region * length // side) & (i < ((region + 1) * length + side - 1) // side)
+        return inside.to(x.dtype) / inside.sum(1, keepdim=True)
+
+    return averages(x.shape[-2]) @ x @ averages(x.shape[-1]).mT
 
 
 class _AgentAttention(nn.Module):
@@ -143,7 +160,7 @@ class _AgentAttention(nn.Module):
         def as_map(x: Tensor) -> Tensor:  # [B, dim, H, W]
             return x[:, first:].flatten(2).unflatten(1, grid_size).permute(0, 3, 1, 2)
 
-        agent = F.adaptive_avg_pool2d(as_map(query), self.agent_side).flatten(2).transpose(1, 2)
+        agent = pool_to_square(as_map(query), self.agent_side).flatten(2).transpose(1, 2)
         agent_bias, query_bias = self.biases(grid_size)
         out = agent_attention(
             query,

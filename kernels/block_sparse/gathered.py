@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..common.symbolic import ceil_div, known, ravel, unravel
+from ..common.symbolic import ceil_div, known, modulo, ravel, unravel
 from .mask import BlockMask, boxes
 
 
@@ -111,4 +111,4 @@ def _boxes_of(token: Tensor, shape: Sequence[int], block: Sequence[int]) -> tupl
     """Boxes of tokens of the grid, and their places inside."""
     coordinates = unravel(token, shape)
     box = ravel([c // b for c, b in zip(coordinates, block, strict=True)], boxes(shape, block))
-    return box, ravel([c % b for c, b in zip(coordinates, block, strict=True)], block)
+    return box, ravel([modulo(c, b) for c, b in zip(coordinates, block, strict=True)], block)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.symbolic import ceil_div
+from ..common.symbolic import ceil_div, modulo
 
 
 class BlockMask(NamedTuple):
@@ -66,7 +66,7 @@ def box_of_token(shape: Sequence[int], block: Sequence[int], device: torch.devic
     for n, b, count in zip(shape, block, boxes(shape, block), strict=True):
         position = torch.arange(n, device=device)
         box = (box[:, None] * count + position // b).flatten()
-        inside = (inside[:, None] * b + position % b).flatten()
+        inside = (inside[:, None] * b + modulo(position, b)).flatten()
     return box, inside
 
 

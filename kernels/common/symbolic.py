@@ -59,11 +59,16 @@ def at_most(side: int, length: int) -> int:
     return length if known(length <= side) else side
 
 
+def modulo(x: Tensor, n: int) -> Tensor:
+    """x % n of integers. ONNX has no remainder by a length that its inputs decide, only the quotient."""
+    return x - x // n * n if is_symbol(n) else x % n
+
+
 def unravel(index: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """Coordinates of flat numbers in C order."""
     parts = []
     for n in reversed(counts):
-        parts.append(index % n)
+        parts.append(modulo(index, n))
         index = index // n
     return parts[::-1]
 

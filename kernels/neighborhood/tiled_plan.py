@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
 from ..common.calling import tracing
-from ..common.symbolic import ceil_div
+from ..common.symbolic import ceil_div, modulo
 from .geometry import Axis, group_length, query_count, query_range, window_bounds
 
 TILES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128)
@@ -214,7 +214,7 @@ def _axis_tiles(axis: Axis, tile: int, box: int, device: torch.device) -> AxisTi
     row = torch.arange(count * dilation, device=device)[:, None]
     group = row // count  # [tiles, 1]
     begin, end = group_length(first, dilation, group), group_length(last, dilation, group)
-    p = begin + row % count * tile + torch.arange(tile, device=device)
+    p = begin + modulo(row, count) * tile + torch.arange(tile, device=device)
     valid = p < end
     if axis.queries is not None:  # a group without queries repeats one of another group
         group = torch.where(begin < end, group, first % dilation)
@@ -242,7 +242,7 @@ def tile_rows(plan: Plan, tiles: Tensor) -> list[Tensor]:
     """Per axis, the row of its tables for flat (C order) tile numbers."""
     rows = []
     for n in reversed(plan.grid):
-        rows.append(tiles % n)
+        rows.append(modulo(tiles, n))
         tiles = tiles // n
     return rows[::-1]
 
@@ -277,7 +277,7 @@ def places(plan: Plan, sizes: Sizes, device: torch.device) -> Tensor:
     parts, tiles, slots = [], heads * plan.queries, 1
     for axis, tile, count in zip(*map(reversed, (plan.axes, plan.tile, plan.grid)), strict=True):
         coordinate = torch.arange(*query_range(axis), device=device)
-        group = coordinate % axis.dilation
+        group = modulo(coordinate, axis.dilation)
         position = coordinate // axis.dilation - group_length(query_range(axis)[0], axis.dilation, group)
         row = group * (count // axis.dilation) + position // tile
         parts.append(row * tiles + position % tile * slots)
@@ -362,7 +362,7 @@ def _chunk(plan: Plan, sizes: Sizes, splits: tuple[int, int], i: int, device: to
     queries, keys = prod([query_count(axis) for axis in plan.axes]), prod([axis.length for axis in plan.axes])
     total = sizes.batch * plan.tiles
     tiles = torch.arange(total * i // splits[0], total * (i + 1) // splits[0], device=device)
-    batch, tile = tiles // plan.tiles, tiles % plan.tiles
+    batch, tile = tiles // plan.tiles, modulo(tiles, plan.tiles)
     rows = tile_rows(plan, tile)
     query = query_tokens(plan, rows) + batch[:, None] * queries
     slabs = [(slots, 0, key_tokens(plan, rows, slots) + batch[:, None] * keys) for slots in slab_slots(plan)]

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.symbolic import modulo
+
 
 class Axis(NamedTuple):
     """One spatial axis cut into windows.
@@ -108,8 +110,8 @@ def _halo_runs(axis: Axis) -> tuple[Run, ...]:
 def axis_places(axis: Axis, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Window, slot and whether the roll carried it round, of every query coordinate: three `[length]` vectors."""
     i = torch.arange(axis.length, device=device)
-    rolled = (i - axis.shift) % axis.length
-    return rolled // axis.window, rolled % axis.window, i < axis.shift
+    rolled = modulo(i - axis.shift, axis.length)
+    return rolled // axis.window, modulo(rolled, axis.window), i < axis.shift
 
 
 def axis_key_slots(axis: Axis, device: torch.device | None = None) -> Tensor:

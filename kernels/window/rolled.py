@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.symbolic import ceil_div, is_symbol, known, ravel, unravel
+from ..common.symbolic import ceil_div, is_symbol, known, modulo, ravel, unravel
 from .geometry import Axis
 
 
@@ -39,17 +39,17 @@ def _places(axes: tuple[Axis, ...], device: torch.device) -> _Places:
     t = prod(windows)
     flat = torch.arange(prod(counts) * t, device=device)
     coordinates, sides = [], []
-    window, inside = unravel(flat // t, counts), unravel(flat % t, windows)
+    window, inside = unravel(flat // t, counts), unravel(modulo(flat, t), windows)
     for axis, j, i in zip(axes, window, inside, strict=True):
         slot = j * axis.window + i
-        coordinate = (slot + axis.shift) % axis.length
+        coordinate = modulo(slot + axis.shift, axis.length)
         coordinates.append(coordinate)
         # what the roll carried round the end, what it did not, and what completes the last window
         sides.append(torch.where(slot < axis.length, (coordinate < axis.shift).long(), 2))
     grid = unravel(torch.arange(prod(lengths), device=device), lengths)
-    rolled = [(i - a.shift) % a.length for i, a in zip(grid, axes, strict=True)]
+    rolled = [modulo(i - a.shift, a.length) for i, a in zip(grid, axes, strict=True)]
     place = ravel([r // w for r, w in zip(rolled, windows, strict=True)], counts) * t
-    place = place + ravel([r % w for r, w in zip(rolled, windows, strict=True)], windows)
+    place = place + ravel([modulo(r, w) for r, w in zip(rolled, windows, strict=True)], windows)
     return _Places(ravel(coordinates, lengths), ravel(sides, [3] * len(axes)), place)
 
 
@@ -65,7 +65,7 @@ def attend(
 
     def take(x: Tensor) -> Tensor:  # [windows * key heads, rows, d], head by head
         window, head, slot = unravel(torch.arange(windows * x.shape[-2] * t, device=device), [windows, x.shape[-2], t])
-        token = places.token.index_select(0, window % count * t + slot)
+        token = places.token.index_select(0, modulo(window, count) * t + slot)
         rows = (window // count * tokens + token) * x.shape[-2] + head
         rows = x.reshape(-1, x.shape[-1]).index_select(0, rows).to(accumulate)
         return rows.view(windows * key_heads, x.shape[-2] // key_heads * t, x.shape[-1])
@@ -83,13 +83,13 @@ def attend(
         logits = logits + bias.to(accumulate).index_select(0, head)
     if hides:
         window, _, slot = unravel(torch.arange(windows * heads * t, device=device), [windows, heads, t])
-        side = places.side.index_select(0, window % count * t + slot).view(windows * heads, t)
+        side = places.side.index_select(0, modulo(window, count) * t + slot).view(windows * heads, t)
         logits = torch.where(side[:, :, None] == side[:, None, :], logits, -math.inf)
     out = torch.bmm(logits.softmax(-1).view(windows * key_heads, heads // key_heads * t, t), v)
     lse = logits.logsumexp(-1)
     # From [windows, heads, t] back to the grid.
     entry, token, head = unravel(torch.arange(batch * tokens * heads, device=device), [batch, tokens, heads])
     place = places.place.index_select(0, token)
-    back = ((entry * count + place // t) * heads + head) * t + place % t
+    back = ((entry * count + place // t) * heads + head) * t + modulo(place, t)
     out = out.view(-1, v.shape[-1]).index_select(0, back).to(query.dtype)
     return out.view(*query.shape[:-1], v.shape[-1]), lse.view(-1).index_select(0, back).view(query.shape[:-1])

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from foveal.layers import AgentAttention2d, AgentBranch2d
+from foveal.layers import AgentAttention2d, AgentBranch2d, agent
 from foveal.layers.agent import resize_axis_bias
 from torch import nn
 from torch.nn import functional as F
@@ -223,3 +223,11 @@ def test_wrong_shapes_are_named():
 def test_scripting_is_refused_in_one_sentence():
     with pytest.raises(NotImplementedError, match=r"^TorchScript cannot compile AgentAttention2d; use torch\.export"):
         torch.jit.script(make())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 7), (31, 24), (3, 5)])
+def test_exported_pooling_is_the_pooling_of_every_size(size, monkeypatch):
+    x = torch.randn(2, 4, *size, dtype=torch.float64)
+    expected = agent.pool_to_square(x, 3)
+    monkeypatch.setattr(agent, "exporting", lambda: True)
+    torch.testing.assert_close(agent.pool_to_square(x, 3), expected)

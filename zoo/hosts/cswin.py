@@ -7,7 +7,7 @@ import torch
 from timm.layers import DropPath, Mlp, register_notrace_module, to_2tuple
 from torch import Tensor, nn
 
-from ...kernels.common.symbolic import at_most, ceil_div, known
+from ...kernels.common.symbolic import at_most, ceil_div, known, modulo
 from ...kernels.ops import window_attention
 from ...layers.completion import complete, complete_multiples
 from ...layers.routing import conv_nhwc
@@ -41,7 +41,7 @@ class StripeBranch2d(nn.Module):
             if known(side >= length):
                 continue
             line = torch.arange(ceil_div(length, side) * (side + 1), device=x.device)
-            coordinate = torch.where(line % (side + 1) < side, line - line // (side + 1), length).clamp(max=length)
+            coordinate = torch.where(modulo(line, side + 1) < side, line - line // (side + 1), length).clamp(max=length)
             x = complete(x, [length + 1], first=axis).index_select(axis, coordinate)
             coordinate = torch.arange(length, device=x.device)
             places.append((axis, coordinate + coordinate // side))

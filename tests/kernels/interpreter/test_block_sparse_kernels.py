@@ -22,7 +22,7 @@ QUICK = (  # by default; all others are slow
     "test_second_derivatives",
 )
 CASES = 160
-CHUNK = 10
+CHUNK = 5
 SIZES = [Size(rows, columns, 4, 1) for rows, columns in ((16, 16), (32, 16), (16, 32), (32, 32), (64, 32), (64, 64))]
 
 

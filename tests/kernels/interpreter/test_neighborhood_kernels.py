@@ -38,7 +38,7 @@ QUICK = (  # by default; all others are slow
     "test_unknown_overrides",
 )
 CASES = 300
-CHUNK = 10
+CHUNK = 5
 SIZES = [Size(queries, keys, 4, 1) for queries, keys in ((16, 16), (32, 16), (16, 32), (32, 32), (64, 32), (64, 64))]
 
 
