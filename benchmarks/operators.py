@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
+from foveal.kernels.tools.explain import explain
 from torch import Tensor
 
 from tests.support.operator_matrix import as_leaves, errors, gradients
@@ -53,11 +54,13 @@ class Operator(Benchmark):
 
     Attributes:
         cost: the operator's `cost.py`.
+        summarized: public function whose calls are made, for an operator that is declared.
         folder: folder under `kernels/` whose README holds the lower bounds.
     """
 
     suite = "kernels"
     cost: ClassVar[ModuleType]
+    summarized: ClassVar[str | None] = None
     folder: ClassVar[str]
 
     @abstractmethod
@@ -127,9 +130,14 @@ class Operator(Benchmark):
         gradient = randn(device, case.dtype, seed=1)(tensors["query"].shape)
         return bind(function, mode, tensors, gradient)
 
+    def summarize(self, case: Any, tensors: Tensors) -> dict:
+        if self.summarized is not None:
+            return explain(self.summarized, **tensors, **self.arguments(case)).cost
+        return self.cost.summarize(**tensors, **self.arguments(case), impl=None)
+
     def work(self, case: Any, mode: str) -> Work:
         tensors = self.inputs(case, torch.device("meta"))
-        summary = self.cost.summarize(**tensors, **self.arguments(case), impl=None)
+        summary = self.summarize(case, tensors)
         passes = ("forward",) if mode == "forward" else ("forward", "backward")
         return Work(*(sum(summary[f"{name}_{what}"] for name in passes) for what in ("flops", "bytes")))
 

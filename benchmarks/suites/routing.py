@@ -74,6 +74,7 @@ class Routing(Operator):
     name = "routing"
     title = "Bi-level routing attention"
     cost = cost
+    summarized = "routing_attention2d"
     folder = "block_sparse"
 
     def cases(self, device: torch.device, *, everything: bool = False) -> Iterator[Case]:

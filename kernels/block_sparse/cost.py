@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..common.calling import PerAxis
 from .mask import BlockMask, box_of_token, boxes, listed
-from .routing import region_lengths
 
 
 def tokens_by_box(shape, block, length: Tensor | None = None) -> Tensor:
@@ -52,48 +51,26 @@ def backward_flops(pairs: int, head_dim: int, value_dim: int | None = None) -> i
     return 2 * pairs * (3 * head_dim + 2 * (value_dim or head_dim))
 
 
-def summarize(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    impl: str | None,
-    mask: BlockMask | None = None,
-    topk: int | None = None,
-    regions: PerAxis[int] = (7, 7),
-    region_size: PerAxis[int] | None = None,
-    scale: float | None = None,
-    extra_key: Tensor | None = None,
-    extra_value: Tensor | None = None,
-) -> dict[str, int | float | str]:
-    """The cost of one call, by name, for `foveal.kernels.ops.explain`; arguments as in `block_sparse_attention`, or
-    with `topk` as in `routing_attention2d`.
+def summarize(query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str | None) -> dict[str, int | float | str]:
+    """The cost of one call, by name, for `foveal.kernels.ops.explain`.
 
-    Routing, and lists without data, count as if every list were full and every box whole.
+    Lists without data count as if every one were full and every box whole.
     """
     batch, *shape, heads, head_dim = query.shape
-    key_shape, tokens = key.shape[1:-2], batch * prod(shape) * heads
-    extra = 0 if extra_key is None else extra_key.shape[1]
-    if mask is None:
-        assert topk is not None
-        size = region_lengths(shape, regions, region_size)
-        pairs = batch * heads * _full_lists(size, tuple(shape), topk)
-        summary: dict[str, int | float | str] = {"region": "×".join(map(str, size)), "regions_seen": topk}
+    key_shape, tokens, mask = key.shape[1:-2], batch * prod(shape) * heads, call.mask
+    extra = 0 if call.extra_key is None else call.extra_key.shape[1]
+    if mask.kv_num.is_meta or isinstance(mask.kv_num, FakeTensor):
+        pairs = batch * heads * _full_lists(mask.key_block, tuple(shape), mask.kv_idx.shape[-1])
     else:
-        if mask.kv_num.is_meta or isinstance(mask.kv_num, FakeTensor):
-            pairs = batch * heads * _full_lists(mask.key_block, tuple(shape), mask.kv_idx.shape[-1])
-        else:
-            pairs = visible_pairs(mask, shape, key_shape, batch=batch, heads=heads)
-        summary = {
-            "query_box": "×".join(map(str, mask.query_block)),
-            "key_box": "×".join(map(str, mask.key_block)),
-        }
+        pairs = visible_pairs(mask, shape, key_shape, batch=batch, heads=heads)
     pairs += tokens * extra
     value_dim = value.shape[-1]
     features = (head_dim + value_dim) * query.itemsize
     queries = tokens * features  # bytes of query and output
     keys = batch * key.shape[-2] * (prod(key_shape) + extra) * features  # of key and value
-    return summary | {
+    return {
+        "query_box": "×".join(map(str, mask.query_block)),
+        "key_box": "×".join(map(str, mask.key_block)),
         "tokens": prod(shape),
         "keys_per_query": round(pairs / max(tokens, 1), 2),
         "dense_over_useful": round(tokens * (prod(key_shape) + extra) / max(pairs, 1), 2),

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..common.symbolic import ceil_div, known, modulo, ravel, unravel
-from .mask import BlockMask, boxes
+from .call import BlockSparseCall
+from .mask import boxes
 
 
 def _tokens(box: Tensor, place: Tensor, shape: Sequence[int], block: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -39,13 +40,10 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    mask: BlockMask,
-    scale: float,
-    extra_key: Tensor | None,
-    extra_value: Tensor | None,
+    call: BlockSparseCall,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and log-sum-exp `[B, *spatial, heads]`; see `api`."""
+    mask, scale, extra_key, extra_value = call.mask, call.scale, call.extra_key, call.extra_value
     (batch, *shape, heads, d), (*_, key_heads, width) = query.shape, value.shape
     key_shape, device = key.shape[1:-2], query.device
     lists = key_heads if mask.kv_idx.shape[1] == 1 else heads  # a unit: a box of the queries that share a list and keys

@@ -1,5 +1,6 @@
 """Launches of the block-sparse kernels; imported, and triton with it, when a kernel first runs."""
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -10,6 +11,7 @@ from ..neighborhood.geometry import Axis
 from ..neighborhood.launch import EXTRA_KEYS, extra_gradient
 from . import configs
 from .backward import key_kernel, query_kernel
+from .call import BlockSparseCall
 from .forward import forward_kernel
 from .mask import BlockMask, boxes, invert
 
@@ -73,10 +75,9 @@ def _extras(query: Tensor, extra_key: Tensor | None, extra_value: Tensor | None)
     return k, k.stride()[:4], v, v.stride()[:4]
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, *, mask: BlockMask, scale: float, extra_key, extra_value
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
+    mask, extra_key, extra_value = call.mask, call.extra_key, call.extra_value
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
     batch, heads, widths = query.shape[0], query.shape[-2], (key.shape[-1], value.shape[-1])
     out = torch.empty(*query.shape[:-1], widths[1], dtype=query.dtype, device=query.device)
@@ -107,7 +108,7 @@ def forward(
             padded(key_shape, 1),
             heads,
             0 if extra_key is None else extra_key.shape[1],
-            scale,
+            call.scale,
             GROUP=heads // key.shape[-2],
             EXTRA_KEYS=EXTRA_KEYS,
             EXTRA=extra_key is not None,
@@ -121,22 +122,28 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    *,
-    mask: BlockMask,
-    scale: float,
-    extra_key,
-    extra_value,
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    call: BlockSparseCall,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, extra_key and extra_value, contiguous; None for those not given."""
+    """Gradients of query, key, value, extra_key and extra_value, contiguous; None for those not given or
+    not `wanted`."""
+    (out, lse), (grad_out, grad_lse) = outputs, gradients
+    mask, scale, extra_key, extra_value = call.mask, call.scale, call.extra_key, call.extra_value
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
     batch, heads, key_heads, widths = query.shape[0], query.shape[-2], key.shape[-2], (key.shape[-1], value.shape[-1])
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=query.device) for x in (query, key, value))
     if batch == 0:
-        return dq, dk, dv, *(None if x is None else x.new_zeros(x.shape) for x in (extra_key, extra_value))
+        return (
+            dq,
+            dk,
+            dv,
+            *(
+                None if x is None or not want else x.new_zeros(x.shape)
+                for x, want in zip((extra_key, extra_value), wanted, strict=True)
+            ),
+        )
     most, extra = mask.kv_idx.shape[-1], 0 if extra_key is None else extra_key.shape[1]
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     out, lse = out.contiguous(), lse.contiguous()  # dQ and delta have their strides
@@ -205,8 +212,10 @@ def backward(
             **common,
             **constants(config, *blocks, widths, precision(query)),
         )
-        dek, dev = (None, None) if extra_key is None else _extra(q, do, lse, delta, extra_key, extra_value, mask, scale)
-    return dq, dk, dv, dek, dev
+        dek = dev = None
+        if extra_key is not None and any(wanted):
+            dek, dev = _extra(q, do, lse, delta, extra_key, extra_value, mask, scale)
+    return dq, dk, dv, *(grad if want else None for grad, want in zip((dek, dev), wanted, strict=True))
 
 
 def _extra(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, mask: BlockMask, scale: float):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .call import BlockSparseCall
 from .mask import BlockMask, box_of_token, boxes, listed
 
 
@@ -31,13 +32,10 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    mask: BlockMask,
-    scale: float,
-    extra_key: Tensor | None,
-    extra_value: Tensor | None,
+    call: BlockSparseCall,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api`."""
+    mask, scale, extra_key, extra_value = call.mask, call.scale, call.extra_key, call.extra_value
     heads, query_shape, key_shape = query.shape[-2], query.shape[1:-2], key.shape[1:-2]
     accumulate = torch.promote_types(query.dtype, torch.float32)
 

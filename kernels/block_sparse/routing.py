@@ -7,12 +7,11 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from ..common.arguments import operator
-from ..common.calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, without_autocast
+from ..common.calling import Impl, PerAxis, check_grids, per_axis, without_autocast
 from ..common.symbolic import ceil_div, is_symbol
-from .api import block_sparse_attention
+from . import cost
+from .call import BlockSparseCall, block_sparse, make_call
 from .mask import BlockMask, boxes
-
-__all__ = ["choose", "make_routing_mask", "obstacles", "region_lengths", "routing_attention2d"]
 
 
 def region_lengths(
@@ -81,6 +80,32 @@ def make_routing_mask(query: Tensor, key: Tensor, *, size: tuple[int, int], topk
     return BlockMask(size, size, chosen.new_full(chosen.shape[:-1], topk), chosen)
 
 
+def make_routing_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    regions: PerAxis[int] = (7, 7),
+    region_size: PerAxis[int] | None = None,
+    topk: int,
+    scale: float | None = None,
+) -> BlockSparseCall:
+    """The call of block-sparse attention that `routing_attention2d` is; arguments as there."""
+    check_grids(2, query, key, value)
+    if key.shape != query.shape:
+        raise ValueError(f"key.shape={tuple(key.shape)} must equal query.shape={tuple(query.shape)}")
+    size = region_lengths(query.shape[1:3], regions, region_size)
+    mask = make_routing_mask(query, key, size=size, topk=topk)
+    scale = (query.shape[-2] * query.shape[-1]) ** -0.5 if scale is None else scale
+    return make_call(query, key, value, mask=mask, scale=scale)
+
+
+def _summarize(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall, impl: str | None) -> dict:
+    region, topk = "×".join(map(str, call.mask.query_block)), call.mask.kv_idx.shape[-1]
+    return {"region": region, "regions_seen": topk} | cost.summarize(query, key, value, call, impl)
+
+
+@block_sparse.public(make_routing_call, summarize=_summarize)
 @operator
 def routing_attention2d(
     query: Tensor,
@@ -115,10 +140,5 @@ def routing_attention2d(
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
         NotImplementedError: `impl` cannot take this call; the message says why.
     """
-    check_grids(2, query, key, value)
-    if key.shape != query.shape:
-        raise ValueError(f"key.shape={tuple(key.shape)} must equal query.shape={tuple(query.shape)}")
-    size = region_lengths(query.shape[1:3], regions, region_size)
-    mask = make_routing_mask(query, key, size=size, topk=topk)
-    scale = (query.shape[-2] * query.shape[-1]) ** -0.5 if scale is None else scale
-    return block_sparse_attention(query, key, value, mask=mask, scale=scale, impl=impl)
+    call = make_routing_call(query, key, value, regions=regions, region_size=region_size, topk=topk, scale=scale)
+    return block_sparse(query, key, value, call, impl=impl)[0]

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from ..common.calling import without_autocast
 from ..common.symbolic import ceil_div, exporting, known
 from . import gathered
+from .call import BlockSparseCall
 from .mask import BlockMask, boxes
 
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
@@ -33,22 +34,18 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    mask: BlockMask,
-    scale: float,
-    extra_key: Tensor | None,
-    extra_value: Tensor | None,
+    call: BlockSparseCall,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api`.
 
     Both are differentiable once; a second derivative raises RuntimeError.
     """
     if exporting():
-        extra = {"extra_key": extra_key, "extra_value": extra_value}
-        return gathered.attend(query, key, value, mask=mask, scale=scale, **extra)
+        return gathered.attend(query, key, value, call)
+    mask = call.mask
     lists = mask.kv_num, mask.kv_idx, mask.bias, mask.q_len, mask.kv_len
-    blocks = tuple(mask.query_block), tuple(mask.key_block)
-    return _Attention.apply(query, key, value, extra_key, extra_value, *lists, *blocks, scale)
+    blocks = mask.query_block, mask.key_block
+    return _Attention.apply(query, key, value, call.extra_key, call.extra_value, *lists, *blocks, call.scale)
 
 
 class _Operands(NamedTuple):
@@ -370,24 +367,32 @@ def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, gr
     return [grad_query, *grads]
 
 
-def _operands(query, key, value, mask: BlockMask, extra_key, extra_value) -> _Operands:
+def _operands(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> _Operands:
+    mask = call.mask
     return _Operands(
-        query, key, value, extra_key, extra_value, mask.kv_num, mask.kv_idx, mask.bias, mask.q_len, mask.kv_len
+        query,
+        key,
+        value,
+        call.extra_key,
+        call.extra_value,
+        mask.kv_num,
+        mask.kv_idx,
+        mask.bias,
+        mask.q_len,
+        mask.kv_len,
     )
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, *, mask: BlockMask, scale: float, extra_key, extra_value
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and log-sum-exp `[B, *spatial, heads]`."""
-    operands, key_heads = _operands(query, key, value, mask, extra_key, extra_value), key.shape[-2]
-    block = tuple(mask.query_block), tuple(mask.key_block)
+    operands, key_heads = _operands(query, key, value, call), key.shape[-2]
+    block = call.mask.query_block, call.mask.key_block
     out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
     lse = out.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
     for part in _parts(operands):
         x = _select(operands, *part)
         plan = _make_plan(x, block)
-        part_out, part_lse = _forward(plan, x.kv_num, x.kv_idx, x.bias, scale)
+        part_out, part_lse = _forward(plan, x.kv_num, x.kv_idx, x.bias, call.scale)
         _unbox(part_out, _heads(out, *part, key_heads), block[0], plan.group)
         _unbox(part_lse[..., None], _heads(lse[..., None], *part, key_heads), block[0], plan.group)
     return out, lse
@@ -397,22 +402,19 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    *,
-    mask: BlockMask,
-    scale: float,
-    extra_key,
-    extra_value,
+    outputs: tuple[Tensor | None, Tensor] | Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    call: BlockSparseCall,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, extra_key and extra_value, None for those not given; `out` is not read."""
-    operands, key_heads = _operands(query, key, value, mask, extra_key, extra_value), key.shape[-2]
-    block = tuple(mask.query_block), tuple(mask.key_block)
+    """Gradients of query, key, value, extra_key and extra_value, None for those not given or not
+    `wanted`; the output is not read."""
+    (_, lse), (grad_out, grad_lse) = outputs, gradients
+    operands, key_heads = _operands(query, key, value, call), key.shape[-2]
+    block = call.mask.query_block, call.mask.key_block
     grads = [
         None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for x in (query, key, value, extra_key, extra_value)
+        for x in (query, key, value, call.extra_key, call.extra_value)
     ]
     for part in _parts(operands):
         x = _select(operands, *part)
@@ -421,7 +423,7 @@ def backward(
             _box(_heads(t, *part, key_heads), block[0], plan.group, 0)
             for t in (grad_out, lse[..., None], grad_lse[..., None])
         )
-        found = _backward(plan, x.kv_num, x.kv_idx, x.bias, scale, grad, base[..., 0], sub[..., 0])
+        found = _backward(plan, x.kv_num, x.kv_idx, x.bias, call.scale, grad, base[..., 0], sub[..., 0])
         to: list = [None if g is None else _heads(g, *part, key_heads) for g in grads]
         _unbox(found[0], to[0], block[0], plan.group)
         for total, target in zip(found[1:3], to[1:3], strict=True):
@@ -429,7 +431,7 @@ def backward(
         for total, target in zip(found[3:], to[3:], strict=True):
             if target is not None:
                 target.copy_(total.unflatten(0, (-1, target.shape[-2])).transpose(1, 2))
-    return tuple(grads)
+    return *grads[:3], *(grad if want else None for grad, want in zip(grads[3:], wanted, strict=True))
 
 
 class _Attention(torch.autograd.Function):
@@ -450,9 +452,9 @@ class _Attention(torch.autograd.Function):
         key_block,
         scale,
     ):
-        mask, extra = BlockMask(query_block, key_block, kv_num, kv_idx, bias, q_len, kv_len), (extra_key, extra_value)
-        out, lse = forward(query, key, value, mask=mask, scale=scale, extra_key=extra_key, extra_value=extra_value)
-        ctx.save_for_backward(query, key, value, *extra, kv_num, kv_idx, bias, q_len, kv_len, lse)
+        mask = BlockMask(query_block, key_block, kv_num, kv_idx, bias, q_len, kv_len)
+        out, lse = forward(query, key, value, BlockSparseCall(extra_key, extra_value, mask, scale))
+        ctx.save_for_backward(query, key, value, extra_key, extra_value, kv_num, kv_idx, bias, q_len, kv_len, lse)
         ctx.query_block, ctx.key_block, ctx.scale = query_block, key_block, scale
         return out, lse
 
@@ -461,7 +463,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         query, key, value, extra_key, extra_value, kv_num, kv_idx, bias, q_len, kv_len, lse = ctx.saved_tensors
         mask = BlockMask(ctx.query_block, ctx.key_block, kv_num, kv_idx, bias, q_len, kv_len)
-        rest = {"mask": mask, "extra_key": extra_key, "extra_value": extra_value}
+        call = BlockSparseCall(extra_key, extra_value, mask, ctx.scale)
         with without_autocast(grad_out.device):  # as in the forward
-            grads = backward(query, key, value, None, lse, grad_out, grad_lse, scale=ctx.scale, **rest)
+            grads = backward(query, key, value, (None, lse), (grad_out, grad_lse), call, (True, True))
         return *grads, *(None,) * 8

@@ -24,6 +24,7 @@ Flops = Callable[..., tuple[int, int]]
 Fake = Callable[..., tuple[Tensor, ...]]
 OPERATORS: dict[str, Operator] = {}  # by name
 FUNCTIONS: dict[str, tuple[Operator, Callable]] = {}  # public function -> its operator, and its call from arguments
+SUMMARIES: dict[str, Callable[..., dict]] = {}  # public function -> quantities of a call for `explain`
 
 
 def output_and_lse(query: Tensor, key: Tensor, value: Tensor, call: Any) -> tuple[Tensor, Tensor]:
@@ -134,11 +135,18 @@ class Operator:
 
     # the public face
 
-    def public(self, make_call: Callable) -> Callable[[Callable], Callable]:
-        """Decorator of a public function, whose call is `make_call(query, key, value, **arguments)`."""
+    def public(
+        self, make_call: Callable, *, summarize: Callable[..., dict] | None = None
+    ) -> Callable[[Callable], Callable]:
+        """Decorator of a public function, whose call is `make_call(query, key, value, **arguments)`.
+
+        `summarize` replaces that of the operator, for a function that knows more of its calls.
+        """
 
         def register(function: Callable) -> Callable:
             FUNCTIONS[function.__name__] = (self, make_call)
+            if (found := summarize or self.summarize) is not None:
+                SUMMARIES[function.__name__] = found
             return function
 
         return register

@@ -2,7 +2,8 @@
 
     python -m foveal.kernels.tools.explain --op na3d --shape 30 48 80 --heads 24 --head-dim 128 --window 18 24 24
 
-An operator takes part by where it lives: its function stands in an `api.py` that also offers
+An operator takes part by its declaration, see `common/operator.py`, or by where it lives: its function stands in an
+`api.py` that also offers
 `choose(query, impl, value)` and `obstacles(query, value)`, beside a `cost.py` that offers
 `summarize(query, key, value, *, impl, **arguments)`.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..common.arguments import check_arguments
+from ..common.operator import FUNCTIONS, SUMMARIES
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,19 @@ def _operators() -> dict[str, Callable]:
     return {name: f for name, f in functions.items() if "impl" in parameters[name] and "mesh" not in parameters[name]}
 
 
-def _find(operator: Callable | str) -> tuple[str, Callable, ModuleType, ModuleType]:
-    """Name and function of an operator, and the `api` and `cost` modules of its folder."""
+def _find(operator: Callable | str) -> tuple[str, Callable]:
+    """Name and function of an operator."""
     known = _operators()
     name = operator if isinstance(operator, str) else getattr(operator, "__name__", repr(operator))
     if name not in known or not (isinstance(operator, str) or operator is known[name]):
         raise ValueError(f"operator={operator!r} must be one of {sorted(known)} or its name")
-    api = import_module(known[name].__module__)
-    return name, known[name], api, import_module(".cost", api.__package__)
+    return name, known[name]
+
+
+def _modules(function: Callable) -> tuple[ModuleType, ModuleType]:
+    """The `api` and `cost` modules of the folder of an operator that is not declared."""
+    api = import_module(function.__module__)
+    return api, import_module(".cost", api.__package__)
 
 
 def _without_data(value):
@@ -111,15 +118,22 @@ def explain(
         ValueError: an unknown operator or implementation.
         ValueError, TypeError: arguments that the operator itself would refuse.
     """
-    name, function, api, cost = _find(operator)
+    name, function = _find(operator)
     check_arguments(function, query, key, value, impl=impl, **arguments)
     call = f"{tuple(query.shape)} {str(query.dtype).removeprefix('torch.')} on {query.device}"
-    reasons = api.obstacles(query, value)
-    chosen = None if reasons.get(impl) else api.choose(query, impl, value)
 
     # how tensors fit together, checked by the operator on some without data
     rest = {name: _without_data(value) for name, value in arguments.items()}
     function(*map(_without_data, (query, key, value)), **rest, impl="reference")
+    if name in FUNCTIONS:
+        declared, make_call = FUNCTIONS[name]
+        checked = make_call(query, key, value, **arguments)
+        reasons = declared.unsupported_reasons(query, key, value, checked)
+        chosen = None if reasons.get(impl) else declared.select_impl(query, key, value, checked, impl)
+        return Explanation(name, call, chosen, reasons, SUMMARIES[name](query, key, value, checked, chosen))
+    api, cost = _modules(function)
+    reasons = api.obstacles(query, value)
+    chosen = None if reasons.get(impl) else api.choose(query, impl, value)
     return Explanation(name, call, chosen, reasons, cost.summarize(query, key, value, impl=chosen, **arguments))
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from foveal.kernels.common.operator import FUNCTIONS, OPERATORS, Operator
+from foveal.kernels.common.operator import FUNCTIONS, OPERATORS, SUMMARIES, Operator
 from foveal.kernels.common.schema import codec
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -185,9 +185,10 @@ def test_choice_of_implementation(toy):
 
 
 def test_public_functions_are_registered(toy):
-    @toy.public(lambda query, key, value: Call(AXES, 0.5))
+    @toy.public(lambda query, key, value: Call(AXES, 0.5), summarize=lambda query, key, value, call, impl: {"n": 1})
     def toy_attention(query, key, value):
         """A function."""
 
     operator, make_call = FUNCTIONS.pop("toy_attention")
     assert operator is toy and make_call(None, None, None) == Call(AXES, 0.5)
+    assert SUMMARIES.pop("toy_attention")(None, None, None, None, None) == {"n": 1}

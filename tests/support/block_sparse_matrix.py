@@ -15,6 +15,7 @@ import operator_matrix
 import torch
 from foveal.kernels.block_sparse import mask as masks
 from foveal.kernels.block_sparse import reference
+from foveal.kernels.block_sparse.call import BlockSparseCall, block_sparse
 from foveal.kernels.ops import BlockMask, block_sparse_attention_lse
 from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
@@ -198,6 +199,6 @@ def opcheck(name: str, case: Case, *, requires_grad: bool) -> None:
     """torch's own checks of `torch.ops.foveal.{name}_forward` and, without gradients, of its backward."""
     inputs, mask = make_inputs(case, torch.float32), make_mask(case)
     tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
-    lists = mask.kv_num, mask.kv_idx, mask.bias, mask.q_len, mask.kv_len, *(mask.inverse or (None, None))
-    rest = *tensors[3:], *lists, list(case.query_block), list(case.key_block), 0.5
-    operator_matrix.opcheck(f"{name}_forward", f"{name}_backward", tensors[:3], rest, 1e-4)
+    rest = block_sparse.codec.flatten(BlockSparseCall(*tensors[3:], mask, 0.5))
+    wanted = ([x is not None for x in tensors[3:]],)
+    operator_matrix.opcheck(f"{name}_forward", f"{name}_backward", tensors[:3], rest, 1e-4, wanted=wanted)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,6 @@ from .blocks import MLPS
 from .kv_cache import KVCache
 from .modulation import MODULATIONS
 from .positions import default_axes
-
-if TYPE_CHECKING:
-    from .transformer import VideoDiT
-
 
 CONDITIONINGS = (None, "class", "cross", "joint")
 
@@ -33,7 +29,7 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Ten
 
 
 def check_inputs(
-    model: "VideoDiT",
+    config: Any,
     hidden_states: Tensor,
     timestep: Tensor,
     encoder_hidden_states: Tensor | None,
@@ -41,9 +37,17 @@ def check_inputs(
     encoder_attention_mask: Tensor | None,
     positions: Tensor | None,
     kv_cache: KVCache | None,
+    *,
+    is_causal: bool,
+    checkpointing: bool,
 ) -> None:
-    """Raise ValueError, naming the argument, unless they fit the model and each other; see `VideoDiT.forward`."""
-    config = model.config
+    """Raise ValueError, naming the argument, unless they fit the model and each other; see `VideoDiT.forward`.
+
+    Args:
+        config: the configuration of the model.
+        is_causal: whether all its layers are causal.
+        checkpointing: whether its layers are computed again in the backward pass.
+    """
     if hidden_states.dim() != 5 or hidden_states.shape[1] != config.in_channels:
         raise ValueError(
             f"hidden_states has shape {_shape(hidden_states)}; expected [B, in_channels={config.in_channels}, T, H, W]"
@@ -65,9 +69,9 @@ def check_inputs(
         raise ValueError(
             f"positions has shape {_shape(positions)}; expected [tokens, 3] = [{tokens}, 3] or [{batch}, {tokens}, 3]"
         )
-    if kv_cache is not None and not model.is_causal:
+    if kv_cache is not None and not is_causal:
         raise ValueError(f"kv_cache needs causal layers; attention={config.attention} has others")
-    if kv_cache is not None and kv_cache.append and model.gradient_checkpointing and torch.is_grad_enabled():
+    if kv_cache is not None and kv_cache.append and checkpointing and torch.is_grad_enabled():
         raise ValueError("kv_cache cannot append under gradient checkpointing, which calls every layer twice")
     _check_conditions(config, batch, encoder_hidden_states, class_labels, encoder_attention_mask)
 

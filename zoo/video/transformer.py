@@ -221,7 +221,7 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
             ValueError: an argument that is missing, not for this conditioning, or of a wrong shape.
         """
         check_inputs(
-            self,
+            self.config,
             hidden_states,
             timestep,
             encoder_hidden_states,
@@ -229,6 +229,8 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
             encoder_attention_mask,
             positions,
             kv_cache,
+            is_causal=self.is_causal,
+            checkpointing=self.gradient_checkpointing,
         )
         if encoder_attention_mask is not None:
             encoder_attention_mask = encoder_attention_mask.bool()  # tokenizers return integers

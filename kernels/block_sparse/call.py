@@ -1,0 +1,127 @@
+"""One call of block-sparse attention: checked arguments, and the operators of torch's dispatcher that take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.arguments import ACCEPTED_DTYPES, DTYPES, check_dense
+from ..common.calling import check_extra, check_grids, entries, resolve_scale, triton_obstacle
+from ..common.operator import Operator
+from . import cost
+from .mask import BlockMask, boxes
+
+
+@dataclass(frozen=True)
+class BlockSparseCall:
+    """Everything but query, key and value; see `api.block_sparse_attention`."""
+
+    extra_key: Tensor | None
+    extra_value: Tensor | None
+    mask: BlockMask
+    scale: float
+
+
+def make_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: BlockMask,
+    scale: float | None = None,
+    extra_key: Tensor | None = None,
+    extra_value: Tensor | None = None,
+) -> BlockSparseCall:
+    """The call of arguments that fit together.
+
+    Raises:
+        ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
+    """
+    rank = query.dim() - 3
+    if not 1 <= rank <= 3:
+        raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, 1 to 3 spatial axes, heads, head_dim]")
+    check_grids(rank, query, key, value, cross=True)
+    _check_mask(rank, query, key, mask)
+    check_extra(key, value, extra_key, extra_value)
+    mask = mask._replace(query_block=tuple(mask.query_block), key_block=tuple(mask.key_block))
+    return BlockSparseCall(extra_key, extra_value, mask, resolve_scale(query, scale))
+
+
+def _check_blocks(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> tuple[int, int]:
+    """Numbers of boxes of queries and of keys."""
+    counts = []
+    for name, block, x in (("query_block", mask.query_block, query), ("key_block", mask.key_block, key)):
+        lengths = entries(f"mask.{name}", block, int)
+        if lengths is None or len(lengths) != rank or any(b < 1 for b in lengths):
+            raise ValueError(f"mask.{name}={block!r} must be {rank} positive numbers of tokens, one an axis")
+        counts.append(prod(boxes(x.shape[1:-2], block)))
+    return counts[0], counts[1]
+
+
+def _lists(mask: BlockMask) -> dict[str, Tensor]:
+    """The tensors of a mask by name."""
+    found: dict[str, Any] = {"kv_idx": mask.kv_idx, "kv_num": mask.kv_num}
+    if mask.inverse is not None:
+        if not isinstance(mask.inverse, tuple) or len(mask.inverse) != 2:
+            raise TypeError(f"mask.inverse={mask.inverse!r} must be None or two tensors, see BlockMask.with_inverse")
+        found |= {"inverse[0]": mask.inverse[0], "inverse[1]": mask.inverse[1]}
+    found |= {name: x for name in ("bias", "q_len", "kv_len") if (x := getattr(mask, name)) is not None}
+    for name, x in found.items():
+        check_dense(f"mask.{name}", x, "a tensor or None" if name in ("bias", "q_len", "kv_len") else "a tensor")
+    return found
+
+
+def _check_mask(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> None:
+    tensors = _lists(mask)
+    query_boxes, key_boxes = _check_blocks(rank, query, key, mask)
+    batch, heads = query.shape[0], query.shape[-2]
+    lists, most = mask.kv_idx.shape[:2], mask.kv_idx.shape[-1]
+    if mask.kv_idx.dim() != 4 or lists[0] not in (1, batch) or lists[1] not in (1, heads):
+        raise ValueError(
+            f"mask.kv_idx.shape={tuple(mask.kv_idx.shape)} must be [B={batch} or 1, heads={heads} or 1, …]"
+        )
+    expected = {"kv_idx": (*lists, query_boxes, most), "kv_num": (*lists, query_boxes)}
+    expected |= {"bias": (*lists, query_boxes, most), "q_len": (query_boxes,), "kv_len": (key_boxes,)}
+    expected |= {"inverse[0]": (*lists, key_boxes + 1), "inverse[1]": (*lists, query_boxes * most)}
+    for name, x in tensors.items():
+        if tuple(x.shape) != expected[name]:
+            raise ValueError(f"mask.{name}.shape={tuple(x.shape)} must be {expected[name]}")
+        if x.device != query.device:
+            raise ValueError(f"mask.{name}.device={x.device} must equal query.device={query.device}")
+        if name == "bias" and x.dtype not in DTYPES:
+            raise TypeError(f"mask.bias.dtype={x.dtype} must be a floating dtype: {ACCEPTED_DTYPES}")
+        if name != "bias" and x.dtype != torch.int32:
+            raise TypeError(f"mask.{name}.dtype={x.dtype} must be torch.int32")
+    if mask.bias is not None and mask.bias.requires_grad and torch.is_grad_enabled():
+        raise ValueError("mask.bias requires gradients, but it is a constant: detach it")
+
+
+def _flops(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[int, int]:
+    """From shapes alone: as if every list were full."""
+    batch, *shape, heads, head_dim = query.shape
+    keys = call.mask.kv_idx.shape[-1] * prod(call.mask.key_block)
+    keys += 0 if call.extra_key is None else call.extra_key.shape[1]
+    query_block = call.mask.query_block
+    pairs = batch * heads * prod(boxes(shape, query_block)) * prod(query_block) * keys
+    return cost.forward_flops(pairs, head_dim, value.shape[-1]), cost.backward_flops(pairs, head_dim, value.shape[-1])
+
+
+def _unsupported(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> str | None:
+    return triton_obstacle(query, value)
+
+
+block_sparse = Operator(
+    "block_sparse",
+    package=__package__,
+    call=BlockSparseCall,
+    differentiable=("extra_key", "extra_value"),
+    flops=_flops,
+    summarize=cost.summarize,
+    graph="tiled",
+    unsupported=_unsupported,
+    title="block-sparse attention",
+)
