@@ -1,4 +1,4 @@
-"""What a call of the pipeline must fulfil; each error names the argument."""
+"""Checks of a call of the pipeline, one function a subject; each error names the argument."""
 
 from __future__ import annotations
 
@@ -9,104 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from .conditions import Texts
 from .export import SUFFIXES, check_path
-from .guidance import Heads, check_heads
-from .stepping import check_scheduler
+from .transformer import VideoDiT
 
 OUTPUT_TYPES = ("np", "pt", "pil", "gif", "mp4", "latent")
 
 
-def check_call(
-    pipe: Any,
-    *,
-    prompt: Any,
-    negative_prompt: Any,
-    prompt_embeds: Tensor | None,
-    negative_prompt_embeds: Tensor | None,
-    prompt_attention_mask: Tensor | None,
-    negative_prompt_attention_mask: Tensor | None,
-    class_labels: Any,
-    image: Any,
-    video: Any,
-    height: int,
-    width: int,
-    num_frames: int,
-    num_inference_steps: int,
-    num_videos_per_prompt: int,
-    sigmas: Sequence[float] | None,
-    fps: float,
-    segment_frames: Sequence[int] | None,
-    chunk_frames: int | None,
-    pag_scale: float,
-    pag_heads: Heads | None,
-    pag_strength: float,
-    output_type: str,
-    output_path: Any,
-    callback_on_step_end_tensor_inputs: Sequence[str],
-) -> None:
-    """Raises ValueError, naming the argument, unless the call fits the model and itself."""
-    check_scheduler(pipe.scheduler)
-    _check_counts(num_inference_steps, num_videos_per_prompt, sigmas, fps)
-    conditioning, patch = pipe.transformer.config.conditioning, pipe.transformer.config.patch_size
-    for name, value, size in (("height", height, patch[1]), ("width", width, patch[2])):
-        multiple = pipe.latent_space.space * size
-        if value < 1 or value % multiple:
-            raise ValueError(f"{name}={value} must be a multiple of {multiple}")
-    frames = pipe.token_frames(num_frames, "num_frames")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type={output_type!r} must be one of {OUTPUT_TYPES}")
-    if output_type in SUFFIXES:
-        check_path(output_path, output_type)  # before an hour of sampling, not after
-    unknown = set(callback_on_step_end_tensor_inputs) - set(pipe._callback_tensor_inputs)
-    if unknown:
-        raise ValueError(
-            f"callback_on_step_end_tensor_inputs has {sorted(unknown)}, accepted are {pipe._callback_tensor_inputs}"
-        )
-
-    texts = conditioning in ("cross", "joint")
-    if (class_labels is not None) != (conditioning == "class"):
-        raise ValueError(f"class_labels must be given for a model of classes, and only then; it has {conditioning!r}")
-    for name, value, embeds in (
-        ("prompt", prompt, prompt_embeds),
-        ("negative_prompt", negative_prompt, negative_prompt_embeds),
-    ):
-        if value is not None and embeds is not None:
-            raise ValueError(f"{name} and {name}_embeds must not be given both")
-        if not texts and (value is not None or embeds is not None):
-            raise ValueError(f"{name} needs a model of texts; conditioning={conditioning!r}")
-        if value is not None:
-            _check_texts(name, value, nested=name == "prompt" and segment_frames is not None)
-        if value is not None and pipe.text_encoder is None:
-            raise ValueError(f"{name} needs a text_encoder, which this pipeline lacks: give {name}_embeds")
-    _check_embeds("prompt", prompt_embeds, prompt_attention_mask, segment_frames)
-    _check_embeds("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask, None)
-    if texts and prompt is None and prompt_embeds is None:
-        raise ValueError("prompt or prompt_embeds must be given")
-    null_is_known = pipe.text_encoder is not None or pipe.config.null_text == "zeros"
-    if texts and pipe.do_classifier_free_guidance and negative_prompt_embeds is None and not null_is_known:
-        raise ValueError(
-            f"guidance_scale={pipe._guidance_scale} needs negative_prompt_embeds, a text_encoder for the empty prompt, "
-            "or a pipeline of null_text='zeros'"
-        )
-
-    if image is not None and video is not None:
-        raise ValueError("image and video must not be given both: image is the first frame, video several")
-    if segment_frames is not None:
-        if not texts:
-            raise ValueError(f"segment_frames needs a model of texts; conditioning={conditioning!r}")
-        if sum(segment_frames) != num_frames:
-            raise ValueError(f"segment_frames={list(segment_frames)} must add up to num_frames={num_frames}")
-    if chunk_frames is not None:
-        if not pipe.transformer.is_causal:
-            raise ValueError(f"chunk_frames={chunk_frames} needs a model whose layers are all causal in time")
-        if not 1 <= chunk_frames <= frames:
-            raise ValueError(f"chunk_frames={chunk_frames} must be in 1..{frames}, the frames of tokens")
-    if pag_scale and not pag_heads:
-        raise ValueError(f"pag_scale={pag_scale} needs pag_heads, layer -> heads")
-    check_heads(pipe.transformer, pag_heads or {}, pag_strength)
-
-
-def _check_counts(steps: int, videos: int, sigmas: Sequence[float] | None, fps: float) -> None:
+def check_counts(steps: int, videos: int, sigmas: Sequence[float] | None, fps: float) -> None:
+    """Raises ValueError, naming the argument, unless there are steps, videos and frames a second, and sigmas fall."""
     for name, value in (("num_inference_steps", steps), ("num_videos_per_prompt", videos)):
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}={value} must be an integer of at least 1")
@@ -116,6 +27,90 @@ def _check_counts(steps: int, videos: int, sigmas: Sequence[float] | None, fps: 
             raise ValueError(f"sigmas={levels} must hold at least one noise level and fall within 1..0")
     if not 0 < fps < math.inf:
         raise ValueError(f"fps={fps} must be more than 0")
+
+
+def check_size(height: int, width: int, *, space: int, patch: Sequence[int]) -> None:
+    """Raises ValueError, naming the argument, unless a picture fills latents of `space` pixels a side and patches."""
+    for name, value, size in (("height", height, patch[1]), ("width", width, patch[2])):
+        multiple = space * size
+        if value < 1 or value % multiple:
+            raise ValueError(f"{name}={value} must be a multiple of {multiple}")
+
+
+def check_output(output_type: str, output_path: Any, callback_inputs: Sequence[str], *, accepted: list[str]) -> None:
+    """Raises ValueError, naming the argument, unless videos and the tensors of callbacks can be had as asked."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type={output_type!r} must be one of {OUTPUT_TYPES}")
+    if output_type in SUFFIXES:
+        check_path(output_path, output_type)  # before an hour of sampling, not after
+    unknown = set(callback_inputs) - set(accepted)
+    if unknown:
+        raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}, accepted are {accepted}")
+
+
+def check_told(
+    texts: Texts, class_labels: Any, *, conditioning: str | None, encoder: bool, null_text: str, guidance_scale: float
+) -> None:
+    """Raises ValueError, naming the argument, unless texts or classes are what the model takes.
+
+    Args:
+        texts, class_labels: of the call.
+        conditioning: of the model.
+        encoder: there is a text encoder.
+        null_text: of the pipeline.
+        guidance_scale: of the call.
+    """
+    takes_text, segments = conditioning in ("cross", "joint"), texts.segment_frames
+    if (class_labels is not None) != (conditioning == "class"):
+        raise ValueError(f"class_labels must be given for a model of classes, and only then; it has {conditioning!r}")
+    for name, value, embeds in (
+        ("prompt", texts.prompt, texts.prompt_embeds),
+        ("negative_prompt", texts.negative_prompt, texts.negative_prompt_embeds),
+    ):
+        if value is not None and embeds is not None:
+            raise ValueError(f"{name} and {name}_embeds must not be given both")
+        if not takes_text and (value is not None or embeds is not None):
+            raise ValueError(f"{name} needs a model of texts; conditioning={conditioning!r}")
+        if value is not None:
+            _check_texts(name, value, nested=name == "prompt" and segments is not None)
+        if value is not None and not encoder:
+            raise ValueError(f"{name} needs a text_encoder, which this pipeline lacks: give {name}_embeds")
+    _check_embeds("prompt", texts.prompt_embeds, texts.prompt_attention_mask, segments)
+    _check_embeds("negative_prompt", texts.negative_prompt_embeds, texts.negative_prompt_attention_mask, None)
+    if takes_text and texts.prompt is None and texts.prompt_embeds is None:
+        raise ValueError("prompt or prompt_embeds must be given")
+    null_is_known = encoder or null_text == "zeros"
+    if takes_text and guidance_scale > 1 and texts.negative_prompt_embeds is None and not null_is_known:
+        raise ValueError(
+            f"guidance_scale={guidance_scale} needs negative_prompt_embeds, a text_encoder for the empty prompt, "
+            "or a pipeline of null_text='zeros'"
+        )
+
+
+def check_frames(
+    image: Any,
+    video: Any,
+    segment_frames: Sequence[int] | None,
+    chunk_frames: int | None,
+    *,
+    num_frames: int,
+    token_frames: int,
+    transformer: VideoDiT,
+) -> None:
+    """Raises ValueError, naming the argument, unless given frames, segments and chunks fit the video and the model."""
+    if image is not None and video is not None:
+        raise ValueError("image and video must not be given both: image is the first frame, video several")
+    if segment_frames is not None:
+        conditioning = transformer.config.conditioning
+        if conditioning not in ("cross", "joint"):
+            raise ValueError(f"segment_frames needs a model of texts; conditioning={conditioning!r}")
+        if sum(segment_frames) != num_frames:
+            raise ValueError(f"segment_frames={list(segment_frames)} must add up to num_frames={num_frames}")
+    if chunk_frames is not None:
+        if not transformer.is_causal:
+            raise ValueError(f"chunk_frames={chunk_frames} needs a model whose layers are all causal in time")
+        if not 1 <= chunk_frames <= token_frames:
+            raise ValueError(f"chunk_frames={chunk_frames} must be in 1..{token_frames}, the frames of tokens")
 
 
 def _check_texts(name: str, value: Any, *, nested: bool) -> None:

@@ -1,104 +1,156 @@
-"""What a call of the pipeline conditions its model by: classes or texts, wanted and unwanted, for each video."""
+"""Conditions of a call of the pipeline: classes, texts and first frames, wanted and unwanted, for each video."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .labels import read_labels
 from .segments import Segments
 
 
-def prepare_conditions(
-    pipe: Any,
-    *,
-    prompt: Any,
-    prompt_embeds: Tensor | None,
-    prompt_attention_mask: Tensor | None,
-    negative_prompt: str | list[str] | None,
-    negative_prompt_embeds: Tensor | None,
-    negative_prompt_attention_mask: Tensor | None,
-    max_sequence_length: int,
-    class_labels: int | str | Sequence[int | str] | Tensor | None,
-    segment_frames: Sequence[int] | None,
-    repeats: int,
-    device: torch.device,
-) -> tuple[dict[str, dict[str, Any]], Segments | None]:
-    """Arguments of the model by which it is conditioned, "cond" and, with guidance, "uncond"; and the segments.
+@dataclass(frozen=True)
+class Texts:
+    """Texts of a call as the caller gives them, wanted and unwanted; see `VideoDiTPipeline.__call__`.
+
+    Attributes:
+        prompt, negative_prompt: strings, or None.
+        prompt_embeds, negative_prompt_embeds: `[B, L, text_dim]`, with segments `[B, segments, L, text_dim]`.
+        prompt_attention_mask, negative_prompt_attention_mask: of the embeddings.
+        max_sequence_length: tokens of a prompt, with a tokenizer.
+        segment_frames: frames of each segment that has a prompt of its own.
+    """
+
+    prompt: Any = None
+    negative_prompt: Any = None
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    prompt_attention_mask: Tensor | None = None
+    negative_prompt_attention_mask: Tensor | None = None
+    max_sequence_length: int = 226
+    segment_frames: Sequence[int] | None = None
+
+    def encoder_arguments(self) -> dict[str, Any]:
+        """Arguments of `VideoDiTPipeline.encode_prompt`: all but the segments."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "segment_frames"}
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the model is told of B videos, and the unconditional counterparts that guidance leads away from.
+
+    Attributes:
+        class_labels, null_labels: `[B]` int64.
+        prompt_embeds, negative_prompt_embeds: `[B, L, text_dim]`.
+        prompt_attention_mask, negative_prompt_attention_mask: `[B, L]` bool; None: every token counts.
+        segments: frames of the video that each part of the text belongs to.
+        first_frames: clean frames that each video begins with, `[B, C, frames, H, W]`, as the model sees them.
+    """
+
+    class_labels: Tensor | None = None
+    null_labels: Tensor | None = None
+    prompt_embeds: Tensor | None = None
+    prompt_attention_mask: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    negative_prompt_attention_mask: Tensor | None = None
+    segments: Segments | None = None
+    first_frames: Tensor | None = None
+
+    @property
+    def videos(self) -> int | None:
+        """B; None for unconditional models without first frames."""
+        told = (self.class_labels, self.prompt_embeds, self.first_frames)
+        return next((len(x) for x in told if x is not None), None)
+
+    @property
+    def known(self) -> int:
+        """Frames of `first_frames`."""
+        return 0 if self.first_frames is None else self.first_frames.shape[2]
+
+    def repeat(self, times: int) -> Conditions:
+        """Each row so often, one after the other: several videos of each prompt."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        again = {name: x.repeat_interleave(times, dim=0) for name, x in tensors.items() if isinstance(x, Tensor)}
+        return replace(self, **again)
+
+    def sides(self) -> dict[str, dict[str, Any]]:
+        """Arguments of the model for classifier-free guidance: "cond" and, where there are counterparts, "uncond"."""
+        if self.class_labels is not None:
+            labels = {"cond": self.class_labels, "uncond": self.null_labels}
+            return {name: {"class_labels": x} for name, x in labels.items() if x is not None}
+        texts = {
+            "cond": (self.prompt_embeds, self.prompt_attention_mask),
+            "uncond": (self.negative_prompt_embeds, self.negative_prompt_attention_mask),
+        }
+        sides = {
+            name: {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+            for name, (embeds, mask) in texts.items()
+            if embeds is not None
+        }
+        return sides or {"cond": {}}
+
+    def shown(self) -> dict[str, Tensor | None]:
+        """Tensors that callbacks may see and change, by name."""
+        return {"prompt_embeds": self.prompt_embeds, "negative_prompt_embeds": self.negative_prompt_embeds}
+
+    def change(self, returned: Mapping[str, Any]) -> Conditions:
+        """Conditions with the embeddings that a callback returned; negative ones count under guidance only.
+
+        Raises:
+            ValueError: embeddings for a model that has none, or None in place of embeddings.
+        """
+        before = self.shown()
+        if "uncond" not in self.sides():
+            del before["negative_prompt_embeds"]
+        after = {name: returned[name] for name in before if name in returned}
+        for name, embeds in after.items():
+            if (embeds is None) != (before[name] is None):
+                raise ValueError(f"callback_on_step_end must return {name} if and only if the model takes text")
+        return replace(self, **after) if after else self
+
+
+def class_conditions(labels: Tensor, null: int, *, guided: bool) -> Conditions:
+    """Conditions of labels `[B]`, with the null class as their counterpart under guidance."""
+    return Conditions(class_labels=labels, null_labels=torch.full_like(labels, null) if guided else None)
+
+
+def segment_prompts(prompt: Any, count: int) -> tuple[list[str], int]:
+    """Texts of all segments of all videos in one list, and how many videos there are.
 
     Raises:
-        ValueError: labels out of range or unknown, prompts and segments or negative prompts that differ in number.
+        ValueError: a video has not `count` texts.
     """
-    names = ("cond", "uncond") if pipe.do_classifier_free_guidance else ("cond",)
-    if class_labels is not None:
-        classes = pipe.transformer.config.num_classes
-        labels = read_labels(class_labels, labels=pipe.labels, num_classes=classes, device=device)
-        labels = labels.repeat_interleave(repeats)
-        values = {"cond": labels, "uncond": torch.full_like(labels, classes)}
-        return {name: {"class_labels": values[name]} for name in names}, None
-    if prompt is None and prompt_embeds is None:
-        return {"cond": {}}, None
+    videos = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], str) else prompt
+    videos = [[texts] if isinstance(texts, str) else texts for texts in videos]
+    if any(len(texts) != count for texts in videos):
+        raise ValueError(f"prompt={prompt} must have {count} texts for segment_frames")
+    return [text for texts in videos for text in texts], len(videos)
 
-    segments = None
-    if segment_frames is not None:
-        prompt_embeds, prompt_attention_mask, segments = _segments(
-            pipe, prompt, prompt_embeds, prompt_attention_mask, segment_frames, max_sequence_length, device
-        )  # [B, segments, L, text_dim]
-        if negative_prompt is None and negative_prompt_embeds is None and pipe.config.null_text == "zeros":
-            negative_prompt_embeds = torch.zeros_like(prompt_embeds[:, 0])  # of one text's length
-        prompt, prompt_embeds = None, prompt_embeds.flatten(1, 2)
-        prompt_attention_mask = None if prompt_attention_mask is None else prompt_attention_mask.flatten(1, 2)
-    embeds, mask, unwanted, unwanted_mask = pipe.encode_prompt(
-        prompt,
-        negative_prompt,
-        do_classifier_free_guidance="uncond" in names,
-        num_videos_per_prompt=repeats,
-        prompt_embeds=prompt_embeds,
-        negative_prompt_embeds=negative_prompt_embeds,
-        prompt_attention_mask=prompt_attention_mask,
-        negative_prompt_attention_mask=negative_prompt_attention_mask,
-        max_sequence_length=max_sequence_length,
-        device=device,
-    )
-    sides = {"cond": (embeds, mask), "uncond": (unwanted, unwanted_mask)}
-    conditions = {
-        name: {"encoder_hidden_states": sides[name][0], "encoder_attention_mask": sides[name][1]} for name in names
+
+def join_segments(
+    texts: Texts, embeds: Tensor, mask: Tensor | None, *, ends: Sequence[int], zeros: bool
+) -> tuple[Texts, Segments]:
+    """Texts whose segments follow each other, `[B, segments * L, text_dim]`, and the frames of each.
+
+    Args:
+        texts: of the call.
+        embeds, mask: of the segments, `[B, segments, L, text_dim]` and `[B, segments, L]`.
+        ends: token frames up to the end of each segment.
+        zeros: the null text is zeros; it is as long as one text.
+    """
+    null = texts.negative_prompt_embeds
+    if zeros and texts.negative_prompt is None and null is None:
+        null = torch.zeros_like(embeds[:, 0])
+    frames = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+    flat = {
+        "prompt_embeds": embeds.flatten(1, 2),
+        "prompt_attention_mask": None if mask is None else mask.flatten(1, 2),
     }
-    return conditions, segments
-
-
-def _segments(
-    pipe: Any,
-    prompt: Any,
-    embeds: Tensor | None,
-    mask: Tensor | None,
-    segment_frames: Sequence[int],
-    length: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor | None, Segments]:
-    """Texts of segments, `[B, segments, L, text_dim]` and `[B, segments, L]`, and which frames are theirs."""
-    count = len(segment_frames)
-    if embeds is None:
-        videos = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], str) else prompt
-        videos = [[texts] if isinstance(texts, str) else texts for texts in videos]
-        if any(len(texts) != count for texts in videos):
-            raise ValueError(f"prompt={prompt} must have {count} texts for segment_frames")
-        embeds, mask, _, _ = pipe.encode_prompt(
-            [text for texts in videos for text in texts],
-            do_classifier_free_guidance=False,
-            max_sequence_length=length,
-            device=device,
-        )
-        assert embeds is not None
-        embeds = embeds.unflatten(0, (len(videos), -1))
-        mask = None if mask is None else mask.unflatten(0, (len(videos), -1))
-    ends = [pipe.token_frames(end, "frames up to the end of a segment") for end in accumulate(segment_frames)]
-    lengths = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
-    return embeds, mask, Segments(lengths, (embeds.shape[2],) * count)
+    joined = replace(texts, prompt=None, negative_prompt_embeds=null, **flat)
+    return joined, Segments(frames, (embeds.shape[2],) * len(ends))
 
 
 def encode_texts(

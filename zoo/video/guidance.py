@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,27 @@ from .attention import VideoAttention, VideoAttnProcessor
 from .pattern import Text
 
 Heads = Mapping[int, Sequence[int]]  # layer -> its heads
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Guidance away from perturbed heads.
+
+    Attributes:
+        scale: of the difference to the perturbed prediction; 0 is off.
+        heads: layer → heads to perturb.
+        strength: of the perturbation, in 0..1.
+    """
+
+    scale: float = 0.0
+    heads: Heads | None = None
+    strength: float = 1.0
+
+    def check(self, transformer: Any) -> None:
+        """Raises ValueError, naming the pipeline's argument, unless the model has the heads."""
+        if self.scale and not self.heads:
+            raise ValueError(f"pag_scale={self.scale} needs pag_heads, layer -> heads")
+        check_heads(transformer, self.heads or {}, self.strength)
 
 
 class SoftPAGProcessor(VideoAttnProcessor):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,15 +20,24 @@ from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from .checks import check_call
-from .conditions import encode_texts, mask_rows, prepare_conditions, rows
+from .checks import check_counts, check_frames, check_output, check_size, check_told
+from .conditions import (
+    Conditions,
+    Texts,
+    class_conditions,
+    encode_texts,
+    join_segments,
+    mask_rows,
+    rows,
+    segment_prompts,
+)
 from .export import save_clips
 from .given import read_images, read_videos
-from .guidance import Heads, guide, perturbed_heads
+from .guidance import Heads, Perturbation, guide, perturbed_heads
 from .kv_cache import KVCache
 from .labels import check_names, read_labels
 from .segments import Segments, segmented
-from .stepping import call_back, draw_noise, set_timesteps
+from .stepping import check_scheduler, draw_noise, set_timesteps
 from .transformer import VideoDiT
 from .vae import LatentSpace, decode, encode, latent_space
 
@@ -248,6 +258,41 @@ class VideoDiTPipeline(DiffusionPipeline):
         model = self.text_encoder if self.transformer is None else self.transformer
         return getattr(model, "dtype", None)
 
+    def prepare_conditions(
+        self, texts: Texts, class_labels: int | str | Sequence[int | str] | Tensor | None, *, device: torch.device
+    ) -> Conditions:
+        """Conditions of classes or texts, one row for each label or prompt, with counterparts under guidance.
+
+        Raises:
+            ValueError: labels out of range or unknown, prompts and segments or negative prompts that differ in number.
+        """
+        guided = self.do_classifier_free_guidance
+        if class_labels is not None:
+            classes = self.transformer.config.num_classes
+            assert classes is not None
+            labels = read_labels(class_labels, labels=self.labels, num_classes=classes, device=device)
+            return class_conditions(labels, classes, guided=guided)
+        if texts.prompt is None and texts.prompt_embeds is None:
+            return Conditions()
+        encoding, segments = {"do_classifier_free_guidance": guided, "device": device}, None
+        if (parts := texts.segment_frames) is not None:
+            videos = texts.prompt_embeds, texts.prompt_attention_mask
+            if texts.prompt is not None:
+                prompts, count = segment_prompts(texts.prompt, len(parts))
+                alone = encoding | {"do_classifier_free_guidance": False}
+                encoded = self.encode_prompt(prompts, max_sequence_length=texts.max_sequence_length, **alone)
+                videos = tuple(None if x is None else x.unflatten(0, (count, -1)) for x in encoded[:2])
+            ends = [self.token_frames(end, "frames up to the end of a segment") for end in accumulate(parts)]
+            texts, segments = join_segments(texts, *videos, ends=ends, zeros=self.config.null_text == "zeros")
+        embeds, mask, unwanted, unwanted_mask = self.encode_prompt(**encoding, **texts.encoder_arguments())
+        return Conditions(
+            prompt_embeds=embeds,
+            prompt_attention_mask=mask,
+            negative_prompt_embeds=unwanted,
+            negative_prompt_attention_mask=unwanted_mask,
+            segments=segments,
+        )
+
     def prepare_given(
         self, image: Any, video: Any, *, height: int, width: int, batch: int, prompts: int, device: torch.device
     ) -> Tensor | None:
@@ -292,14 +337,10 @@ class VideoDiTPipeline(DiffusionPipeline):
         self,
         latents: Tensor,
         timestep: Tensor,
+        conditions: Conditions,
         *,
-        cond: dict[str, Any],
-        uncond: dict[str, Any] | None,
         step: int,
-        segments: Segments | None = None,
-        pag_scale: float = 0.0,
-        pag_heads: Heads | None = None,
-        pag_strength: float = 1.0,
+        perturbation: Perturbation,
         caches: dict[str, KVCache] | None = None,
     ) -> Tensor:
         """The guided prediction of the model, `[B, C, T, H, W]` in float32."""
@@ -309,25 +350,27 @@ class VideoDiTPipeline(DiffusionPipeline):
             "num_inference_steps": len(self.scheduler.timesteps),
         }
 
-        def predict(name: str, condition: dict[str, Any], cache: str) -> Tensor:
+        def predict(name: str, side: str) -> Tensor:
             with self.transformer.cache_context(name, **place):
                 return self.transformer(
                     latents.to(self.transformer.dtype),
                     timestep,
-                    **condition,
-                    kv_cache=None if caches is None else caches[cache],
+                    **sides[side],
+                    kv_cache=None if caches is None else caches[side],
                     attention_kwargs=self._attention_kwargs,
                     return_dict=False,
                 )[0].float()
 
-        perturbed = None
-        with self.in_segments(segments, latents, None if caches is None else caches["cond"]):
-            wanted = predict("cond", cond, "cond")
-            if pag_scale and pag_heads:
-                with perturbed_heads(self.transformer, pag_heads, strength=pag_strength):
-                    perturbed = predict("perturbed", cond, "cond")
-        unwanted = None if uncond is None else predict("uncond", uncond, "uncond")
-        return guide(wanted, uncond=unwanted, scale=self._guidance_scale, perturbed=perturbed, pag_scale=pag_scale)
+        sides, uncond, perturbed = conditions.sides(), None, None
+        with self.in_segments(conditions.segments, latents, None if caches is None else caches["cond"]):
+            cond = predict("cond", "cond")
+            if perturbation.scale and perturbation.heads:
+                with perturbed_heads(self.transformer, perturbation.heads, strength=perturbation.strength):
+                    perturbed = predict("perturbed", "cond")
+        if "uncond" in sides and self.do_classifier_free_guidance:  # a callback may switch it off
+            uncond = predict("uncond", "uncond")
+        scales = {"scale": self._guidance_scale, "pag_scale": perturbation.scale}
+        return guide(cond, uncond=uncond, perturbed=perturbed, **scales)
 
     def in_segments(
         self, segments: Segments | None, latents: Tensor, cache: KVCache | None
@@ -340,18 +383,11 @@ class VideoDiTPipeline(DiffusionPipeline):
             segments = segments.between(cache.frames, cache.frames + frames)
         return segmented(self.transformer, segments)
 
-    def remember(
-        self,
-        latents: Tensor,
-        *,
-        conditions: dict[str, dict[str, Any]],
-        segments: Segments | None,
-        caches: dict[str, KVCache],
-    ) -> None:
+    def remember(self, latents: Tensor, conditions: Conditions, caches: dict[str, KVCache]) -> None:
         """Appends clean frames to the caches of a rollout."""
         clean = latents.new_zeros(len(latents))
-        for name, condition in conditions.items():
-            with self.in_segments(segments if name == "cond" else None, latents, caches[name]):
+        for name, condition in conditions.sides().items():
+            with self.in_segments(conditions.segments if name == "cond" else None, latents, caches[name]):
                 caches[name].append = True
                 self.transformer(
                     latents.to(self.transformer.dtype),
@@ -438,99 +474,106 @@ class VideoDiTPipeline(DiffusionPipeline):
             `VideoDiTPipelineOutput`, or a tuple of its frames.
 
         Raises:
-            ValueError: arguments that contradict the model or each other; see `checks.check_call`.
+            ValueError: arguments that contradict the model or each other; see `checks`.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         num_frames, height, width = self.video_size(num_frames, height, width)
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
         self._interrupt, self._current_timestep = False, None
-        check_call(
-            self,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            class_labels=class_labels,
-            image=image,
-            video=video,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=num_inference_steps,
-            num_videos_per_prompt=num_videos_per_prompt,
-            sigmas=sigmas,
-            fps=fps,
-            segment_frames=segment_frames,
-            chunk_frames=chunk_frames,
-            pag_scale=pag_scale,
-            pag_heads=pag_heads,
-            pag_strength=pag_strength,
-            output_type=output_type,
-            output_path=output_path,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        texts = Texts(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+            max_sequence_length,
+            segment_frames,
         )
+        perturbation, config = Perturbation(pag_scale, pag_heads, pag_strength), self.transformer.config
+        check_scheduler(self.scheduler)
+        check_counts(num_inference_steps, num_videos_per_prompt, sigmas, fps)
+        check_size(height, width, space=self.latent_space.space, patch=config.patch_size)
+        tokens = self.token_frames(num_frames, "num_frames")
+        inputs = callback_on_step_end_tensor_inputs
+        check_output(output_type, output_path, inputs, accepted=self._callback_tensor_inputs)
+        told = {"encoder": self.text_encoder is not None, "null_text": self.config.null_text}
+        check_told(texts, class_labels, conditioning=config.conditioning, guidance_scale=guidance_scale, **told)
+        sizes = {"num_frames": num_frames, "token_frames": tokens}
+        check_frames(image, video, segment_frames, chunk_frames, transformer=self.transformer, **sizes)
+        perturbation.check(self.transformer)
         device = self._execution_device
-        asked = num_inference_steps if sigmas is None else len(sigmas)
-        steps = len(set_timesteps(self.scheduler, asked, sigmas, device))  # may refuse, so before anything is encoded
+        steps = num_inference_steps if sigmas is None else len(sigmas)
+        set_timesteps(self.scheduler, steps, sigmas, device)  # may refuse, so before anything is encoded
 
-        conditions, segments = prepare_conditions(
-            self,
-            prompt=prompt,
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt=negative_prompt,
-            negative_prompt_embeds=negative_prompt_embeds,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            max_sequence_length=max_sequence_length,
-            class_labels=class_labels,
-            segment_frames=segment_frames,
-            repeats=num_videos_per_prompt,
-            device=device,
-        )
-        batch = len(next((x for x in conditions["cond"].values() if x is not None), [None] * num_videos_per_prompt))
-        given = self.prepare_given(
-            image,
-            video,
-            height=height,
-            width=width,
-            batch=batch,
-            prompts=batch // num_videos_per_prompt,
-            device=device,
-        )
+        conditions = self.prepare_conditions(texts, class_labels, device=device).repeat(num_videos_per_prompt)
+        batch = conditions.videos or num_videos_per_prompt
+        size = {"height": height, "width": width, "batch": batch, "prompts": batch // num_videos_per_prompt}
+        conditions = replace(conditions, first_frames=self.prepare_given(image, video, device=device, **size))
         space = self.latent_space
-        shape = (batch, self.transformer.config.in_channels, space.frames(num_frames))
-        shape += height // space.space, width // space.space
+        shape = (batch, config.in_channels, space.frames(num_frames), height // space.space, width // space.space)
         latents = draw_noise(shape, generator=generator, device=device, latents=latents)
-        known = 0 if given is None else given.shape[2]
-        if known >= shape[2]:
-            raise ValueError(f"{known} frames are given of {shape[2]}; at least one patch of frames must be left")
+        if conditions.known >= shape[2]:
+            raise ValueError(
+                f"{conditions.known} frames are given of {shape[2]}; at least one patch of frames must be left"
+            )
+        options = {"chunk_frames": chunk_frames, "callback": callback_on_step_end, "callback_inputs": inputs}
+        latents = self.denoise(latents, conditions, perturbation, steps=steps, sigmas=sigmas, **options)
+        frames = self.finish(latents, output_type, output_path, fps)
+        self.maybe_free_model_hooks()
+        return VideoDiTPipelineOutput(frames=frames) if return_dict else (frames,)
 
-        guidance = {"segments": segments, "pag_scale": pag_scale, "pag_heads": pag_heads, "pag_strength": pag_strength}
-        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        caches, chunks = None, [latents]
+    def denoise(
+        self,
+        latents: Tensor,
+        conditions: Conditions,
+        perturbation: Perturbation,
+        *,
+        steps: int,
+        sigmas: Sequence[float] | None = None,
+        chunk_frames: int | None = None,
+        callback: Callable[..., dict] | None = None,
+        callback_inputs: Sequence[str] = ("latents",),
+    ) -> Tensor:
+        """The loop over timesteps, in a rollout for one chunk after the other.
+
+        Args:
+            latents: noise `[B, C, T, H, W]`.
+            conditions: of B videos.
+            perturbation: of heads.
+            steps, sigmas: of the scheduler.
+            chunk_frames: token frames of each chunk; None: all at once.
+            callback, callback_inputs: called after each step, and the tensors it gets.
+
+        Returns:
+            Clean latents of the same shape; of an interrupted rollout the chunks that are finished.
+        """
+        given, caches, chunks, done = conditions.first_frames, None, [latents], []
         if chunk_frames is not None:
-            caches = {name: KVCache() for name in conditions}
+            caches = {name: KVCache() for name in conditions.sides()}
             for cache in caches.values():
                 cache.append = False  # only `remember` appends
-            chunks = list(latents[:, :, known:].split(chunk_frames * self.transformer.config.patch_size[0], dim=2))
+            frames = chunk_frames * self.transformer.config.patch_size[0]
+            chunks = list(latents[:, :, conditions.known :].split(frames, dim=2))
+            conditions = replace(conditions, first_frames=None)  # the caches hold them
             if given is not None:
-                self.remember(given, conditions=conditions, segments=segments, caches=caches)
-        self._num_timesteps = steps * len(chunks)
-        done = [] if given is None or caches is None else [given]
+                self.remember(given, conditions, caches)
+                done = [given]
+        self._num_timesteps = len(self.scheduler.timesteps) * len(chunks)
         with self.progress_bar(total=self._num_timesteps) as progress:
             for turn, chunk in enumerate(chunks):
-                fixed = given if caches is None else None
-                timesteps = set_timesteps(self.scheduler, asked, sigmas, device)
-                finished = True
+                timesteps, finished = set_timesteps(self.scheduler, steps, sigmas, latents.device), True
                 for step, t in enumerate(timesteps):
                     if self.interrupt:
                         finished = False
                         break
-                    chunk = self.step(chunk, t, fixed, conditions, step=step, caches=caches, **guidance)
-                    chunk = call_back(self, *callback, turn * steps + step, t, chunk, conditions)
+                    chunk = self.step(chunk, t, conditions, step=step, perturbation=perturbation, caches=caches)
+                    if callback is not None:
+                        tensors = {"latents": chunk} | conditions.shown()
+                        tensors = {name: tensors[name] for name in callback_inputs}
+                        returned = callback(self, turn * len(timesteps) + step, t, tensors)
+                        chunk, conditions = returned.get("latents", chunk), conditions.change(returned)
                     progress.update()
                 if done and not finished:
                     break  # what is made stays free of noise
@@ -538,32 +581,21 @@ class VideoDiTPipeline(DiffusionPipeline):
                 if self.interrupt:
                     break
                 if caches is not None:
-                    self.remember(chunk, conditions=conditions, segments=segments, caches=caches)
+                    self.remember(chunk, conditions, caches)
         self._current_timestep = None
+        return torch.cat(done, dim=2)
 
-        frames = self.finish(torch.cat(done, dim=2), output_type, output_path, fps)
-        self.maybe_free_model_hooks()
-        return VideoDiTPipelineOutput(frames=frames) if return_dict else (frames,)
-
-    def step(
-        self,
-        latents: Tensor,
-        t: Tensor,
-        fixed: Tensor | None,
-        conditions: dict[str, dict[str, Any]],
-        **arguments: Any,
-    ) -> Tensor:
-        """One step of the scheduler; frames of `fixed` stand clean at the beginning, at timestep 0."""
+    def step(self, latents: Tensor, t: Tensor, conditions: Conditions, **arguments: Any) -> Tensor:
+        """One step of the scheduler; first frames that are given stay clean, at timestep 0."""
         self._current_timestep = t
         timestep = t.expand(len(latents))
-        known = 0 if fixed is None else fixed.shape[2]
+        fixed, known = conditions.first_frames, conditions.known
         if fixed is not None:
             latents = torch.cat([fixed, latents[:, :, known:]], dim=2)
             patch = self.transformer.config.patch_size[0]
             timestep = t.repeat(len(latents), latents.shape[2] // patch)
             timestep[:, : known // patch] = 0
-        uncond = conditions.get("uncond") if self.do_classifier_free_guidance else None  # a callback may switch it off
-        velocity = self.velocity(latents, timestep, cond=conditions["cond"], uncond=uncond, **arguments)
+        velocity = self.velocity(latents, timestep, conditions, **arguments)
         latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
         return latents if fixed is None else torch.cat([fixed, latents[:, :, known:]], dim=2)
 

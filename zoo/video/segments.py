@@ -6,7 +6,7 @@ is made, is the timestep 0 that `VideoDiTPipeline` gives to frames it was handed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -129,7 +129,7 @@ def segmented(transformer: Any, segments: Segments) -> Iterator[None]:
 
 
 def extend_scenes(
-    pipe: Any, prompts: Sequence[str], *, frames_per_scene: int, context_frames: int, **arguments: Any
+    pipe: Callable[..., Any], prompts: Sequence[str], *, frames_per_scene: int, context_frames: int, **arguments: Any
 ) -> Tensor:
     """A video of several scenes, each made in sight of the end of the one before.
 

@@ -1,6 +1,6 @@
-"""Around a step of sampling: the noise, the scheduler's timesteps, the caller's function after each step."""
+"""Noise to begin with, and the scheduler's timesteps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
@@ -86,24 +86,3 @@ def _is_flow(levels: Tensor, timesteps: Tensor) -> bool:
     falls = bool((levels.diff() <= 0).all() and levels[0] <= 1.001 and levels[-1].abs() <= 0.001)
     # some schedulers round timesteps to integers
     return falls and bool((timesteps - 1000 * levels[: len(timesteps)]).abs().max() <= 2)
-
-
-def call_back(
-    pipe: Any,
-    callback: Callable[..., dict] | None,
-    names: Sequence[str],
-    step: int,
-    t: Tensor,
-    latents: Tensor,
-    conditions: dict[str, dict[str, Any]],
-) -> Tensor:
-    """Show a step's tensors, those of `names`, to the caller's function, and take what it returns."""
-    if callback is None:
-        return latents
-    sides = {"prompt_embeds": conditions["cond"], "negative_prompt_embeds": conditions.get("uncond", {})}
-    tensors = {"latents": latents} | {name: side.get("encoder_hidden_states") for name, side in sides.items()}
-    returned = callback(pipe, step, t, {name: tensors[name] for name in names})
-    for name, side in sides.items():
-        if name in returned:
-            side["encoder_hidden_states"] = returned[name]
-    return returned.get("latents", latents)
