@@ -116,7 +116,7 @@ def _unsupported(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCal
 
 block_sparse = Operator(
     "block_sparse",
-    package=__package__,
+    package=__name__.rpartition(".")[0],
     call=BlockSparseCall,
     differentiable=("extra_key", "extra_value"),
     flops=_flops,
