@@ -54,13 +54,11 @@ class Operator(Benchmark):
 
     Attributes:
         cost: the operator's `cost.py`.
-        summarized: public function whose calls are made, for an operator that is declared.
         folder: folder under `kernels/` whose README holds the lower bounds.
     """
 
     suite = "kernels"
     cost: ClassVar[ModuleType]
-    summarized: ClassVar[str | None] = None
     folder: ClassVar[str]
 
     @abstractmethod
@@ -130,14 +128,9 @@ class Operator(Benchmark):
         gradient = randn(device, case.dtype, seed=1)(tensors["query"].shape)
         return bind(function, mode, tensors, gradient)
 
-    def summarize(self, case: Any, tensors: Tensors) -> dict:
-        if self.summarized is not None:
-            return explain(self.summarized, **tensors, **self.arguments(case)).cost
-        return self.cost.summarize(**tensors, **self.arguments(case), impl=None)
-
     def work(self, case: Any, mode: str) -> Work:
         tensors = self.inputs(case, torch.device("meta"))
-        summary = self.summarize(case, tensors)
+        summary = explain(self.function(case), **tensors, **self.arguments(case)).cost
         passes = ("forward",) if mode == "forward" else ("forward", "backward")
         return Work(*(sum(summary[f"{name}_{what}"] for name in passes) for what in ("flops", "bytes")))
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from math import prod
 
 import torch
-from foveal.kernels.neighborhood import cost, geometry, make_axes
+from foveal.kernels.neighborhood import geometry, make_axes
 from foveal.kernels.ops import na1d, na2d, na3d
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -92,7 +92,6 @@ def window_mask(case: Case, device: torch.device) -> BlockMask:
 class Neighborhood(Operator):
     name = "neighborhood"
     title = "Neighborhood attention"
-    cost = cost
     folder = "neighborhood"
 
     def cases(self, device: torch.device, *, everything: bool = False) -> Iterator[Case]:

@@ -10,7 +10,6 @@ from functools import partial
 from math import prod
 
 import torch
-from foveal.kernels.block_sparse import cost
 from foveal.kernels.block_sparse.routing import make_routing_mask
 from foveal.kernels.ops import block_sparse_attention, routing_attention2d
 from torch import Tensor
@@ -73,8 +72,6 @@ def gather(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class Routing(Operator):
     name = "routing"
     title = "Bi-level routing attention"
-    cost = cost
-    summarized = "routing_attention2d"
     folder = "block_sparse"
 
     def cases(self, device: torch.device, *, everything: bool = False) -> Iterator[Case]:

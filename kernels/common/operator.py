@@ -2,14 +2,13 @@
 
 From the declaration follow the operators of torch's dispatcher (`torch.ops.foveal.*`: schema, fake kernels, gradient,
 FLOP formulas), the choice of implementation, the treatment of autocast, and what `explain`, the compile report and the
-tests enumerate. Only torch is imported here, so a first call may be a compiled one; modules that compute are imported
+tests enumerate. Only torch is imported here, so a first call may be a compiled one; modules of kernels are imported
 when they first run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -82,6 +81,7 @@ class Operator:
         self.flops, self.summarize, self.fake, self.flows = flops, summarize, fake, tuple(flows)
         self.modules = modules or {"triton": "launch", "tiled": "tiled", "reference": "reference"}
         self.unsupported, self.prepare = unsupported, prepare
+        self._loaded: dict[str, Any] = {}  # modules by implementation
         self.codec = codec(call)
         names = [suffix[1:] for _, suffix in self.codec.arguments]
         self.places = [names.index(field) for field in differentiable]
@@ -91,8 +91,10 @@ class Operator:
         OPERATORS[name] = self
 
     def module(self, impl: str):
-        """The module of an implementation."""
-        return _module(f"{self.package}.{self.modules[impl]}")
+        """The module of an implementation, imported when it is first asked for."""
+        if impl not in self._loaded:
+            self._loaded[impl] = import_module(f"{self.package}.{self.modules[impl]}")
+        return self._loaded[impl]
 
     # choice of implementation
 
@@ -145,6 +147,9 @@ class Operator:
 
         def register(function: Callable) -> Callable:
             FUNCTIONS[function.__name__] = (self, make_call)
+            for impl in self.modules:
+                if impl != "triton":  # a graph that traces the call cannot import
+                    self.module(impl)
             if (found := summarize or self.summarize) is not None:
                 SUMMARIES[function.__name__] = found
             return function
@@ -239,8 +244,3 @@ class Operator:
 
     def _refuse_double_backward(self, ctx, *_) -> None:
         raise NotImplementedError(f"{self.title} has no double backward; use impl='reference'")
-
-
-@cache
-def _module(name: str):
-    return import_module(name)

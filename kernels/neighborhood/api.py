@@ -15,20 +15,18 @@ from ..common.calling import (
     PerHead,
     check_extra,
     check_grids,
-    choose,
     extra_visibility,
-    is_compiled_on_cpu,
-    obstacles,
     on_grid,
     resolve_scale,
     without_autocast,
 )
-from . import dense, library, quantized, reference, tiled
+from . import dense, quantized
+from .call import NeighborhoodCall, neighborhood, with_positive_scale
 from .geometry import Axis, make_axes
 from .heads import attend_groups, check_bias, head_groups
+from .summary import find_neighborhoods, summarize
 
 __all__ = [
-    "choose",
     "make_axes",
     "merge_attentions",
     "na1d",
@@ -37,7 +35,6 @@ __all__ = [
     "na2d_lse",
     "na3d",
     "na3d_lse",
-    "obstacles",
 ]
 
 
@@ -74,7 +71,7 @@ def _attend_axes(
     if qk_dtype is not None:
         out, found, mean = _attend_rounded(query, key, value, **given, qk_dtype=qk_dtype)
         return out, found + quantized.mean_logits(query, mean, resolve_scale(query, scale)) if lse else None
-    tiles = not lse and extra_key is None and choose(query, impl, value) == "tiled"
+    tiles = not lse and extra_key is None and neighborhood.select_impl(query, key, value, None, impl) == "tiled"
     if tiles and dense.covers(axes, query, key, value, bias):
         with without_autocast(query.device):
             return dense.attend(query, key, value, axes=axes, scale=scale, bias=bias), None
@@ -88,12 +85,12 @@ def _attend_rounded(
     """Output and log-sum-exp of query and key rounded to `qk_dtype`, the latter without what the mean of the keys adds,
     and that mean."""
     quantized.check(qk_dtype, query, key, value, bias, extra_key, extra_value)
-    query, scale = library.with_positive_scale(query, resolve_scale(query, scale))
+    query, scale = with_positive_scale(query, resolve_scale(query, scale))
     given = {"axes": axes, "scale": scale, "bias": bias, "extra_value": extra_value, "extra_mask": extra_mask}
-    e4m3 = choose(query, impl, value) == "triton" and quantized.obstacle(query) is None
+    e4m3 = neighborhood.select_impl(query, key, value, None, impl) == "triton" and quantized.obstacle(query) is None
     rounded = quantized.quantize(query, key, extra_key, extra_mask, cast=e4m3)
     if e4m3:
-        out, lse = quantized.attend(rounded, value, **given)
+        out, lse = quantized.attend(rounded, value, NeighborhoodCall(**given, extra_key=rounded.extra_key))
     else:
         query, key, extra_key = quantized.restore(rounded, query.dtype)
         out, lse = dispatch(query, key, value, **given, extra_key=extra_key, impl=impl)
@@ -114,22 +111,11 @@ def dispatch(
     extra_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of checked arguments by the implementation that `impl` names."""
-    tiles = library.attend_tiled if is_compiled_on_cpu(query) else tiled.attend
-    attend = {"triton": library.attend, "tiled": tiles, "reference": reference.attend}[choose(query, impl, value)]
-    with without_autocast(query.device):
-        return attend(
-            query,
-            key,
-            value,
-            axes=axes,
-            scale=resolve_scale(query, scale),
-            bias=bias,
-            extra_key=extra_key,
-            extra_value=extra_value,
-            extra_mask=extra_mask,
-        )
+    call = NeighborhoodCall(axes, resolve_scale(query, scale), bias, extra_key, extra_value, extra_mask)
+    return neighborhood(query, key, value, call, impl=impl)
 
 
+@neighborhood.public(find_neighborhoods, summarize=summarize)
 @operator
 def na1d(
     query: Tensor,
@@ -161,6 +147,7 @@ def na1d(
     return _attend(1, query, key, value, *rest)[0]
 
 
+@neighborhood.public(find_neighborhoods, summarize=summarize)
 @operator
 def na2d(
     query: Tensor,
@@ -227,6 +214,7 @@ def na2d(
     return _attend(2, query, key, value, *rest)[0]
 
 
+@neighborhood.public(find_neighborhoods, summarize=summarize)
 @operator
 def na3d(
     query: Tensor,
@@ -258,6 +246,7 @@ def na3d(
     return _attend(3, query, key, value, *rest)[0]
 
 
+@neighborhood.public(find_neighborhoods, summarize=summarize)
 @operator
 def na1d_lse(
     query: Tensor,
@@ -287,6 +276,7 @@ def na1d_lse(
     return _attend(1, query, key, value, *rest, lse=True)
 
 
+@neighborhood.public(find_neighborhoods, summarize=summarize)
 @operator
 def na2d_lse(
     query: Tensor,
@@ -316,6 +306,7 @@ def na2d_lse(
     return _attend(2, query, key, value, *rest, lse=True)
 
 
+@neighborhood.public(find_neighborhoods, summarize=summarize)
 @operator
 def na3d_lse(
     query: Tensor,

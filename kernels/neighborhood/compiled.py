@@ -1,41 +1,35 @@
-"""The operator that a compiled graph calls on CPU: dense attention of small maps, tiles for all others."""
+"""The tiled path. As the operator that a compiled graph calls on CPU it takes dense attention of small maps."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from . import dense, tiled
-from .geometry import Axis
+from .call import NeighborhoodCall
+from .tiled import attend
+
+__all__ = ["attend", "backward", "forward"]
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, *, axes: tuple[Axis, ...], scale: float, bias, extra_key, **extra
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; arguments as of `tiled.forward`."""
+def forward(query: Tensor, key: Tensor, value: Tensor, call: NeighborhoodCall) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp."""
     found = None
-    if dense.serves(axes, query, key, value, bias, extra_key):
-        found = dense.forward(query, key, value, axes=axes, scale=scale)
-    if found is not None:
-        return found
-    return tiled.forward(query, key, value, axes=axes, scale=scale, bias=bias, extra_key=extra_key, **extra)
+    if dense.serves(call.axes, query, key, value, call.bias, call.extra_key):
+        found = dense.forward(query, key, value, axes=call.axes, scale=call.scale)
+    return tiled.forward(query, key, value, call) if found is None else found
 
 
 def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    *,
-    axes: tuple[Axis, ...],
-    scale: float,
-    bias,
-    extra_key,
-    **extra,
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    call: NeighborhoodCall,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, bias, extra_key and extra_value; arguments as of `tiled.backward`."""
-    if dense.serves(axes, query, key, value, bias, extra_key) and not grad_lse.any():
-        grads = dense.backward(query, key, value, out, lse, grad_out, axes=axes, scale=scale)
+    """Gradients of query, key, value, bias, extra_key and extra_value; see `tiled.backward`."""
+    if dense.serves(call.axes, query, key, value, call.bias, call.extra_key) and not gradients[1].any():
+        grads = dense.backward(query, key, value, *outputs, gradients[0], axes=call.axes, scale=call.scale)
         return *grads, None, None, None
-    given = {"axes": axes, "scale": scale, "bias": bias, "extra_key": extra_key, **extra}
-    return tiled.backward(query, key, value, out, lse, grad_out, grad_lse, **given)
+    return tiled.backward(query, key, value, outputs, gradients, call, wanted)

@@ -1,5 +1,6 @@
 """Launches of the neighborhood kernels; imported, and triton with it, when a kernel first runs."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 
@@ -21,6 +22,7 @@ from ..common.launching import (
 )
 from . import configs
 from .backward import bias_kernel, extra_kernel, key_kernel, query_kernel
+from .call import NeighborhoodCall
 from .forward import forward_kernel
 from .geometry import Axis, query_count, query_range
 
@@ -157,19 +159,15 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    bias,
-    extra_key,
-    extra_value,
-    extra_mask=None,
-    axes: tuple[Axis, ...],
-    scale: float,
+    call: NeighborhoodCall,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value dim]` and float32 log-sum-exp `[B, *spatial, heads]`.
 
     With a `factor`, float32 `[B, heads]`, query, key and extra key are e4m3 numbers whose products it multiplies.
     """
+    axes, scale, bias = call.axes, call.scale, call.bias
+    extra_key, extra_value, extra_mask = call.extra_key, call.extra_value, call.extra_mask
     rank, (batch, heads), widths = len(axes), (query.shape[0], query.shape[-2]), (key.shape[-1], value.shape[-1])
     out = torch.empty(*query.shape[:-1], widths[1], dtype=value.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
@@ -211,25 +209,22 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    *,
-    bias,
-    extra_key,
-    extra_value,
-    extra_mask=None,
-    axes: tuple[Axis, ...],
-    scale: float,
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    call: NeighborhoodCall,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, bias, extra_key and extra_value, contiguous; None for those not given."""
+    """Gradients of query, key, value, bias, extra_key and extra_value, contiguous; None for those not given or
+    not `wanted`."""
+    (out, lse), (grad_out, grad_lse) = outputs, gradients
+    axes, scale, bias = call.axes, call.scale, call.bias
+    extra_key, extra_value, extra_mask = call.extra_key, call.extra_value, call.extra_mask
     rank, (batch, heads), key_heads = len(axes), (query.shape[0], query.shape[-2]), key.shape[-2]
     widths, device = (key.shape[-1], value.shape[-1]), query.device
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, key, value))
     if batch == 0:
         rest = (None if x is None else x.new_zeros(x.shape) for x in (bias, extra_key, extra_value))
-        return dq, dk, dv, *rest
+        return dq, dk, dv, *(x if want else None for x, want in zip(rest, wanted, strict=True))
     out, lse, grad_lse = out.contiguous(), lse.contiguous(), grad_lse.contiguous()  # as the kernels take them
     delta = torch.empty_like(lse)
     extra = 0 if extra_key is None else extra_key.shape[1]
@@ -288,13 +283,14 @@ def backward(
             BIAS=bias is not None,
             **fixed,
         )
-        dbias = None if bias is None else bias_gradient(q, k, v, do, lse, delta, bias, axes, scale)
+        dbias = None if bias is None or not wanted[0] else bias_gradient(q, k, v, do, lse, delta, bias, axes, scale)
         dek, dev = (None, None)
-        if extra:
+        if extra and any(wanted[1:]):
             dek, dev = extra_gradient(q, do, lse, delta, extra_key, extra_value, axes, scale, extra_mask)
     if extra_key is not None and not extra:
         dek, dev = torch.empty_like(extra_key), torch.empty_like(extra_value)
-    return dq, dk, dv, dbias, dek, dev
+    rest = (dbias, dek, dev)
+    return dq, dk, dv, *(x if want else None for x, want in zip(rest, wanted, strict=True))
 
 
 def bias_gradient(q, k, v, do, lse, delta, bias: Tensor, axes: tuple[Axis, ...], scale: float) -> Tensor:

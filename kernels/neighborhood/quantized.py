@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..common.calling import wants_gradient
-from .geometry import Axis
-from .library import REST, flops, pack, unpack
+from .call import NeighborhoodCall, neighborhood
 
 DTYPE = torch.float8_e4m3fn
 LARGEST, SMALLEST = 448.0, 2.0**-9  # numbers that e4m3 has
@@ -159,36 +158,27 @@ def obstacle(query: Tensor) -> str | None:
     return None
 
 
-def attend(
-    rounded: Rounded,
-    value: Tensor,
-    *,
-    axes: tuple[Axis, ...],
-    scale: float,
-    bias: Tensor | None,
-    extra_value: Tensor | None,
-    extra_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Output and natural log-sum-exp by the Triton kernel, of keys without their mean; `scale` > 0."""
+def attend(rounded: Rounded, value: Tensor, call: NeighborhoodCall) -> tuple[Tensor, Tensor]:
+    """Output and natural log-sum-exp by the Triton kernel, of keys without their mean; the extra key of the call is
+    that of `rounded`, its scale > 0."""
     group = rounded.query.shape[-2] // rounded.key.shape[-2]
     factor = (rounded.query_scale * rounded.key_scale.repeat_interleave(group, dim=1)).contiguous()  # [B, heads]
-    return torch.ops.foveal.neighborhood_fp8_forward(
-        rounded.query, rounded.key, value, factor, bias, rounded.extra_key, extra_value, *pack(axes, scale, extra_mask)
-    )
+    arguments = neighborhood.codec.flatten(call)
+    return torch.ops.foveal.neighborhood_fp8_forward(rounded.query, rounded.key, value, factor, *arguments)
 
 
+_ARGUMENTS = ", ".join(f"{schema} {suffix[1:]}" for schema, suffix in neighborhood.codec.arguments)
 torch.library.define(
     "foveal::neighborhood_fp8_forward",
-    "(Tensor query, Tensor key, Tensor value, Tensor factor, Tensor? bias, Tensor? extra_key, Tensor? extra_value, "
-    f"{REST}) -> (Tensor, Tensor)",
+    f"(Tensor query, Tensor key, Tensor value, Tensor factor, {_ARGUMENTS}) -> (Tensor, Tensor)",
 )
 
 
 @torch.library.impl("foveal::neighborhood_fp8_forward", "default")
-def _forward(query, key, value, factor, *more):
+def _forward(query, key, value, factor, *arguments):
     from . import launch
 
-    return launch.forward(query, key, value, factor=factor, **unpack(query, key, *more))
+    return launch.forward(query, key, value, neighborhood.codec.build(arguments), factor)
 
 
 @torch.library.register_fake("foveal::neighborhood_fp8_forward")
@@ -197,6 +187,6 @@ def _fake(query, key, value, *_):
     return value.new_empty(*rows, value.shape[-1]), value.new_empty(rows, dtype=torch.float32)
 
 
-@register_flop_formula(torch.ops.foveal.neighborhood_fp8_forward)
-def _count(query, key, value, factor, *more, out_shape=None, **_) -> int:
-    return flops(query, key, value, *more)[0]
+@register_flop_formula(torch.ops.foveal.neighborhood_fp8_forward, get_raw=True)
+def _count(query, key, value, factor, *arguments, out_val=None, **_) -> int:
+    return neighborhood.flops(query, key, value, neighborhood.codec.build(arguments))[0]

@@ -4,22 +4,18 @@ import torch
 from torch import Tensor
 
 from . import geometry
-from .geometry import Axis
+from .call import NeighborhoodCall
 
 
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    axes: tuple[Axis, ...],
-    scale: float,
-    bias: Tensor | None,
-    extra_key: Tensor | None,
-    extra_value: Tensor | None,
-    extra_mask: Tensor | None = None,
+    call: NeighborhoodCall,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api.na2d`."""
+    axes, scale, bias = call.axes, call.scale, call.bias
+    extra_key, extra_value, extra_mask = call.extra_key, call.extra_value, call.extra_mask
     groups = query.shape[-2] // key.shape[-2]
     tokens = slice(1, 1 + len(axes))
     accumulate = torch.promote_types(query.dtype, torch.float32)

@@ -6,6 +6,7 @@ for the backward, which gathers again, and chunks bound what is gathered at a ti
 """
 
 import math
+from collections.abc import Sequence
 from operator import index
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from torch.nn.functional import pad
 from ..common.calling import tracing, without_autocast
 from ..common.symbolic import known, plain
 from . import tiled_plan
+from .call import NeighborhoodCall
 from .geometry import Axis, query_count
 from .tiled_plan import Chunk, Plan, Sizes, Slab
 
@@ -31,19 +33,14 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    axes: tuple[Axis, ...],
-    scale: float,
-    bias: Tensor | None,
-    extra_key: Tensor | None,
-    extra_value: Tensor | None,
-    extra_mask: Tensor | None = None,
+    call: NeighborhoodCall,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api.na2d`.
 
     Both are differentiable once; a second derivative raises RuntimeError.
     """
-    return _Attention.apply(query, key, value, bias, extra_key, extra_value, extra_mask, axes, scale)
+    tensors = call.bias, call.extra_key, call.extra_value, call.extra_mask
+    return _Attention.apply(query, key, value, *tensors, call.axes, call.scale)
 
 
 class _Rows(NamedTuple):
@@ -296,15 +293,11 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    bias,
-    extra_key,
-    extra_value,
-    extra_mask=None,
-    axes: tuple[Axis, ...],
-    scale: float,
+    call: NeighborhoodCall,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value dim]` and log-sum-exp `[B, *spatial, heads]`."""
+    axes, scale, bias = call.axes, call.scale, call.bias
+    extra_key, extra_value, extra_mask = call.extra_key, call.extra_value, call.extra_mask
     plan = _make_plan(query, key, value, extra_key, axes)
     rows = _prepare(query, key, value, extra_key, extra_value, extra_mask)
     accumulate = _accumulate(query)
@@ -331,22 +324,20 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    *,
-    bias,
-    extra_key,
-    extra_value,
-    extra_mask=None,
-    axes: tuple[Axis, ...],
-    scale: float,
+    outputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor],
+    call: NeighborhoodCall,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, bias, extra_key and extra_value, None for those not given.
+    """Gradients of query, key, value, bias, extra_key and extra_value, None for those not given or not
+    `wanted`.
 
-    `out` is read only where boxes are cut into slabs; see `reads_output`.
+    The output is read only where boxes are cut into slabs; see `reads_output`.
     """
+    (out, lse), (grad_out, grad_lse) = outputs, gradients
+    assert lse is not None
+    axes, scale, bias = call.axes, call.scale, call.bias
+    extra_key, extra_value, extra_mask = call.extra_key, call.extra_value, call.extra_mask
     plan = _make_plan(query, key, value, extra_key, axes)
     rows = _prepare(query, key, value, extra_key, extra_value, extra_mask)
     accumulate, width = lse.dtype, value.shape[-1]
@@ -373,9 +364,9 @@ def backward(
         grad_query.view(query.shape),
         grad_key[:tokens].view(key.shape),
         grad_value[:tokens].view(value.shape),
-        None if sums.bias is None else _bias_gradient(sums.bias, plan, bias),
-        None if extra_key is None else grad_key[tokens:].clone().view(extra_key.shape),
-        None if extra_value is None else grad_value[tokens:].clone().view(extra_value.shape),
+        _bias_gradient(sums.bias, plan, bias) if sums.bias is not None and wanted[0] else None,
+        None if extra_key is None or not wanted[1] else grad_key[tokens:].clone().view(extra_key.shape),
+        None if extra_value is None or not wanted[2] else grad_value[tokens:].clone().view(extra_value.shape),
     )
 
 
@@ -387,9 +378,9 @@ def reads_output(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, bias, extra_key, extra_value, extra_mask, axes, scale):
-        ctx.given = {"axes": axes, "scale": scale}
-        extra = {"extra_key": extra_key, "extra_value": extra_value, "extra_mask": extra_mask}
-        out, lse = forward(query, key, value, bias=bias, **extra, **ctx.given)
+        ctx.axes, ctx.scale = axes, scale
+        call = NeighborhoodCall(axes, scale, bias, extra_key, extra_value, extra_mask)
+        out, lse = forward(query, key, value, call)
         # What is not kept may be written to.
         kept = out if reads_output(query, key, value, extra_key, axes) else None
         ctx.save_for_backward(query, key, value, bias, extra_key, extra_value, extra_mask, kept, lse)
@@ -399,7 +390,8 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
         query, key, value, bias, extra_key, extra_value, extra_mask, out, lse = ctx.saved_tensors
-        extra = {"extra_key": extra_key, "extra_value": extra_value, "extra_mask": extra_mask}
+        call = NeighborhoodCall(ctx.axes, ctx.scale, bias, extra_key, extra_value, extra_mask)
+        wanted = ctx.needs_input_grad[3:6]
         with without_autocast(grad_out.device):  # as in the forward
-            grads = backward(query, key, value, out, lse, grad_out, grad_lse, bias=bias, **extra, **ctx.given)
+            grads = backward(query, key, value, (out, lse), (grad_out, grad_lse), call, wanted)
         return *grads, None, None, None

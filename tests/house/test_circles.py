@@ -9,10 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NOT_OURS = {"tests", "benchmarks", "docs", "build", "dist", "configs"}  # folders without modules of the package
-# circles still there: both operators count what a call costs beside the code that describes the call to the dispatcher,
-# until they are declared by `kernels.common.operator`
+# circles still there: the operator counts what a call costs beside the code that describes the call to the dispatcher,
+# until it is declared by `kernels.common.operator`
 KNOWN = {
-    frozenset(f"kernels.neighborhood.{name}" for name in ("cost", "library", "quantized", "simulator")),
     frozenset(f"kernels.window.{name}" for name in ("api", "cost", "library")),
 }
 

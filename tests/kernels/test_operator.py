@@ -1,5 +1,7 @@
 """A declared operator: schema from its call, gradients, fakes, FLOPs, compiled graphs, choice of implementation."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -192,3 +194,21 @@ def test_public_functions_are_registered(toy):
     operator, make_call = FUNCTIONS.pop("toy_attention")
     assert operator is toy and make_call(None, None, None) == Call(AXES, 0.5)
     assert SUMMARIES.pop("toy_attention")(None, None, None, None, None) == {"n": 1}
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_traced_whole_before_the_first_call(impl):
+    """No graph breaks where an implementation is looked up, in a process that has called none."""
+    code = f"""
+import torch
+from foveal.kernels.ops import BlockMask, block_sparse_attention, na2d
+
+def attend(x, number, listed):
+    mask = BlockMask((2, 2), (2, 2), number, listed)
+    return na2d(x, x, x, window=3, stride=2, impl="{impl}"), block_sparse_attention(x, x, x, mask=mask, impl="{impl}")
+
+lists = torch.ones(1, 1, 4, dtype=torch.int32), torch.zeros(1, 1, 4, 1, dtype=torch.int32)
+torch.compile(attend, fullgraph=True, backend="eager")(torch.randn(1, 4, 4, 2, 8), *lists)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

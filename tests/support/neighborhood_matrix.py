@@ -16,6 +16,7 @@ import operator_matrix
 import torch
 from foveal.kernels.neighborhood import geometry
 from foveal.kernels.neighborhood.api import dispatch
+from foveal.kernels.neighborhood.call import NeighborhoodCall, neighborhood
 from foveal.kernels.ops import na1d, na1d_lse, na2d, na2d_lse, na3d, na3d_lse
 from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
@@ -295,7 +296,7 @@ def opcheck(name: str, case: Case, dtype: torch.dtype, *, requires_grad: bool) -
     """torch's own checks of `torch.ops.foveal.{name}_forward` and, without gradients, of its backward."""
     inputs = make_inputs(case, dtype)
     tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
-    geometry = list(case.window), list(case.stride), list(case.dilation), list(case.causal), 0.5
+    rest = neighborhood.codec.flatten(NeighborhoodCall(case.axes, 0.5, *tensors[3:], case.visible))
+    wanted = ([x is not None for x in tensors[3:]],)
     forward, backward = f"{name}_forward", f"{name}_backward"
-    rest = geometry if case.visible is None else (*geometry, None, case.visible)
-    operator_matrix.opcheck(forward, backward, tensors[:3], (*tensors[3:], *rest), 1e-2)
+    operator_matrix.opcheck(forward, backward, tensors[:3], rest, 1e-2, wanted=wanted)

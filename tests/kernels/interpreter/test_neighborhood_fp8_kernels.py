@@ -8,7 +8,8 @@ from random import Random
 import fp8_matrix
 import pytest
 import torch
-from foveal.kernels.neighborhood import configs, quantized
+from foveal.kernels.neighborhood import configs, make_axes, quantized
+from foveal.kernels.neighborhood.call import NeighborhoodCall, neighborhood
 from foveal.kernels.neighborhood.configs import Size
 from foveal.kernels.ops import na2d
 from neighborhood_matrix import Case, cases
@@ -72,8 +73,9 @@ def arguments() -> tuple:
     extra = torch.randn(2, 2, 3, 2, 24, dtype=torch.float16)
     rounded = quantized.quantize(query, key, extra[0])
     factor, bias = rounded.query_scale * rounded.key_scale, torch.randn(2, 5, 5)
-    geometry = [3, 3], [1, 1], [1, 2], [False, True], 0.5
-    return rounded.query, rounded.key, value, factor, bias, rounded.extra_key, extra[1], *geometry
+    axes = make_axes((6, 7), window=3, dilation=(1, 2), causal=(False, True))
+    call = NeighborhoodCall(axes, 0.5, bias, rounded.extra_key, extra[1])
+    return rounded.query, rounded.key, value, factor, *neighborhood.codec.flatten(call)
 
 
 def test_opcheck():

@@ -1,0 +1,68 @@
+"""One call of neighborhood attention, and the operators of torch's dispatcher that take it.
+
+There are two pairs of operators: the Triton kernels, and the tiled path as `torch.compile` sees it on CPU, where the
+graph of its many small steps would take minutes to compile and then run more slowly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import copysign
+
+from torch import Tensor
+
+from ..common.calling import triton_obstacle
+from ..common.operator import Operator
+from . import cost
+from .geometry import Axis
+
+
+@dataclass(frozen=True)
+class NeighborhoodCall:
+    """Everything but query, key and value of heads that share their windows; see `api.na2d`.
+
+    `extra_mask` is bool here, `[B, tokens]`; axes may have a subset of the queries.
+    """
+
+    axes: tuple[Axis, ...]
+    scale: float
+    bias: Tensor | None = None
+    extra_key: Tensor | None = None
+    extra_value: Tensor | None = None
+    extra_mask: Tensor | None = None
+
+
+def _flops(query: Tensor, key: Tensor, value: Tensor, call: NeighborhoodCall) -> tuple[int, int]:
+    (batch, *_, heads, head_dim), extra = query.shape, 0 if call.extra_key is None else call.extra_key.shape[1]
+    sizes = dict(batch=batch, heads=heads, head_dim=head_dim, value_dim=value.shape[-1], extra=extra)
+    return cost.forward_flops(call.axes, **sizes), cost.backward_flops(call.axes, **sizes)
+
+
+def with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Query and scale of the same logits; the kernels take positive scales."""
+    if scale > 0:
+        return query, scale
+    return query * (copysign(1.0, scale) if scale else 0.0), abs(scale) or 1.0
+
+
+def _prepare(query: Tensor, key: Tensor, value: Tensor, call: NeighborhoodCall) -> tuple:
+    query, scale = with_positive_scale(query, call.scale)
+    return query, key, value, call if scale == call.scale else replace(call, scale=scale)
+
+
+def _unsupported(query: Tensor, key: Tensor, value: Tensor, call: object) -> str | None:
+    return triton_obstacle(query, value)
+
+
+neighborhood = Operator(
+    "neighborhood",
+    package=__package__,
+    call=NeighborhoodCall,
+    differentiable=("bias", "extra_key", "extra_value"),
+    flops=_flops,
+    modules={"triton": "launch", "tiled": "compiled", "reference": "reference"},
+    graph="tiled",
+    unsupported=_unsupported,
+    prepare=_prepare,
+    title="neighborhood attention",
+)
