@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from .base import SeededData
 from .loader import SeededDataset, mix_seed, seeded
+from .spec import DataSpec
 
 Item = dict[str, Any]
 
@@ -72,13 +73,20 @@ class VideoData(SeededData):
         self.class_names = [str(i) for i in range(num_classes or 0)]
 
     @property
+    def spec(self) -> DataSpec:
+        size, names = (self.frames, self.height, self.width), tuple(self.class_names)
+        statistics = {"mean": self.mean, "std": self.std}
+        return DataSpec(self.channels, size, self.num_classes, names, text_dim=self.text_dim, **statistics)
+
+    @property
     def for_task(self) -> dict[str, Any]:
+        spec = self.spec
         return {
-            "in_channels": self.channels,
-            "num_classes": self.num_classes,
-            "text_dim": self.text_dim,
+            "in_channels": spec.channels,
+            "num_classes": spec.num_classes,
+            "text_dim": spec.text_dim,
             "clip_sizes": self.clip_sizes,
-            "class_names": self.class_names,
+            "class_names": list(spec.class_names),
         }
 
     @property

@@ -1,38 +1,32 @@
 """Image classification with timm's models, optimizers, schedulers and mixup.
 
-Every random number of a training step (dropout, drop path, mixup) follows from (seed, rank, epoch, batch), so a run
-that was killed and resumed makes the steps it would have made.
+Random numbers of a training step are those of dropout, drop path and mixup; `Task` seeds them.
 """
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.trainer.states import TrainerFn
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..data.foreign import reason
-from ..data.loader import PADDING, mix_seed, seeded
+from ..data.loader import PADDING, seeded
 from ..data.names import say, unknown_name
+from ._base import Task
 from .model import make_model
-from .optim import check_optimizer, make_optimizer
-from .portable import describe_model, make_portable
-from .sharding import repeated_blocks, shard
+from .optim import check_optimizer
+from .portable import describe_model
 
 Batch = tuple[Tensor, Tensor]
 SCHEDULERS = ("constant", "cosine", "multistep", "poly", "rsqrt", "step", "tanh", "wsd")
@@ -62,7 +56,7 @@ def fit_ramps(schedule: Mapping[str, Any], epochs: int) -> dict[str, float]:
     return shorter
 
 
-class ClassificationTask(LightningModule):
+class ClassificationTask(Task):
     """Trains a timm model on `(images [B, C, H, W], targets [B] int64)`.
 
     Args:
@@ -87,6 +81,8 @@ class ClassificationTask(LightningModule):
         ValueError: an unknown model, optimizer or scheduler; the nearest names are in the message.
     """
 
+    progress_metric = "val_acc1"
+
     def __init__(
         self,
         *,
@@ -103,12 +99,16 @@ class ClassificationTask(LightningModule):
         compile: Mapping[str, Any] | None = None,
         seed: int = 0,
     ):
-        super().__init__()
         _check_names(model["name"], optimizer, (scheduler or {}).get("sched", "cosine"))
+        metrics: dict[str, Metric] = {}
+        for split in ("val", "test"):
+            metrics[f"{split}_loss"] = MeanMetric()
+            for k in (1, 5) if num_classes > 5 else (1,):
+                metrics[f"{split}_acc{k}"] = MulticlassAccuracy(num_classes, top_k=k, average="micro")
+        super().__init__(metrics=metrics, optimizer=optimizer, scheduler=scheduler, compile=compile, seed=seed)
         self.save_hyperparameters()
         self.model_cfg, self.num_classes, self.in_chans, self.img_size = dict(model), num_classes, in_chans, img_size
-        self.optimizer_cfg, self.scheduler_cfg, self.lr_batch = dict(optimizer), dict(scheduler or {}), lr_batch
-        self.label_smoothing, self.compile_cfg, self.seed = label_smoothing, dict(compile or {}), seed
+        self.lr_batch, self.label_smoothing = lr_batch, label_smoothing
         self.mixup, self._padded = None, False
         if mixup:
             try:
@@ -117,18 +117,6 @@ class ClassificationTask(LightningModule):
                     self.mixup(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
             except (TypeError, ValueError, AssertionError) as error:
                 raise ValueError(f"task.mixup={dict(mixup)} does not work: {reason(error)}") from error
-        self.model: nn.Module | None = None
-        self.train_loss = MeanMetric()
-        self.metrics = nn.ModuleDict()
-        for split in ("val", "test"):
-            self.metrics[f"{split}_loss"] = MeanMetric()
-            for k in (1, 5) if num_classes > 5 else (1,):
-                self.metrics[f"{split}_acc{k}"] = MulticlassAccuracy(num_classes, top_k=k, average="micro")
-
-    @property
-    def measured(self) -> list[str]:
-        """Names of what training and evaluation log."""
-        return ["train/loss", *(name.replace("_", "/") for name in self.metrics)]
 
     def setup(self, stage: str) -> None:
         """Check what data and mixup have to agree on, and keep the names of the classes.
@@ -145,23 +133,14 @@ class ClassificationTask(LightningModule):
         if stage == "fit" and self.mixup is not None and batch is not None and batch % 2:
             raise ValueError(f"data.batch_size={batch} must be even with task.mixup, which mixes images in pairs")
 
-    def configure_model(self) -> None:
-        """Builds the model once; under a sharded strategy its blocks are split over the devices here."""
-        if self.model is not None:
-            return
-        self.model = make_model(
+    def make_model(self) -> nn.Module:
+        return make_model(
             self.model_cfg,
             num_classes=self.num_classes,
             in_chans=self.in_chans,
             img_size=self.img_size,
             pretrained=self.model_cfg.get("pretrained", False),
         )
-        if self.device_mesh is not None:
-            shard(self.model, self.device_mesh, precision=self.trainer.precision)
-        if self.compile_cfg.get("enabled"):
-            options = {key: self.compile_cfg[key] for key in ("mode", "fullgraph") if key in self.compile_cfg}
-            for block in repeated_blocks(self.model) or [self.model]:
-                block.compile(**options)
 
     def on_fit_start(self) -> None:
         """Weights that were trained on other pixels than the data give are worse than they need to be."""
@@ -177,15 +156,6 @@ class ClassificationTask(LightningModule):
         """`[B, C, H, W]` → logits `[B, num_classes]`, in float32 whatever the precision of the model."""
         assert self.model is not None
         return self.model(images).float()
-
-    def on_train_epoch_start(self) -> None:
-        self.train_loss.reset()  # not called when a run is resumed inside an epoch
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        seed = mix_seed(self.seed, self.global_rank, self.current_epoch, batch_idx)
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
 
     def _mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Images mixed in pairs with their soft targets `[B, num_classes]`. The last batch of file order or of a stream
@@ -203,54 +173,44 @@ class ClassificationTask(LightningModule):
         return torch.cat([mixed, images[even:]]), torch.cat([soft, alone])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, targets = batch
-        if len(images) == 0:  # nothing of the batch could be read
+        if len(batch[0]) == 0:  # nothing of the batch could be read
             return 0.0 * sum(parameter.float().sum() for parameter in self.parameters())  # pyright: ignore
-        if self.mixup is not None:
-            images, targets = self._mix(images, targets)
-            loss = F.cross_entropy(self(images), targets)
-        else:
-            loss = F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing, ignore_index=PADDING)
-        self.train_loss.update(loss.detach())
-        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
-        self.log("train/loss_step", loss.detach(), on_step=True, on_epoch=False, prog_bar=True)
-        return loss
+        return super().training_step(batch, batch_idx)
 
-    def _evaluate(self, split: str, batch: Batch) -> Tensor:
+    def training_loss(self, batch: Batch) -> Tensor:
+        images, targets = batch
+        if self.mixup is None:
+            return F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing, ignore_index=PADDING)
+        images, targets = self._mix(images, targets)
+        return F.cross_entropy(self(images), targets)
+
+    def evaluate(self, split: str, batch: Batch, batch_idx: int) -> Tensor:
+        """Returns the logits `[B, num_classes]`, which the report draws."""
         images, targets = batch
         logits = self(images)
         real = targets != PADDING
         if real.any():
             loss = F.cross_entropy(logits[real], targets[real])
             self.metrics[f"{split}_loss"].update(loss, weight=real.sum())  # pyright: ignore
-        for name, metric in self.metrics.items():
-            if name.startswith(f"{split}_"):
-                if "_acc" in name and real.any():
+            for name, metric in self.metrics.items():
+                if name.startswith(f"{split}_acc"):
                     metric.update(logits[real], targets[real])  # pyright: ignore
-                shown = name == "val_acc1"
-                self.log(name.replace("_", "/"), metric, on_step=False, on_epoch=True, prog_bar=shown)  # pyright: ignore
         return logits
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns the logits `[B, num_classes]`, which the report draws."""
-        return self._evaluate("test", batch)
-
-    def configure_optimizers(self):
-        assert self.model is not None
+    def _updates_per_epoch(self) -> int:
         self.trainer.estimated_stepping_batches  # noqa: B018 - makes the loaders, so that the epoch has a length
-        accumulate = self.trainer.accumulate_grad_batches
         if math.isinf(self.trainer.num_training_batches):
             raise ValueError("this dataset does not know its length: set trainer.limit_train_batches to a number")
-        updates = math.ceil(self.trainer.num_training_batches / accumulate)  # per epoch
+        return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+
+    def learning_rate_scale(self) -> float:
+        self._updates_per_epoch()  # refuses endless data also without a schedule
         data = getattr(self.trainer, "datamodule")  # noqa: B009 - set by Trainer.fit
-        scale = data.batch_size * self.trainer.world_size * accumulate / self.lr_batch if self.lr_batch else 1.0
-        optimizer = make_optimizer(self.model, self.optimizer_cfg, scale=scale)
-        if not self.scheduler_cfg:
-            return optimizer
-        schedule = dict(self.scheduler_cfg)
+        batch = data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return batch / self.lr_batch if self.lr_batch else 1.0
+
+    def make_scheduler(self, optimizer: torch.optim.Optimizer, scale: float) -> Any:
+        schedule, updates = dict(self.scheduler_cfg), self._updates_per_epoch()
         for key in ("warmup_lr", "min_lr"):
             if key in schedule:
                 schedule[key] *= scale
@@ -264,31 +224,11 @@ class ClassificationTask(LightningModule):
             scheduler, _ = create_scheduler_v2(optimizer, **options, **schedule)
         except (TypeError, ValueError, AssertionError) as error:
             raise ValueError(f"task.scheduler={self.scheduler_cfg} does not work: {reason(error)}") from error
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduler
 
     def lr_scheduler_step(self, scheduler, metric) -> None:
         scheduler.step_update(self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the mean loss of a half-done epoch (no other metric is alive between steps), and what others need."""
-        metric = self.train_loss
-        checkpoint["train_loss"] = {"mean_value": metric.mean_value, "weight": metric.weight}
-        make_portable(self, checkpoint)
+        super().on_save_checkpoint(checkpoint)
         describe_model(self, checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        averaging = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # pyright: ignore
-        if self.trainer.state.fn == TrainerFn.FITTING and "current_model_state" in checkpoint and not averaging:
-            checkpoint["state_dict"] = checkpoint["current_model_state"]  # its optimizer state belongs to these weights
-        saved = checkpoint.get("hyper_parameters", {})
-        theirs, ours = ((holder.get("class_names") or []) for holder in (saved, self.hparams))
-        if theirs and ours and list(theirs) != list(ours):
-            label, (there, here) = next(
-                (label, pair) for label, pair in enumerate(zip_longest(theirs, ours)) if pair[0] != pair[1]
-            )
-            raise ValueError(
-                f"the checkpoint numbers the classes otherwise than the data: label {label} is {there!r} there and "
-                f"{here!r} here; give the data the classes that it had, or their order by data.class_names"
-            )
-        for name, value in checkpoint.get("train_loss", {}).items():
-            setattr(self.train_loss, name, value.clone())

@@ -1,23 +1,16 @@
 """Training a `VideoDiT` by rectified flow.
 
-Every random number of a training step (times, noise, dropped conditions) follows from (seed, rank, epoch, batch), so a
-run that was killed and resumed makes the steps it would have made.
+Random numbers of a training step are times, noise and dropped conditions; `Task` seeds them.
 """
 
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -26,9 +19,8 @@ from ..data.names import unknown_name
 from ..video import VideoDiT
 from ..video.flow import TIMESTEPS, add_noise, flow_loss, sample_time, velocity
 from ..video.presets import PRESETS
-from .optim import check_optimizer, make_optimizer
-from .portable import make_portable
-from .sharding import repeated_blocks, shard
+from ._base import Task
+from .optim import check_optimizer
 
 Batch = dict[str, Any]
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -37,7 +29,7 @@ ENDLESS = ("constant", "constant_with_warmup", "piecewise_constant")  # need not
 SCHEDULER_KEYS = ("name", "warmup_steps", "num_cycles", "power", "step_rules")
 
 
-class VideoDiffusionTask(LightningModule):
+class VideoDiffusionTask(Task):
     """Trains a `VideoDiT` on the batches of a `VideoData`.
 
     Args:
@@ -88,10 +80,8 @@ class VideoDiffusionTask(LightningModule):
         compile: Mapping[str, Any] | None = None,
         seed: int = 0,
     ):
-        super().__init__()
-        self.conditioning = model.get("conditioning")
         _check_choices(model, optimizer, scheduler, time_per)
-        _check_condition(self.conditioning, num_classes, text_dim)
+        _check_condition(model.get("conditioning"), num_classes, text_dim)
         _check_patches(model, clip_sizes)
         for name, chance in (("first_frame", first_frame), ("condition_dropout", condition_dropout)):
             if not 0 <= chance <= 1:
@@ -100,14 +90,17 @@ class VideoDiffusionTask(LightningModule):
             raise ValueError(f"task.shift={shift} must be positive")
         if time_std < 0:
             raise ValueError(f"task.time_std={time_std} must not be negative")
+        times = ("", *map(_time_name, VALIDATION_TIMES))
+        metrics = {f"{split}_loss{when}": MeanMetric() for split in ("val", "test") for when in times}
+        super().__init__(metrics=metrics, optimizer=optimizer, scheduler=scheduler, compile=compile, seed=seed)
         self.save_hyperparameters()
+        self.conditioning = model.get("conditioning")
         self.model_cfg, self.in_channels, self.num_classes, self.text_dim = (
             dict(model),
             in_channels,
             num_classes,
             text_dim,
         )
-        self.optimizer_cfg, self.scheduler_cfg = dict(optimizer), dict(scheduler or {})
         self.density = {"shift": shift, "mean": time_mean, "std": time_std}
         self.shift, self.time_per, self.first_frame, self.condition_dropout = (
             shift,
@@ -115,24 +108,12 @@ class VideoDiffusionTask(LightningModule):
             first_frame,
             condition_dropout,
         )
-        self.new_noise, self.seed = new_noise, seed
-        self.gradient_checkpointing, self.compile_cfg = gradient_checkpointing, dict(compile or {})
-        self.model: VideoDiT | None = None
-        self.train_loss = MeanMetric()
-        names = [
-            f"{split}_loss{when}" for split in ("val", "test") for when in ("", *map(_time_name, VALIDATION_TIMES))
-        ]
-        self.metrics = torch.nn.ModuleDict({name: MeanMetric() for name in names})
+        self.new_noise, self.gradient_checkpointing = new_noise, gradient_checkpointing
 
-    @property
-    def measured(self) -> list[str]:
-        """Names of what training and evaluation log."""
-        return ["train/loss", *map(_shown, self.metrics)]
+    def shown_name(self, name: str) -> str:
+        return name.replace("_", "/", 1).replace("_", "_t0.")
 
-    def configure_model(self) -> None:
-        """Builds the model once; under a sharded strategy its blocks are split over the devices here."""
-        if self.model is not None:
-            return
+    def make_model(self) -> VideoDiT:
         preset, args = self.model_cfg["preset"], dict(self.model_cfg.get("args") or {})
         of_data: dict[str, Any] = {"in_channels": self.in_channels, "conditioning": self.conditioning}
         if self.conditioning == "class":
@@ -140,17 +121,12 @@ class VideoDiffusionTask(LightningModule):
         elif self.conditioning is not None:
             of_data["text_dim"] = self.text_dim
         try:
-            self.model = VideoDiT.from_preset(preset, **(args | of_data))
+            model = VideoDiT.from_preset(preset, **(args | of_data))
         except (TypeError, ValueError) as error:
             raise ValueError(f"model.preset={preset!r} cannot be built with model.args={args}: {error}") from error
         if self.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
-        if self.device_mesh is not None:
-            shard(self.model, self.device_mesh, precision=self.trainer.precision)
-        if self.compile_cfg.get("enabled"):
-            options = {key: self.compile_cfg[key] for key in ("mode", "fullgraph") if key in self.compile_cfg}
-            for block in repeated_blocks(self.model):
-                block.compile(**options)
+            model.enable_gradient_checkpointing()
+        return model
 
     def condition(self, batch: Batch, *, dropout: float = 0.0) -> dict[str, Tensor]:
         """What the model is told beside video and time; each video of the batch loses it with the chance `dropout`."""
@@ -197,28 +173,20 @@ class VideoDiffusionTask(LightningModule):
         prediction = self.model(add_noise(video, noise, t), TIMESTEPS * t, **condition).sample
         return flow_loss(prediction, velocity(video, noise), weight=weight)
 
-    def on_train_epoch_start(self) -> None:
-        self.train_loss.reset()  # not called when a run is resumed inside an epoch
+    def seed_epoch(self) -> int:
+        return self.current_epoch if self.new_noise else 0
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        epoch = self.current_epoch if self.new_noise else 0
-        seed = mix_seed(self.seed, self.global_rank, epoch, batch_idx)
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_loss(self, batch: Batch) -> Tensor:
         video, real = batch["video"].float(), batch["real"]
         t, weight = self.draw_time(video)
         weight = weight * real.view(-1, *[1] * (weight.ndim - 1))  # of file order the last batch may be filled up
         condition = self.condition(batch, dropout=self.condition_dropout)
-        loss = self.loss(video, torch.randn_like(video), t, weight, condition)
-        self.train_loss.update(loss.detach(), weight=real.sum())  # pyright: ignore
-        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
-        self.log("train/loss_step", loss.detach(), on_step=True, on_epoch=False, prog_bar=True)
-        return loss
+        return self.loss(video, torch.randn_like(video), t, weight, condition)
 
-    def _evaluate(self, split: str, batch: Batch, batch_idx: int) -> None:
+    def weight(self, batch: Batch) -> Tensor:
+        return batch["real"].sum()
+
+    def evaluate(self, split: str, batch: Batch, batch_idx: int) -> None:
         """Losses at fixed times, with noise that is the same in every evaluation."""
         video, real = batch["video"].float(), batch["real"]
         generator = torch.Generator().manual_seed(mix_seed(self.global_rank, batch_idx))
@@ -229,21 +197,8 @@ class VideoDiffusionTask(LightningModule):
             loss = self.loss(video, noise, t, real.float(), condition)
             for name in (f"{split}_loss", f"{split}_loss{_time_name(time)}"):
                 self.metrics[name].update(loss, weight=real.sum())  # pyright: ignore
-        for name, metric in self.metrics.items():
-            if name.startswith(split):
-                self.log(_shown(name), metric, on_step=False, on_epoch=True, prog_bar=name == "val_loss")  # pyright: ignore
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("val", batch, batch_idx)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("test", batch, batch_idx)
-
-    def configure_optimizers(self):
-        assert self.model is not None
-        optimizer = make_optimizer(self.model, self.optimizer_cfg)
-        if not self.scheduler_cfg:
-            return optimizer
+    def make_scheduler(self, optimizer: torch.optim.Optimizer, scale: float) -> Any:
         options = {"warmup_steps": 0} | self.scheduler_cfg
         name, warmup = options.pop("name"), options.pop("warmup_steps")
         if name not in ENDLESS:
@@ -253,40 +208,14 @@ class VideoDiffusionTask(LightningModule):
                     f"task.scheduler.name={name!r} needs an end: set trainer.max_epochs or trainer.max_steps"
                 )
             options["num_training_steps"] = int(length)
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, **options)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return get_scheduler(name, optimizer, num_warmup_steps=warmup, **options)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the mean loss of a half-done epoch (no other metric is alive between steps), and what others need."""
-        metric = self.train_loss
-        checkpoint["train_loss"] = {"mean_value": metric.mean_value, "weight": metric.weight}
-        make_portable(self, checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses weights whose classes have other labels: they would be taken for each other."""
-        saved = checkpoint.get("hyper_parameters", {})
-        theirs, ours = (list(holder.get("class_names") or []) for holder in (saved, self.hparams))
-        if self.conditioning == "class" and theirs and ours and theirs != ours:
-            pairs = enumerate(zip_longest(theirs, ours))
-            label, (there, here) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
-            raise ValueError(
-                f"the checkpoint numbers the classes otherwise than the data: label {label} is {there!r} there and "
-                f"{here!r} here; give the data the classes that it had, or their order by data.class_names"
-            )
-        averaging = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # pyright: ignore
-        if self.trainer.state.fn == TrainerFn.FITTING and "current_model_state" in checkpoint and not averaging:
-            checkpoint["state_dict"] = checkpoint["current_model_state"]  # its optimizer state belongs to these weights
-        for name, value in checkpoint.get("train_loss", {}).items():
-            setattr(self.train_loss, name, value.clone())
+    def names_matter(self) -> bool:
+        return self.conditioning == "class"
 
 
 def _time_name(time: float) -> str:
     return f"_{round(10 * time)}"  # names of modules have no points
-
-
-def _shown(name: str) -> str:
-    """The name under which a module of metrics is logged."""
-    return name.replace("_", "/", 1).replace("_", "_t0.")
 
 
 def _check_choices(model: Mapping, optimizer: Mapping, scheduler: Mapping | None, time_per: str) -> None:
