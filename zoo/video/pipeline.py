@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
@@ -36,24 +35,13 @@ from .given import read_images, read_videos
 from .guidance import Heads, Perturbation, guide, perturbed_heads
 from .kv_cache import KVCache
 from .labels import check_names, read_labels
+from .pipeline_output import VideoDiTPipelineOutput
 from .segments import Segments, segmented
 from .stepping import check_scheduler, draw_noise, set_timesteps
 from .transformer import VideoDiT
 from .vae import LatentSpace, decode, encode, latent_space
 
 NULL_TEXTS = ("empty", "zeros")
-
-
-@dataclass
-class VideoDiTPipelineOutput(BaseOutput):
-    """Videos.
-
-    Attributes:
-        frames: of all videos, as `output_type` says: "np" `[B, T, H, W, C]` and "pt" `[B, T, C, H, W]` in 0..1, "pil"
-            a list of images for each, "gif" and "mp4" a path for each, "latent" `[B, C, T, H, W]` as the model sees it.
-    """
-
-    frames: Any
 
 
 class VideoDiTPipeline(DiffusionPipeline):
