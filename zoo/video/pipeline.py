@@ -1,7 +1,6 @@
 """VideoDiTPipeline: from noise to videos with a `VideoDiT`, a flow-matching scheduler and, for latents, a VAE.
 
-Notable: no text model is needed, and none of `transformers`; a model of pixels goes without VAE; frames that are given
-stay clean through timesteps of their own; causal models roll out chunk by chunk with a KV cache.
+Given frames stay clean through timesteps of their own; causal models roll out chunk by chunk with a KV cache.
 """
 
 from __future__ import annotations
@@ -40,8 +39,6 @@ from .segments import Segments, segmented
 from .stepping import check_scheduler, draw_noise, set_timesteps
 from .transformer import VideoDiT
 from .vae import LatentSpace, decode, encode, latent_space
-
-NULL_TEXTS = ("empty", "zeros")
 
 
 class VideoDiTPipeline(DiffusionPipeline):
@@ -89,8 +86,8 @@ class VideoDiTPipeline(DiffusionPipeline):
         id2label: Mapping[int | str, str] | None = None,
     ):
         super().__init__()
-        if null_text not in NULL_TEXTS:
-            raise ValueError(f"null_text={null_text!r} must be one of {NULL_TEXTS}")
+        if null_text not in ("empty", "zeros"):
+            raise ValueError(f"null_text={null_text!r} must be one of ('empty', 'zeros')")
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
