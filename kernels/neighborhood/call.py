@@ -56,7 +56,7 @@ def _unsupported(query: Tensor, key: Tensor, value: Tensor, call: object) -> str
 
 neighborhood = Operator(
     "neighborhood",
-    package=__package__,
+    package=__name__.rpartition(".")[0],
     call=NeighborhoodCall,
     differentiable=("bias", "extra_key", "extra_value"),
     flops=_flops,

@@ -30,6 +30,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, bias, extra_key and extra_value; see `tiled.backward`."""
     if dense.serves(call.axes, query, key, value, call.bias, call.extra_key) and not gradients[1].any():
-        grads = dense.backward(query, key, value, *outputs, gradients[0], axes=call.axes, scale=call.scale)
+        out, lse = outputs
+        grads = dense.backward(query, key, value, out, lse, gradients[0], axes=call.axes, scale=call.scale)
         return *grads, None, None, None
     return tiled.backward(query, key, value, outputs, gradients, call, wanted)

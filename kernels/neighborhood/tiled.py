@@ -364,7 +364,7 @@ def backward(
         grad_query.view(query.shape),
         grad_key[:tokens].view(key.shape),
         grad_value[:tokens].view(value.shape),
-        _bias_gradient(sums.bias, plan, bias) if sums.bias is not None and wanted[0] else None,
+        None if bias is None or sums.bias is None or not wanted[0] else _bias_gradient(sums.bias, plan, bias),
         None if extra_key is None or not wanted[1] else grad_key[tokens:].clone().view(extra_key.shape),
         None if extra_value is None or not wanted[2] else grad_value[tokens:].clone().view(extra_value.shape),
     )
