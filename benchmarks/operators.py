@@ -8,7 +8,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -53,12 +52,10 @@ class Operator(Benchmark):
     """Base of operator benchmarks; a subclass names the operator, its inputs and its peers.
 
     Attributes:
-        cost: the operator's `cost.py`.
         folder: folder under `kernels/` whose README holds the lower bounds.
     """
 
     suite = "kernels"
-    cost: ClassVar[ModuleType]
     folder: ClassVar[str]
 
     @abstractmethod

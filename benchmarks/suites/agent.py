@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from foveal.kernels.agent import cost
 from foveal.kernels.ops import agent_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -48,7 +47,6 @@ def twice(query, key, value, agent, agent_bias, query_bias) -> Tensor:
 class Agent(Operator):
     name = "agent"
     title = "Agent attention"
-    cost = cost
     folder = "agent"
 
     def cases(self, device: torch.device, *, everything: bool = False) -> Iterator[Case]:

@@ -12,7 +12,6 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import torch
-from foveal.kernels.linear import cost
 from foveal.kernels.ops import linear_attention
 from torch import Tensor
 
@@ -61,7 +60,6 @@ def fla_chunked() -> Attend:
 class Linear(Operator):
     name = "linear"
     title = "Linear attention"
-    cost = cost
     folder = "linear"
 
     def cases(self, device: torch.device, *, everything: bool = False) -> Iterator[Case]:

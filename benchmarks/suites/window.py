@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 from foveal.kernels.ops import window_attention
-from foveal.kernels.window import cost
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
@@ -100,7 +99,6 @@ def window_mask(case: Case, device: torch.device) -> BlockMask:
 class Window(Operator):
     name = "window"
     title = "Window attention"
-    cost = cost
     folder = "window"
 
     def cases(self, device: torch.device, *, everything: bool = False) -> Iterator[Case]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.arguments import ACCEPTED_DTYPES, DTYPES, check_dense
-from ..common.calling import check_extra, check_grids, entries, resolve_scale, triton_obstacle
+from ..common.calling import check_extra, check_grids, entries, resolve_scale
 from ..common.operator import Operator
 from . import cost
 from .mask import BlockMask, boxes
@@ -110,10 +110,6 @@ def _flops(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> 
     return cost.forward_flops(pairs, head_dim, value.shape[-1]), cost.backward_flops(pairs, head_dim, value.shape[-1])
 
 
-def _unsupported(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> str | None:
-    return triton_obstacle(query, value)
-
-
 block_sparse = Operator(
     "block_sparse",
     package=__name__.rpartition(".")[0],
@@ -122,6 +118,5 @@ block_sparse = Operator(
     flops=_flops,
     summarize=cost.summarize,
     graph="tiled",
-    unsupported=_unsupported,
     title="block-sparse attention",
 )

@@ -55,7 +55,7 @@ def attend(
         return unravel(torch.arange(prod(lengths), device=device), lengths)
 
     def entries(x: Tensor, entry: Tensor, of: Tensor, box: Tensor, place: Tensor | None = None) -> Tensor:
-        """What `x`, `[B or 1, heads or 1, query boxes]` or a list of `most` longer, says of units."""
+        """Entries of units in `x`, `[B or 1, heads or 1, query boxes]` or a list of `most` longer."""
         at = (entry if x.shape[0] > 1 else 0, of if x.shape[1] > 1 else 0, box)
         flat = (at[0] * x.shape[1] + at[1]) * count + at[2]
         return x.flatten().index_select(0, flat if place is None else flat * most + place)

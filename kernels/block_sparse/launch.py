@@ -127,23 +127,14 @@ def backward(
     call: BlockSparseCall,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, extra_key and extra_value, contiguous; None for those not given or
-    not `wanted`."""
+    """Gradients of query, key, value, extra_key and extra_value, contiguous; None for those not given."""
     (out, lse), (grad_out, grad_lse) = outputs, gradients
     mask, scale, extra_key, extra_value = call.mask, call.scale, call.extra_key, call.extra_value
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
     batch, heads, key_heads, widths = query.shape[0], query.shape[-2], key.shape[-2], (key.shape[-1], value.shape[-1])
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=query.device) for x in (query, key, value))
     if batch == 0:
-        return (
-            dq,
-            dk,
-            dv,
-            *(
-                None if x is None or not want else x.new_zeros(x.shape)
-                for x, want in zip((extra_key, extra_value), wanted, strict=True)
-            ),
-        )
+        return dq, dk, dv, *(None if x is None else x.new_zeros(x.shape) for x in (extra_key, extra_value))
     most, extra = mask.kv_idx.shape[-1], 0 if extra_key is None else extra_key.shape[1]
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     out, lse = out.contiguous(), lse.contiguous()  # dQ and delta have their strides
@@ -215,7 +206,7 @@ def backward(
         dek = dev = None
         if extra_key is not None and any(wanted):
             dek, dev = _extra(q, do, lse, delta, extra_key, extra_value, mask, scale)
-    return dq, dk, dv, *(grad if want else None for grad, want in zip((dek, dev), wanted, strict=True))
+    return dq, dk, dv, dek, dev
 
 
 def _extra(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, mask: BlockMask, scale: float):

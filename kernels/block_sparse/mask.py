@@ -56,7 +56,7 @@ def boxes(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
 
 
 def listed(kv_num: Tensor, kv_idx: Tensor) -> Tensor:
-    """Which entries of the lists count, `[B or 1, heads or 1, query boxes, most]`."""
+    """Mask of the entries of the lists that count, bool `[B or 1, heads or 1, query boxes, most]`."""
     return torch.arange(kv_idx.shape[-1], device=kv_idx.device) < kv_num[..., None]
 
 

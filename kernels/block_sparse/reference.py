@@ -8,7 +8,7 @@ from .mask import BlockMask, box_of_token, boxes, listed
 
 
 def dense_bias(mask: BlockMask, query_shape, key_shape, dtype: torch.dtype) -> Tensor:
-    """What the mask adds to the logits, `[B or 1, heads or 1, queries, keys]`: the bias, and -inf where unseen."""
+    """Addend of the logits, `[B or 1, heads or 1, queries, keys]`: the bias of the mask, and -inf where invisible."""
     device = mask.kv_idx.device
     count = 1
     for n in boxes(key_shape, mask.key_block):

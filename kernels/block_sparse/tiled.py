@@ -407,8 +407,7 @@ def backward(
     call: BlockSparseCall,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, extra_key and extra_value, None for those not given or not
-    `wanted`; the output is not read."""
+    """Gradients of query, key, value, extra_key and extra_value, None for those not given; the output is not read."""
     (_, lse), (grad_out, grad_lse) = outputs, gradients
     operands, key_heads = _operands(query, key, value, call), key.shape[-2]
     block = call.mask.query_block, call.mask.key_block
@@ -431,7 +430,7 @@ def backward(
         for total, target in zip(found[3:], to[3:], strict=True):
             if target is not None:
                 target.copy_(total.unflatten(0, (-1, target.shape[-2])).transpose(1, 2))
-    return *grads[:3], *(grad if want else None for grad, want in zip(grads[3:], wanted, strict=True))
+    return tuple(grads)
 
 
 class _Attention(torch.autograd.Function):

@@ -25,7 +25,7 @@ MAX_TRITON_HEAD_DIM = 256
 
 
 def is_integer(x: Any) -> bool:
-    """Whether `x` is an integer, one of NumPy's too, and no boolean."""
+    """Return whether `x` is an integer, of Python or NumPy, and no boolean."""
     return isinstance(x, (int, torch.SymInt, Integral)) and not isinstance(x, bool)
 
 
@@ -49,7 +49,7 @@ def per_axis(name: str, value: Any, rank: int, kind: type) -> tuple:
 
 
 def is_per_head(value) -> bool:
-    """Whether an argument about the neighborhood has one entry per head: it is a sequence that holds a sequence."""
+    """Return whether an argument of the neighborhood has one entry per head: a sequence that holds a sequence."""
     several = isinstance(value, Sequence) and not isinstance(value, str)
     return several and any(isinstance(entry, Sequence) for entry in value)
 
@@ -121,7 +121,7 @@ def check_extra(key: Tensor, value: Tensor, extra_key: Tensor | None, extra_valu
 
 
 def extra_visibility(extra_mask: Mask | None, extra_key: Tensor | None) -> Tensor | None:
-    """Which extra keys queries see, bool `[B, tokens]`, from such a mask or from integer lengths `[B]`; None for all.
+    """Extra keys that are visible, bool `[B, tokens]`, from such a mask or integer lengths `[B]`; None: all are.
 
     Lengths are compared with the number of tokens where that costs nothing: on CPU, outside of graphs.
     """
@@ -185,24 +185,24 @@ def obstacles(query: Tensor, value: Tensor | None = None) -> dict[str, str | Non
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a gradient of one of these tensors may be asked for."""
+    """Return whether a gradient of one of these tensors may be asked for."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def tracing() -> bool:
-    """Whether tensors made now may be fake or symbolic: then nothing is kept between calls."""
+    """Return whether tensors made now may be fake or symbolic: then nothing is kept between calls."""
     return torch.compiler.is_compiling() or len(_get_current_dispatch_mode_stack()) > 0
 
 
 def is_plain_call() -> bool:
-    """Whether operators are called one by one on tensors with data: no graph is made of them, and neither `torch.func`
+    """Return whether operators run one by one on tensors with data: no graph is made of them, and neither `torch.func`
     nor forward-mode differentiation asks for formulas that only PyTorch's own operators have."""
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return not (transformed or tracing() or torch.jit.is_tracing())
 
 
 def is_compiled_on_cpu(query: Tensor) -> bool:
-    """Whether `torch.compile` traces a call on CPU, where a tiled path becomes one operator of the graph.
+    """Return whether `torch.compile` traces a call on CPU, where a tiled path becomes one operator of the graph.
 
     To compile its many small steps takes minutes, and they then run more slowly. An exported graph keeps them: it needs
     nothing but torch.

@@ -102,7 +102,7 @@ def unspecialised(values: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def has_descriptors(device: torch.device) -> bool:
-    """Whether the device addresses tiles by tensor descriptors: Hopper and newer."""
+    """Return whether the device addresses tiles by tensor descriptors: Hopper and newer."""
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
 
 

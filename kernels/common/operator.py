@@ -41,7 +41,8 @@ class Operator:
 
         forward(query, key, value, call) -> outputs
         backward(query, key, value, outputs, gradients, call, wanted) -> gradients of query, key, value and each
-            differentiable field of the call; None where the field is None or `wanted` says that nobody asks.
+            differentiable field of the call; None where the field is None. Where `wanted` says that nobody asks, a
+            gradient may be None and is dropped.
 
     Args:
         name: of the operator: `torch.ops.foveal.{name}_forward`, `…_backward`, and the same after
@@ -83,6 +84,7 @@ class Operator:
         self.unsupported, self.prepare = unsupported, prepare
         self._loaded: dict[str, Any] = {}  # modules by implementation
         self.codec = codec(call)
+        self.arguments = ", ".join(f"{schema} {suffix[1:]}" for schema, suffix in self.codec.arguments)
         names = [suffix[1:] for _, suffix in self.codec.arguments]
         self.places = [names.index(field) for field in differentiable]
         self.dispatched = {"triton": self._define(name, "triton")}
@@ -100,7 +102,7 @@ class Operator:
 
     def unsupported_reasons(self, query: Tensor, key: Tensor, value: Tensor, call: Any) -> dict[str, str | None]:
         """For each implementation, why it cannot take a call, or None."""
-        why = triton_obstacle(query)
+        why = triton_obstacle(query, value)
         if why is None and self.unsupported is not None:
             why = self.unsupported(query, key, value, call)
         return {"triton": why, "tiled": None, "reference": None}
@@ -161,15 +163,15 @@ class Operator:
     def _define(self, name: str, impl: str) -> Callable:
         """Define the operator of an implementation and that of its gradient; returns the former."""
         forward_name, backward_name = f"foveal::{name}_forward", f"foveal::{name}_backward"
-        arguments = ", ".join(f"{schema} {suffix[1:]}" for schema, suffix in self.codec.arguments)
         outputs = ", ".join(["Tensor"] * len(self.flows))
         saved = ", ".join(f"Tensor out_{i}" for i in range(len(self.flows)))
         into = ", ".join(f"Tensor grad_{i}" for i, flow in enumerate(self.flows) if flow)
         gradients = ", ".join(["Tensor"] * (3 + len(self.places)))
-        torch.library.define(forward_name, f"(Tensor query, Tensor key, Tensor value, {arguments}) -> ({outputs})")
+        torch.library.define(forward_name, f"(Tensor query, Tensor key, Tensor value, {self.arguments}) -> ({outputs})")
         torch.library.define(
             backward_name,
-            f"(Tensor query, Tensor key, Tensor value, {saved}, {into}, {arguments}, bool[] wanted) -> ({gradients})",
+            f"(Tensor query, Tensor key, Tensor value, {saved}, {into}, {self.arguments}, bool[] wanted) -> "
+            f"({gradients})",
         )
         build, counts = self.codec.build, (len(self.flows), sum(self.flows))
 
@@ -185,7 +187,8 @@ class Operator:
         def backward(query, key, value, *rest):
             outs, grads, arguments, wanted = split(rest)
             found = self.module(impl).backward(query, key, value, outs, grads, build(arguments), wanted)
-            return tuple(query.new_empty(0) if x is None else x.contiguous() for x in found)
+            of_fields = (x if want else None for x, want in zip(found[3:], wanted, strict=True))
+            return tuple(query.new_empty(0) if x is None else x.contiguous() for x in (*found[:3], *of_fields))
 
         def forward_fake(query, key, value, *rest):
             return self.fake(query, key, value, build(rest))

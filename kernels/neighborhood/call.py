@@ -11,7 +11,6 @@ from math import copysign
 
 from torch import Tensor
 
-from ..common.calling import triton_obstacle
 from ..common.operator import Operator
 from . import cost
 from .geometry import Axis
@@ -50,10 +49,6 @@ def _prepare(query: Tensor, key: Tensor, value: Tensor, call: NeighborhoodCall) 
     return query, key, value, call if scale == call.scale else replace(call, scale=scale)
 
 
-def _unsupported(query: Tensor, key: Tensor, value: Tensor, call: object) -> str | None:
-    return triton_obstacle(query, value)
-
-
 neighborhood = Operator(
     "neighborhood",
     package=__name__.rpartition(".")[0],
@@ -62,7 +57,6 @@ neighborhood = Operator(
     flops=_flops,
     modules={"triton": "launch", "tiled": "compiled", "reference": "reference"},
     graph="tiled",
-    unsupported=_unsupported,
     prepare=_prepare,
     title="neighborhood attention",
 )

@@ -214,8 +214,7 @@ def backward(
     call: NeighborhoodCall,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, bias, extra_key and extra_value, contiguous; None for those not given or
-    not `wanted`."""
+    """Gradients of query, key, value, bias, extra_key and extra_value, contiguous; None for those not given."""
     (out, lse), (grad_out, grad_lse) = outputs, gradients
     axes, scale, bias = call.axes, call.scale, call.bias
     extra_key, extra_value, extra_mask = call.extra_key, call.extra_value, call.extra_mask
@@ -224,7 +223,7 @@ def backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, key, value))
     if batch == 0:
         rest = (None if x is None else x.new_zeros(x.shape) for x in (bias, extra_key, extra_value))
-        return dq, dk, dv, *(x if want else None for x, want in zip(rest, wanted, strict=True))
+        return dq, dk, dv, *rest
     out, lse, grad_lse = out.contiguous(), lse.contiguous(), grad_lse.contiguous()  # as the kernels take them
     delta = torch.empty_like(lse)
     extra = 0 if extra_key is None else extra_key.shape[1]
@@ -289,8 +288,7 @@ def backward(
             dek, dev = extra_gradient(q, do, lse, delta, extra_key, extra_value, axes, scale, extra_mask)
     if extra_key is not None and not extra:
         dek, dev = torch.empty_like(extra_key), torch.empty_like(extra_value)
-    rest = (dbias, dek, dev)
-    return dq, dk, dv, *(x if want else None for x, want in zip(rest, wanted, strict=True))
+    return dq, dk, dv, dbias, dek, dev
 
 
 def bias_gradient(q, k, v, do, lse, delta, bias: Tensor, axes: tuple[Axis, ...], scale: float) -> Tensor:

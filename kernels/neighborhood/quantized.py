@@ -167,10 +167,9 @@ def attend(rounded: Rounded, value: Tensor, call: NeighborhoodCall) -> tuple[Ten
     return torch.ops.foveal.neighborhood_fp8_forward(rounded.query, rounded.key, value, factor, *arguments)
 
 
-_ARGUMENTS = ", ".join(f"{schema} {suffix[1:]}" for schema, suffix in neighborhood.codec.arguments)
 torch.library.define(
     "foveal::neighborhood_fp8_forward",
-    f"(Tensor query, Tensor key, Tensor value, Tensor factor, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"(Tensor query, Tensor key, Tensor value, Tensor factor, {neighborhood.arguments}) -> (Tensor, Tensor)",
 )
 
 

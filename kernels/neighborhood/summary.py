@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common.calling import Mask, PerHead, on_grid
+from ..common.calling import PerHead, on_grid
 from . import quantized
 from .cost import backward_bytes, backward_flops, forward_bytes, forward_flops, visible_pairs
 from .geometry import Axis
@@ -44,14 +44,12 @@ def find_neighborhoods(
     dilation: PerHead[int] = 1,
     causal: PerHead[bool] = False,
     bias: Tensor | None = None,
-    scale: float | None = None,
     extra_key: Tensor | None = None,
-    extra_value: Tensor | None = None,
-    extra_mask: Mask | None = None,
     grid: Sequence[int] | None = None,
     qk_dtype: torch.dtype | None = None,
+    **_: Any,
 ) -> Neighborhoods:
-    """The neighborhoods of a call; arguments as in `na2d`."""
+    """The neighborhoods of a call; arguments as in `na2d`, others of which cost nothing or follow from these."""
     rank = 0 if grid is None else len(grid)
     query, key = (on_grid("query", x, rank, grid) for x in (query, key))
     neighborhood = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}

@@ -2,9 +2,8 @@
 
     python -m foveal.kernels.tools.explain --op na3d --shape 30 48 80 --heads 24 --head-dim 128 --window 18 24 24
 
-An operator takes part by its declaration, see `common/operator.py`, or by where it lives: its function stands in an
-`api.py` that also offers
-`choose(query, impl, value)` and `obstacles(query, value)`, beside a `cost.py` that offers
+An operator takes part by its declaration, see `common/operator.py`. One that is not declared yet takes part by its
+folder: `api.py` has its function, `choose(query, impl, value)` and `obstacles(query, value)`, and `cost.py` has
 `summarize(query, key, value, *, impl, **arguments)`.
 """
 

@@ -132,6 +132,19 @@ def test_no_gradient_is_made_for_a_frozen_bias(toy, kernels, monkeypatch):
     assert seen == [[False]]
 
 
+def test_a_gradient_that_nobody_asked_for_is_dropped(toy, kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "backward", lambda *arguments: backward(*arguments[:-1], [True]))
+    query, key, value, bias = inputs(False)
+    arguments = toy.codec.flatten(Call(AXES, 0.5, bias))
+    outputs = torch.ops.foveal.toy_forward(query, key, value, *arguments)
+    grads = [torch.ones_like(x) for x in outputs]
+    sizes = [
+        torch.ops.foveal.toy_backward(query, key, value, *outputs, *grads, *arguments, [want])[-1].numel()
+        for want in (True, False)
+    ]
+    assert sizes == [bias.numel(), 0]
+
+
 def test_double_backward_is_refused_by_name(toy):
     *tensors, _ = inputs()
     out, _ = toy.dispatch("triton", *tensors, Call(AXES, 0.5))
