@@ -11,7 +11,7 @@ import foveal.zoo  # noqa: F401  registers the model
 import timm
 import torch
 from foveal.kernels.neighborhood import quantized
-from foveal.kernels.ops import na2d_lse
+from foveal.kernels.ops import na2d
 from foveal.layers import NeighborhoodAttention2d
 from foveal.zoo.data.digits import Digits
 from torch import Tensor, nn
@@ -40,13 +40,13 @@ class Error(NamedTuple):
 def errors(query: Tensor, key: Tensor, value: Tensor, **options) -> dict[str, Error]:
     """Errors by format of queries and keys: bfloat16, e4m3, and e4m3 without subtracting the mean of the keys."""
     given = [x.bfloat16() for x in (query, key, value)]
-    exact = na2d_lse(*(x.double() for x in given), **options)
+    exact = na2d(*(x.double() for x in given), **options, return_lse=True)
     mirrored = quantized.quantize(given[0], given[1], -given[1].flatten(1, 2))  # whose mean is zero
     unshifted = quantized.restore(mirrored, torch.bfloat16)[:2]
     return {
-        "bfloat16": Error.of(na2d_lse(*given, **options), exact),
-        "e4m3": Error.of(na2d_lse(*given, **options, qk_dtype=E4M3), exact),
-        "e4m3, mean not subtracted": Error.of(na2d_lse(*unshifted, given[2], **options), exact),
+        "bfloat16": Error.of(na2d(*given, **options, return_lse=True), exact),
+        "e4m3": Error.of(na2d(*given, **options, qk_dtype=E4M3, return_lse=True), exact),
+        "e4m3, mean not subtracted": Error.of(na2d(*unshifted, given[2], **options, return_lse=True), exact),
     }
 
 

@@ -223,7 +223,7 @@ class AgentAttention2d(_AgentAttention):
         proj_drop: dropout after the output projection.
         table_size: side of the tables that are interpolated bilinearly to every map.
         conv_name: name of the depthwise convolution.
-        impl: "auto", "triton", "tiled" or "reference"; see `foveal.kernels.ops.agent_attention`.
+        impl: "auto", "triton", "torch" or "reference"; see `foveal.kernels.ops.agent_attention`.
 
     Raises:
         ValueError: num_heads does not divide dim, or num_agents is no square.

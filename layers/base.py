@@ -23,7 +23,7 @@ class ProjectedAttention2d(nn.Module):
         separate_query: project queries by `q`, keys and values by `kv`, as PVT names them.
         projected: False for a layer that is called by a block with projections of its own.
         proj_drop: dropout after the output projection.
-        impl: "auto", "triton", "tiled" or "reference".
+        impl: "auto", "triton", "torch" or "reference".
 
     Raises:
         ValueError: num_heads does not divide dim.

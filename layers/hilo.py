@@ -27,7 +27,7 @@ class HiLo(nn.Module):
         alpha: share of the heads that are Lo-Fi, 0 to 1, rounded down to whole heads.
         qkv_bias: whether the projections of queries, keys and values have a bias.
         proj_drop: dropout after the output projections.
-        impl: implementation of the windows: "auto", "triton", "tiled" or "reference"; see
+        impl: implementation of the windows: "auto", "triton", "torch" or "reference"; see
             `foveal.kernels.ops.window_attention`.
 
     Raises:

@@ -24,7 +24,7 @@ class LinearAttention(nn.Module):
         qkv_bias: whether the projection of queries, keys and values has a bias.
         floor: the least that the normaliser may be, above 0.
         proj_drop: dropout after the output projection.
-        impl: "auto", "triton", "tiled" or "reference"; see `foveal.kernels.ops.linear_attention`.
+        impl: "auto", "triton", "torch" or "reference"; see `foveal.kernels.ops.linear_attention`.
 
     Raises:
         ValueError: num_heads does not divide dim.

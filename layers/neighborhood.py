@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.common.calling import PerHead, extra_visibility, is_per_head, on_grid
+from ..kernels.common.calling import PerHead, additional_visibility, is_per_head, on_grid
 from ..kernels.common.symbolic import at_least
 from ..kernels.ops import na1d, na2d, na3d
 from .completion import complete, crop
@@ -97,7 +97,7 @@ class _NeighborhoodAttention(nn.Module):
         *,
         positions: Tensor | None = None,
         extra: Tensor | None = None,
-        extra_mask: Tensor | None = None,
+        additional_mask: Tensor | None = None,
         grid: Sequence[int] | None = None,
     ) -> Tensor:
         """Attend within the neighborhood.
@@ -108,8 +108,8 @@ class _NeighborhoodAttention(nn.Module):
                 each axis, when None.
             extra: tokens `[B, tokens, dim]` (registers, text) that every query sees besides its window; they pass
                 through the same key and value projection and get neither `rope` nor `rpb`.
-            extra_mask: which of these are visible, bool `[B, tokens]`, or how many of each batch entry are, integer
-                `[B]`; all when None. A masked token may hold anything, NaN included.
+            additional_mask: visible additional tokens, bool `[B, tokens]`, or their number at the start of each batch
+                entry, integer `[B]`; all when None. A masked token may hold anything, NaN included.
             grid: tokens along each axis, of which `x` holds prod(grid) in C order.
 
         Returns:
@@ -122,7 +122,7 @@ class _NeighborhoodAttention(nn.Module):
         """
         if grid is not None:
             x = on_grid("x", x, self.rank, grid, features="dim")
-            return self(x, positions=positions, extra=extra, extra_mask=extra_mask).flatten(1, -2)
+            return self(x, positions=positions, extra=extra, additional_mask=additional_mask).flatten(1, -2)
         if x.dim() != self.rank + 2 or x.shape[-1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, {self.rank} spatial axes, {self.dim}]")
         if torch.jit.is_tracing() and self.impl != "reference":
@@ -134,7 +134,9 @@ class _NeighborhoodAttention(nn.Module):
         if self.rope is not None:
             positions = self._grid(x) if positions is None else positions
             query, key = self.rope(query, positions).to(value.dtype), self.rope(key, positions).to(value.dtype)
-        extra_key, extra_value = (None, None) if extra is None else self._project_extra(extra, extra_mask)
+        additional_keys, additional_values = (
+            (None, None) if extra is None else self._project_extra(extra, additional_mask)
+        )
         out = type(self).attend(
             query,
             key,
@@ -144,9 +146,9 @@ class _NeighborhoodAttention(nn.Module):
             dilation=self.dilation,
             causal=self.causal,
             bias=self.rpb,
-            extra_key=extra_key,
-            extra_value=extra_value,
-            extra_mask=extra_mask,
+            additional_keys=additional_keys,
+            additional_values=additional_values,
+            additional_mask=additional_mask,
             qk_dtype=self.qk_dtype,
             impl=self.impl,
         )
@@ -159,8 +161,8 @@ class _NeighborhoodAttention(nn.Module):
         query, key, value = self.qkv(x).unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=-2)
         return self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value  # autocast norms in float32
 
-    def _project_extra(self, extra: Tensor, extra_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        visible = extra_visibility(extra_mask, extra)
+    def _project_extra(self, extra: Tensor, additional_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        visible = additional_visibility(additional_mask, extra)
         if visible is not None:  # of the projection, gradients multiply what tokens hold
             extra = extra.masked_fill(~visible[..., None], 0)
         inner = self.num_heads * self.head_dim
@@ -226,7 +228,7 @@ class NeighborhoodAttention2d(_NeighborhoodAttention):
         proj_drop: dropout after the output projection.
         qk_dtype: torch.float8_e4m3fn for products of queries and keys in e4m3, without gradients; see
             `foveal.kernels.ops.na2d`. It may be set later, as an attribute: train without, sample with it.
-        impl: "auto", "triton", "tiled" or "reference"; see `foveal.kernels.ops.na2d`.
+        impl: "auto", "triton", "torch" or "reference"; see `foveal.kernels.ops.na2d`.
 
     Raises:
         ValueError: arguments that contradict each other.

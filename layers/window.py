@@ -25,7 +25,7 @@ class WindowAttention2d(nn.Module):
         shift: how far the windows are moved, 0 <= shift < window.
         qkv_bias: whether the projection of queries, keys and values has a bias.
         proj_drop: dropout after the output projection.
-        impl: "auto", "triton", "tiled" or "reference"; see `foveal.kernels.ops.window_attention`.
+        impl: "auto", "triton", "torch" or "reference"; see `foveal.kernels.ops.window_attention`.
 
     Raises:
         ValueError: num_heads does not divide dim, or a shift outside its range.

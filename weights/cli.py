@@ -43,7 +43,7 @@ def list_weights(
     cache_dir: CacheDir = None,
     manifest: ManifestPath = None,
 ) -> None:
-    """Show known weights: size, licence, top-1 accuracy (percent) and whether they are cached."""
+    """Show known weights: size, license, top-1 accuracy (percent) and whether they are cached."""
     with _one_sentence_errors():
         known = load_manifest(manifest)
         root = _root(cache_dir)
@@ -53,11 +53,11 @@ def list_weights(
         return
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.add_column("name", no_wrap=True)
-    for title in ("size", "licence", "top-1", "cached"):
-        table.add_column(title, justify="left" if title == "licence" else "right", no_wrap=True)
+    for title in ("size", "license", "top-1", "cached"):
+        table.add_column(title, justify="left" if title == "license" else "right", no_wrap=True)
     for row in rows:
         top1 = "–" if row["top1"] is None else str(row["top1"])
-        table.add_row(row["name"], _size(row["bytes"], row["params"]), row["licence"], top1, row["cached"] or "–")
+        table.add_row(row["name"], _size(row["bytes"], row["params"]), row["license"], top1, row["cached"] or "–")
     _console().print(table)
     _console().print(f"{len(rows)} weights; cache: {root}", style="dim", soft_wrap=True)
     if any(row["bytes"] is None for row in rows):
@@ -145,7 +145,7 @@ def _row(entry: Entry, manifest: Manifest, root: Path) -> dict:
         "name": entry.name,
         "bytes": there[0].stat().st_size if there else known[0] if known else None,
         "params": entry.params,
-        "licence": entry.licence,
+        "license": entry.license,
         "top1": entry.metrics.get("top1"),
         "cached": ("packaged" if packaged else "yes") if there else "",
         "source": entry.source,

@@ -87,7 +87,7 @@ class Entry:
     Args:
         name: `architecture.tag`.
         mirrors: where to get it, best first.
-        licence: SPDX identifier of the weights' licence.
+        license: SPDX identifier of the weights' license.
         source: https page of the authors' project.
         metrics: reported numbers, e.g. `{"top1": 83.8}` in percent.
         img_size: square input size, pixels, at which the metrics hold.
@@ -98,7 +98,7 @@ class Entry:
 
     name: str
     mirrors: tuple[Mirror, ...]
-    licence: str
+    license: str
     source: str
     img_size: int
     num_classes: int | None = None
@@ -113,7 +113,7 @@ class Entry:
         _require(len(set(files)) == len(files), "mirrors", files, "a different file name for each mirror")
         packaged = [mirror.package is not None for mirror in self.mirrors]
         _require(not any(packaged) or len(packaged) == 1, "mirrors", files, "a packaged file to be the only mirror")
-        _require(_text(self.licence), "licence", self.licence, "an SPDX identifier")
+        _require(_text(self.license), "license", self.license, "an SPDX identifier")
         _require(_plain_url(self.source), "source", self.source, "an https URL")
         _require(type(self.img_size) is int and self.img_size > 0, "img_size", self.img_size, "pixels")
         for key in ("num_classes", "params"):
@@ -217,7 +217,7 @@ def write_packaged_entry(
     *,
     name: str,
     metrics: Mapping[str, float],
-    licence: str,
+    license: str,
     source: str,
     img_size: int,
     num_classes: int,
@@ -239,7 +239,7 @@ def write_packaged_entry(
     entry = Entry(
         name=name,
         mirrors=(mirror,),
-        licence=licence,
+        license=license,
         source=source,
         img_size=img_size,
         num_classes=num_classes,

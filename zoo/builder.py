@@ -153,7 +153,7 @@ def _make_cfg(name: str, models: Mapping[str, Model], stated: Mapping[str, Any])
             "url": SCHEME + name,
             "num_classes": entry.num_classes or IMAGENET_22K_CLASSES,
             "input_size": (3, entry.img_size, entry.img_size),
-            "license": None if entry.licence == "NOASSERTION" else entry.licence.lower(),
+            "license": None if entry.license == "NOASSERTION" else entry.license.lower(),
             "origin_url": entry.source,
         }
     cfg |= {**(TEST_CFG if architecture.startswith("test_") else {}), **stated}

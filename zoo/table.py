@@ -50,7 +50,7 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
   the share of low-frequency heads.
 - Agent, InLine and FLatten models learn positions for one input size, the checkpoint's, or `img_size=`. Images of other
   sizes go through with positions interpolated on the way; `model.set_input_size(...)` and loading interpolate them for
-  good, by the authors' rule. Their repositories state no licence: the links below lead to the authors' own files.
+  good, by the authors' rule. Their repositories state no license: the links below lead to the authors' own files.
 - `impl=` chooses the attention kernels (see [Operations](operations.md)). A model takes the arguments of its layout
   (`Swin`, `NAT`, `PVT`, `PVTv2`, `CSWin`, `DeiT`, `Isotropic` in `foveal.zoo.hosts`) and of its family's attention
   (`foveal.zoo.backbones`): `timm.create_model("agent_swin_t", num_agents=(9, 9, 25, 25), drop_path_rate=0.1)`.
@@ -79,7 +79,7 @@ A row is a released checkpoint, created as `model.tag`; the first of a model is 
 (GMACs) are those of convolutions, linear layers and attention at the given size. ImageNet-1k accuracy is what the
 authors report, not a measurement of ours; the digits model's is measured by the command that trains it.
 """
-COLUMNS = ["model", "tag", "params (M)", "GMACs", "size", "top-1 (%)", "licence", "source"]
+COLUMNS = ["model", "tag", "params (M)", "GMACs", "size", "top-1 (%)", "license", "source"]
 ALIGNMENT = ["---", "---", "--:", "--:", "--:", "--:", "---", "---"]
 
 
@@ -131,7 +131,7 @@ def row(name: str) -> list[str]:
     size = "x".join(str(n) for n in input_size[1:])
     source = f"[source]({entry.source})"
     architecture, tag = (f"`{part}`" for part in name.split("."))
-    return [architecture, tag, f"{params / 1e6:.2f}", f"{macs / 1e9:.2f}", size, top1, entry.licence, source]
+    return [architecture, tag, f"{params / 1e6:.2f}", f"{macs / 1e9:.2f}", size, top1, entry.license, source]
 
 
 def family(module: str) -> str:

@@ -70,7 +70,7 @@ def agent_attention(
         query_bias: `[heads, queries, agents]`, added to the scaled logits of the queries.
         scale: factor on agent . key; head_dim ** -0.5 when None.
         query_scale: factor on query . agent; that of agent . key when None.
-        impl: "auto" takes the fused kernels on CUDA and ROCm and plain PyTorch elsewhere; "triton", "tiled" or
+        impl: "auto" takes the fused kernels on CUDA and ROCm and plain PyTorch elsewhere; "triton", "torch" or
             "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
 
     Returns:
@@ -86,7 +86,7 @@ def agent_attention(
     _check_bias("agent_bias", agent_bias, (heads, agents, keys), "[heads, agents, keys]")
     _check_bias("query_bias", query_bias, (heads, queries, agents), "[heads, queries, agents]")
     key_scale = resolve_scale(query, scale)
-    attend = {"triton": library.attend, "tiled": tiled.attend, "reference": reference.attend}[
+    attend = {"triton": library.attend, "torch": tiled.attend, "reference": reference.attend}[
         choose(query, impl, value)
     ]
     with without_autocast(query.device):

@@ -57,7 +57,7 @@ def _differentiate(ctx, grad_out, grad_lse):
     query, key, value, out, lse, bias = ctx.saved_tensors
     if torch.is_grad_enabled() and grad_out.requires_grad:
         raise NotImplementedError(
-            "agent attention has no double backward with impl='triton'; use impl='tiled' or impl='reference'"
+            "agent attention has no double backward with impl='triton'; use impl='torch' or impl='reference'"
         )
     *gradients, dbias = torch.ops.foveal.agent_pass_backward(
         query, key, value, out, lse, grad_out, bias, ctx.scale, ctx.needs_input_grad[3]

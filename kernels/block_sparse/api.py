@@ -1,5 +1,7 @@
 """Public block-sparse attention."""
 
+from typing import Literal, Required, TypedDict, Unpack, overload
+
 from torch import Tensor
 
 from ..common.arguments import operator
@@ -8,6 +10,24 @@ from .call import block_sparse, make_call
 from .mask import BlockMask
 
 
+class Options(TypedDict, total=False):
+    """Keyword arguments of `block_sparse_attention` but for `return_lse`, for type checkers."""
+
+    mask: Required[BlockMask]
+    scale: float | None
+    additional_keys: Tensor | None
+    additional_values: Tensor | None
+    impl: Impl
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
 @block_sparse.public(make_call)
 @operator
 def block_sparse_attention(
@@ -17,10 +37,11 @@ def block_sparse_attention(
     *,
     mask: BlockMask,
     scale: float | None = None,
-    extra_key: Tensor | None = None,
-    extra_value: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
     impl: Impl = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which every box of queries attends to its own list of boxes of keys, on 1-D, 2-D and 3-D grids.
 
     Cost and memory follow the lists, not the square of the tokens. Tokens stay where they are in memory: boxes are
@@ -35,40 +56,20 @@ def block_sparse_attention(
         mask: the boxes and their lists; see `BlockMask`. A query whose list is empty, and that has no extra keys, gets
             output 0 and log-sum-exp -inf.
         scale: factor on query . key; head_dim ** -0.5 when None.
-        extra_key, extra_value: `[B, tokens, key_heads, head_dim]` and `[…, value_dim]`, seen by every query (text,
-            registers), without bias.
-        impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "tiled"
+        additional_keys, additional_values: `[B, tokens, key_heads, head_dim]` and `[…, value_dim]`, visible to every
+            query (text tokens, registers), without bias.
+        impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "torch"
             or "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
 
     Returns:
-        `[B, *spatial, heads, value_dim]` in the dtype of query.
+        output `[B, *spatial, heads, value_dim]` in the dtype of query; with `return_lse` a tuple of it and the
+        log-sum-exp `[B, *spatial, heads]`, float32, or float64 for float64 inputs.
 
     Raises:
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
         NotImplementedError: `impl` cannot take this call; the message says why.
     """
-    call = make_call(query, key, value, mask=mask, scale=scale, extra_key=extra_key, extra_value=extra_value)
-    return block_sparse(query, key, value, call, impl=impl)[0]
-
-
-@block_sparse.public(make_call)
-@operator
-def block_sparse_attention_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mask: BlockMask,
-    scale: float | None = None,
-    extra_key: Tensor | None = None,
-    extra_value: Tensor | None = None,
-    impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`block_sparse_attention` and the natural log-sum-exp of its logits, both differentiable.
-
-    Returns:
-        output `[B, *spatial, heads, value_dim]` and log-sum-exp `[B, *spatial, heads]`, the latter float32, or float64
-        for float64 inputs.
-    """
-    call = make_call(query, key, value, mask=mask, scale=scale, extra_key=extra_key, extra_value=extra_value)
-    return block_sparse(query, key, value, call, impl=impl)
+    additional = {"additional_keys": additional_keys, "additional_values": additional_values}
+    call = make_call(query, key, value, mask=mask, scale=scale, **additional)
+    out, lse = block_sparse(query, key, value, call, impl=impl)
+    return (out, lse) if return_lse else out

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.arguments import ACCEPTED_DTYPES, DTYPES, check_dense
-from ..common.calling import check_extra, check_grids, entries, resolve_scale
+from ..common.calling import check_additional, check_grids, entries, resolve_scale
 from ..common.operator import Operator
 from . import cost
 from .mask import BlockMask, boxes
@@ -20,8 +20,8 @@ from .mask import BlockMask, boxes
 class BlockSparseCall:
     """Everything but query, key and value; see `api.block_sparse_attention`."""
 
-    extra_key: Tensor | None
-    extra_value: Tensor | None
+    additional_keys: Tensor | None
+    additional_values: Tensor | None
     mask: BlockMask
     scale: float
 
@@ -33,8 +33,8 @@ def make_call(
     *,
     mask: BlockMask,
     scale: float | None = None,
-    extra_key: Tensor | None = None,
-    extra_value: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
 ) -> BlockSparseCall:
     """The call of arguments that fit together.
 
@@ -46,9 +46,9 @@ def make_call(
         raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, 1 to 3 spatial axes, heads, head_dim]")
     check_grids(rank, query, key, value, cross=True)
     _check_mask(rank, query, key, mask)
-    check_extra(key, value, extra_key, extra_value)
+    check_additional(key, value, additional_keys, additional_values)
     mask = mask._replace(query_block=tuple(mask.query_block), key_block=tuple(mask.key_block))
-    return BlockSparseCall(extra_key, extra_value, mask, resolve_scale(query, scale))
+    return BlockSparseCall(additional_keys, additional_values, mask, resolve_scale(query, scale))
 
 
 def _check_blocks(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> tuple[int, int]:
@@ -104,7 +104,7 @@ def _flops(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> 
     """From shapes alone: as if every list were full."""
     batch, *shape, heads, head_dim = query.shape
     keys = call.mask.kv_idx.shape[-1] * prod(call.mask.key_block)
-    keys += 0 if call.extra_key is None else call.extra_key.shape[1]
+    keys += 0 if call.additional_keys is None else call.additional_keys.shape[1]
     query_block = call.mask.query_block
     pairs = batch * heads * prod(boxes(shape, query_block)) * prod(query_block) * keys
     return cost.forward_flops(pairs, head_dim, value.shape[-1]), cost.backward_flops(pairs, head_dim, value.shape[-1])
@@ -114,9 +114,9 @@ block_sparse = Operator(
     "block_sparse",
     package=__name__.rpartition(".")[0],
     call=BlockSparseCall,
-    differentiable=("extra_key", "extra_value"),
+    differentiable=("additional_keys", "additional_values"),
     flops=_flops,
     summarize=cost.summarize,
-    graph="tiled",
+    graph="torch",
     title="block-sparse attention",
 )

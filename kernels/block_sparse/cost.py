@@ -58,7 +58,7 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str | 
     """
     batch, *shape, heads, head_dim = query.shape
     key_shape, tokens, mask = key.shape[1:-2], batch * prod(shape) * heads, call.mask
-    extra = 0 if call.extra_key is None else call.extra_key.shape[1]
+    extra = 0 if call.additional_keys is None else call.additional_keys.shape[1]
     if mask.kv_num.is_meta or isinstance(mask.kv_num, FakeTensor):
         pairs = batch * heads * _full_lists(mask.key_block, tuple(shape), mask.kv_idx.shape[-1])
     else:

@@ -43,7 +43,12 @@ def attend(
     call: BlockSparseCall,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and log-sum-exp `[B, *spatial, heads]`; see `api`."""
-    mask, scale, extra_key, extra_value = call.mask, call.scale, call.extra_key, call.extra_value
+    mask, scale, additional_keys, additional_values = (
+        call.mask,
+        call.scale,
+        call.additional_keys,
+        call.additional_values,
+    )
     (batch, *shape, heads, d), (*_, key_heads, width) = query.shape, value.shape
     key_shape, device = key.shape[1:-2], query.device
     lists = key_heads if mask.kv_idx.shape[1] == 1 else heads  # a unit: a box of the queries that share a list and keys
@@ -80,11 +85,14 @@ def attend(
     if mask.bias is not None:
         added = entries(mask.bias, entry, of, box, listed).to(accumulate)
     added = torch.where(visible, added, -math.inf).view(units, most * s)
-    if extra_key is not None and extra_value is not None:
-        extra = extra_key.shape[1]
+    if additional_keys is not None and additional_values is not None:
+        extra = additional_keys.shape[1]
         entry, of, _, token = numbers(batch, lists, count, extra)
         rows = (entry * extra + token) * key_heads + of // (lists // key_heads)
-        ek, ev = (x.reshape(-1, x.shape[-1]).index_select(0, rows).to(accumulate) for x in (extra_key, extra_value))
+        ek, ev = (
+            x.reshape(-1, x.shape[-1]).index_select(0, rows).to(accumulate)
+            for x in (additional_keys, additional_values)
+        )
         k, v = torch.cat([k, ek.view(units, extra, d)], 1), torch.cat([v, ev.view(units, extra, width)], 1)
         added = torch.cat([added, added.new_zeros(units, extra)], 1)
 

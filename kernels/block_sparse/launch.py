@@ -70,14 +70,16 @@ def _flags(mask: BlockMask) -> dict:
     return dict(BIAS=mask.bias is not None, Q_LEN=mask.q_len is not None, KV_LEN=mask.kv_len is not None)
 
 
-def _extras(query: Tensor, extra_key: Tensor | None, extra_value: Tensor | None) -> tuple:
-    k, v = (query, query) if extra_key is None or extra_value is None else (extra_key, extra_value)
+def _extras(query: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None) -> tuple:
+    k, v = (
+        (query, query) if additional_keys is None or additional_values is None else (additional_keys, additional_values)
+    )
     return k, k.stride()[:4], v, v.stride()[:4]
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
-    mask, extra_key, extra_value = call.mask, call.extra_key, call.extra_value
+    mask, additional_keys, additional_values = call.mask, call.additional_keys, call.additional_values
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
     batch, heads, widths = query.shape[0], query.shape[-2], (key.shape[-1], value.shape[-1])
     out = torch.empty(*query.shape[:-1], widths[1], dtype=query.dtype, device=query.device)
@@ -103,15 +105,15 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) ->
             *_optional(mask),
             tuple(mask.kv_idx.shape[:2]),
             most,
-            *_extras(query, extra_key, extra_value),
+            *_extras(query, additional_keys, additional_values),
             padded(shape, 1),
             padded(key_shape, 1),
             heads,
-            0 if extra_key is None else extra_key.shape[1],
+            0 if additional_keys is None else additional_keys.shape[1],
             call.scale,
             GROUP=heads // key.shape[-2],
             EXTRA_KEYS=EXTRA_KEYS,
-            EXTRA=extra_key is not None,
+            EXTRA=additional_keys is not None,
             **_flags(mask),
             **constants(config, mask.query_block, mask.key_block, widths, precision(query)),
         )
@@ -127,15 +129,20 @@ def backward(
     call: BlockSparseCall,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, extra_key and extra_value, contiguous; None for those not given."""
+    """Gradients of query, key, value, additional_keys and additional_values, contiguous; None for those not given."""
     (out, lse), (grad_out, grad_lse) = outputs, gradients
-    mask, scale, extra_key, extra_value = call.mask, call.scale, call.extra_key, call.extra_value
+    mask, scale, additional_keys, additional_values = (
+        call.mask,
+        call.scale,
+        call.additional_keys,
+        call.additional_values,
+    )
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
     batch, heads, key_heads, widths = query.shape[0], query.shape[-2], key.shape[-2], (key.shape[-1], value.shape[-1])
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=query.device) for x in (query, key, value))
     if batch == 0:
-        return dq, dk, dv, *(None if x is None else x.new_zeros(x.shape) for x in (extra_key, extra_value))
-    most, extra = mask.kv_idx.shape[-1], 0 if extra_key is None else extra_key.shape[1]
+        return dq, dk, dv, *(None if x is None else x.new_zeros(x.shape) for x in (additional_keys, additional_values))
+    most, extra = mask.kv_idx.shape[-1], 0 if additional_keys is None else additional_keys.shape[1]
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     out, lse = out.contiguous(), lse.contiguous()  # dQ and delta have their strides
     delta = torch.empty_like(lse)
@@ -165,14 +172,14 @@ def backward(
             *_optional(mask),
             lists,
             most,
-            *_extras(query, extra_key, extra_value),
+            *_extras(query, additional_keys, additional_values),
             padded(shape, 1),
             padded(key_shape, 1),
             heads,
             extra,
             scale,
             EXTRA_KEYS=EXTRA_KEYS,
-            EXTRA=extra_key is not None,
+            EXTRA=additional_keys is not None,
             **common,
             **constants(config, *blocks, widths, precision(query)),
         )
@@ -204,17 +211,17 @@ def backward(
             **constants(config, *blocks, widths, precision(query)),
         )
         dek = dev = None
-        if extra_key is not None and any(wanted):
-            dek, dev = _extra(q, do, lse, delta, extra_key, extra_value, mask, scale)
+        if additional_keys is not None and any(wanted):
+            dek, dev = _extra(q, do, lse, delta, additional_keys, additional_values, mask, scale)
     return dq, dk, dv, dek, dev
 
 
-def _extra(q, do, lse, delta, extra_key: Tensor, extra_value: Tensor, mask: BlockMask, scale: float):
+def _extra(q, do, lse, delta, additional_keys: Tensor, additional_values: Tensor, mask: BlockMask, scale: float):
     """Gradients of the extra keys and values, which every query sees as in neighborhood attention."""
-    if not extra_key.shape[1]:
-        return torch.empty_like(extra_key), torch.empty_like(extra_value)
+    if not additional_keys.shape[1]:
+        return torch.empty_like(additional_keys), torch.empty_like(additional_values)
     if mask.q_len is not None:  # what does not exist may hold anything, and zero times NaN is NaN
         dead = (lse == float("inf"))[..., None]
         q, do = ((y := x.masked_fill(dead, 0), grid_strides(y, y.dim() - 3)) for x, _ in (q, do))
     axes = tuple(Axis(n, 1) for n in q[0].shape[1:-2])
-    return extra_gradient(q, do, lse, delta, extra_key, extra_value, axes, scale)
+    return extra_gradient(q, do, lse, delta, additional_keys, additional_values, axes, scale)

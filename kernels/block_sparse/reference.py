@@ -35,7 +35,12 @@ def attend(
     call: BlockSparseCall,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api`."""
-    mask, scale, extra_key, extra_value = call.mask, call.scale, call.extra_key, call.extra_value
+    mask, scale, additional_keys, additional_values = (
+        call.mask,
+        call.scale,
+        call.additional_keys,
+        call.additional_values,
+    )
     heads, query_shape, key_shape = query.shape[-2], query.shape[1:-2], key.shape[1:-2]
     accumulate = torch.promote_types(query.dtype, torch.float32)
 
@@ -45,9 +50,9 @@ def attend(
     q, k, v = flat(query), flat(key), flat(value)
     bias = dense_bias(mask, query_shape, key_shape, accumulate)
     logits = (q @ k.transpose(-1, -2) * scale + bias).masked_fill(bias == float("-inf"), float("-inf"))
-    if extra_key is not None and extra_value is not None:
-        logits = torch.cat([logits, q @ flat(extra_key).transpose(-1, -2) * scale], dim=-1)
-        v = torch.cat([v, flat(extra_value)], dim=2)
+    if additional_keys is not None and additional_values is not None:
+        logits = torch.cat([logits, q @ flat(additional_keys).transpose(-1, -2) * scale], dim=-1)
+        v = torch.cat([v, flat(additional_values)], dim=2)
     if mask.q_len is not None:
         box, place = box_of_token(query_shape, mask.query_block, query.device)
         logits = logits.masked_fill((place >= mask.q_len[box])[:, None], float("-inf"))

@@ -45,7 +45,9 @@ def attend(
     mask = call.mask
     lists = mask.kv_num, mask.kv_idx, mask.bias, mask.q_len, mask.kv_len
     blocks = mask.query_block, mask.key_block
-    return _Attention.apply(query, key, value, call.extra_key, call.extra_value, *lists, *blocks, call.scale)
+    return _Attention.apply(
+        query, key, value, call.additional_keys, call.additional_values, *lists, *blocks, call.scale
+    )
 
 
 class _Operands(NamedTuple):
@@ -54,8 +56,8 @@ class _Operands(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    extra_key: Tensor | None
-    extra_value: Tensor | None
+    additional_keys: Tensor | None
+    additional_values: Tensor | None
     kv_num: Tensor
     kv_idx: Tensor
     bias: Tensor | None
@@ -175,8 +177,8 @@ class _Plan(NamedTuple):
     query: Tensor  # [units, group * query tokens, d], as wide as keys
     key: Tensor  # [B * key heads * key boxes + 1, key tokens, d]; the last box is zero
     value: Tensor
-    extra_key: Tensor | None  # [B * key heads, extra, d]
-    extra_value: Tensor | None
+    additional_keys: Tensor | None  # [B * key heads, extra, d]
+    additional_values: Tensor | None
     query_exists: Tensor | None  # [query boxes, query tokens]
     key_exists: Tensor | None  # [key boxes, key tokens]
     sizes: tuple[int, int, int, int]  # lists a batch entry, query boxes, key heads, key boxes
@@ -204,7 +206,7 @@ def _make_plan(x: _Operands, blocks: tuple[tuple[int, ...], tuple[int, ...]]) ->
         q = _clear(q, query_exists, query_boxes, group)
     if x.kv_len is not None:
         k, v = _clear(k, key_exists, key_boxes, 1), _clear(v, key_exists, key_boxes, 1)
-    ek, ev = (None if e is None else e.transpose(1, 2).flatten(0, 1) for e in (x.extra_key, x.extra_value))
+    ek, ev = (None if e is None else e.transpose(1, 2).flatten(0, 1) for e in (x.additional_keys, x.additional_values))
     return _Plan(q, k, v, ek, ev, query_exists, key_exists, (lists, query_boxes, key_heads, key_boxes), group)
 
 
@@ -220,7 +222,7 @@ def _clear(x: Tensor, exists: Tensor | None, count: int, group: int) -> Tensor:
 def _splits(plan: _Plan, most: int, copies: int) -> int:
     """Into how many chunks units are split, of which `copies` of keys and logits are held at a time."""
     (units, rows, d), size = plan.query.shape, plan.key.element_size()
-    keys = most * plan.key.shape[1] + (0 if plan.extra_key is None else plan.extra_key.shape[1])
+    keys = most * plan.key.shape[1] + (0 if plan.additional_keys is None else plan.additional_keys.shape[1])
     unit = copies * size * keys * (max(d, plan.value.shape[-1]) + _rows_at_a_time(rows, keys))
     room = (plan.query.numel() + plan.key.numel() + plan.value.numel()) * size // 4
     return max(1, min(units, math.ceil(units * unit / min(max(CHUNK_BYTES[0], room), CHUNK_BYTES[1]))))
@@ -267,7 +269,7 @@ def _added(plan: _Plan, listed: Tensor, number: Tensor, bias: Tensor | None) -> 
         seen = seen & plan.key_exists[number]
     added = torch.zeros((), dtype=dtype, device=listed.device) if bias is None else (bias.to(dtype) * LOG2_E)[..., None]
     added = torch.where(seen, added, -math.inf).flatten(1)
-    return pad(added, (0, 0 if plan.extra_key is None else plan.extra_key.shape[1]))[:, None]
+    return pad(added, (0, 0 if plan.additional_keys is None else plan.additional_keys.shape[1]))[:, None]
 
 
 def _rows_at_a_time(rows: int, keys: int) -> int:
@@ -311,7 +313,7 @@ def _forward(plan: _Plan, kv_num, kv_idx, bias, scale: float) -> tuple[Tensor, T
     rows = plan.query.shape[:2]
     out, lse = plan.query.new_empty(*rows, plan.value.shape[-1]), plan.query.new_empty(rows, dtype=accumulate)
     for chunk in _chunks(plan, kv_num, kv_idx, bias, 2):
-        k, v = _take(plan.key, plan.extra_key, chunk), _take(plan.value, plan.extra_value, chunk)
+        k, v = _take(plan.key, plan.additional_keys, chunk), _take(plan.value, plan.additional_values, chunk)
         if k.shape[1] == 0:
             out[chunk.units], lse[chunk.units] = 0, -math.inf
             continue
@@ -337,13 +339,13 @@ def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, gr
     grad_query = torch.empty_like(plan.query)
     grads = [
         None if x is None else torch.zeros_like(x, dtype=accumulate)
-        for x in (plan.key, plan.value, plan.extra_key, plan.extra_value)
+        for x in (plan.key, plan.value, plan.additional_keys, plan.additional_values)
     ]
     hidden = _hidden(plan, lse.shape)
     dead = lse == -math.inf if hidden is None else hidden | (lse == -math.inf)
     base = (lse * LOG2_E).masked_fill(dead, math.inf)  # the weights of queries that see nothing are zero
     for chunk in _chunks(plan, kv_num, kv_idx, bias, 4):
-        k, v = _take(plan.key, plan.extra_key, chunk), _take(plan.value, plan.extra_value, chunk)
+        k, v = _take(plan.key, plan.additional_keys, chunk), _take(plan.value, plan.additional_values, chunk)
         sums = torch.zeros_like(k), torch.zeros_like(v)
         for part in _row_slices(plan.query.shape[1], k.shape[1]):
             rows = (chunk.units, part)
@@ -373,8 +375,8 @@ def _operands(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) 
         query,
         key,
         value,
-        call.extra_key,
-        call.extra_value,
+        call.additional_keys,
+        call.additional_values,
         mask.kv_num,
         mask.kv_idx,
         mask.bias,
@@ -407,13 +409,13 @@ def backward(
     call: BlockSparseCall,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, extra_key and extra_value, None for those not given; the output is not read."""
+    """Gradients of query, key, value, additional keys and values, None where not given; the output is not read."""
     (_, lse), (grad_out, grad_lse) = outputs, gradients
     operands, key_heads = _operands(query, key, value, call), key.shape[-2]
     block = call.mask.query_block, call.mask.key_block
     grads = [
         None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for x in (query, key, value, call.extra_key, call.extra_value)
+        for x in (query, key, value, call.additional_keys, call.additional_values)
     ]
     for part in _parts(operands):
         x = _select(operands, *part)
@@ -440,8 +442,8 @@ class _Attention(torch.autograd.Function):
         query,
         key,
         value,
-        extra_key,
-        extra_value,
+        additional_keys,
+        additional_values,
         kv_num,
         kv_idx,
         bias,
@@ -452,17 +454,21 @@ class _Attention(torch.autograd.Function):
         scale,
     ):
         mask = BlockMask(query_block, key_block, kv_num, kv_idx, bias, q_len, kv_len)
-        out, lse = forward(query, key, value, BlockSparseCall(extra_key, extra_value, mask, scale))
-        ctx.save_for_backward(query, key, value, extra_key, extra_value, kv_num, kv_idx, bias, q_len, kv_len, lse)
+        out, lse = forward(query, key, value, BlockSparseCall(additional_keys, additional_values, mask, scale))
+        ctx.save_for_backward(
+            query, key, value, additional_keys, additional_values, kv_num, kv_idx, bias, q_len, kv_len, lse
+        )
         ctx.query_block, ctx.key_block, ctx.scale = query_block, key_block, scale
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        query, key, value, extra_key, extra_value, kv_num, kv_idx, bias, q_len, kv_len, lse = ctx.saved_tensors
+        query, key, value, additional_keys, additional_values, kv_num, kv_idx, bias, q_len, kv_len, lse = (
+            ctx.saved_tensors
+        )
         mask = BlockMask(ctx.query_block, ctx.key_block, kv_num, kv_idx, bias, q_len, kv_len)
-        call = BlockSparseCall(extra_key, extra_value, mask, ctx.scale)
+        call = BlockSparseCall(additional_keys, additional_values, mask, ctx.scale)
         with without_autocast(grad_out.device):  # as in the forward
             grads = backward(query, key, value, (None, lse), (grad_out, grad_lse), call, (True, True))
         return *grads, *(None,) * 8

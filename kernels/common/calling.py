@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-Impl = Literal["auto", "triton", "tiled", "reference"]
+Impl = Literal["auto", "triton", "torch", "reference"]
 T = TypeVar("T")
 PerAxis = T | Sequence[T]
 PerHead = PerAxis[T] | Sequence[PerAxis[T]]  # one value, one per axis, or one of these per head
 Mask = Annotated[Tensor, "bool mask or integer lengths"]
-IMPLEMENTATIONS = ("triton", "tiled", "reference")
+IMPLEMENTATIONS = ("triton", "torch", "reference")
 HAS_TRITON = find_spec("triton") is not None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TRITON_HEAD_DIM = 256
@@ -101,49 +101,60 @@ def on_grid(
     return x.unflatten(1, tuple(grid))
 
 
-def check_extra(key: Tensor, value: Tensor, extra_key: Tensor | None, extra_value: Tensor | None) -> None:
+def check_additional(
+    key: Tensor, value: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None
+) -> None:
     """Refuse extra keys and values that do not fit `key` and `value`."""
-    if extra_key is None or extra_value is None:
-        if extra_key is not extra_value:
-            raise ValueError("extra_key and extra_value must be given together")
+    if additional_keys is None or additional_values is None:
+        if additional_keys is not additional_values:
+            raise ValueError("additional_keys and additional_values must be given together")
         return
-    for name, x, like in (("extra_key", extra_key, key), ("extra_value", extra_value, value)):
+    for name, x, like in (("additional_keys", additional_keys, key), ("additional_values", additional_values, value)):
         if x.dim() != 4 or x.shape[0] != key.shape[0] or x.shape[2:] != like.shape[-2:]:
             expected = f"[B={key.shape[0]}, tokens, key heads={key.shape[-2]}, head_dim={like.shape[-1]}]"
             raise ValueError(f"{name}.shape={tuple(x.shape)} must be {expected}")
         if x.dtype != key.dtype or x.device != key.device:
             raise ValueError(f"{name} ({x.dtype}, {x.device}) must match key ({key.dtype}, {key.device})")
-    if extra_key.shape[1] != extra_value.shape[1]:
+    if additional_keys.shape[1] != additional_values.shape[1]:
         raise ValueError(
-            f"extra_value.shape={tuple(extra_value.shape)} must have the tokens of "
-            f"extra_key.shape={tuple(extra_key.shape)}"
+            f"additional_values.shape={tuple(additional_values.shape)} must have the tokens of "
+            f"additional_keys.shape={tuple(additional_keys.shape)}"
         )
 
 
-def extra_visibility(extra_mask: Mask | None, extra_key: Tensor | None) -> Tensor | None:
+def additional_visibility(additional_mask: Mask | None, additional_keys: Tensor | None) -> Tensor | None:
     """Extra keys that are visible, bool `[B, tokens]`, from such a mask or integer lengths `[B]`; None: all are.
 
     Lengths are compared with the number of tokens where that costs nothing: on CPU, outside of graphs.
     """
-    if extra_mask is None:
+    if additional_mask is None:
         return None
-    if not isinstance(extra_mask, Tensor):
-        raise TypeError(f"extra_mask must be a tensor, got {type(extra_mask).__name__}")
-    if extra_key is None:
-        raise ValueError("extra_mask must be given together with extra_key and extra_value")
+    if not isinstance(additional_mask, Tensor):
+        raise TypeError(f"additional_mask must be a tensor, got {type(additional_mask).__name__}")
+    if additional_keys is None:
+        raise ValueError("additional_mask must be given together with additional_keys and additional_values")
     accepted = "a bool mask [B, tokens] or integer lengths [B]"
-    (batch, tokens), shape, dtype = extra_key.shape[:2], tuple(extra_mask.shape), extra_mask.dtype
+    (batch, tokens), shape, dtype = additional_keys.shape[:2], tuple(additional_mask.shape), additional_mask.dtype
     if dtype.is_floating_point or dtype.is_complex:
-        raise TypeError(f"extra_mask.dtype={dtype} must be bool or an integer dtype: {accepted}")
+        raise TypeError(f"additional_mask.dtype={dtype} must be bool or an integer dtype: {accepted}")
     if shape != ((batch, tokens) if dtype == torch.bool else (batch,)):
-        raise ValueError(f"extra_mask ({dtype}, {shape}) must be {accepted}, with B={batch}, tokens={tokens}")
-    if extra_mask.device != extra_key.device:
-        raise ValueError(f"extra_mask.device={extra_mask.device} must equal extra_key.device={extra_key.device}")
+        raise ValueError(f"additional_mask ({dtype}, {shape}) must be {accepted}, with B={batch}, tokens={tokens}")
+    if additional_mask.device != additional_keys.device:
+        raise ValueError(
+            f"additional_mask.device={additional_mask.device} must equal additional_keys.device="
+            f"{additional_keys.device}"
+        )
     if dtype == torch.bool:
-        return extra_mask
-    if extra_mask.device.type == "cpu" and is_plain_call() and not all(0 <= n <= tokens for n in extra_mask.tolist()):
-        raise ValueError(f"extra_mask={extra_mask.tolist()} must hold lengths from 0 to {tokens}, the extra keys")
-    return torch.arange(tokens, device=extra_mask.device) < extra_mask[:, None]
+        return additional_mask
+    if (
+        additional_mask.device.type == "cpu"
+        and is_plain_call()
+        and not all(0 <= n <= tokens for n in additional_mask.tolist())
+    ):
+        raise ValueError(
+            f"additional_mask={additional_mask.tolist()} must hold lengths from 0 to {tokens}, the extra keys"
+        )
+    return torch.arange(tokens, device=additional_mask.device) < additional_mask[:, None]
 
 
 def triton_obstacle(query: Tensor, value: Tensor | None = None) -> str | None:
@@ -166,7 +177,7 @@ def choose(query: Tensor, impl: Impl = "auto", value: Tensor | None = None) -> s
     """Name of the implementation that serves `query` and `value`; an explicit request is kept or refused, never
     replaced."""
     if impl == "auto":
-        return "triton" if query.device.type == "cuda" and triton_obstacle(query, value) is None else "tiled"
+        return "triton" if query.device.type == "cuda" and triton_obstacle(query, value) is None else "torch"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} must be one of {('auto', *IMPLEMENTATIONS)}")
     if impl == "triton" and (obstacle := triton_obstacle(query, value)) is not None:
@@ -181,7 +192,7 @@ def resolve_scale(query: Tensor, scale: float | None) -> float:
 
 def obstacles(query: Tensor, value: Tensor | None = None) -> dict[str, str | None]:
     """For every implementation, why it cannot take a call with this query and value, or None."""
-    return {"triton": triton_obstacle(query, value), "tiled": None, "reference": None}
+    return {"triton": triton_obstacle(query, value), "torch": None, "reference": None}
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -80,7 +80,7 @@ class Operator:
     ):
         self.name, self.package, self.call, self.title = name, package, call, title
         self.flops, self.summarize, self.fake, self.flows = flops, summarize, fake, tuple(flows)
-        self.modules = modules or {"triton": "launch", "tiled": "tiled", "reference": "reference"}
+        self.modules = modules or {"triton": "launch", "torch": "tiled", "reference": "reference"}
         self.unsupported, self.prepare = unsupported, prepare
         self._loaded: dict[str, Any] = {}  # modules by implementation
         self.codec = codec(call)
@@ -105,7 +105,7 @@ class Operator:
         why = triton_obstacle(query, value)
         if why is None and self.unsupported is not None:
             why = self.unsupported(query, key, value, call)
-        return {"triton": why, "tiled": None, "reference": None}
+        return {"triton": why, "torch": None, "reference": None}
 
     def select_impl(self, query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str = "auto") -> str:
         """Name of the implementation of a call; an explicit request is kept or refused, never replaced.
@@ -116,12 +116,12 @@ class Operator:
         """
         if impl not in ("auto", *IMPLEMENTATIONS):
             raise ValueError(f"impl={impl!r} must be one of {('auto', *IMPLEMENTATIONS)}")
-        if impl in ("tiled", "reference") or (impl == "auto" and query.device.type != "cuda"):
-            return "tiled" if impl == "auto" else impl
+        if impl in ("torch", "reference") or (impl == "auto" and query.device.type != "cuda"):
+            return "torch" if impl == "auto" else impl
         why = self.unsupported_reasons(query, key, value, call)["triton"]
         if why is not None and impl == "triton":
             raise NotImplementedError(f"impl='triton' cannot take this call: {why}")
-        return "triton" if why is None else "tiled"
+        return "triton" if why is None else "torch"
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, call: Any, *, impl: str = "auto") -> Any:
         """Outputs of a checked call."""

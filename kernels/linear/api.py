@@ -30,7 +30,7 @@ def choose(query: Tensor, impl: Impl = "auto", value: Tensor | None = None) -> s
     if impl == "triton" and obstacle is not None:
         raise NotImplementedError(f"impl='triton' cannot take this call: {obstacle}")
     chosen = calling.choose(query, impl)
-    return "tiled" if chosen == "triton" and obstacle is not None else chosen
+    return "torch" if chosen == "triton" and obstacle is not None else chosen
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, scale: float | Tensor) -> Callable[..., Tensor]:
@@ -112,7 +112,7 @@ def linear_attention(
         eps: what is added to the normaliser, >= 0. Features must keep it away from zero.
         floor: the least that the normaliser may be, > 0. Its gradient is zero below.
         scale: factor on the sum, not on the normaliser and not on the mean value: a number, or `[heads]`.
-        impl: "auto" takes the fused kernels on CUDA and ROCm and plain PyTorch elsewhere; "triton", "tiled" or
+        impl: "auto" takes the fused kernels on CUDA and ROCm and plain PyTorch elsewhere; "triton", "torch" or
             "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
 
     Returns:

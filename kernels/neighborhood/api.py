@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, Literal, Required, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from ..common.calling import (
     Impl,
     Mask,
     PerHead,
-    check_extra,
+    additional_visibility,
+    check_additional,
     check_grids,
-    extra_visibility,
     on_grid,
     resolve_scale,
     without_autocast,
@@ -30,17 +30,31 @@ __all__ = [
     "make_axes",
     "merge_attentions",
     "na1d",
-    "na1d_lse",
     "na2d",
-    "na2d_lse",
     "na3d",
-    "na3d_lse",
 ]
 
 
+class Options(TypedDict, total=False):
+    """Keyword arguments of `na1d`, `na2d` and `na3d` but for `return_lse`, for type checkers."""
+
+    window: Required[PerHead[int]]
+    stride: PerHead[int]
+    dilation: PerHead[int]
+    causal: PerHead[bool]
+    bias: Tensor | None
+    scale: float | None
+    additional_keys: Tensor | None
+    additional_values: Tensor | None
+    additional_mask: Mask | None
+    grid: Sequence[int] | None
+    qk_dtype: torch.dtype | None
+    impl: Impl
+
+
 def _attend(
-    rank, query, key, value, grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask,
-    qk_dtype, impl, *, lse: bool = False,
+    rank, query, key, value, grid, window, stride, dilation, causal, bias, scale, additional_keys, additional_values,
+    additional_mask, qk_dtype, impl, *, lse: bool,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """Output and, with `lse`, log-sum-exp of a call: arguments checked, heads of one geometry attended together."""
     names = ("query", "key", "value")
@@ -50,28 +64,49 @@ def _attend(
     groups = head_groups(query.shape[1:-2], query.shape[-2], key.shape[-2], **neighborhood)
     if bias is not None:
         check_bias([[axis.window for axis in group.axes] for group in groups], query, bias)
-    check_extra(key, value, extra_key, extra_value)
-    rest = {"scale": scale, "extra_mask": extra_visibility(extra_mask, extra_key), "qk_dtype": qk_dtype, "impl": impl}
+    check_additional(key, value, additional_keys, additional_values)
+    rest = {
+        "scale": scale,
+        "additional_mask": additional_visibility(additional_mask, additional_keys),
+        "qk_dtype": qk_dtype,
+        "impl": impl,
+    }
 
     def attend(axes: tuple[Axis, ...], query: Tensor, key: Tensor, value: Tensor, **tensors):
         return _attend_axes(query, key, value, axes=axes, lse=lse, **tensors, **rest)
 
-    out, found = attend_groups(groups, attend, query, key, value, bias, extra_key, extra_value)
+    out, found = attend_groups(groups, attend, query, key, value, bias, additional_keys, additional_values)
     if grid is None:
         return out, found
     return out.flatten(1, rank), None if found is None else found.flatten(1, rank)
 
 
 def _attend_axes(
-    query, key, value, *, axes, bias, scale, extra_key, extra_value, extra_mask, qk_dtype, impl, lse: bool
+    query,
+    key,
+    value,
+    *,
+    axes,
+    bias,
+    scale,
+    additional_keys,
+    additional_values,
+    additional_mask,
+    qk_dtype,
+    impl,
+    lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Output and, with `lse`, log-sum-exp of checked arguments."""
-    extra = {"extra_key": extra_key, "extra_value": extra_value, "extra_mask": extra_mask}
+    extra = {
+        "additional_keys": additional_keys,
+        "additional_values": additional_values,
+        "additional_mask": additional_mask,
+    }
     given = {"axes": axes, "bias": bias, "scale": scale, **extra, "impl": impl}
     if qk_dtype is not None:
         out, found, mean = _attend_rounded(query, key, value, **given, qk_dtype=qk_dtype)
         return out, found + quantized.mean_logits(query, mean, resolve_scale(query, scale)) if lse else None
-    tiles = not lse and extra_key is None and neighborhood.select_impl(query, key, value, None, impl) == "tiled"
+    tiles = not lse and additional_keys is None and neighborhood.select_impl(query, key, value, None, impl) == "torch"
     if tiles and dense.covers(axes, query, key, value, bias):
         with without_autocast(query.device):
             return dense.attend(query, key, value, axes=axes, scale=scale, bias=bias), None
@@ -80,20 +115,26 @@ def _attend_axes(
 
 
 def _attend_rounded(
-    query, key, value, *, axes, bias, extra_key, extra_value, extra_mask, scale, qk_dtype, impl
+    query, key, value, *, axes, bias, additional_keys, additional_values, additional_mask, scale, qk_dtype, impl
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output and log-sum-exp of query and key rounded to `qk_dtype`, the latter without what the mean of the keys adds,
     and that mean."""
-    quantized.check(qk_dtype, query, key, value, bias, extra_key, extra_value)
+    quantized.check(qk_dtype, query, key, value, bias, additional_keys, additional_values)
     query, scale = with_positive_scale(query, resolve_scale(query, scale))
-    given = {"axes": axes, "scale": scale, "bias": bias, "extra_value": extra_value, "extra_mask": extra_mask}
+    given = {
+        "axes": axes,
+        "scale": scale,
+        "bias": bias,
+        "additional_values": additional_values,
+        "additional_mask": additional_mask,
+    }
     e4m3 = neighborhood.select_impl(query, key, value, None, impl) == "triton" and quantized.obstacle(query) is None
-    rounded = quantized.quantize(query, key, extra_key, extra_mask, cast=e4m3)
+    rounded = quantized.quantize(query, key, additional_keys, additional_mask, cast=e4m3)
     if e4m3:
-        out, lse = quantized.attend(rounded, value, NeighborhoodCall(**given, extra_key=rounded.extra_key))
+        out, lse = quantized.attend(rounded, value, NeighborhoodCall(**given, additional_keys=rounded.additional_keys))
     else:
-        query, key, extra_key = quantized.restore(rounded, query.dtype)
-        out, lse = dispatch(query, key, value, **given, extra_key=extra_key, impl=impl)
+        query, key, additional_keys = quantized.restore(rounded, query.dtype)
+        out, lse = dispatch(query, key, value, **given, additional_keys=additional_keys, impl=impl)
     return out, lse, rounded.mean
 
 
@@ -105,16 +146,26 @@ def dispatch(
     axes: tuple[Axis, ...],
     bias: Tensor | None,
     scale: float | None,
-    extra_key: Tensor | None,
-    extra_value: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
     impl: Impl,
-    extra_mask: Tensor | None = None,
+    additional_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of checked arguments by the implementation that `impl` names."""
-    call = NeighborhoodCall(axes, resolve_scale(query, scale), bias, extra_key, extra_value, extra_mask)
+    call = NeighborhoodCall(
+        axes, resolve_scale(query, scale), bias, additional_keys, additional_values, additional_mask
+    )
     return neighborhood(query, key, value, call, impl=impl)
 
 
+@overload
+def na1d(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def na1d(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
 @neighborhood.public(find_neighborhoods, summarize=summarize)
 @operator
 def na1d(
@@ -128,25 +179,36 @@ def na1d(
     causal: PerHead[bool] = False,
     bias: Tensor | None = None,
     scale: float | None = None,
-    extra_key: Tensor | None = None,
-    extra_value: Tensor | None = None,
-    extra_mask: Mask | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    additional_mask: Mask | None = None,
     grid: Sequence[int] | None = None,
     qk_dtype: torch.dtype | None = None,
+    return_lse: bool = False,
     impl: Impl = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Generalized neighborhood attention on a sequence: `na2d` with 1 spatial axis.
 
     Args:
         query: `[B, L, heads, head_dim]`; all else as in `na2d`, one value per axis where it takes several.
 
     Returns:
-        `[B, L, heads, value_dim]` in the dtype of query.
+        output `[B, L, heads, value_dim]` in the dtype of query, and with `return_lse` the log-sum-exp `[B, L, heads]`.
     """
-    rest = grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask, qk_dtype, impl
-    return _attend(1, query, key, value, *rest)[0]
+    additional = additional_keys, additional_values, additional_mask
+    rest = grid, window, stride, dilation, causal, bias, scale, *additional, qk_dtype, impl
+    out, lse = _attend(1, query, key, value, *rest, lse=return_lse)
+    return (out, lse) if return_lse else out
 
 
+@overload
+def na2d(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def na2d(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
 @neighborhood.public(find_neighborhoods, summarize=summarize)
 @operator
 def na2d(
@@ -160,13 +222,14 @@ def na2d(
     causal: PerHead[bool] = False,
     bias: Tensor | None = None,
     scale: float | None = None,
-    extra_key: Tensor | None = None,
-    extra_value: Tensor | None = None,
-    extra_mask: Mask | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    additional_mask: Mask | None = None,
     grid: Sequence[int] | None = None,
     qk_dtype: torch.dtype | None = None,
+    return_lse: bool = False,
     impl: Impl = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Generalized neighborhood attention on a 2-D grid (arXiv:2204.07143, arXiv:2209.15001, arXiv:2504.16922).
 
     Every query attends to `window` keys per axis around itself. At borders the window shifts inward, so a query that is
@@ -187,33 +250,44 @@ def na2d(
             (key - query) / dilation + window - 1 and added to the scaled logits; odd windows only. Where windows differ
             between heads, `window` here is the largest on each axis, and smaller ones read the middle of their table.
         scale: factor on query . key; head_dim ** -0.5 when None.
-        extra_key, extra_value: `[B, tokens, key_heads, head_dim]` and `[…, value_dim]`, seen by every query (text,
-            registers), without bias.
-        extra_mask: visibility of the extra tokens, bool `[B, tokens]`, or the number of visible ones at the start of
-            each batch entry, integer `[B]`; all when None. A masked token may hold anything, NaN included, and has a
-            gradient of zero. Lengths are from 0 to tokens, which is checked on CPU outside of graphs only: nothing
-            waits for a device.
+        additional_keys, additional_values: `[B, tokens, key_heads, head_dim]` and `[…, value_dim]`, visible to every
+            query (text tokens, registers), without bias.
+        additional_mask: visible additional tokens, bool `[B, tokens]`, or their number at the start of each batch
+            entry, integer `[B]`; all when None. A masked token may hold anything, NaN included, and has a gradient of
+            zero. Lengths are from 0 to tokens, which is checked on CPU outside of graphs only: nothing waits for a
+            device.
         grid: (H, W) of query, key and value that are `[B, H * W, heads, head_dim]`, as projections leave them, in C
             order and with any strides; the results have this layout, too.
         qk_dtype: torch.float8_e4m3fn rounds query and key, less the mean of its keys, to e4m3 with one power of two for
             each batch entry and head (SageAttention, arXiv:2410.02367, section 4.2), and matrix units that have
             products of e4m3 numbers make those at twice the rate of half precision. Values and probabilities stay as
             they are. Inference only; docs/numerics.md has the error.
-        impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "tiled"
+        impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "torch"
             or "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
 
     Returns:
-        `[B, H, W, heads, value_dim]` in the dtype of query, `[B, H * W, heads, value_dim]` with `grid`.
+        output `[B, H, W, heads, value_dim]` in the dtype of query, `[B, H * W, heads, value_dim]` with `grid`; with
+        `return_lse` a tuple of it and the log-sum-exp `[B, H, W, heads]`, float32, or float64 for float64 inputs.
 
     Raises:
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
         NotImplementedError: `impl` cannot take this call, or qk_dtype is given and a gradient asked for; the message
             says why.
     """
-    rest = grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask, qk_dtype, impl
-    return _attend(2, query, key, value, *rest)[0]
+    additional = additional_keys, additional_values, additional_mask
+    rest = grid, window, stride, dilation, causal, bias, scale, *additional, qk_dtype, impl
+    out, lse = _attend(2, query, key, value, *rest, lse=return_lse)
+    return (out, lse) if return_lse else out
 
 
+@overload
+def na3d(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def na3d(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
 @neighborhood.public(find_neighborhoods, summarize=summarize)
 @operator
 def na3d(
@@ -227,113 +301,27 @@ def na3d(
     causal: PerHead[bool] = False,
     bias: Tensor | None = None,
     scale: float | None = None,
-    extra_key: Tensor | None = None,
-    extra_value: Tensor | None = None,
-    extra_mask: Mask | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    additional_mask: Mask | None = None,
     grid: Sequence[int] | None = None,
     qk_dtype: torch.dtype | None = None,
+    return_lse: bool = False,
     impl: Impl = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Generalized neighborhood attention on a 3-D grid: `na2d` with 3 spatial axes.
 
     Args:
         query: `[B, T, H, W, heads, head_dim]`; all else as in `na2d`, one value per axis where it takes several.
 
     Returns:
-        `[B, T, H, W, heads, value_dim]` in the dtype of query.
+        output `[B, T, H, W, heads, value_dim]` in the dtype of query, and with `return_lse` the log-sum-exp
+        `[B, T, H, W, heads]`.
     """
-    rest = grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask, qk_dtype, impl
-    return _attend(3, query, key, value, *rest)[0]
-
-
-@neighborhood.public(find_neighborhoods, summarize=summarize)
-@operator
-def na1d_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    window: PerHead[int],
-    stride: PerHead[int] = 1,
-    dilation: PerHead[int] = 1,
-    causal: PerHead[bool] = False,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-    extra_key: Tensor | None = None,
-    extra_value: Tensor | None = None,
-    extra_mask: Mask | None = None,
-    grid: Sequence[int] | None = None,
-    qk_dtype: torch.dtype | None = None,
-    impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`na1d` and the natural log-sum-exp of its logits, both differentiable.
-
-    Returns:
-        output `[B, L, heads, value_dim]` and log-sum-exp `[B, L, heads]`, the latter
-        float32, or float64 for float64 inputs.
-    """
-    rest = grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask, qk_dtype, impl
-    return _attend(1, query, key, value, *rest, lse=True)
-
-
-@neighborhood.public(find_neighborhoods, summarize=summarize)
-@operator
-def na2d_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    window: PerHead[int],
-    stride: PerHead[int] = 1,
-    dilation: PerHead[int] = 1,
-    causal: PerHead[bool] = False,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-    extra_key: Tensor | None = None,
-    extra_value: Tensor | None = None,
-    extra_mask: Mask | None = None,
-    grid: Sequence[int] | None = None,
-    qk_dtype: torch.dtype | None = None,
-    impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`na2d` and the natural log-sum-exp of its logits, both differentiable.
-
-    Returns:
-        output `[B, H, W, heads, value_dim]` and log-sum-exp `[B, H, W, heads]`, the latter
-        float32, or float64 for float64 inputs.
-    """
-    rest = grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask, qk_dtype, impl
-    return _attend(2, query, key, value, *rest, lse=True)
-
-
-@neighborhood.public(find_neighborhoods, summarize=summarize)
-@operator
-def na3d_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    window: PerHead[int],
-    stride: PerHead[int] = 1,
-    dilation: PerHead[int] = 1,
-    causal: PerHead[bool] = False,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-    extra_key: Tensor | None = None,
-    extra_value: Tensor | None = None,
-    extra_mask: Mask | None = None,
-    grid: Sequence[int] | None = None,
-    qk_dtype: torch.dtype | None = None,
-    impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`na3d` and the natural log-sum-exp of its logits, both differentiable.
-
-    Returns:
-        output `[B, T, H, W, heads, value_dim]` and log-sum-exp `[B, T, H, W, heads]`, the latter
-        float32, or float64 for float64 inputs.
-    """
-    rest = grid, window, stride, dilation, causal, bias, scale, extra_key, extra_value, extra_mask, qk_dtype, impl
-    return _attend(3, query, key, value, *rest, lse=True)
+    additional = additional_keys, additional_values, additional_mask
+    rest = grid, window, stride, dilation, causal, bias, scale, *additional, qk_dtype, impl
+    out, lse = _attend(3, query, key, value, *rest, lse=return_lse)
+    return (out, lse) if return_lse else out
 
 
 @operator

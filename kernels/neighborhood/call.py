@@ -20,19 +20,22 @@ from .geometry import Axis
 class NeighborhoodCall:
     """Everything but query, key and value of heads that share their windows; see `api.na2d`.
 
-    `extra_mask` is bool here, `[B, tokens]`; axes may have a subset of the queries.
+    `additional_mask` is bool here, `[B, tokens]`; axes may have a subset of the queries.
     """
 
     axes: tuple[Axis, ...]
     scale: float
     bias: Tensor | None = None
-    extra_key: Tensor | None = None
-    extra_value: Tensor | None = None
-    extra_mask: Tensor | None = None
+    additional_keys: Tensor | None = None
+    additional_values: Tensor | None = None
+    additional_mask: Tensor | None = None
 
 
 def _flops(query: Tensor, key: Tensor, value: Tensor, call: NeighborhoodCall) -> tuple[int, int]:
-    (batch, *_, heads, head_dim), extra = query.shape, 0 if call.extra_key is None else call.extra_key.shape[1]
+    (batch, *_, heads, head_dim), extra = (
+        query.shape,
+        0 if call.additional_keys is None else call.additional_keys.shape[1],
+    )
     sizes = dict(batch=batch, heads=heads, head_dim=head_dim, value_dim=value.shape[-1], extra=extra)
     return cost.forward_flops(call.axes, **sizes), cost.backward_flops(call.axes, **sizes)
 
@@ -53,10 +56,10 @@ neighborhood = Operator(
     "neighborhood",
     package=__name__.rpartition(".")[0],
     call=NeighborhoodCall,
-    differentiable=("bias", "extra_key", "extra_value"),
+    differentiable=("bias", "additional_keys", "additional_values"),
     flops=_flops,
-    modules={"triton": "launch", "tiled": "compiled", "reference": "reference"},
-    graph="tiled",
+    modules={"triton": "launch", "torch": "compiled", "reference": "reference"},
+    graph="torch",
     prepare=_prepare,
     title="neighborhood attention",
 )

@@ -14,7 +14,7 @@ __all__ = ["attend", "backward", "forward"]
 def forward(query: Tensor, key: Tensor, value: Tensor, call: NeighborhoodCall) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp."""
     found = None
-    if dense.serves(call.axes, query, key, value, call.bias, call.extra_key):
+    if dense.serves(call.axes, query, key, value, call.bias, call.additional_keys):
         found = dense.forward(query, key, value, axes=call.axes, scale=call.scale)
     return tiled.forward(query, key, value, call) if found is None else found
 
@@ -28,8 +28,8 @@ def backward(
     call: NeighborhoodCall,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, bias, extra_key and extra_value; see `tiled.backward`."""
-    if dense.serves(call.axes, query, key, value, call.bias, call.extra_key) and not gradients[1].any():
+    """Gradients of query, key, value, bias, additional_keys and additional_values; see `tiled.backward`."""
+    if dense.serves(call.axes, query, key, value, call.bias, call.additional_keys) and not gradients[1].any():
         out, lse = outputs
         grads = dense.backward(query, key, value, out, lse, gradients[0], axes=call.axes, scale=call.scale)
         return *grads, None, None, None

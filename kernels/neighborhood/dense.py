@@ -19,9 +19,8 @@ from torch.nn import functional as F
 
 from ..common.calling import is_plain_call, resolve_scale, wants_gradient
 from ..common.symbolic import known
-from ..window import Axis as WindowAxis
-from ..window import relative_bias
 from ..window import tiled as windows
+from ..window.tables import spread_bias
 from .geometry import Axis, window_bounds
 
 MOST_KEYS = 128  # of a window that is a whole group: its logits are kept for the backward
@@ -76,6 +75,8 @@ def _is_finite(x: Tensor) -> bool:
 
 def _groups(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """`[B, *spatial, heads, d]` as `[B * groups, *positions, heads, d]`."""
+    if all(a.dilation == 1 for a in axes):
+        return x
     rank = len(axes)
     x = x.view(x.shape[0], *[n for a in axes for n in (a.length // a.dilation, a.dilation)], *x.shape[-2:])
     order = (0, *range(2, 2 * rank + 1, 2), *range(1, 2 * rank, 2), 2 * rank + 1, 2 * rank + 2)
@@ -84,6 +85,8 @@ def _groups(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
 
 def _ungroup(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """The inverse of `_groups`."""
+    if all(a.dilation == 1 for a in axes):
+        return x
     rank = len(axes)
     x = x.view(-1, *[a.dilation for a in axes], *x.shape[1:])
     order = [i for axis in range(rank) for i in (1 + rank + axis, 1 + axis)]
@@ -118,17 +121,23 @@ def attend(
         return _ungroup(out.transpose(1, 2).unflatten(1, groups[0].shape[1:-2]), axes)
     window, spread = [a.window for a in axes], None
     if bias is not None:  # whose gradient is summed in float32 at least
-        spread = relative_bias(bias.to(torch.promote_types(query.dtype, torch.float32)), window=window)
-    q, k, v = groups
-    out, _ = windows.attend(q, k, v, axes=tuple(WindowAxis(w, w) for w in window), scale=factor, bias=spread, lse=False)
-    return _ungroup(out, axes)
+        spread = spread_bias(bias.to(torch.promote_types(query.dtype, torch.float32)), window)
+        spread = spread.reshape(key.shape[-2], -1, spread.shape[-1])  # heads that share a key head, in turn
+    q, k, v = (x.flatten(1, -3).unsqueeze(1) for x in groups)  # a group is one window of all its positions
+    out, _ = windows.attend_box(q, k, v, block=spread, scale=factor, lse=False)
+    return _ungroup(out.unflatten(1, window), axes)
 
 
 def serves(
-    axes: tuple[Axis, ...], query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, extra_key: Tensor | None
+    axes: tuple[Axis, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    additional_keys: Tensor | None,
 ) -> bool:
     """Whether `forward` and `backward` take a call of the operator of the tiled path."""
-    if bias is not None or extra_key is not None or any(a.queries is not None for a in axes):
+    if bias is not None or additional_keys is not None or any(a.queries is not None for a in axes):
         return False
     if query.device.type != "cpu" or query.shape != key.shape or key.shape != value.shape or not query.numel():
         return False

@@ -118,19 +118,23 @@ def attend_groups(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    extra_key: Tensor | None,
-    extra_value: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Output and log-sum-exp of all heads from those of groups, which `attend(axes, query, key, value, bias=,
-    extra_key=, extra_value=)` makes."""
+    additional_keys=, additional_values=)` makes."""
     if len(groups) == 1:
-        extra = {"extra_key": extra_key, "extra_value": extra_value}
+        extra = {"additional_keys": additional_keys, "additional_values": additional_values}
         return attend(groups[0].axes, query, key, value, bias=bias, **extra)
     outs, lses = [], []
     for group in groups:
-        k, v, ek, ev = (None if x is None else x[..., group.key_heads, :] for x in (key, value, extra_key, extra_value))
+        k, v, ek, ev = (
+            None if x is None else x[..., group.key_heads, :] for x in (key, value, additional_keys, additional_values)
+        )
         table = None if bias is None else _select_bias(bias, group)
-        out, lse = attend(group.axes, query[..., group.heads, :], k, v, bias=table, extra_key=ek, extra_value=ev)
+        out, lse = attend(
+            group.axes, query[..., group.heads, :], k, v, bias=table, additional_keys=ek, additional_values=ev
+        )
         outs.append(out)
         lses.append(lse)
     return _join(outs, groups, -2), None if lses[0] is None else _join(lses, groups, -1)

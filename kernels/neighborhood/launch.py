@@ -142,16 +142,20 @@ def configure(
 
 
 def extra_arguments(
-    query: Tensor, extra_key: Tensor | None, extra_value: Tensor | None, extra_mask: Tensor | None
+    query: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None, additional_mask: Tensor | None
 ) -> tuple:
     """Extra keys and values with their strides, which are visible, and where these end, as kernels take them."""
-    k, v = (query, query) if extra_key is None or extra_value is None else (extra_key, extra_value)
+    k, v = (
+        (query, query) if additional_keys is None or additional_values is None else (additional_keys, additional_values)
+    )
     pair = (k, k.stride()[:4], v, v.stride()[:4])
-    if extra_mask is None:
+    if additional_mask is None:
         return *pair, None, None
-    place = torch.arange(1, extra_mask.shape[1] + 1, dtype=torch.int32, device=extra_mask.device)
-    ends = torch.where(extra_mask, place, 0).amax(1) if place.numel() else extra_mask.sum(1, dtype=torch.int32)
-    return *pair, extra_mask.contiguous().view(torch.uint8), ends
+    place = torch.arange(1, additional_mask.shape[1] + 1, dtype=torch.int32, device=additional_mask.device)
+    ends = (
+        torch.where(additional_mask, place, 0).amax(1) if place.numel() else additional_mask.sum(1, dtype=torch.int32)
+    )
+    return *pair, additional_mask.contiguous().view(torch.uint8), ends
 
 
 @with_scratch
@@ -167,7 +171,11 @@ def forward(
     With a `factor`, float32 `[B, heads]`, query, key and extra key are e4m3 numbers whose products it multiplies.
     """
     axes, scale, bias = call.axes, call.scale, call.bias
-    extra_key, extra_value, extra_mask = call.extra_key, call.extra_value, call.extra_mask
+    additional_keys, additional_values, additional_mask = (
+        call.additional_keys,
+        call.additional_values,
+        call.additional_mask,
+    )
     rank, (batch, heads), widths = len(axes), (query.shape[0], query.shape[-2]), (key.shape[-1], value.shape[-1])
     out = torch.empty(*query.shape[:-1], widths[1], dtype=value.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
@@ -188,17 +196,17 @@ def forward(
             lse,
             factor,
             bias if bias is None else widen(bias, fixed["TABLE"]),
-            *extra_arguments(query, extra_key, extra_value, extra_mask),
+            *extra_arguments(query, additional_keys, additional_values, additional_mask),
             *grids(axes),
             heads,
-            0 if extra_key is None else extra_key.shape[1],
+            0 if additional_keys is None else additional_keys.shape[1],
             scale,
             GROUP=heads // key.shape[-2],
             EXTRA_KEYS=EXTRA_KEYS,
             QUANTIZED=factor is not None,
             BIAS=bias is not None,
-            EXTRA=extra_key is not None,
-            EXTRA_MASK=extra_mask is not None,
+            EXTRA=additional_keys is not None,
+            EXTRA_MASK=additional_mask is not None,
             **fixed,
         )
     return out, lse
@@ -214,20 +222,24 @@ def backward(
     call: NeighborhoodCall,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, bias, extra_key and extra_value, contiguous; None for those not given."""
+    """Gradients of query, key, value, bias and additional keys and values, contiguous; None where not given."""
     (out, lse), (grad_out, grad_lse) = outputs, gradients
     axes, scale, bias = call.axes, call.scale, call.bias
-    extra_key, extra_value, extra_mask = call.extra_key, call.extra_value, call.extra_mask
+    additional_keys, additional_values, additional_mask = (
+        call.additional_keys,
+        call.additional_values,
+        call.additional_mask,
+    )
     rank, (batch, heads), key_heads = len(axes), (query.shape[0], query.shape[-2]), key.shape[-2]
     widths, device = (key.shape[-1], value.shape[-1]), query.device
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, key, value))
     if batch == 0:
-        rest = (None if x is None else x.new_zeros(x.shape) for x in (bias, extra_key, extra_value))
+        rest = (None if x is None else x.new_zeros(x.shape) for x in (bias, additional_keys, additional_values))
         return dq, dk, dv, *rest
     out, lse, grad_lse = out.contiguous(), lse.contiguous(), grad_lse.contiguous()  # as the kernels take them
     delta = torch.empty_like(lse)
-    extra = 0 if extra_key is None else extra_key.shape[1]
-    extras = extra_arguments(query, extra_key, extra_value, extra_mask)
+    extra = 0 if additional_keys is None else additional_keys.shape[1]
+    extras = extra_arguments(query, additional_keys, additional_values, additional_mask)
     alike = widths[0] == widths[1]  # then dQ has the strides of out, and dV those of dK
     group = heads // key_heads
     q, k, v, do = ((x, grid_strides(x, rank)) for x in (query, key, value, grad_out))
@@ -255,8 +267,8 @@ def backward(
             GROUP=group,
             EXTRA_KEYS=EXTRA_KEYS,
             BIAS=bias is not None,
-            EXTRA=extra_key is not None,
-            EXTRA_MASK=extra_mask is not None,
+            EXTRA=additional_keys is not None,
+            EXTRA_MASK=additional_mask is not None,
             **fixed,
         )
         config = configure("key", axes, (query, grad_out), (query, key, value, grad_out, dk))
@@ -285,9 +297,11 @@ def backward(
         dbias = None if bias is None or not wanted[0] else bias_gradient(q, k, v, do, lse, delta, bias, axes, scale)
         dek, dev = (None, None)
         if extra and any(wanted[1:]):
-            dek, dev = extra_gradient(q, do, lse, delta, extra_key, extra_value, axes, scale, extra_mask)
-    if extra_key is not None and not extra:
-        dek, dev = torch.empty_like(extra_key), torch.empty_like(extra_value)
+            dek, dev = extra_gradient(
+                q, do, lse, delta, additional_keys, additional_values, axes, scale, additional_mask
+            )
+    if additional_keys is not None and not extra:
+        dek, dev = torch.empty_like(additional_keys), torch.empty_like(additional_values)
     return dq, dk, dv, dbias, dek, dev
 
 
@@ -323,26 +337,26 @@ def extra_gradient(
     do,
     lse,
     delta,
-    extra_key: Tensor,
-    extra_value: Tensor,
+    additional_keys: Tensor,
+    additional_values: Tensor,
     axes: tuple[Axis, ...],
     scale: float,
-    extra_mask: Tensor | None = None,
+    additional_mask: Tensor | None = None,
 ):
     """Gradients of the extra keys and values: partial sums of chunks of queries, added by torch in a fixed order."""
-    query, (batch, extra, key_heads, head_dim) = q[0], extra_key.shape
+    query, (batch, extra, key_heads, head_dim) = q[0], additional_keys.shape
     tokens = prod(map(query_count, axes))
     blocks = cdiv(extra, EXTRA_KEYS) * key_heads * batch
     chunk = max(MIN_CHUNK, cdiv(tokens, cdiv(PROGRAMS, blocks)))
     chunks = cdiv(tokens, chunk)
-    dk = torch.empty(chunks, *extra_key.shape, dtype=torch.float32, device=query.device)
-    dv = torch.empty(chunks, *extra_value.shape, dtype=torch.float32, device=query.device)
+    dk = torch.empty(chunks, *additional_keys.shape, dtype=torch.float32, device=query.device)
+    dv = torch.empty(chunks, *additional_values.shape, dtype=torch.float32, device=query.device)
     extra_kernel[(chunks * blocks,)](
         *q,
         *do,
         lse,
         delta,
-        *extra_arguments(query, extra_key, extra_value, extra_mask),
+        *extra_arguments(query, additional_keys, additional_values, additional_mask),
         dk,
         dv,
         unspecialised(padded([query_count(a) for a in axes], 1)),
@@ -352,7 +366,7 @@ def extra_gradient(
         chunk,
         scale,
         GROUP=query.shape[-2] // key_heads,
-        EXTRA_MASK=extra_mask is not None,
-        **extra_constants(head_dim, extra_value.shape[-1], query.element_size(), precision(query)),
+        EXTRA_MASK=additional_mask is not None,
+        **extra_constants(head_dim, additional_values.shape[-1], query.element_size(), precision(query)),
     )
-    return dk.sum(0).to(extra_key.dtype), dv.sum(0).to(extra_value.dtype)
+    return dk.sum(0).to(additional_keys.dtype), dv.sum(0).to(additional_values.dtype)

@@ -29,7 +29,7 @@ class Rounded(NamedTuple):
 
     Attributes:
         query: query over `query_scale`.
-        key, extra_key: key minus `mean` over `key_scale`.
+        key, additional_keys: key minus `mean` over `key_scale`.
         query_scale: float32 `[B, heads]`, powers of two.
         key_scale: float32 `[B, key_heads]`, powers of two.
         mean: float32 `[B, key_heads, head_dim]`, of all keys.
@@ -37,7 +37,7 @@ class Rounded(NamedTuple):
 
     query: Tensor
     key: Tensor
-    extra_key: Tensor | None
+    additional_keys: Tensor | None
     query_scale: Tensor
     key_scale: Tensor
     mean: Tensor
@@ -79,7 +79,12 @@ def _round(x: Tensor) -> Tensor:
 
 
 def quantize(
-    query: Tensor, key: Tensor, extra_key: Tensor | None, extra_mask: Tensor | None = None, *, cast: bool = True
+    query: Tensor,
+    key: Tensor,
+    additional_keys: Tensor | None,
+    additional_mask: Tensor | None = None,
+    *,
+    cast: bool = True,
 ) -> Rounded:
     """Round query and key to e4m3, in float32 where their own dtype would round, too; `cast` makes it float8_e4m3fn.
 
@@ -89,16 +94,16 @@ def quantize(
     tokens = tuple(range(1, query.dim() - 2))
     total, count = key.sum(tokens, dtype=torch.float32), prod(key.shape[1:-2])  # [B, key_heads, head_dim]
     highest, lowest = key.amax(tokens), key.amin(tokens)
-    if extra_key is not None and extra_key.shape[1]:
-        highs = lows = extra_key
-        if extra_mask is None:
-            count += extra_key.shape[1]
+    if additional_keys is not None and additional_keys.shape[1]:
+        highs = lows = additional_keys
+        if additional_mask is None:
+            count += additional_keys.shape[1]
         else:
-            hidden = ~extra_mask[..., None, None]
-            extra_key = extra_key.masked_fill(hidden, 0.0)
-            highs, lows = (extra_key.masked_fill(hidden, limit) for limit in (-torch.inf, torch.inf))
-            count = count + extra_mask.sum(1)[:, None, None]
-        total = total + extra_key.sum(1, dtype=torch.float32)
+            hidden = ~additional_mask[..., None, None]
+            additional_keys = additional_keys.masked_fill(hidden, 0.0)
+            highs, lows = (additional_keys.masked_fill(hidden, limit) for limit in (-torch.inf, torch.inf))
+            count = count + additional_mask.sum(1)[:, None, None]
+        total = total + additional_keys.sum(1, dtype=torch.float32)
         highest, lowest = torch.maximum(highest, highs.amax(1)), torch.minimum(lowest, lows.amin(1))
     mean = torch.where(total.isfinite(), total / count, 0.0)
     highest, lowest = highest - mean, lowest - mean
@@ -115,7 +120,7 @@ def quantize(
     return Rounded(
         nearest(query * _of_heads(1 / query_scale, query).to(query.dtype)),
         nearest(divided(key)),
-        None if extra_key is None else nearest(divided(extra_key)),
+        None if additional_keys is None else nearest(divided(additional_keys)),
         query_scale,
         key_scale,
         mean,
@@ -129,7 +134,7 @@ def restore(rounded: Rounded, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
     def scaled(x: Tensor, scale: Tensor) -> Tensor:
         return (x.to(accumulate) * _of_heads(scale, x)).clamp(-largest, largest).to(dtype)
 
-    extra = None if rounded.extra_key is None else scaled(rounded.extra_key, rounded.key_scale)
+    extra = None if rounded.additional_keys is None else scaled(rounded.additional_keys, rounded.key_scale)
     return scaled(rounded.query, rounded.query_scale), scaled(rounded.key, rounded.key_scale), extra
 
 

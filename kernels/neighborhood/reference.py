@@ -15,7 +15,11 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api.na2d`."""
     axes, scale, bias = call.axes, call.scale, call.bias
-    extra_key, extra_value, extra_mask = call.extra_key, call.extra_value, call.extra_mask
+    additional_keys, additional_values, additional_mask = (
+        call.additional_keys,
+        call.additional_values,
+        call.additional_mask,
+    )
     groups = query.shape[-2] // key.shape[-2]
     tokens = slice(1, 1 + len(axes))
     accumulate = torch.promote_types(query.dtype, torch.float32)
@@ -29,14 +33,14 @@ def attend(
     if bias is not None:
         logits = logits + bias.to(accumulate).flatten(1)[:, geometry.relative_index(axes, query.device)]
     logits = logits.masked_fill(~geometry.mask(axes, query.device), float("-inf"))
-    if extra_key is not None and extra_value is not None:
-        extras = [x.to(accumulate) for x in (extra_key, extra_value)]
-        if extra_mask is not None:
-            extras = [x.masked_fill(~extra_mask[..., None, None], 0.0) for x in extras]
+    if additional_keys is not None and additional_values is not None:
+        extras = [x.to(accumulate) for x in (additional_keys, additional_values)]
+        if additional_mask is not None:
+            extras = [x.masked_fill(~additional_mask[..., None, None], 0.0) for x in extras]
         ek, ev = (x.transpose(1, 2).repeat_interleave(groups, dim=1) for x in extras)
         extra_logits = q @ ek.transpose(-1, -2) * scale
-        if extra_mask is not None:
-            extra_logits = extra_logits.masked_fill(~extra_mask[:, None, None], float("-inf"))
+        if additional_mask is not None:
+            extra_logits = extra_logits.masked_fill(~additional_mask[:, None, None], float("-inf"))
         logits = torch.cat([logits, extra_logits], dim=-1)
         v = torch.cat([v, ev], dim=2)
     out = (logits.softmax(-1) @ v).transpose(1, 2).unflatten(1, query.shape[tokens])

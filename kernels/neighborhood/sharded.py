@@ -8,7 +8,7 @@ fetched go back to the owners, who add them in order of rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Required, TypedDict, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,10 @@ from ..common.calling import (
     Impl,
     Mask,
     PerHead,
-    check_extra,
+    additional_visibility,
+    check_additional,
     check_grids,
     choose,
-    extra_visibility,
     is_integer,
     wants_gradient,
 )
@@ -36,6 +36,32 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+class Options(TypedDict, total=False):
+    """Keyword arguments of `sharded_neighborhood_attention` but for `return_lse`, for type checkers."""
+
+    mesh: Required[DeviceMesh | ProcessGroup]
+    axis: int
+    lengths: Sequence[int] | None
+    window: Required[PerHead[int]]
+    stride: PerHead[int]
+    dilation: PerHead[int]
+    causal: PerHead[bool]
+    bias: Tensor | None
+    scale: float | None
+    additional_keys: Tensor | None
+    additional_values: Tensor | None
+    additional_mask: Mask | None
+    impl: Impl
+
+
+@overload
+def sharded_neighborhood_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def sharded_neighborhood_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
 def sharded_neighborhood_attention(
     query: Tensor,
     key: Tensor,
@@ -50,11 +76,12 @@ def sharded_neighborhood_attention(
     causal: PerHead[bool] = False,
     bias: Tensor | None = None,
     scale: float | None = None,
-    extra_key: Tensor | None = None,
-    extra_value: Tensor | None = None,
-    extra_mask: Mask | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    additional_mask: Mask | None = None,
+    return_lse: bool = False,
     impl: Impl = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """`na1d`, `na2d` or `na3d` on a grid of which every rank holds a piece (sequence parallelism).
 
     The pieces, in order of rank, are consecutive along one spatial axis; they may differ in length, and windows may
@@ -71,66 +98,25 @@ def sharded_neighborhood_attention(
             and compare their arguments, so that all of them refuse what does not fit. When given, nothing is compared:
             a call that differs between ranks hangs or fails in the communication.
         window, stride, dilation, causal: of the whole grid, also per head; see `na2d`.
-        bias, extra_key, extra_value, extra_mask: as in `na2d`, the same on every rank. Their gradients are those of
-            this rank's queries; the sum over ranks is that of one process.
-        scale, impl: as in `na2d`.
+        bias, additional_keys, additional_values, additional_mask: as in `na2d`, the same on every rank. Their gradients
+            are those of this rank's queries; the sum over ranks is that of one process.
+        scale, return_lse, impl: as in `na2d`.
 
     Returns:
-        `[B, *spatial, heads, value_dim]`, the piece of this rank's queries.
+        output `[B, *spatial, heads, value_dim]` of this rank's queries; with `return_lse` a tuple of it and the
+        log-sum-exp `[B, *spatial, heads]`, float32, or float64 for float64 inputs.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `na2d`; a mesh that is not initialised or has more than one
             dimension; an axis that does not exist; arguments that differ between ranks.
     """
-    out, _ = sharded_neighborhood_attention_lse(
-        query,
-        key,
-        value,
-        mesh=mesh,
-        axis=axis,
-        lengths=lengths,
-        window=window,
-        stride=stride,
-        dilation=dilation,
-        causal=causal,
-        bias=bias,
-        scale=scale,
-        extra_key=extra_key,
-        extra_value=extra_value,
-        extra_mask=extra_mask,
-        impl=impl,
-    )
-    return out
-
-
-def sharded_neighborhood_attention_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mesh: DeviceMesh | ProcessGroup,
-    axis: int = 0,
-    lengths: Sequence[int] | None = None,
-    window: PerHead[int],
-    stride: PerHead[int] = 1,
-    dilation: PerHead[int] = 1,
-    causal: PerHead[bool] = False,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-    extra_key: Tensor | None = None,
-    extra_value: Tensor | None = None,
-    extra_mask: Mask | None = None,
-    impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`sharded_neighborhood_attention` and the natural log-sum-exp of its logits, both differentiable.
-
-    Returns:
-        output `[B, *spatial, heads, value_dim]` and log-sum-exp `[B, *spatial, heads]`, the latter
-        float32, or float64 for float64 inputs.
-    """
     group = _process_group(mesh)
     neighborhood = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
-    extra = {"extra_key": extra_key, "extra_value": extra_value, "extra_mask": extra_mask}
+    extra = {
+        "additional_keys": additional_keys,
+        "additional_values": additional_values,
+        "additional_mask": additional_mask,
+    }
     given = {"bias": bias, "scale": scale, **extra, "impl": impl}
     if lengths is None:
         lengths = _agree(group, query, key, value, axis, neighborhood, given)
@@ -146,7 +132,7 @@ def sharded_neighborhood_attention_lse(
         )
     shape = [sum(lengths) if i == axis else n for i, n in enumerate(query.shape[1:-2])]
     groups = head_groups(shape, query.shape[-2], key.shape[-2], **neighborhood)
-    rest = {"scale": scale, "extra_mask": extra_visibility(extra_mask, extra_key), "impl": impl}
+    rest = {"scale": scale, "additional_mask": additional_visibility(additional_mask, additional_keys), "impl": impl}
 
     def attend(axes: tuple[Axis, ...], query: Tensor, key: Tensor, value: Tensor, **tensors):
         if len(lengths) == 1:
@@ -161,9 +147,8 @@ def sharded_neighborhood_attention_lse(
             return attend_part(shards[rank].parts[0], query, key, value)
         return _attend_parts(query, key, value, dim=1 + axis, shard=shards[rank], group=group, attend=attend_part)
 
-    out, lse = attend_groups(groups, attend, query, key, value, bias, extra_key, extra_value)
-    assert lse is not None
-    return out, lse
+    out, lse = attend_groups(groups, attend, query, key, value, bias, additional_keys, additional_values)
+    return out if lse is None or not return_lse else (out, lse)
 
 
 def _attend_parts(
@@ -219,9 +204,9 @@ def _describe(query: Tensor, key: Tensor, value: Tensor, axis: int, neighborhood
     tensors = {"query": query, "key": key, "value": value}
     if rest["bias"] is not None:
         check_bias(spread["window"], query, rest["bias"])
-    check_extra(key, value, rest["extra_key"], rest["extra_value"])
-    extra_visibility(rest["extra_mask"], rest["extra_key"])
-    names = ("bias", "extra_key", "extra_value", "extra_mask")
+    check_additional(key, value, rest["additional_keys"], rest["additional_values"])
+    additional_visibility(rest["additional_mask"], rest["additional_keys"])
+    names = ("bias", "additional_keys", "additional_values", "additional_mask")
     tensors |= {name: rest[name] for name in names if rest[name] is not None}
     choose(query, rest["impl"], value)
     shapes = {}

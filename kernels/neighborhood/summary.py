@@ -44,7 +44,7 @@ def find_neighborhoods(
     dilation: PerHead[int] = 1,
     causal: PerHead[bool] = False,
     bias: Tensor | None = None,
-    extra_key: Tensor | None = None,
+    additional_keys: Tensor | None = None,
     grid: Sequence[int] | None = None,
     qk_dtype: torch.dtype | None = None,
     **_: Any,
@@ -54,7 +54,7 @@ def find_neighborhoods(
     query, key = (on_grid("query", x, rank, grid) for x in (query, key))
     neighborhood = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
     groups = head_groups(query.shape[1:-2], query.shape[-2], key.shape[-2], **neighborhood)
-    extra = 0 if extra_key is None else extra_key.shape[1]
+    extra = 0 if additional_keys is None else additional_keys.shape[1]
     return Neighborhoods(tuple(groups), extra, bias is not None, qk_dtype, grid)
 
 

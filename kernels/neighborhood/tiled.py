@@ -39,7 +39,7 @@ def attend(
 
     Both are differentiable once; a second derivative raises RuntimeError.
     """
-    tensors = call.bias, call.extra_key, call.extra_value, call.extra_mask
+    tensors = call.bias, call.additional_keys, call.additional_values, call.additional_mask
     return _Attention.apply(query, key, value, *tensors, call.axes, call.scale)
 
 
@@ -57,17 +57,17 @@ def _prepare(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    extra_key: Tensor | None,
-    extra_value: Tensor | None,
-    extra_mask: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    additional_mask: Tensor | None,
 ) -> _Rows:
     d, hidden = query.shape[-1], None
     k, v = key.reshape(-1, d), value.reshape(-1, value.shape[-1])
-    if extra_key is not None and extra_value is not None:
-        extras = (extra_key, extra_value)
-        if extra_mask is not None:  # masked tokens may hold anything
-            extras = [x.masked_fill(~extra_mask[..., None, None], 0) for x in extras]
-            hidden = ~extra_mask.flatten()
+    if additional_keys is not None and additional_values is not None:
+        extras = (additional_keys, additional_values)
+        if additional_mask is not None:  # masked tokens may hold anything
+            extras = [x.masked_fill(~additional_mask[..., None, None], 0) for x in extras]
+            hidden = ~additional_mask.flatten()
         k, v = (torch.cat([x, extra.reshape(-1, x.shape[-1])]) for x, extra in zip((k, v), extras, strict=True))
     # A box holds values that a query must not see, and zero times NaN is NaN: the values are made finite, and the keys
     # of those that were not become NaN, which masks keep out. On CPU it costs nothing to look whether it is needed.
@@ -92,8 +92,10 @@ def _known_axis(axis: Axis) -> tuple[int, int, bool, int, int]:
     return axis.window, axis.stride, axis.causal, length, index(tiled_plan.query_positions(axis)) if axis.queries else 0
 
 
-def _make_plan(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None, axes: tuple[Axis, ...]) -> Plan:
-    extra = 0 if extra_key is None else extra_key.shape[1]
+def _make_plan(
+    query: Tensor, key: Tensor, value: Tensor, additional_keys: Tensor | None, axes: tuple[Axis, ...]
+) -> Plan:
+    extra = 0 if additional_keys is None else additional_keys.shape[1]
     group, d = index(query.shape[-2] // key.shape[-2]), _width(query, value)
     if tracing():  # the tables join the graph
         axes = tuple(Axis(a.length, index(a.window), index(a.stride), index(a.dilation), *a[4:]) for a in axes)
@@ -297,9 +299,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value dim]` and log-sum-exp `[B, *spatial, heads]`."""
     axes, scale, bias = call.axes, call.scale, call.bias
-    extra_key, extra_value, extra_mask = call.extra_key, call.extra_value, call.extra_mask
-    plan = _make_plan(query, key, value, extra_key, axes)
-    rows = _prepare(query, key, value, extra_key, extra_value, extra_mask)
+    additional_keys, additional_values, additional_mask = (
+        call.additional_keys,
+        call.additional_values,
+        call.additional_mask,
+    )
+    plan = _make_plan(query, key, value, additional_keys, axes)
+    rows = _prepare(query, key, value, additional_keys, additional_values, additional_mask)
     accumulate = _accumulate(query)
     table = _bias_by_class(plan, bias, accumulate)
     splits = _splits(plan, rows, 2, 2)
@@ -329,7 +335,7 @@ def backward(
     call: NeighborhoodCall,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, bias, extra_key and extra_value, None for those not given or not
+    """Gradients of query, key, value, bias, additional_keys and additional_values, None for those not given or not
     `wanted`.
 
     The output is read only where boxes are cut into slabs; see `reads_output`.
@@ -337,9 +343,13 @@ def backward(
     (out, lse), (grad_out, grad_lse) = outputs, gradients
     assert lse is not None
     axes, scale, bias = call.axes, call.scale, call.bias
-    extra_key, extra_value, extra_mask = call.extra_key, call.extra_value, call.extra_mask
-    plan = _make_plan(query, key, value, extra_key, axes)
-    rows = _prepare(query, key, value, extra_key, extra_value, extra_mask)
+    additional_keys, additional_values, additional_mask = (
+        call.additional_keys,
+        call.additional_values,
+        call.additional_mask,
+    )
+    plan = _make_plan(query, key, value, additional_keys, axes)
+    rows = _prepare(query, key, value, additional_keys, additional_values, additional_mask)
     accumulate, width = lse.dtype, value.shape[-1]
     table = _bias_by_class(plan, bias, accumulate)
     output = None if out is None or plan.slabs == 1 else out.reshape(-1, width)
@@ -365,32 +375,36 @@ def backward(
         grad_key[:tokens].view(key.shape),
         grad_value[:tokens].view(value.shape),
         None if bias is None or sums.bias is None or not wanted[0] else _bias_gradient(sums.bias, plan, bias),
-        None if extra_key is None or not wanted[1] else grad_key[tokens:].clone().view(extra_key.shape),
-        None if extra_value is None or not wanted[2] else grad_value[tokens:].clone().view(extra_value.shape),
+        None if additional_keys is None or not wanted[1] else grad_key[tokens:].clone().view(additional_keys.shape),
+        None
+        if additional_values is None or not wanted[2]
+        else grad_value[tokens:].clone().view(additional_values.shape),
     )
 
 
-def reads_output(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None, axes: tuple[Axis, ...]) -> bool:
+def reads_output(
+    query: Tensor, key: Tensor, value: Tensor, additional_keys: Tensor | None, axes: tuple[Axis, ...]
+) -> bool:
     """Whether the backward of a call reads its output."""
-    return not tracing() and _make_plan(query, key, value, extra_key, axes).slabs > 1
+    return not tracing() and _make_plan(query, key, value, additional_keys, axes).slabs > 1
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, bias, extra_key, extra_value, extra_mask, axes, scale):
+    def forward(ctx, query, key, value, bias, additional_keys, additional_values, additional_mask, axes, scale):
         ctx.axes, ctx.scale = axes, scale
-        call = NeighborhoodCall(axes, scale, bias, extra_key, extra_value, extra_mask)
+        call = NeighborhoodCall(axes, scale, bias, additional_keys, additional_values, additional_mask)
         out, lse = forward(query, key, value, call)
         # What is not kept may be written to.
-        kept = out if reads_output(query, key, value, extra_key, axes) else None
-        ctx.save_for_backward(query, key, value, bias, extra_key, extra_value, extra_mask, kept, lse)
+        kept = out if reads_output(query, key, value, additional_keys, axes) else None
+        ctx.save_for_backward(query, key, value, bias, additional_keys, additional_values, additional_mask, kept, lse)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        query, key, value, bias, extra_key, extra_value, extra_mask, out, lse = ctx.saved_tensors
-        call = NeighborhoodCall(ctx.axes, ctx.scale, bias, extra_key, extra_value, extra_mask)
+        query, key, value, bias, additional_keys, additional_values, additional_mask, out, lse = ctx.saved_tensors
+        call = NeighborhoodCall(ctx.axes, ctx.scale, bias, additional_keys, additional_values, additional_mask)
         wanted = ctx.needs_input_grad[3:6]
         with without_autocast(grad_out.device):  # as in the forward
             grads = backward(query, key, value, (out, lse), (grad_out, grad_lse), call, wanted)

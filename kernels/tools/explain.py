@@ -119,6 +119,7 @@ def explain(
     """
     name, function = _find(operator)
     check_arguments(function, query, key, value, impl=impl, **arguments)
+    arguments.pop("return_lse", None)  # changes neither the implementation nor the cost
     call = f"{tuple(query.shape)} {str(query.dtype).removeprefix('torch.')} on {query.device}"
 
     # how tensors fit together, checked by the operator on some without data

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
+from typing import Literal, Required, TypedDict, Unpack, overload
 
 from torch import Tensor
 
@@ -10,8 +11,9 @@ from ..common.calling import Impl, PerAxis, check_grids, choose, obstacles, per_
 from ..common.symbolic import known
 from . import library, reference, tiled
 from .geometry import Axis
+from .tables import spread_bias
 
-__all__ = ["choose", "make_axes", "obstacles", "relative_bias", "window_attention", "window_attention_lse"]
+__all__ = ["choose", "make_axes", "obstacles", "relative_bias", "window_attention"]
 
 
 def make_axes(
@@ -84,12 +86,31 @@ def _attend(query, key, value, window, shift, halo, bias, scale, impl, *, lse: b
     chosen = choose(query, impl, value)
     scale = resolve_scale(query, scale)
     with without_autocast(query.device):
-        if chosen == "tiled":
+        if chosen == "torch":
             return tiled.attend(query, key, value, axes=axes, scale=scale, bias=bias, lse=lse)
         implementation = library if chosen == "triton" else reference
         return implementation.attend(query, key, value, axes=axes, scale=scale, bias=bias)
 
 
+class Options(TypedDict, total=False):
+    """Keyword arguments of `window_attention` but for `return_lse`, for type checkers."""
+
+    window: Required[PerAxis[int]]
+    shift: PerAxis[int]
+    halo: PerAxis[int]
+    bias: Tensor | None
+    scale: float | None
+    impl: Impl
+
+
+@overload
+def window_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def window_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
 @operator
 def window_attention(
     query: Tensor,
@@ -101,8 +122,9 @@ def window_attention(
     halo: PerAxis[int] = 0,
     bias: Tensor | None = None,
     scale: float | None = None,
+    return_lse: bool = False,
     impl: Impl = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention inside the windows of a sequence, an image or a clip (arXiv:2103.14030, arXiv:2103.12731).
 
     The grid is cut into windows from its origin, and every query attends to its window. Where the window does not
@@ -126,41 +148,19 @@ def window_attention(
             of the rolled grid. Every query must keep a key whose bias is not -inf: of one that sees nothing the result
             is undefined. `relative_bias` makes one from a table.
         scale: factor on query . key; head_dim ** -0.5 when None.
-        impl: "auto" takes the fused kernels on CUDA and ROCm and plain PyTorch elsewhere; "triton", "tiled" or
+        impl: "auto" takes the fused kernels on CUDA and ROCm and plain PyTorch elsewhere; "triton", "torch" or
             "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
 
     Returns:
-        `[B, *spatial, heads, value_dim]` in the dtype of query.
+        output `[B, *spatial, heads, value_dim]` in the dtype of query; with `return_lse` a tuple of it and the
+        log-sum-exp `[B, *spatial, heads]`, float32, or float64 for float64 inputs.
 
     Raises:
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
         NotImplementedError: `impl` cannot take this call; the message says why.
     """
-    return _attend(query, key, value, window, shift, halo, bias, scale, impl, lse=False)[0]
-
-
-@operator
-def window_attention_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    window: PerAxis[int],
-    shift: PerAxis[int] = 0,
-    halo: PerAxis[int] = 0,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-    impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`window_attention` and the natural log-sum-exp of its logits, both differentiable.
-
-    Returns:
-        output `[B, *spatial, heads, value_dim]` and log-sum-exp `[B, *spatial, heads]`, the latter float32, or float64
-        for float64 inputs.
-    """
-    out, lse = _attend(query, key, value, window, shift, halo, bias, scale, impl, lse=True)
-    assert lse is not None
-    return out, lse
+    out, lse = _attend(query, key, value, window, shift, halo, bias, scale, impl, lse=return_lse)
+    return out if lse is None or not return_lse else (out, lse)
 
 
 @operator
@@ -184,6 +184,4 @@ def relative_bias(table: Tensor, *, window: Sequence[int], halo: PerAxis[int] = 
         raise ValueError(
             f"table.shape={tuple(table.shape)} must be [heads, *(2 * (window + halo) - 1)] = [heads, *{expected}]"
         )
-    for axis, (w, h) in enumerate(zip(window, halos, strict=True), 1):
-        table = table.unfold(axis, w + 2 * h, 1)  # from the last query of the axis to the first
-    return table.flip(tuple(range(1, 1 + len(window)))).flatten(1 + len(window)).flatten(1, -2)
+    return spread_bias(table, window, halos)

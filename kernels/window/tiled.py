@@ -111,13 +111,31 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
     mask, width = None if bias is None else bias.to(dtype)[None], max(q.shape[-1], v.shape[-1])
     rows = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     out = F.scaled_dot_product_attention(*(x.to(dtype) for x in rows), attn_mask=mask, scale=scale)
-    return out[..., : v.shape[-1]].to(q.dtype)
+    return (out if v.shape[-1] == width else out[..., : v.shape[-1]]).to(q.dtype)
 
 
 def _is_fused(tensors: tuple[Tensor, ...], bias: Tensor | None, rows: int, lse: bool) -> bool:
     """Whether PyTorch's fused attention computes a box: faster for many rows, but it has no lse."""
     least = FUSED_TRAINING if wants_gradient(*tensors) else FUSED_INFERENCE
     return not lse and not wants_gradient(bias) and known(rows >= least)
+
+
+def attend_box(
+    q: Tensor, k: Tensor, v: Tensor, *, block: Tensor | None, scale: float, lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Output and, with `lse`, log-sum-exp of a box of windows of one shape, as parts of the grid.
+
+    Args:
+        q, k, v: `[B, (count, size) per axis, heads, d]`.
+        block: bias `[key heads, rows, keys]`, see `_block`.
+    """
+    rank, key_heads = (q.dim() - 3) // 2, k.shape[-2]
+    fused = _is_fused((q, k, v), block, prod(q.shape[2:-2:2]), lse)
+    q_rows, k_rows, v_rows = [_rows(x, rank, key_heads, fused) for x in (q, k, v)]
+    if fused:
+        return _tokens(_fused(q_rows, k_rows, v_rows, block, scale), q, key_heads), None
+    out, found = _softmax(q_rows, k_rows, v_rows, block, scale, lse)
+    return _tokens(out, q, key_heads), None if found is None else _tokens(found, q, key_heads)
 
 
 def attend(
@@ -133,7 +151,7 @@ def attend(
     """Output `[B, *spatial, heads, value_dim]` and, unless `lse` is off, natural log-sum-exp `[B, *spatial, heads]`."""
     if rolled.covers(axes):
         return rolled.attend(query, key, value, axes=axes, scale=scale, bias=bias)
-    rank, heads, key_heads, dtype = len(axes), query.shape[-2], key.shape[-2], query.dtype
+    heads, key_heads, dtype = query.shape[-2], key.shape[-2], query.dtype
     if any(a.halo for a in axes):  # gradients of keys that several windows see are summed in float32
         query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     table = None
@@ -146,14 +164,9 @@ def attend(
     outs, lses = [], []
     for combination, q, k, v in zip(product(*shapes), *boxes, strict=True):
         block = _block(table, combination, key_heads)
-        fused = _is_fused((q, k, v), bias, prod([r.queries for r in combination]), lse)
-        q_rows, k_rows, v_rows = [_rows(x, rank, key_heads, fused) for x in (q, k, v)]
-        if fused:
-            block_out, block_lse = _fused(q_rows, k_rows, v_rows, block, scale), None
-        else:
-            block_out, block_lse = _softmax(q_rows, k_rows, v_rows, block, scale, lse)
-        outs.append(_tokens(block_out, q, key_heads))
+        block_out, block_lse = attend_box(q, k, v, block=block, scale=scale, lse=lse)
+        outs.append(block_out)
         if block_lse is not None:
-            lses.append(_tokens(block_lse, q, key_heads))
+            lses.append(block_lse)
     counts = [len(s) for s in shapes]
     return _join(outs, counts).to(dtype), _join(lses, counts) if lses else None

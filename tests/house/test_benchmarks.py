@@ -166,7 +166,7 @@ def test_ours_and_the_written_out_form_are_held_to_the_reference(benchmark, dtyp
     ours = benchmark.ours
     benchmark = type(benchmark)()
     benchmark.ours = lambda case, impl="auto": (
-        ours(case, impl) if impl == "reference" else lambda **x: 1.01 * ours(case, "tiled")(**x)
+        ours(case, impl) if impl == "reference" else lambda **x: 1.01 * ours(case, "torch")(**x)
     )
     with pytest.raises(WrongResultError, match=f"{case.kernel} .* off by"):
         benchmark.verify(case, CPU)

@@ -19,17 +19,17 @@ PLAIN = Case((13, 11), (13, 11), agents=16, batch=2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_random_cases(dtype):
     for case in cases(300, seed=0):
-        check(case, dtype, "tiled")
+        check(case, dtype, "torch")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_random_cases_in_half_precision(dtype):
     for case in cases(80, seed=1):
         if case.agents > 1:  # one agent has gradients of zero, and of the rounding of float32 where softmax is fused
-            check(case, dtype, "tiled")
+            check(case, dtype, "torch")
 
 
-@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_the_definition(impl):
     """One head of one entry, token by token."""
     case = replace(FULL, heads=1)
@@ -56,19 +56,19 @@ def test_gradcheck(case):
     inputs = {name: x for name, x in make_inputs(case, torch.float64).items() if x is not None}
 
     def operator(*tensors):
-        return agent_attention(**dict(zip(inputs, tensors, strict=True)), **case.options, impl="tiled")
+        return agent_attention(**dict(zip(inputs, tensors, strict=True)), **case.options, impl="torch")
 
     assert torch.autograd.gradcheck(operator, tuple(inputs.values()))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
-    check(replace(FULL, layout=layout), torch.float64, "tiled")
+    check(replace(FULL, layout=layout), torch.float64, "torch")
 
 
 def test_repeats_bitwise():
     inputs = make_inputs(FULL, torch.float32)
-    first, second = (run(FULL, inputs, "tiled") for _ in range(2))
+    first, second = (run(FULL, inputs, "torch") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -77,7 +77,7 @@ def test_an_agent_that_sees_nothing_is_nan_with_and_without_gradients(agents):
     query, key, value = torch.randn(3, 1, 8, 8, 2, 4)
     agent, bias = torch.randn(1, agents, 2, 4), torch.randn(2, agents, 64)
     bias[0, 3] = -float("inf")
-    for impl in ("tiled", "reference"):
+    for impl in ("torch", "reference"):
         for x in (query, query.clone().requires_grad_()):
             out = agent_attention(x, key, value, agent, agent_bias=bias, impl=impl)
             assert out[..., 0, :].isnan().all() and out[..., 1, :].isfinite().all()
@@ -94,7 +94,7 @@ def test_compile():
     torch._dynamo.reset()
     operator = torch.compile(agent_attention, fullgraph=True, dynamic=False, backend="aot_eager")
     for case in (FULL, PLAIN):
-        check(case, torch.float32, "tiled", operator=operator)
+        check(case, torch.float32, "torch", operator=operator)
 
 
 def test_compile_dynamic_does_not_recompile():
@@ -102,7 +102,7 @@ def test_compile_dynamic_does_not_recompile():
     counter = CompileCounterWithBackend("aot_eager")
     operator = torch.compile(agent_attention, fullgraph=True, dynamic=True, backend=counter)
     for shape, key_shape, agents in (((14, 12), (6, 7), 9), ((25, 6), (5, 11), 17), ((19, 31), (10, 24), 4)):
-        check(replace(FULL, shape=shape, key_shape=key_shape, agents=agents), torch.float32, "tiled", operator=operator)
+        check(replace(FULL, shape=shape, key_shape=key_shape, agents=agents), torch.float32, "torch", operator=operator)
     assert counter.frame_count == 1
 
 
@@ -172,7 +172,7 @@ def test_triton_is_not_replaced_in_silence():
 
 def test_explain():
     text = str(explain(agent_attention, Q, Q, Q, agent=A, query_bias=torch.zeros(2, 48, 9)))
-    assert "agent_attention of (1, 6, 8, 2, 4) float32 on cpu takes: tiled" in text
+    assert "agent_attention of (1, 6, 8, 2, 4) float32 on cpu takes: torch" in text
     assert "triton" in text and "cannot: " in text
     found = explain("agent_attention", Q, Q, Q, agent=A, query_bias=torch.zeros(2, 48, 9)).cost
     assert found["agents"] == 9 and found["forward_flops"] == 4 * 2 * 4 * 9 * 96

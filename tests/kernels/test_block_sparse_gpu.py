@@ -3,6 +3,7 @@
 `--cases 800` is the long run.
 """
 
+from functools import partial
 from itertools import islice
 from random import Random
 
@@ -11,7 +12,7 @@ import torch
 from block_sparse_matrix import Case, cases, check, make_inputs, make_mask, run
 from foveal.kernels.block_sparse import configs
 from foveal.kernels.block_sparse.configs import Size
-from foveal.kernels.ops import block_sparse_attention, block_sparse_attention_lse, explain, routing_attention2d
+from foveal.kernels.ops import block_sparse_attention, explain, routing_attention2d
 from operator_matrix import assert_same_bits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")]
@@ -76,5 +77,5 @@ def test_keys_are_not_gathered():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(dynamic):
     torch._dynamo.reset()
-    compiled = torch.compile(block_sparse_attention_lse, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(partial(block_sparse_attention, return_lse=True), fullgraph=True, dynamic=dynamic)
     check(IMAGE, torch.float32, "triton", device="cuda", operator=compiled)

@@ -33,7 +33,7 @@ def gather_regions(query: Tensor, key: Tensor, value: Tensor, size: tuple[int, i
     return out.reshape(batch, rows * size[0], columns * size[1], heads, d)[:, :height, :width]
 
 
-@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize(
     ("shape", "arguments", "size"),
     [
@@ -139,7 +139,7 @@ def test_other_arguments_are_checked():
 
 def test_explained():
     found = explain(block_sparse_attention, X, X, X, mask=mask(kv_len=torch.tensor([40, 49, 49, 49]).int()))
-    assert found.impl == "tiled"
+    assert found.impl == "torch"
     assert found.cost["keys_per_query"] == 40
     assert found.cost["forward_flops"] == 4 * 2 * 8 * 14 * 14 * 40
     found = explain(routing_attention2d, X, X, X, topk=3, regions=2)

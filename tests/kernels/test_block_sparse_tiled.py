@@ -1,12 +1,13 @@
 """The plain path of block-sparse attention against the reference, and how it behaves in torch."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from block_sparse_matrix import TENSORS, Case, cases, check, make_inputs, make_mask, opcheck, run
 from foveal.kernels.block_sparse import mask as masks
-from foveal.kernels.ops import BlockMask, block_sparse_attention, block_sparse_attention_lse, routing_attention2d
+from foveal.kernels.ops import BlockMask, block_sparse_attention, routing_attention2d
 from torch._dynamo.testing import CompileCounterWithBackend
 
 CASE = Case(
@@ -29,7 +30,7 @@ CASE = Case(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_random_cases_match_the_reference(dtype):
     for case in cases(n=150 if dtype.itemsize > 2 else 50, seed=dtype.itemsize):
-        check(case, dtype, "tiled")
+        check(case, dtype, "torch")
 
 
 def test_chunks_and_parts_change_nothing(monkeypatch):
@@ -42,7 +43,7 @@ def test_chunks_and_parts_change_nothing(monkeypatch):
         shape=(300,), key_shape=(40,), query_block=(150,), key_block=(16,), most=3, batch=3, heads=4, key_heads=2
     )
     for case in (*cases(n=60, seed=3), long, replace(long, per_head=True)):
-        check(case, torch.float64, "tiled")
+        check(case, torch.float64, "torch")
 
 
 def test_lists_say_who_is_seen():
@@ -57,19 +58,19 @@ def test_lists_say_who_is_seen():
     logits = query.flatten(1, 3) @ key.flatten(1, 3).mT * 8**-0.5
     logits = logits.masked_fill(~seen[box.flatten()][:, box.flatten()], float("-inf"))
     expected = logits.softmax(-1).nan_to_num(0) @ value.flatten(1, 3)
-    for impl in ("reference", "tiled"):
-        out, lse = block_sparse_attention_lse(query, key, value, mask=mask, impl=impl)
+    for impl in ("reference", "torch"):
+        out, lse = block_sparse_attention(query, key, value, mask=mask, impl=impl, return_lse=True)
         torch.testing.assert_close(out.flatten(1, 3), expected)
         torch.testing.assert_close(lse.flatten(1), logits.logsumexp(-1))
 
 
-@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_empty_lists(impl):
     """Output 0, log-sum-exp -inf, gradients 0."""
     case = Case(shape=(6,), key_shape=(6,), query_block=(2,), key_block=(3,), most=2)
     inputs = make_inputs(case, torch.float32)
     mask = make_mask(case)._replace(kv_num=torch.zeros(1, 1, 3, dtype=torch.int32))
-    out, lse = block_sparse_attention_lse(**inputs, mask=mask, impl=impl)
+    out, lse = block_sparse_attention(**inputs, mask=mask, impl=impl, return_lse=True)
     assert (out == 0).all() and (lse == float("-inf")).all()
     grads = torch.autograd.grad(
         (out, lse), [inputs[n] for n in TENSORS[:3]], (torch.ones_like(out), torch.ones_like(lse))
@@ -94,8 +95,16 @@ def test_gradcheck():
     mask = make_mask(replace(CASE, q_len=False), inverse=False)
 
     def call(*tensors):
-        query, key, value, extra_key, extra_value = tensors
-        return block_sparse_attention_lse(query, key, value, extra_key=extra_key, extra_value=extra_value, mask=mask)
+        query, key, value, additional_keys, additional_values = tensors
+        return block_sparse_attention(
+            query,
+            key,
+            value,
+            additional_keys=additional_keys,
+            additional_values=additional_values,
+            mask=mask,
+            return_lse=True,
+        )
 
     assert torch.autograd.gradcheck(call, tuple(inputs[n] for n in TENSORS), fast_mode=True)
 
@@ -105,7 +114,7 @@ def test_what_is_not_listed_is_not_read():
     case = replace(CASE, heads=2, batch=1, bias=False)
     mask, inputs = make_mask(case), make_inputs(case, torch.float32)
     mask = mask._replace(kv_num=mask.kv_num.clamp(max=1), kv_idx=mask.kv_idx.clamp(min=0) % 4)
-    clean = run(case, inputs, "tiled", mask=mask)
+    clean = run(case, inputs, "torch", mask=mask)
     poisoned = {n: x.detach().clone() for n, x in inputs.items()}
     box, place = masks.box_of_token(case.key_shape, case.key_block, torch.device("cpu"))
     dead = ((box >= 4) | (place >= mask.kv_len[box])).view(case.key_shape)
@@ -113,7 +122,7 @@ def test_what_is_not_listed_is_not_read():
     absent = (place >= mask.q_len[box]).view(case.shape)
     assert dead.any() and absent.any()
     poisoned["key"][:, dead] = poisoned["value"][:, dead] = poisoned["query"][:, absent] = float("nan")
-    dirty = run(case, {n: x.requires_grad_() for n, x in poisoned.items()}, "tiled", mask=mask)
+    dirty = run(case, {n: x.requires_grad_() for n, x in poisoned.items()}, "torch", mask=mask)
     assert all(torch.equal(clean[name], dirty[name]) for name in clean)
 
 
@@ -121,13 +130,13 @@ def test_nan_that_is_listed_shows():
     query, key, value = torch.randn(3, 1, 8, 1, 4)
     key[0, 5] = float("nan")
     mask = BlockMask((4,), (4,), torch.ones(1, 1, 2).int(), torch.tensor([[[[0], [1]]]]).int())
-    out = block_sparse_attention(query, key, value, mask=mask, impl="tiled")
+    out = block_sparse_attention(query, key, value, mask=mask, impl="torch")
     assert out[0, :4].isfinite().all() and out[0, 4:].isnan().all()
 
 
 def test_results_are_the_same_bits_every_time():
     inputs = make_inputs(CASE, torch.float32)
-    first, second = run(CASE, inputs, "tiled"), run(CASE, inputs, "tiled")
+    first, second = run(CASE, inputs, "torch"), run(CASE, inputs, "torch")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -139,7 +148,7 @@ def test_memory_is_linear_in_tokens():
         kv_idx = torch.arange(tokens // 64)[:, None].add(torch.arange(4)).remainder(tokens // 64).int()[None, None]
         mask = BlockMask((64,), (64,), torch.full(kv_idx.shape[:-1], 4).int(), kv_idx)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            block_sparse_attention(query, key, value, mask=mask, impl="tiled").sum().backward()
+            block_sparse_attention(query, key, value, mask=mask, impl="torch").sum().backward()
         now = most = 0
         records = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
         for record in sorted(records, key=lambda e: e.start_ns()):
@@ -156,12 +165,14 @@ def test_memory_is_linear_in_tokens():
 def test_compiled_as_one_operator(dynamic):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(block_sparse_attention_lse, fullgraph=True, dynamic=dynamic, backend=counter)
+    compiled = torch.compile(
+        partial(block_sparse_attention, return_lse=True), fullgraph=True, dynamic=dynamic, backend=counter
+    )
     shapes = ((7, 10), (9, 14), (11, 13)) if dynamic else ((7, 10),)
     for shape in shapes:
-        check(replace(CASE, shape=shape), torch.float32, "tiled", operator=compiled)
+        check(replace(CASE, shape=shape), torch.float32, "torch", operator=compiled)
     called = [node.target for node in counter.graphs[0].graph.nodes if node.op == "call_function"]
-    assert called.count(torch.ops.foveal.block_sparse_tiled_forward) == 1
+    assert called.count(torch.ops.foveal.block_sparse_torch_forward) == 1
     assert torch.bmm not in called
 
 
@@ -170,7 +181,7 @@ def test_compiled_as_one_operator(dynamic):
     "case", [replace(CASE, value_dim=20), replace(CASE, inverse=True, extra=0, bias=False, layout="fused")]
 )
 def test_opcheck(case, requires_grad):
-    opcheck("block_sparse_tiled", case, requires_grad=requires_grad)
+    opcheck("block_sparse_torch", case, requires_grad=requires_grad)
 
 
 def test_routing_compiled_for_any_size():
@@ -196,7 +207,7 @@ def test_exported():
 
 def test_second_derivatives_are_refused():
     query, key, value = (x.requires_grad_() for x in torch.randn(3, 1, 14, 14, 1, 8))
-    out = routing_attention2d(query, key, value, topk=2, impl="tiled")
+    out = routing_attention2d(query, key, value, topk=2, impl="torch")
     (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match=r"once_differentiable|differentiated Tensor"):
         torch.autograd.grad(gradient.sum(), query)

@@ -21,10 +21,14 @@ def call_neighborhood(descriptor: bool) -> torch.Tensor:
     extra = torch.randn(2, 2, 5, 2, 16, dtype=torch.bfloat16).requires_grad_().unbind(0)
     bias = torch.randn(2, 5, 5, requires_grad=True)
     query, key, value = leaves(2, 9, 12, 2, 16)
-    given: dict = dict(extra_key=extra[0], extra_value=extra[1])
+    given: dict = dict(additional_keys=extra[0], additional_values=extra[1])
     if descriptor:  # with masked extra keys, and values of their own width
         value = leaves(2, 9, 12, 2, 32)[2]
-        given = dict(extra_key=extra[0], extra_value=extra[1].repeat(1, 1, 1, 2), extra_mask=torch.tensor([5, 2]))
+        given = dict(
+            additional_keys=extra[0],
+            additional_values=extra[1].repeat(1, 1, 1, 2),
+            additional_mask=torch.tensor([5, 2]),
+        )
     with neighborhood.override(size=neighborhood.Size(16, 16, 4, 1), descriptor=descriptor):
         out = na2d(query, key, value, window=3, bias=bias, **given, impl="triton")
         out.sum().backward()  # an expanded gradient: strides of zero
@@ -35,7 +39,7 @@ def call_neighborhood_e4m3() -> None:
     with torch.no_grad():
         extra = torch.randn(2, 2, 5, 2, 32, dtype=torch.bfloat16).unbind(0)
         tensors, options = leaves(2, 9, 12, 2, 32), dict(window=3, bias=torch.randn(2, 5, 5), impl="triton")
-        na2d(*tensors, extra_key=extra[0], extra_value=extra[1], qk_dtype=torch.float8_e4m3fn, **options)
+        na2d(*tensors, additional_keys=extra[0], additional_values=extra[1], qk_dtype=torch.float8_e4m3fn, **options)
 
 
 def call_window() -> None:

@@ -22,16 +22,16 @@ EPS = Case((6, 5), (6, 5), eps=1e-3, mean=True)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_random_cases(dtype):
     for case in cases(300, seed=0):
-        check(case, dtype, "tiled")
+        check(case, dtype, "torch")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_random_cases_in_half_precision(dtype):
     for case in cases(100, seed=1):
-        check(case, dtype, "tiled")
+        check(case, dtype, "torch")
 
 
-@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_the_definition(impl, variant):
     """One head of one entry, query by query."""
@@ -146,23 +146,23 @@ def test_gradcheck(case):
     inputs = make_inputs(replace(case, floor=None if case.floor is None else 2.0), torch.float64)
 
     def operator(*tensors):
-        return linear_attention(**dict(zip(inputs, tensors, strict=True)), **case.options, impl="tiled")
+        return linear_attention(**dict(zip(inputs, tensors, strict=True)), **case.options, impl="torch")
 
     assert torch.autograd.gradcheck(operator, tuple(inputs.values()))
 
 
 def test_large_means_do_not_swallow_the_covariance():
-    check_large_means("tiled")
+    check_large_means("torch")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
-    check(replace(FLOOR, layout=layout), torch.float64, "tiled")
+    check(replace(FLOOR, layout=layout), torch.float64, "torch")
 
 
 def test_repeats_bitwise():
     inputs = make_inputs(FLOOR, torch.float32)
-    first, second = (run(FLOOR, inputs, "tiled") for _ in range(2))
+    first, second = (run(FLOOR, inputs, "torch") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -177,8 +177,8 @@ def test_autocast_leaves_the_dtype_alone():
 def test_tokens_in_parts(case):
     """More tokens than are worked on at a time, 512 of these, of one entry and of several."""
     long = replace(case, heads=4, head_dim=128, value_dim=48)
-    check(replace(long, shape=(30, 25), key_shape=(27, 30)), torch.float32, "tiled")
-    check(replace(long, shape=(15, 10), key_shape=(40, 10), batch=5), torch.float32, "tiled")
+    check(replace(long, shape=(30, 25), key_shape=(27, 30)), torch.float32, "torch")
+    check(replace(long, shape=(15, 10), key_shape=(40, 10), batch=5), torch.float32, "torch")
 
 
 def test_function_transforms():
@@ -210,7 +210,7 @@ def test_compiled_as_one_operator():
     operator = torch.compile(linear_attention, fullgraph=True, dynamic=False, backend=counter)
     for case in (FLOOR, CENTERED, replace(EPS, value_dim=5)):
         for dtype in (torch.float64, torch.float16):
-            check(case, dtype, "tiled", operator=operator)
+            check(case, dtype, "torch", operator=operator)
     for graph in counter.graphs:
         called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
         assert called.count(torch.ops.foveal.linear_attention_chunked) == 1
@@ -238,7 +238,7 @@ def test_compile_dynamic_does_not_recompile():
     operator = torch.compile(linear_attention, fullgraph=True, dynamic=True, backend=counter)
     counts = set()
     for shape, key_shape in (((14, 12), (6, 7)), ((25, 6), (5, 11)), ((19, 31), (10, 24))):
-        check(replace(EPS, shape=shape, key_shape=key_shape), torch.float32, "tiled", operator=operator)
+        check(replace(EPS, shape=shape, key_shape=key_shape), torch.float32, "torch", operator=operator)
         counts.add(counter.frame_count)
     assert len(counts) == 1
 
@@ -251,7 +251,7 @@ def check_graph(case: Case, dtype: torch.dtype, trace: Callable) -> None:
             return linear_attention(query, key, value, scale=scale, **case.options)
 
     graph = trace(Model(), tuple(x.detach() for x in make_inputs(case, dtype).values()))
-    check(case, dtype, "tiled", operator=lambda query, key, value, scale, **_: graph(query, key, value, scale))
+    check(case, dtype, "torch", operator=lambda query, key, value, scale, **_: graph(query, key, value, scale))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -329,7 +329,7 @@ def test_triton_is_not_replaced_in_silence():
 
 def test_explain():
     text = str(explain("linear_attention", Q, Q, Q, floor=100.0, relu=True))
-    assert "linear_attention of (1, 6, 8, 2, 4) float32 on cpu takes: tiled" in text
+    assert "linear_attention of (1, 6, 8, 2, 4) float32 on cpu takes: torch" in text
     assert "triton" in text and "cannot: " in text
     found = explain("linear_attention", Q, Q, Q[..., :3]).cost
     assert found["forward_flops"] == 2 * 2 * 4 * 3 * 96 and found["backward_flops"] == 2 * found["forward_flops"]
@@ -344,7 +344,7 @@ def test_long_heads_are_left_to_plain_pytorch():
 
     with FakeTensorMode():
         long, short = (torch.empty(1, 64, 2, d, device="cuda") for d in (160, 128))
-        assert explain("linear_attention", long, long, long).impl == "tiled"
+        assert explain("linear_attention", long, long, long).impl == "torch"
         assert "head_dim 160 exceeds 128" in explain("linear_attention", long, long, long).reasons["triton"]
         assert explain("linear_attention", short, short, long).impl == "triton"
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from foveal.kernels.ops import BlockMask, block_sparse_attention_lse, merge_attentions
+from foveal.kernels.ops import BlockMask, block_sparse_attention, merge_attentions
 from torch import Tensor
 
 PARTS = (slice(0, 3), slice(3, 4), slice(4, 9))
@@ -96,7 +96,7 @@ def test_compiled_and_mapped():
             torch.testing.assert_close(got, exact)
 
 
-@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_parts_of_block_lists(impl):
     """Lists cut in two, one of them empty for some blocks of queries and both for one, give what whole lists give."""
     kv_num = torch.tensor([2, 1, 0, 2], dtype=torch.int32).view(1, 1, 4)
@@ -104,9 +104,9 @@ def test_parts_of_block_lists(impl):
     first = BlockMask((4,), (4,), kv_num.clamp(max=1), kv_idx)
     second = BlockMask((4,), (4,), kv_num - first.kv_num, kv_idx.flip(-1))
     tensors = [torch.randn(1, 16, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    parts = [block_sparse_attention_lse(*tensors, mask=mask, impl=impl) for mask in (first, second)]
+    parts = [block_sparse_attention(*tensors, mask=mask, impl=impl, return_lse=True) for mask in (first, second)]
     merged = merge_attentions(*zip(*parts, strict=True))
-    whole = block_sparse_attention_lse(*tensors, mask=BlockMask((4,), (4,), kv_num, kv_idx), impl=impl)
+    whole = block_sparse_attention(*tensors, mask=BlockMask((4,), (4,), kv_num, kv_idx), impl=impl, return_lse=True)
     cotangents = [torch.randn_like(x) for x in whole]
     for got, expected in zip(merged, whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)

@@ -219,5 +219,5 @@ def test_flop_counter_sees_the_kernels_without_a_device():
         query = torch.empty(2, 30, 48, 80, 4, 64, device="cuda", dtype=torch.bfloat16)
         key = torch.empty(2, 30, 48, 80, 2, 64, device="cuda", dtype=torch.bfloat16)
         text = torch.empty(2, 77, 2, 64, device="cuda", dtype=torch.bfloat16)
-        na3d(query, key, key, window=(18, 24, 24), stride=(16, 8, 8), extra_key=text, extra_value=text)
+        na3d(query, key, key, window=(18, 24, 24), stride=(16, 8, 8), additional_keys=text, additional_values=text)
     assert counter.get_total_flops() == cost.forward_flops(axes, batch=2, heads=4, head_dim=64, extra=77)

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from foveal.kernels.ops import merge_attentions, na1d, na1d_lse, na2d, na3d
+from foveal.kernels.ops import merge_attentions, na1d, na2d, na3d
 
 
 def grid(*shape, heads=2, dim=4, dtype=torch.float32, device="cpu"):
@@ -33,7 +33,11 @@ WRONG = {
     "bias shape": ({"window": 3, "bias": TABLE[:, :4]}, ValueError, r"bias\.shape=\(2, 4, 5\).*\(2, 5, 5\)"),
     "bias heads": ({"window": 3, "bias": TABLE[:1]}, ValueError, r"bias\.shape=\(1, 5, 5\)"),
     "bias dtype": ({"window": 3, "bias": TABLE.long()}, ValueError, r"bias \(torch\.int64"),
-    "extra key alone": ({"window": 3, "extra_key": torch.zeros(1, 2, 2, 4)}, ValueError, "extra_key and extra_value"),
+    "extra key alone": (
+        {"window": 3, "additional_keys": torch.zeros(1, 2, 2, 4)},
+        ValueError,
+        "additional_keys and additional_values",
+    ),
     "impl": ({"window": 3, "impl": "cuda"}, ValueError, "impl='cuda'"),
     "heads": ({"window": [(3, 3)] * 3}, ValueError, r"window=\[.*\] has 3 entries; expected one for each of 2 heads"),
     "axes of a head": ({"window": [(3, 3), (3,)]}, ValueError, r"window\[1\]=\(3,\) has 1 values"),
@@ -46,7 +50,11 @@ WRONG = {
         r"bias\.shape=\(2, 5, 5\).*\(2, 9, 5\)",
     ),
     "bias with an even window of a head": ({"window": [(3, 3), (3, 4)], "bias": TABLE}, ValueError, r"window=\[3, 4\]"),
-    "mask without keys": ({"window": 3, "extra_mask": torch.ones(1, 2).bool()}, ValueError, "extra_mask must be given"),
+    "mask without keys": (
+        {"window": 3, "additional_mask": torch.ones(1, 2).bool()},
+        ValueError,
+        "additional_mask must be given",
+    ),
 }
 
 
@@ -80,41 +88,53 @@ def test_tensor(query, key, value, error, message):
 
 
 EXTRA = {
-    "batch": (torch.zeros(2, 3, 2, 4), None, ValueError, r"extra_key\.shape=\(2, 3, 2, 4\)"),
-    "heads": (torch.zeros(1, 3, 1, 4), None, ValueError, r"extra_key\.shape=\(1, 3, 1, 4\)"),
-    "width": (torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 5), ValueError, r"extra_value\.shape=\(1, 3, 2, 5\)"),
-    "dtype": (torch.zeros(1, 3, 2, 4).double(), None, ValueError, r"extra_key \(torch\.float64"),
-    "tokens": (torch.zeros(1, 3, 2, 4), torch.zeros(1, 4, 2, 4), ValueError, r"extra_value\.shape=\(1, 4, 2, 4\)"),
+    "batch": (torch.zeros(2, 3, 2, 4), None, ValueError, r"additional_keys\.shape=\(2, 3, 2, 4\)"),
+    "heads": (torch.zeros(1, 3, 1, 4), None, ValueError, r"additional_keys\.shape=\(1, 3, 1, 4\)"),
+    "width": (torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 5), ValueError, r"additional_values\.shape=\(1, 3, 2, 5\)"),
+    "dtype": (torch.zeros(1, 3, 2, 4).double(), None, ValueError, r"additional_keys \(torch\.float64"),
+    "tokens": (
+        torch.zeros(1, 3, 2, 4),
+        torch.zeros(1, 4, 2, 4),
+        ValueError,
+        r"additional_values\.shape=\(1, 4, 2, 4\)",
+    ),
 }
 
 
-@pytest.mark.parametrize(("extra_key", "extra_value", "error", "message"), EXTRA.values(), ids=EXTRA.keys())
-def test_extra(extra_key, extra_value, error, message):
+@pytest.mark.parametrize(("additional_keys", "additional_values", "error", "message"), EXTRA.values(), ids=EXTRA.keys())
+def test_extra(additional_keys, additional_values, error, message):
     with pytest.raises(error, match=message):
-        na2d(Q, Q, Q, window=3, extra_key=extra_key, extra_value=extra_key if extra_value is None else extra_value)
+        na2d(
+            Q,
+            Q,
+            Q,
+            window=3,
+            additional_keys=additional_keys,
+            additional_values=additional_keys if additional_values is None else additional_values,
+        )
 
 
 MASKS = {
-    "list": ([True, False, True], TypeError, "extra_mask must be a tensor or None, got list"),
-    "float": (torch.zeros(1, 3), TypeError, r"extra_mask\.dtype=torch\.float32 must be bool or an integer dtype"),
+    "list": ([True, False, True], TypeError, "additional_mask must be a tensor or None, got list"),
+    "float": (torch.zeros(1, 3), TypeError, r"additional_mask\.dtype=torch\.float32 must be bool or an integer dtype"),
     "integers for a mask": (
         torch.ones(1, 3).long(),
         ValueError,
-        r"extra_mask \(torch\.int64, \(1, 3\)\) must be a bool mask \[B, tokens\] or integer lengths \[B\].*tokens=3",
+        r"additional_mask \(torch\.int64, \(1, 3\)\) must be a bool mask \[B, tokens\] or integer lengths \[B\].*=3",
     ),
     "tokens": (torch.ones(1, 2).bool(), ValueError, r"\(torch\.bool, \(1, 2\)\) must be .*B=1, tokens=3"),
     "batch": (torch.tensor([1, 2]), ValueError, r"\(torch\.int64, \(2,\)\)"),
-    "long": (torch.tensor([4]), ValueError, r"extra_mask=\[4\] must hold lengths from 0 to 3"),
-    "negative": (torch.tensor([-1], dtype=torch.int8), ValueError, r"extra_mask=\[-1\]"),
-    "device": (torch.ones(1, 3, device="meta").bool(), ValueError, r"extra_mask\.device=meta"),
+    "long": (torch.tensor([4]), ValueError, r"additional_mask=\[4\] must hold lengths from 0 to 3"),
+    "negative": (torch.tensor([-1], dtype=torch.int8), ValueError, r"additional_mask=\[-1\]"),
+    "device": (torch.ones(1, 3, device="meta").bool(), ValueError, r"additional_mask\.device=meta"),
 }
 
 
-@pytest.mark.parametrize(("extra_mask", "error", "message"), MASKS.values(), ids=MASKS.keys())
-def test_extra_mask(extra_mask, error, message):
+@pytest.mark.parametrize(("additional_mask", "error", "message"), MASKS.values(), ids=MASKS.keys())
+def test_extra_mask(additional_mask, error, message):
     extra = torch.zeros(1, 3, 2, 4)
     with pytest.raises(error, match=message):
-        na2d(Q, Q, Q, window=3, extra_key=extra, extra_value=extra, extra_mask=extra_mask)
+        na2d(Q, Q, Q, window=3, additional_keys=extra, additional_values=extra, additional_mask=additional_mask)
 
 
 TOKENS = Q.flatten(1, 2)
@@ -182,9 +202,13 @@ def test_merge_equals_attention_on_the_union_and_so_do_gradients():
 def test_merge_equals_extra_keys():
     q, k, v = (torch.randn(1, 20, 2, 8, dtype=torch.float64) for _ in range(3))
     ek, ev = (torch.randn(1, 5, 2, 8, dtype=torch.float64) for _ in range(2))
-    near = na1d_lse(q, k, v, window=7, scale=1.0)
+    near = na1d(q, k, v, window=7, scale=1.0, return_lse=True)
     merged = merge_attentions(*zip(near, _attention(q, ek, ev), strict=True))
-    for a, b in zip(merged, na1d_lse(q, k, v, window=7, scale=1.0, extra_key=ek, extra_value=ev), strict=True):
+    for a, b in zip(
+        merged,
+        na1d(q, k, v, window=7, scale=1.0, additional_keys=ek, additional_values=ev, return_lse=True),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 

@@ -3,13 +3,14 @@
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import fp8_matrix
 import kernel_checks
 import pytest
 import torch
 from foveal.kernels.neighborhood import quantized
-from foveal.kernels.ops import explain, na1d, na2d, na2d_lse, na3d
+from foveal.kernels.ops import explain, na1d, na2d, na3d
 from foveal.kernels.tools import compile_report
 from neighborhood_matrix import Case, cases
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -97,10 +98,10 @@ def test_rounding_without_the_dtype_is_the_cast():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_cases_match_the_reference_on_the_rounded_numbers(rank, dtype):
     for case in cases(rank, 25, seed=8):
-        fp8_matrix.check(case, dtype, "tiled")
+        fp8_matrix.check(case, dtype, "torch")
 
 
-@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_every_argument_in_float64_and_float16(impl):
     for dtype in (torch.float64, torch.float16):
         fp8_matrix.check(replace(FULL, scale=-0.4), dtype, impl)
@@ -126,10 +127,10 @@ def test_a_shift_of_all_keys_costs_nothing():
     """Also of extra keys, causal, with grouped heads."""
     query, key, value = tensors(1, 10, 12, 4, 32)
     given = dict(query=query, key=key[..., :2, :], value=value[..., :2, :])
-    given |= dict(extra_key=key[:, 1, :4, 2:], extra_value=value[:, 1, :4, 2:])
+    given |= dict(additional_keys=key[:, 1, :4, 2:], additional_values=value[:, 1, :4, 2:])
     plain = relative_error(given, window=(5, 7), causal=(True, False))
     shift = 20 * torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
-    given |= dict(key=given["key"] + shift, extra_key=given["extra_key"] + shift)
+    given |= dict(key=given["key"] + shift, additional_keys=given["additional_keys"] + shift)
     shifted = relative_error(given, window=(5, 7), causal=(True, False))
     assert 0.01 < plain < 0.06 and shifted < 1.1 * plain
 
@@ -137,8 +138,8 @@ def test_a_shift_of_all_keys_costs_nothing():
 def test_log_sum_exp_has_the_mean_of_the_keys():
     query, key, value = tensors(1, 10, 12, 2, 32)
     key = key + 5
-    _, lse = na2d_lse(query, key, value, window=5, qk_dtype=E4M3)
-    _, exact = na2d_lse(query.double(), key.double(), value.double(), window=5)
+    _, lse = na2d(query, key, value, window=5, qk_dtype=E4M3, return_lse=True)
+    _, exact = na2d(query.double(), key.double(), value.double(), window=5, return_lse=True)
     assert exact.abs().max() > 10 and (lse - exact).abs().max() < 0.1
 
 
@@ -159,25 +160,33 @@ def test_masked_extra_keys_are_not_rounded_along():
     """Neither what they hold nor how many they are reaches the mean and the scale."""
     query, key, value = tensors(2, 5, 6, 2, 24)
     extra, mask = tensors(2, 4, 2, 24, seed=1)[:2], torch.tensor([[True, False, True, False], [False] * 4])
-    out, lse = na2d_lse(
-        query, key, value, window=3, extra_key=extra[0], extra_value=extra[1], extra_mask=mask, qk_dtype=E4M3
+    out, lse = na2d(
+        query,
+        key,
+        value,
+        window=3,
+        additional_keys=extra[0],
+        additional_values=extra[1],
+        additional_mask=mask,
+        qk_dtype=E4M3,
+        return_lse=True,
     )
     for bad in (1e4, math.nan):
         poisoned = extra.masked_fill(~mask[..., None, None], bad)
-        given = dict(extra_key=poisoned[0], extra_value=poisoned[1], extra_mask=mask)
-        again = na2d_lse(query, key, value, window=3, **given, qk_dtype=E4M3)
+        given = dict(additional_keys=poisoned[0], additional_values=poisoned[1], additional_mask=mask)
+        again = na2d(query, key, value, window=3, **given, qk_dtype=E4M3, return_lse=True)
         assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
     for i in range(2):
         row = slice(i, i + 1)
-        seen = {f"extra_{name}": x[row, mask[i]] for name, x in zip(("key", "value"), extra, strict=True)}
-        alone = na2d_lse(query[row], key[row], value[row], window=3, **seen, qk_dtype=E4M3)
+        seen = {f"additional_{name}": x[row, mask[i]] for name, x in zip(("keys", "values"), extra, strict=True)}
+        alone = na2d(query[row], key[row], value[row], window=3, **seen, qk_dtype=E4M3, return_lse=True)
         torch.testing.assert_close((out[row], lse[row]), alone)
 
 
 def test_zeros_and_no_extra_tokens():
     query, key, value = tensors(1, 5, 6, 2, 24)
     empty = torch.zeros(1, 0, 2, 24)
-    out = na2d(query * 0, key * 0, value, window=(5, 6), extra_key=empty, extra_value=empty, qk_dtype=E4M3)
+    out = na2d(query * 0, key * 0, value, window=(5, 6), additional_keys=empty, additional_values=empty, qk_dtype=E4M3)
     torch.testing.assert_close(out, value.mean((1, 2), keepdim=True).expand_as(out))
 
 
@@ -190,10 +199,12 @@ def test_other_dtypes_are_refused(dtype):
         na2d(*tensors(1, 5, 6, 2, 24), window=3, qk_dtype=dtype)
 
 
-@pytest.mark.parametrize("name", ["query", "key", "value", "bias", "extra_key", "extra_value"])
+@pytest.mark.parametrize("name", ["query", "key", "value", "bias", "additional_keys", "additional_values"])
 def test_gradients_are_refused(name):
     given: dict = dict(zip(("query", "key", "value"), tensors(1, 5, 6, 2, 24), strict=True))
-    given |= dict(bias=torch.zeros(2, 5, 5), extra_key=torch.zeros(1, 2, 2, 24), extra_value=torch.zeros(1, 2, 2, 24))
+    given |= dict(
+        bias=torch.zeros(2, 5, 5), additional_keys=torch.zeros(1, 2, 2, 24), additional_values=torch.zeros(1, 2, 2, 24)
+    )
     given[name] = given[name].detach().requires_grad_()
     with pytest.raises(NotImplementedError, match=r"qk_dtype=torch.float8_e4m3fn .*torch.no_grad\(\)"):
         na2d(**given, window=3, qk_dtype=E4M3)
@@ -213,7 +224,7 @@ def test_explain_says_whether_products_are_of_e4m3():
     assert explained() == "of e4m3 numbers"
     assert explained(16) == "of e4m3 numbers restored to bfloat16: head_dim 16 is under 17"
     assert "restored to float32: values of torch.float32 are not half precision" in explained(dtype=torch.float32)
-    assert explained(device="cpu") == "of e4m3 numbers restored to bfloat16: impl is tiled"
+    assert explained(device="cpu") == "of e4m3 numbers restored to bfloat16: impl is torch"
     assert explained(impl="reference").endswith("impl is reference")
     assert "query_key_products" not in explain(na2d, *tensors(1, 5, 6, 2, 24), window=3).cost
 
@@ -224,10 +235,10 @@ def test_explain_says_whether_products_are_of_e4m3():
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_whole_on_cpu_for_any_size(backend):
     torch._dynamo.reset()
-    compiled = torch.compile(na2d_lse, fullgraph=True, dynamic=True, backend=backend)
+    compiled = torch.compile(partial(na2d, return_lse=True), fullgraph=True, dynamic=True, backend=backend)
     with torch._dynamo.config.patch(recompile_limit=1):
         for shape in ((12, 14), (13, 11)):
-            fp8_matrix.check(replace(FULL, shape=shape), torch.float32, "tiled", operator=compiled)
+            fp8_matrix.check(replace(FULL, shape=shape), torch.float32, "torch", operator=compiled)
 
 
 def test_exported():
@@ -263,7 +274,7 @@ def test_random_cases_on_a_gpu(rank, dtype, head_dim):
 @on_gpu
 def test_compiled_whole_on_a_gpu():
     torch._dynamo.reset()
-    compiled = torch.compile(na2d_lse, fullgraph=True, dynamic=True)
+    compiled = torch.compile(partial(na2d, return_lse=True), fullgraph=True, dynamic=True)
     for shape in ((33, 40), (48, 31)):
         fp8_matrix.check(replace(FULL, shape=shape, head_dim=64), torch.bfloat16, "triton", "cuda", compiled)
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from itertools import islice
 from math import prod
 from random import Random
@@ -16,7 +17,7 @@ import pytest
 import torch
 from foveal.kernels.neighborhood import configs
 from foveal.kernels.neighborhood.configs import Size
-from foveal.kernels.ops import na1d, na2d, na2d_lse, na3d
+from foveal.kernels.ops import na1d, na2d, na3d
 from neighborhood_matrix import Case, cases, check, errors, make_inputs, run
 from operator_matrix import assert_same_bits
 
@@ -131,7 +132,7 @@ def test_side_stream():
 @pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
 def test_compiled_whole(mode):
     torch._dynamo.reset()  # what another mode compiled counts towards the limit
-    compiled = torch.compile(na2d_lse, fullgraph=True, dynamic=True, mode=mode)
+    compiled = torch.compile(partial(na2d, return_lse=True), fullgraph=True, dynamic=True, mode=mode)
     with torch._dynamo.config.patch(recompile_limit=1):
         for shape in ((33, 40), (48, 31), (56, 56), (64, 37), (29, 70)):
             case = Case(shape=shape, window=(7, 9), stride=(1, 3), dilation=(2, 1), causal=(False, True), head_dim=32)
@@ -151,7 +152,7 @@ def test_more_than_two_to_the_31_elements(views):
     out = na1d(query, key, value, window=window, impl="triton")
     for part in (slice(0, 4096), slice(shape[1] - 4096, shape[1])):
         small = [x[-1:, part].float() for x in (query, key, value)]
-        expected = na1d(*small, window=window, impl="tiled")
+        expected = na1d(*small, window=window, impl="torch")
         inner = slice(0, 4096 - window) if part.start == 0 else slice(window, 4096)
         torch.testing.assert_close(out[-1:, part][:, inner].float(), expected[:, inner], atol=4e-3, rtol=4e-3)
 
@@ -189,7 +190,7 @@ for operator, shape, options in (
     for dtype, head_dim in ((torch.float16, 40), (torch.bfloat16, 64), (torch.float32, 24)):
         x = [torch.randn(2, *shape, 2, head_dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
         extra = [torch.randn(2, 5, 2, head_dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2)]
-        out = operator(*x, extra_key=extra[0], extra_value=extra[1], impl="triton", **options)
+        out = operator(*x, additional_keys=extra[0], additional_values=extra[1], impl="triton", **options)
         out.float().square().sum().backward()
 torch.cuda.synchronize()
 """
@@ -214,5 +215,5 @@ def test_large_windows_take_interior_tiles():
     options = dict(window=(6, 16, 20), stride=(2, 4, 5))
     assert prod(query.shape[1:4]) > 5000
     out = na3d(query, key, value, impl="triton", **options)
-    exact = na3d(query.double(), key.double(), value.double(), impl="tiled", **options)
+    exact = na3d(query.double(), key.double(), value.double(), impl="torch", **options)
     assert (out.double() - exact).abs().max() < 8e-3

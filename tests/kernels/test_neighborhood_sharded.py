@@ -112,13 +112,13 @@ def test_random_cases_hold_what_is_hard():
 def test_windows_per_head_values_of_their_own_width_and_masked_extra_keys(ranks):
     """Heads whose windows end where pieces do send nothing, others do."""
     windows = ((3, 4, 3), (1, 4, 3), (3, 4, 3), (5, 2, 3))
-    case = replace(CLIP, window=windows, stride=1, key_heads=4, value_dim=6, extra_mask="lengths", batch=2)
+    case = replace(CLIP, window=windows, stride=1, key_heads=4, value_dim=6, additional_mask="lengths", batch=2)
     for leaves in (None, ("value",)):
         found = ranks("attend", case, 0, (2, 1, 2), True, "auto", torch.float64, leaves)
         assert_equals_one_process(found, case, 0, leaves)
 
 
-@pytest.mark.parametrize("leaves", [("query",), ("key", "extra_key"), ("value",)])
+@pytest.mark.parametrize("leaves", [("query",), ("key", "additional_keys"), ("value",)])
 def test_some_gradients(ranks, leaves):
     found = ranks("attend", CLIP, 1, (2, 3, 1), True, "auto", torch.float64, leaves)
     assert all(set(of_rank) == {"out", "lse", *leaves} for of_rank in found)
@@ -272,7 +272,7 @@ def test_meshes_of_one_dimension(ranks):
         assert kind == "ValueError" and "must have one dimension" in message
 
 
-@pytest.mark.parametrize("impl", ["reference", pytest.param("tiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("impl", ["reference", pytest.param("torch", marks=pytest.mark.slow)])
 def test_compiled_whole(ranks, impl):
     found = ranks("attend_compiled", LONG, 0, (14, 16), impl, size=2)
     assert_equals_one_process([gradients for gradients, _ in found], LONG, 0)
@@ -309,7 +309,7 @@ SAME_ON_EVERY_RANK = {
     "stride of none": ({"stride": None}, "TypeError", "stride=None must hold integers"),
     "scale": ({"scale": "0.5"}, "TypeError", "scale='0.5' must be a real number"),
     "bias": ({"bias": torch.zeros(2, 5, 4)}, "ValueError", "bias.shape=(2, 5, 4)"),
-    "extra": ({"extra_key": torch.zeros(1, 2, 2, 4)}, "ValueError", "extra_key and extra_value"),
+    "extra": ({"additional_keys": torch.zeros(1, 2, 2, 4)}, "ValueError", "additional_keys and additional_values"),
     "impl": ({"impl": "cuda"}, "ValueError", "impl='cuda'"),
     "triton": ({"impl": "triton"}, "NotImplementedError", "impl='triton' cannot take this call"),
     "mesh": ({"mesh": "cpu"}, "TypeError", "mesh must be a DeviceMesh or a ProcessGroup, got str"),

@@ -12,7 +12,7 @@ from foveal.kernels.common import calling
 from foveal.kernels.neighborhood import dense, make_axes, tiled, tiled_plan
 from foveal.kernels.neighborhood.heads import head_groups
 from foveal.kernels.neighborhood.tiled import SMALL_BYTES
-from foveal.kernels.ops import na1d, na2d, na2d_lse, na3d
+from foveal.kernels.ops import na1d, na2d, na3d
 from neighborhood_matrix import (
     LAYOUTS,
     OPERATORS,
@@ -36,7 +36,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 RECORDED = [c for c in json.loads((GOLDENS / "neighborhood.json").read_text())["configs"] if "out_keys" in c]
 RECORDED_BIAS = json.loads((GOLDENS / "neighborhood_rpb.json").read_text())["configs"]
 PLAIN = Case((13, 11), (5, 3), (1, 1), (2, 3), (False, False), heads=4, key_heads=2, bias=True, extra=3)
-MASKED = replace(PLAIN, batch=2, value_dim=5, extra_mask="mask", seed=3)
+MASKED = replace(PLAIN, batch=2, value_dim=5, additional_mask="mask", seed=3)
 WHOLE = Case((5, 14), (5, 7), (1, 3), (1, 2), (False, False), batch=2, heads=2, bias=True)
 ALIKE = {"stride": 1, "dilation": 1, "causal": False}
 STRIDED = Case((9, 16), (4, 8), (3, 4), (2, 1), (True, False), batch=2, seed=1)
@@ -46,7 +46,7 @@ STRIDED = Case((9, 16), (4, 8), (3, 4), (2, 1), (True, False), batch=2, seed=1)
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_random_cases(rank, dtype):
     for case in cases(rank, 300, seed=0):
-        check(case, dtype, "tiled")
+        check(case, dtype, "torch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -54,7 +54,9 @@ def test_random_cases(rank, dtype):
 def test_windows_that_are_whole_dilation_groups(rank, dtype):
     for case in cases(rank, 100, seed=11):
         shape = tuple(w * d for w, d in zip(case.window, case.dilation, strict=True))
-        check_without_lse(replace(case, shape=shape, causal=(False,) * rank, extra=0, extra_mask=""), dtype, "tiled")
+        check_without_lse(
+            replace(case, shape=shape, causal=(False,) * rank, extra=0, additional_mask=""), dtype, "torch"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -62,24 +64,24 @@ def test_windows_that_are_whole_dilation_groups(rank, dtype):
 def test_small_dilation_groups(rank, dtype):
     for case in cases(rank, 100, seed=12):
         shape = tuple(n // d * d for n, d in zip(case.shape, case.dilation, strict=True))
-        check_without_lse(replace(case, shape=shape, bias=False, extra=0, extra_mask=""), dtype, "tiled")
+        check_without_lse(replace(case, shape=shape, bias=False, extra=0, additional_mask=""), dtype, "torch")
 
 
-@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_queries_that_are_a_part_of_the_grid(rank, impl):
     for case in cases(rank, 60, seed=9):
         check_part(case, torch.float64, impl)
 
 
-@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_windows_per_head(rank, impl):
     for case in cases(rank, 25, seed=13):
         check_heads(case, torch.float64, impl)
 
 
-@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_masked_extra_keys_go_nowhere(rank, impl):
     for case in masked_cases(rank, 10, seed=14):
@@ -103,7 +105,7 @@ def test_heads_of_one_neighborhood_are_views_of_few_calls():
     ]
 
 
-@pytest.mark.parametrize("operator", [na2d, na2d_lse])
+@pytest.mark.parametrize("operator", [na2d, partial(na2d, return_lse=True)])
 def test_flattened_tokens_of_one_projection(operator):
     """The same bits as on the grid, from views of the projection."""
     projected = torch.randn(2, 9 * 8, 3 * 4 * 6, requires_grad=True)
@@ -123,7 +125,7 @@ def test_flattened_tokens_of_one_projection(operator):
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_random_cases_in_half_precision(rank, dtype):
     for case in cases(rank, 60, seed=1):
-        check(case, dtype, "tiled")
+        check(case, dtype, "torch")
 
 
 def recorded_inputs(config, *more: tuple[int, ...]) -> list[torch.Tensor]:
@@ -140,7 +142,7 @@ def assert_recorded(got: torch.Tensor, path: str, key: str) -> None:
     torch.testing.assert_close(got.detach().reshape(expected.shape), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("config", RECORDED, ids=lambda c: f"{c['id']}-{c['tag']}")
 def test_recorded_natten(config, impl):
     *qkv, grad = recorded_inputs(config)
@@ -152,7 +154,7 @@ def test_recorded_natten(config, impl):
         assert_recorded(found[name], "neighborhood.npz", key)
 
 
-@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("config", RECORDED_BIAS, ids=lambda c: str(c["id"]))
 def test_recorded_natten_with_bias(config, impl):
     *qkv, grad, bias = recorded_inputs(config, (2, *(2 * w - 1 for w in config["window"])))
@@ -177,14 +179,14 @@ def test_gradcheck(case):
     inputs = {name: x for name, x in make_inputs(case, torch.float64).items() if x is not None}
 
     def operator(*tensors):
-        return OPERATORS[case.rank](**dict(zip(inputs, tensors, strict=True)), **case.options, impl="tiled")
+        return OPERATORS[case.rank](**dict(zip(inputs, tensors, strict=True)), **case.options, impl="torch")
 
     assert torch.autograd.gradcheck(operator, tuple(inputs.values()))
 
 
 def test_second_derivative_is_refused():
     inputs = make_inputs(replace(PLAIN, bias=False, extra=0), torch.float64)
-    out = na2d(*(inputs[x] for x in ("query", "key", "value")), window=3, impl="tiled")
+    out = na2d(*(inputs[x] for x in ("query", "key", "value")), window=3, impl="torch")
     (grad,) = torch.autograd.grad(out.square().sum(), inputs["query"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -196,7 +198,7 @@ def test_layouts_give_the_same_bits(layout):
     packed = {
         name: x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for name, x in inputs.items()
     }
-    got, expected = (run(PLAIN, x, "tiled") for x in (inputs, packed))
+    got, expected = (run(PLAIN, x, "torch") for x in (inputs, packed))
     for name in expected:
         assert torch.equal(got[name], expected[name]), name
 
@@ -204,7 +206,7 @@ def test_layouts_give_the_same_bits(layout):
 @pytest.mark.parametrize("case", [PLAIN, STRIDED], ids=["plain", "strided"])
 def test_repeats_bitwise(case):
     inputs = make_inputs(case, torch.float32)
-    first, second = (run(case, inputs, "tiled") for _ in range(2))
+    first, second = (run(case, inputs, "torch") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -217,23 +219,23 @@ def test_tables_of_a_traced_call_are_not_kept():
     forget_tables()
     with FakeTensorMode():
         fake = torch.empty(2, 13, 11, 2, 8)
-        assert na2d(fake, fake, fake, window=5, impl="tiled").shape == fake.shape
-    check(replace(PLAIN, seed=5), torch.float32, "tiled")
+        assert na2d(fake, fake, fake, window=5, impl="torch").shape == fake.shape
+    check(replace(PLAIN, seed=5), torch.float32, "torch")
 
 
 def test_tables_do_not_follow_the_default_device():
     forget_tables()
     inputs = make_inputs(PLAIN, torch.float32)
     with torch.device("meta"):
-        out, _ = na2d_lse(**inputs, **PLAIN.options, impl="tiled")
-    assert torch.equal(out, run(PLAIN, inputs, "tiled")["out"])
+        out, _ = na2d(**inputs, **PLAIN.options, impl="torch", return_lse=True)
+    assert torch.equal(out, run(PLAIN, inputs, "torch")["out"])
 
 
 def test_tables_made_in_inference_mode_serve_training():
     forget_tables()
     with torch.inference_mode():
-        na2d_lse(**make_inputs(PLAIN, torch.float32), **PLAIN.options, impl="tiled")
-    check(PLAIN, torch.float32, "tiled")
+        na2d(**make_inputs(PLAIN, torch.float32), **PLAIN.options, impl="torch", return_lse=True)
+    check(PLAIN, torch.float32, "torch")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -249,7 +251,7 @@ def test_a_bad_number_stays_in_its_neighborhood(name, bad):
         poisoned[name].flatten(1, -3)[:, token] = bad
         sees = geometry.mask(case.axes)[:, token].view(case.shape)
         operator = OPERATORS[case.rank]
-        (out, lse), (expected, expected_lse) = (operator(**x, **case.options, impl="tiled") for x in (poisoned, clean))
+        (out, lse), (expected, expected_lse) = (operator(**x, **case.options, impl="torch") for x in (poisoned, clean))
         assert torch.equal(out[0][~sees], expected[0][~sees]) and torch.equal(lse[0][~sees], expected_lse[0][~sees])
         assert not out[0][sees].isfinite().all(-1).any()
 
@@ -270,14 +272,14 @@ def test_what_is_kept_of_a_small_map_serves_every_mode(mode):
 def test_a_bad_number_stays_in_its_neighborhood_of_a_small_map(name, bad):
     tensors = dict(zip(("query", "key", "value"), torch.randn(3, 2, 8, 8, 2, 16).unbind(), strict=True))
     tensors[name][1, 1, 2] = bad
-    with_lse, _ = na2d_lse(**tensors, window=5, impl="tiled")
-    torch.testing.assert_close(na2d(**tensors, window=5, impl="tiled"), with_lse, equal_nan=True)
+    with_lse, _ = na2d(**tensors, window=5, impl="torch", return_lse=True)
+    torch.testing.assert_close(na2d(**tensors, window=5, impl="torch"), with_lse, equal_nan=True)
 
 
 def test_a_bad_number_stays_in_its_dilation_group():
     query, key, value = torch.randn(3, 1, 6, 10, 2, 8)
     value[0, 3, 4] = float("nan")
-    out = na2d(query, key, value, window=(3, 5), dilation=2, impl="tiled")
+    out = na2d(query, key, value, window=(3, 5), dilation=2, impl="torch")
     sees = torch.zeros(6, 10, dtype=torch.bool)
     sees[1::2, ::2] = True
     assert torch.equal(out.isnan().all(-1).all(-1)[0], sees) and torch.equal(out.isnan().any(-1).any(-1)[0], sees)
@@ -287,7 +289,7 @@ def test_large_windows_are_cut_into_chunks_of_heads():
     check(
         Case((40, 40), (31, 31), (1, 1), (1, 1), (False, False), heads=8, key_heads=4, head_dim=4),
         torch.float32,
-        "tiled",
+        "torch",
     )
 
 
@@ -296,7 +298,7 @@ def test_masks_without_classes(monkeypatch):
     monkeypatch.setattr(tiled_plan, "CLASS_ELEMENTS", 0)
     forget_tables()
     for case in (PLAIN, STRIDED, *cases(3, 10, seed=7)):
-        check(case, torch.float32, "tiled")
+        check(case, torch.float32, "torch")
     forget_tables()
 
 
@@ -348,13 +350,13 @@ def test_memory_is_bounded_by_inputs_and_output(window, dtype):
     qkv = [x.clone().requires_grad_() for x in (q, k, v)]
 
     def both():
-        out = na2d(*qkv, window=window, impl="tiled")
+        out = na2d(*qkv, window=window, impl="torch")
         return out.detach(), *torch.autograd.grad(out, qkv, grad)
 
     both()  # tables are made once
     size = 4 * q.numel() * q.itemsize
     with torch.no_grad():
-        assert peak_bytes(lambda: na2d(*qkv, window=window, impl="tiled")) <= 3.25 * size  # the output and 3 times all
+        assert peak_bytes(lambda: na2d(*qkv, window=window, impl="torch")) <= 3.25 * size  # the output and 3 times all
     assert peak_bytes(both) <= 4 * size  # output, gradients and 3 times all
 
 
@@ -364,7 +366,7 @@ def test_memory_of_a_small_map_is_bounded(side):
     qkv = [x.clone().requires_grad_() for x in (q, k, v)]
 
     def both():
-        out, lse = na2d_lse(*qkv, window=7, impl="tiled")
+        out, lse = na2d(*qkv, window=7, impl="torch", return_lse=True)
         return out.detach(), *torch.autograd.grad((out, lse), qkv, (grad, lse.detach()))
 
     both()
@@ -375,7 +377,7 @@ def compiled(case: Case, dynamic: bool):
     counter = CompileCounterWithBackend("aot_eager")
 
     def operator(**tensors):
-        return OPERATORS[case.rank](**tensors, impl="tiled")
+        return OPERATORS[case.rank](**tensors, impl="torch")
 
     return torch.compile(operator, fullgraph=True, dynamic=dynamic, backend=counter), counter
 
@@ -383,7 +385,7 @@ def compiled(case: Case, dynamic: bool):
 def assert_compiled_equals_eager(operator, case: Case) -> None:
     inputs = make_inputs(case, torch.float32)
     got = gradients(inputs, *operator(**inputs, **case.options), seed=case.seed + 1)
-    for name, expected in run(case, inputs, "tiled").items():
+    for name, expected in run(case, inputs, "torch").items():
         torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -393,14 +395,14 @@ def test_compiled_as_one_operator(case):
     operator, counter = compiled(case, dynamic=False)
     assert_compiled_equals_eager(operator, case)
     called = [node.target for node in counter.graphs[0].graph.nodes if node.op == "call_function"]
-    assert called.count(torch.ops.foveal.neighborhood_tiled_forward) == 1
+    assert called.count(torch.ops.foveal.neighborhood_torch_forward) == 1
     assert torch.bmm not in called
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("case", [PLAIN, STRIDED, WHOLE, MASKED], ids=["plain", "strided", "whole", "masked"])
 def test_opcheck(case, requires_grad):
-    opcheck("neighborhood_tiled", case, torch.float32, requires_grad=requires_grad)
+    opcheck("neighborhood_torch", case, torch.float32, requires_grad=requires_grad)
 
 
 def test_compile_dynamic_does_not_recompile():
@@ -416,20 +418,23 @@ def test_compiled_once_for_any_mask(kind):
     """Of whatever is visible, and of heads whose windows differ."""
     torch._dynamo.reset()
     inputs, counter = make_inputs(replace(MASKED, bias=False), torch.float32), CompileCounterWithBackend("aot_eager")
-    options = {"window": [(5, 3), (3, 3), (5, 3), (3, 3)], "impl": "tiled"}
-    operator = torch.compile(partial(na2d_lse, **options), fullgraph=True, backend=counter)
+    options = {"window": [(5, 3), (3, 3), (5, 3), (3, 3)], "impl": "torch"}
+    operator = torch.compile(partial(partial(na2d, return_lse=True), **options), fullgraph=True, backend=counter)
     for lengths in ([3, 0], [1, 2], [0, 0]):
         mask = torch.tensor(lengths)
         if kind == "mask":
             mask = torch.arange(3).flip(0) < mask[:, None]
-        got, expected = operator(**inputs, extra_mask=mask), na2d_lse(**inputs, **options, extra_mask=mask)
+        got, expected = (
+            operator(**inputs, additional_mask=mask),
+            na2d(**inputs, **options, additional_mask=mask, return_lse=True),
+        )
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1
 
 
 class Exported(torch.nn.Module):
     def forward(self, query, key, value, bias):
-        return na2d_lse(query, key, value, window=3, dilation=(2, 1), bias=bias, impl="tiled")
+        return na2d(query, key, value, window=3, dilation=(2, 1), bias=bias, impl="torch", return_lse=True)
 
 
 class ExportedTokens(torch.nn.Module):
@@ -439,9 +444,9 @@ class ExportedTokens(torch.nn.Module):
         super().__init__()
         self.grid = grid
 
-    def forward(self, query, key, value, extra_key, extra_value, lengths):
-        extra = {"extra_key": extra_key, "extra_value": extra_value, "extra_mask": lengths}
-        return na2d(query, key, value, window=[(3, 3), (5, 1)], grid=self.grid, **extra, impl="tiled")
+    def forward(self, query, key, value, additional_keys, additional_values, lengths):
+        extra = {"additional_keys": additional_keys, "additional_values": additional_values, "additional_mask": lengths}
+        return na2d(query, key, value, window=[(3, 3), (5, 1)], grid=self.grid, **extra, impl="torch")
 
 
 def test_export_of_tokens_heads_and_lengths_is_aten():

@@ -66,7 +66,7 @@ def toy(kernels):
         call=Call,
         differentiable=("bias",),
         flops=lambda query, key, value, call: (4 * query.numel() * key.shape[1], 10 * query.numel() * key.shape[1]),
-        graph="tiled",
+        graph="torch",
         title="toy attention",
     )
     operator.module = lambda impl: kernels
@@ -110,7 +110,7 @@ def test_types_without_schema_are_refused(kind):
         codec(kind)
 
 
-@pytest.mark.parametrize("impl", ["triton", "tiled"])
+@pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gradients(toy, impl, with_bias):
     *tensors, bias = inputs()
@@ -176,7 +176,7 @@ def test_compiled_as_one_operator_with_symbolic_lengths(toy):
         expected, _ = attend(query, key, value, Call(AXES, 0.5, bias))
         torch.testing.assert_close(compiled(query, key, value, bias), expected)
     assert len(calls) == 1, "compiled again for another length"
-    assert sum("foveal.toy_tiled_forward" in target for target in calls[0]) == 1
+    assert sum("foveal.toy_torch_forward" in target for target in calls[0]) == 1
 
 
 def test_flops(toy):
@@ -191,7 +191,7 @@ def test_flops(toy):
 def test_choice_of_implementation(toy):
     *tensors, _ = inputs(requires_grad=False)
     call = Call(AXES, 0.5)
-    assert toy.select_impl(*tensors, call) == "tiled"
+    assert toy.select_impl(*tensors, call) == "torch"
     assert toy.select_impl(*tensors, call, "reference") == "reference"
     with pytest.raises(NotImplementedError, match="impl='triton' cannot take this call"):
         toy.select_impl(*tensors, call, "triton")

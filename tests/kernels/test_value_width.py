@@ -9,14 +9,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 NAMES = [name for name in CALLS if name not in ("merge_attentions", "relative_bias") and not name.startswith("na")]
-IMPLS = [(name, impl) for name in NAMES for impl in ((None,) if name == "biased_attention" else ("tiled", "reference"))]
+IMPLS = [(name, impl) for name in NAMES for impl in ((None,) if name == "biased_attention" else ("torch", "reference"))]
 WIDTHS = (3, 20)  # of keys: 8
 
 
 def widened(call: dict, width: int, dtype: torch.dtype = torch.float64) -> dict:
     """The arguments of a call with values of another width, floating tensors in `dtype`."""
     call = {n: x.to(dtype) if isinstance(x, Tensor) else x for n, x in call.items()}
-    for name in ("value", "extra_value"):
+    for name in ("value", "additional_values"):
         if name in call:
             call[name] = torch.randn(*call[name].shape[:-1], width, dtype=dtype)
     return call
@@ -24,7 +24,7 @@ def widened(call: dict, width: int, dtype: torch.dtype = torch.float64) -> dict:
 
 def part(call: dict, features: slice) -> dict:
     """The call with some features of the values, and eight in all: the rest is zero."""
-    values = {name: call[name][..., features] for name in ("value", "extra_value") if name in call}
+    values = {name: call[name][..., features] for name in ("value", "additional_values") if name in call}
     return call | {name: torch.nn.functional.pad(x, (0, 8 - x.shape[-1])) for name, x in values.items()}
 
 
@@ -82,5 +82,5 @@ def test_values_too_wide_for_kernels():
     with FakeTensorMode():
         query, value = (torch.empty(1, 8, 8, 2, d, dtype=torch.bfloat16, device="cuda") for d in (64, 320))
         narrow, wide = (explain(ops.window_attention, query, query, x, window=4) for x in (query, value))
-    assert (narrow.impl, wide.impl) == ("triton", "tiled")
+    assert (narrow.impl, wide.impl) == ("triton", "torch")
     assert wide.reasons["triton"] == "head_dim 320 of value exceeds 256"

@@ -1,11 +1,12 @@
 """Window attention on a device: `pytest -m gpu -n 16 tests/kernels/test_window_gpu.py`, long with `--cases 400`."""
 
+from functools import partial
 from itertools import islice
 from random import Random
 
 import pytest
 import torch
-from foveal.kernels.ops import explain, window_attention, window_attention_lse
+from foveal.kernels.ops import explain, window_attention
 from foveal.kernels.window import configs
 from operator_matrix import assert_same_bits
 from window_matrix import Case, cases, check, make_inputs, run
@@ -69,6 +70,6 @@ def test_nothing_is_rolled_padded_or_partitioned_in_memory():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(dynamic):
     torch._dynamo.reset()
-    compiled = torch.compile(window_attention_lse, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(partial(window_attention, return_lse=True), fullgraph=True, dynamic=dynamic)
     for case in (SWIN, HALO):
         check(case, torch.float32, "triton", device="cuda", operator=compiled)

@@ -1,10 +1,11 @@
 """Window attention in plain PyTorch against the fp64 reference, and the rule of windows against its definition."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from foveal.kernels.ops import explain, relative_bias, window_attention, window_attention_lse
+from foveal.kernels.ops import explain, relative_bias, window_attention
 from foveal.kernels.window import Axis, geometry
 from operator_matrix import LAYOUTS, gradients
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,14 +20,14 @@ EVEN = Case((12, 16), (4, 8), (0, 0), (0, 0), bias=True)
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_random_cases(rank, dtype):
     for case in cases(rank, 120, seed=0):
-        check(case, dtype, "tiled")
+        check(case, dtype, "torch")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_random_cases_in_half_precision(rank, dtype):
     for case in cases(rank, 40, seed=1):
-        check(case, dtype, "tiled")
+        check(case, dtype, "torch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -41,7 +42,7 @@ def test_without_lse(training, dtype):
         inputs = {
             n: x if x is None else x.detach().requires_grad_(training) for n, x in make_inputs(case, dtype).items()
         }
-        outs = [window_attention(**inputs, **case.options, impl=impl) for impl in ("tiled", "reference")]
+        outs = [window_attention(**inputs, **case.options, impl=impl) for impl in ("torch", "reference")]
         found = [gradients(inputs, out, None, 3) if training else {"out": out} for out in outs]
         for name, exact in found[1].items():
             torch.testing.assert_close(found[0][name], exact, rtol=2e-5, atol=2e-5)
@@ -54,7 +55,7 @@ def test_a_bias_is_not_rounded_to_half_precision(training, size):
     inputs = make_inputs(case, torch.bfloat16)
     bias = size * torch.randn(inputs["bias"].shape)
     grids = {name: x.detach().requires_grad_(training) for name, x in inputs.items() if name != "bias"}
-    out = window_attention(**grids, bias=bias, **case.options, impl="tiled")
+    out = window_attention(**grids, bias=bias, **case.options, impl="torch")
     exact = window_attention(**{n: x.double() for n, x in grids.items()}, bias=bias, **case.options, impl="reference")
     assert (out.double() - exact).abs().max() <= exact.abs().max() * 2**-8
 
@@ -64,7 +65,9 @@ def test_gradcheck(case):
     inputs = {name: x for name, x in make_inputs(case, torch.float64).items() if x is not None}
 
     def operator(*tensors):
-        return window_attention_lse(**dict(zip(inputs, tensors, strict=True)), **case.options, impl="tiled")
+        return window_attention(
+            **dict(zip(inputs, tensors, strict=True)), **case.options, impl="torch", return_lse=True
+        )
 
     assert torch.autograd.gradcheck(operator, tuple(inputs.values()), fast_mode=True)
 
@@ -75,7 +78,7 @@ def test_layouts_give_the_same_values(layout):
     packed = {
         name: x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for name, x in inputs.items()
     }
-    got, expected = (run(SHIFTED, x, "tiled") for x in (inputs, packed))
+    got, expected = (run(SHIFTED, x, "torch") for x in (inputs, packed))
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
@@ -83,7 +86,7 @@ def test_layouts_give_the_same_values(layout):
 @pytest.mark.parametrize("case", [SHIFTED, HALO])
 def test_repeats_bitwise(case):
     inputs = make_inputs(case, torch.float32)
-    first, second = (run(case, inputs, "tiled") for _ in range(2))
+    first, second = (run(case, inputs, "torch") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -96,7 +99,7 @@ def test_a_bad_number_stays_in_its_window(name, bad):
         poisoned = clean | {name: clean[name].clone()}
         poisoned[name].view(1, -1, *clean[name].shape[-2:])[:, token] = bad
         sees = geometry.mask(case.axes)[:, token].view(case.shape)
-        outs = [window_attention_lse(**x, **case.options, impl="tiled") for x in (poisoned, clean)]
+        outs = [window_attention(**x, **case.options, impl="torch", return_lse=True) for x in (poisoned, clean)]
         for got, expected in zip(*outs, strict=True):
             assert torch.equal(got[0][~sees], expected[0][~sees])
         assert 0 < sees.sum() < sees.numel() and not outs[0][0][0][sees].isfinite().all(-1).any()
@@ -150,13 +153,15 @@ def test_relative_bias():
 
 def compiled(dynamic: bool):
     counter = CompileCounterWithBackend("aot_eager")
-    return torch.compile(window_attention_lse, fullgraph=True, dynamic=dynamic, backend=counter), counter
+    return torch.compile(
+        partial(window_attention, return_lse=True), fullgraph=True, dynamic=dynamic, backend=counter
+    ), counter
 
 
 @pytest.mark.parametrize("case", [SHIFTED, *(pytest.param(case, marks=pytest.mark.slow) for case in (HALO, EVEN))])
 def test_compile(case):
     torch._dynamo.reset()
-    check(case, torch.float32, "tiled", operator=compiled(False)[0])
+    check(case, torch.float32, "torch", operator=compiled(False)[0])
 
 
 @pytest.mark.slow
@@ -167,13 +172,13 @@ def test_compile_dynamic_does_not_recompile(shapes):
     operator, counter = compiled(True)
     for shape in shapes:
         case = Case(shape, (4, 3)[: len(shape)], (2, 1)[: len(shape)], (0, 0)[: len(shape)], bias=True)
-        check(case, torch.float32, "tiled", operator=operator)
+        check(case, torch.float32, "torch", operator=operator)
     assert counter.frame_count == 1
 
 
 class Exported(torch.nn.Module):
     def forward(self, query, key, value, bias):
-        return window_attention(query, key, value, window=4, shift=2, bias=bias, impl="tiled")
+        return window_attention(query, key, value, window=4, shift=2, bias=bias, impl="torch")
 
 
 def test_export_is_aten():
@@ -220,7 +225,7 @@ def test_wrong_arguments(tensors, options, error, message):
 def test_explain():
     q = torch.empty(2, 56, 56, 3, 32, device="meta")
     found = explain(window_attention, q, q, q, window=7, shift=3)
-    assert found.impl == "tiled" and found.cost["windows"] == 64
+    assert found.impl == "torch" and found.cost["windows"] == 64
     along = 7 * 49 + 9 + 16  # pairs of an axis: seven whole windows, one of 3 tokens, one of 4
     assert found.cost["visible_pairs"] == along**2
     assert found.cost["forward_flops"] == 4 * along**2 * 2 * 3 * 32

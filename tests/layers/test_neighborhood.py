@@ -101,14 +101,14 @@ def test_extra_tokens_are_seen_by_every_query(num_kv_heads):
     x, extra = draw(2, *GRIDS[2], 16), draw(2, 3, 16, seed=1)
     heads = (4, num_kv_heads, num_kv_heads)
     query, key, value = layer.qkv(x).unflatten(-1, (-1, 4)).split(heads, dim=-2)
-    _, extra_key, extra_value = layer.qkv(extra).unflatten(-1, (-1, 4)).split(heads, dim=-2)
+    _, additional_keys, additional_values = layer.qkv(extra).unflatten(-1, (-1, 4)).split(heads, dim=-2)
     out = na2d(
         layer.q_norm(query),
         layer.k_norm(key),
         value,
         window=3,
-        extra_key=layer.k_norm(extra_key),
-        extra_value=extra_value,
+        additional_keys=layer.k_norm(additional_keys),
+        additional_values=additional_values,
     )
     torch.testing.assert_close(layer(x, extra=extra), layer.proj(out.flatten(-2)), rtol=1e-12, atol=1e-12)
 
@@ -120,7 +120,7 @@ def test_masked_extra_tokens_go_nowhere(kind):
     extra, lengths = draw(2, 3, 16, seed=1), torch.tensor([1, 2])
     mask = torch.arange(3) < lengths[:, None]
     poisoned = extra.masked_fill(~mask[..., None], float("nan"))
-    out = layer(x, extra=poisoned, extra_mask=mask if kind == "mask" else lengths)
+    out = layer(x, extra=poisoned, additional_mask=mask if kind == "mask" else lengths)
     for i, n in enumerate(lengths.tolist()):
         alone = layer(x[i : i + 1], extra=extra[i : i + 1, :n])
         torch.testing.assert_close(out[i : i + 1], alone, rtol=1e-12, atol=1e-12)

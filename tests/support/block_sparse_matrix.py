@@ -1,13 +1,14 @@
 """The test matrix of block-sparse attention: random cases, their inputs, and the rule for how exact a result must be.
 
     for case in cases(n=300, seed=0):
-        check(case, torch.float64, "tiled")
+        check(case, torch.float64, "torch")
 
 A case prints as the call that makes it again, so a failure can be pasted into a shell.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from random import Random
 
@@ -16,7 +17,7 @@ import torch
 from foveal.kernels.block_sparse import mask as masks
 from foveal.kernels.block_sparse import reference
 from foveal.kernels.block_sparse.call import BlockSparseCall, block_sparse
-from foveal.kernels.ops import BlockMask, block_sparse_attention_lse
+from foveal.kernels.ops import BlockMask, block_sparse_attention
 from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
 
@@ -24,7 +25,7 @@ LENGTHS = {1: (1, 2, 5, 8, 13, 24, 37, 64, 90), 2: (1, 2, 3, 4, 6, 7, 9, 11, 13)
 BOXES = {1: (1, 2, 4, 7, 16, 32, 70), 2: (1, 2, 3, 4, 5, 8), 3: (1, 2, 3, 4)}
 MAX_TOKENS = 140
 HEAD_DIMS = (1, 2, 3, 5, 8, 12, 16, 17, 24, 32, 40)
-TENSORS = ("query", "key", "value", "extra_key", "extra_value")
+TENSORS = ("query", "key", "value", "additional_keys", "additional_values")
 
 
 @dataclass(frozen=True)
@@ -141,16 +142,19 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
         *_, value = lay_out(case.layout, randn, case.batch, case.key_shape, counts, case.value_dim)
     tensors: Inputs = dict(zip(TENSORS, (query, key, value, None, None), strict=True))
     if case.extra:
-        for name, x in (("extra_key", key), ("extra_value", value)):
+        for name, x in (("additional_keys", key), ("additional_values", value)):
             tensors[name] = randn(case.batch, case.extra, *x.shape[-2:])
     return as_leaves(tensors)
+
+
+WITH_LSE = partial(block_sparse_attention, return_lse=True)
 
 
 def run(
     case: Case,
     inputs: Inputs,
     impl: str,
-    operator: Callable = block_sparse_attention_lse,
+    operator: Callable = WITH_LSE,
     mask: BlockMask | None = None,
 ) -> dict[str, Tensor]:
     """Forward and backward of the public operator (or of `operator`, e.g. compiled): out, lse and every gradient."""
@@ -171,7 +175,7 @@ def run_eager(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     logits = q @ k.transpose(-1, -2) * scale
     logits = logits + reference.dense_bias(mask, case.shape, case.key_shape, dtype)
-    if inputs["extra_key"] is not None:
+    if inputs["additional_keys"] is not None:
         ek, ev = (
             inputs[name].transpose(1, 2).repeat_interleave(case.heads // case.key_heads, dim=1) for name in TENSORS[3:]
         )

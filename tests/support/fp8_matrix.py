@@ -17,12 +17,12 @@ def check(case: Case, dtype: torch.dtype, impl: str, device: str = "cpu", operat
     inputs = {name: x if x is None else x.detach() for name, x in inputs.items()}
     options = neighborhood_matrix.on_device(case, inputs)
     visible = None if case.visible is None else case.visible.to(device)
-    rounded = quantized.quantize(inputs["query"], inputs["key"], inputs["extra_key"], visible)
+    rounded = quantized.quantize(inputs["query"], inputs["key"], inputs["additional_keys"], visible)
 
     def replaced(dtype: torch.dtype) -> dict:
-        query, key, extra_key = quantized.restore(rounded, dtype)
+        query, key, additional_keys = quantized.restore(rounded, dtype)
         others = {name: None if x is None else x.to(dtype) for name, x in inputs.items()}
-        return others | {"query": query, "key": key, "extra_key": extra_key}
+        return others | {"query": query, "key": key, "additional_keys": additional_keys}
 
     got = (operator or OPERATORS[case.rank])(**inputs, **options, qk_dtype=E4M3, impl=impl)
     exact = OPERATORS[case.rank](**replaced(torch.float64), **options, impl="reference")

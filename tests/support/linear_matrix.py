@@ -1,7 +1,7 @@
 """The test matrix of linear attention: random cases, their inputs, and the rule for how exact a result must be.
 
     for case in cases(n=300, seed=0):
-        check(case, torch.float64, "tiled")
+        check(case, torch.float64, "torch")
 
 A case prints as the call that makes it again, so a failure can be pasted into a shell.
 """

@@ -1,13 +1,14 @@
 """The test matrix of neighborhood attention: random cases, their inputs, and the rule for how exact a result must be.
 
     for case in cases(rank=2, n=300, seed=0):
-        check(case, torch.float64, "tiled")
+        check(case, torch.float64, "torch")
 
 A case prints as the call that makes it again, so a failure can be pasted into a shell.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from math import prod
 from random import Random
@@ -17,11 +18,11 @@ import torch
 from foveal.kernels.neighborhood import geometry
 from foveal.kernels.neighborhood.api import dispatch
 from foveal.kernels.neighborhood.call import NeighborhoodCall, neighborhood
-from foveal.kernels.ops import na1d, na1d_lse, na2d, na2d_lse, na3d, na3d_lse
+from foveal.kernels.ops import na1d, na2d, na3d
 from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
 
-OPERATORS = {1: na1d_lse, 2: na2d_lse, 3: na3d_lse}
+OPERATORS = {1: partial(na1d, return_lse=True), 2: partial(na2d, return_lse=True), 3: partial(na3d, return_lse=True)}
 LENGTHS = {
     1: (1, 2, 3, 5, 8, 13, 16, 24, 31, 37, 48, 64, 97, 150),
     2: (1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 16, 17, 19, 23),
@@ -29,7 +30,7 @@ LENGTHS = {
 }
 MAX_TOKENS = 420
 HEAD_DIMS = (1, 2, 3, 4, 5, 8, 12, 16, 17, 24, 32, 40)
-TENSORS = ("query", "key", "value", "bias", "extra_key", "extra_value")
+TENSORS = ("query", "key", "value", "bias", "additional_keys", "additional_values")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Case:
     layout: str = "contiguous"
     seed: int = 0
     value_dim: int | None = None
-    extra_mask: str = ""  # "mask", "lengths" or none
+    additional_mask: str = ""  # "mask", "lengths" or none
 
     @property
     def rank(self) -> int:
@@ -62,10 +63,10 @@ class Case:
     @property
     def visible(self) -> Tensor | None:
         """Which extra keys are visible, bool `[batch, extra]`; None for all."""
-        if not self.extra_mask:
+        if not self.additional_mask:
             return None
         generator = torch.Generator().manual_seed(self.seed + 2)
-        if self.extra_mask == "mask":
+        if self.additional_mask == "mask":
             return torch.rand(self.batch, self.extra, generator=generator) < 0.5
         lengths = torch.randint(0, self.extra + 1, (self.batch,), generator=generator)
         return torch.arange(self.extra) < lengths[:, None]
@@ -76,7 +77,7 @@ class Case:
         names = ("window", "stride", "dilation", "causal", "scale")
         options = {name: getattr(self, name) for name in names}
         if (visible := self.visible) is not None:
-            options["extra_mask"] = visible.sum(1) if self.extra_mask == "lengths" else visible
+            options["additional_mask"] = visible.sum(1) if self.additional_mask == "lengths" else visible
         return options
 
 
@@ -114,8 +115,8 @@ def _case(random: Random, rank: int) -> Case:
         seed=random.randrange(2**31),
     )
     value_dim = random.choice((None, None, random.choice(HEAD_DIMS)))
-    extra_mask = random.choice(("", "mask", "lengths")) if case.extra else ""
-    return replace(case, value_dim=value_dim, extra_mask=extra_mask)
+    additional_mask = random.choice(("", "mask", "lengths")) if case.extra else ""
+    return replace(case, value_dim=value_dim, additional_mask=additional_mask)
 
 
 def cases(rank: int, n: int, seed: int) -> Iterator[Case]:
@@ -145,7 +146,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     if case.bias:
         tensors["bias"] = randn(case.heads, *(2 * w - 1 for w in case.window))
     if case.extra:
-        for name, width in (("extra_key", case.head_dim), ("extra_value", value_dim)):
+        for name, width in (("additional_keys", case.head_dim), ("additional_values", value_dim)):
             tensors[name] = randn(case.batch, case.extra, case.key_heads, width)
     return as_leaves(tensors)
 
@@ -176,12 +177,12 @@ def run_eager(case: Case, inputs: Inputs, *, with_lse: bool = True) -> dict[str,
     if inputs["bias"] is not None:
         logits = logits + inputs["bias"].to(dtype).flatten(1)[:, geometry.relative_index(case.axes, q.device)]
     logits = logits.masked_fill(~geometry.mask(case.axes, q.device), float("-inf"))
-    if inputs["extra_key"] is not None:
-        extra = q @ flat(inputs["extra_key"]).transpose(-1, -2) * scale
+    if inputs["additional_keys"] is not None:
+        extra = q @ flat(inputs["additional_keys"]).transpose(-1, -2) * scale
         if case.visible is not None:
             extra = extra.masked_fill(~case.visible[:, None, None].to(q.device), float("-inf"))
         logits = torch.cat([logits, extra], dim=-1)
-        v = torch.cat([v, flat(inputs["extra_value"])], dim=2)
+        v = torch.cat([v, flat(inputs["additional_values"])], dim=2)
     out = (logits.softmax(-1) @ v).transpose(1, 2).unflatten(1, case.shape)
     lse = logits.to(torch.promote_types(dtype, torch.float32)).logsumexp(-1).transpose(1, 2).unflatten(1, case.shape)
     return gradients(inputs, out, lse if with_lse else None, case.seed + 1)
@@ -235,7 +236,7 @@ def check_part(case: Case, dtype: torch.dtype, impl: str) -> None:
 
     def attend(axes, impl, inputs, box, needed):
         boxed = {"query": inputs["query"][box], "key": inputs["key"][needed], "value": inputs["value"][needed]}
-        return dispatch(**inputs | boxed, axes=axes, scale=case.scale, extra_mask=case.visible, impl=impl)
+        return dispatch(**inputs | boxed, axes=axes, scale=case.scale, additional_mask=case.visible, impl=impl)
 
     got = gradients(inputs, *attend(axes, impl, inputs, box, needed), seed=case.seed + 1)
     exact = as_leaves(inputs, torch.float64)
@@ -282,14 +283,14 @@ def check_masked_tokens(case: Case, dtype: torch.dtype, impl: str) -> None:
     inputs, visible = make_inputs(case, dtype), case.visible
     assert visible is not None and not visible.all()
     poisoned = dict(inputs)
-    for name in ("extra_key", "extra_value"):
+    for name in ("additional_keys", "additional_values"):
         poisoned[name] = inputs[name].detach().masked_fill(~visible[..., None, None], float("nan")).requires_grad_()
     clean, found = run(case, inputs, impl), run(case, poisoned, impl)
     for name, expected in clean.items():
         assert torch.equal(found[name], expected), name
-    for name in ("extra_key", "extra_value"):
+    for name in ("additional_keys", "additional_values"):
         assert (clean[name][~visible] == 0).all()
-    assert (clean["extra_value"][visible] != 0).any()
+    assert (clean["additional_values"][visible] != 0).any()
 
 
 def opcheck(name: str, case: Case, dtype: torch.dtype, *, requires_grad: bool) -> None:

@@ -19,7 +19,7 @@ def mask() -> BlockMask:
 
 
 def neighborhood(rank: int) -> dict:
-    extra = {"extra_key": torch.randn(1, 3, 2, 8), "extra_value": torch.randn(1, 3, 2, 8)}
+    extra = {"additional_keys": torch.randn(1, 3, 2, 8), "additional_values": torch.randn(1, 3, 2, 8)}
     table = torch.zeros(2, *(5,) * rank)
     return qkv(*(4,) * rank) | extra | {"window": 3, "stride": 1, "dilation": 1, "causal": False, "bias": table}
 
@@ -29,7 +29,11 @@ def qkv(*shape: int) -> dict:
 
 
 def lists() -> dict:
-    return qkv(4, 4) | {"mask": mask(), "extra_key": torch.randn(1, 3, 2, 8), "extra_value": torch.randn(1, 3, 2, 8)}
+    return qkv(4, 4) | {
+        "mask": mask(),
+        "additional_keys": torch.randn(1, 3, 2, 8),
+        "additional_values": torch.randn(1, 3, 2, 8),
+    }
 
 
 def windows() -> dict:
@@ -37,12 +41,10 @@ def windows() -> dict:
 
 
 CALLS: dict[str, Callable[[], dict]] = {
-    **{f"na{rank}d{lse}": lambda rank=rank: neighborhood(rank) for rank in (1, 2, 3) for lse in ("", "_lse")},
+    **{f"na{rank}d": lambda rank=rank: neighborhood(rank) for rank in (1, 2, 3)},
     "block_sparse_attention": lists,
-    "block_sparse_attention_lse": lists,
     "routing_attention2d": lambda: qkv(4, 4) | {"regions": 2, "topk": 1},
     "window_attention": windows,
-    "window_attention_lse": windows,
     "linear_attention": lambda: qkv(4, 4),
     "agent_attention": lambda: (
         qkv(4, 4) | {"agent": grid(3), "agent_bias": torch.zeros(2, 3, 16), "query_bias": torch.zeros(2, 16, 3)}

@@ -10,12 +10,13 @@ import multiprocessing
 import time
 import traceback
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from foveal.kernels.ops import na3d, sharded_neighborhood_attention, sharded_neighborhood_attention_lse
+from foveal.kernels.ops import na3d, sharded_neighborhood_attention
 from neighborhood_matrix import Case, make_inputs
 from operator_matrix import as_leaves, seeded_randn
 from torch import Tensor, nn
@@ -114,8 +115,8 @@ def attend(
     for name, x in inputs.items():
         if x is not None and leaves is not None:
             x.requires_grad_(name in leaves)
-    outputs = sharded_neighborhood_attention_lse(
-        **inputs, **case.options, mesh=group, axis=axis, lengths=lengths if given else None, impl=impl
+    outputs = sharded_neighborhood_attention(
+        **inputs, **case.options, mesh=group, axis=axis, lengths=lengths if given else None, impl=impl, return_lse=True
     )
     grads = tuple(piece(x, axis, lengths, rank).to(y.dtype) for x, y in zip(cotangents(case), outputs, strict=True))
     return gradients(inputs, outputs, grads)
@@ -126,7 +127,7 @@ def attend_twice(groups, cases: tuple[Case, Case], axis: int, lengths: tuple[int
     rank = dist.get_rank()
     inputs = _pieces(cases[0], axis, lengths, rank, torch.float64)
     where = {"mesh": groups[len(lengths)], "axis": axis, "lengths": lengths}
-    outputs = [sharded_neighborhood_attention_lse(**inputs, **case.options, **where) for case in cases]
+    outputs = [sharded_neighborhood_attention(**inputs, **case.options, **where, return_lse=True) for case in cases]
     grads = tuple(piece(x, axis, lengths, rank) for x in cotangents(cases[0]))
     return gradients(inputs, tuple(sum(x) for x in zip(*outputs, strict=True)), grads)
 
@@ -136,7 +137,9 @@ def attend_checkpointed(groups, case: Case, axis: int, lengths: tuple[int, ...])
     rank = dist.get_rank()
     inputs = _pieces(case, axis, lengths, rank, torch.float64)
     options = case.options | {"mesh": groups[len(lengths)], "axis": axis, "lengths": lengths}
-    outputs = checkpoint(sharded_neighborhood_attention_lse, **inputs, **options, use_reentrant=False)
+    outputs = checkpoint(
+        partial(sharded_neighborhood_attention, return_lse=True), **inputs, **options, use_reentrant=False
+    )
     found = gradients(inputs, outputs, tuple(piece(x, axis, lengths, rank) for x in cotangents(case)))
     return found, torch._C._distributed_c10d._get_work_registry_size()
 
@@ -146,7 +149,7 @@ def attend_for(groups, case: Case, axis: int, lengths: tuple[int, ...], name: st
     rank = dist.get_rank()
     inputs = _pieces(case, axis, lengths, rank, torch.float64)
     where = {"mesh": groups[len(lengths)], "axis": axis, "lengths": lengths}
-    outputs = sharded_neighborhood_attention_lse(**inputs, **case.options, **where)
+    outputs = sharded_neighborhood_attention(**inputs, **case.options, **where, return_lse=True)
     grads = tuple(piece(x, axis, lengths, rank) for x in cotangents(case))
     (found,) = torch.autograd.grad(outputs, inputs[name], grads)
     out, lse = (x.detach() for x in outputs)
@@ -160,8 +163,8 @@ def attend_with_anomaly_detection(groups, case: Case, axis: int, lengths: tuple[
     torch.use_deterministic_algorithms(True)
     try:
         with torch.autograd.set_detect_anomaly(True):
-            outputs = sharded_neighborhood_attention_lse(
-                **inputs, **case.options, mesh=groups[len(lengths)], axis=axis, lengths=lengths
+            outputs = sharded_neighborhood_attention(
+                **inputs, **case.options, mesh=groups[len(lengths)], axis=axis, lengths=lengths, return_lse=True
             )
             time.sleep(0.0 if rank == 1 else 0.5)
             return gradients(inputs, outputs, tuple(piece(x, axis, lengths, rank) for x in cotangents(case)))
@@ -233,8 +236,8 @@ def attend_compiled(groups, case: Case, axis: int, lengths: tuple[int, ...], imp
     inputs, graphs = _pieces(case, axis, lengths, rank, torch.float64), []
 
     def operator(**tensors):
-        return sharded_neighborhood_attention_lse(
-            **tensors, **case.options, mesh=mesh, axis=axis, lengths=lengths, impl=impl
+        return sharded_neighborhood_attention(
+            **tensors, **case.options, mesh=mesh, axis=axis, lengths=lengths, impl=impl, return_lse=True
         )
 
     def record(graph, _):

@@ -72,7 +72,7 @@ def serve(context=None) -> Iterator[Origin]:
 def write_manifest(path: Path, *mirrors: dict, name: str = "natten_test_m.tag", **fields) -> Manifest:
     """A manifest file with one entry; absent fields of a mirror are filled in."""
     defaults = {"format": "official", "file": "model.safetensors"}
-    entry = {"licence": "MIT", "source": "https://example.org", "img_size": 32, "num_classes": 10} | fields
+    entry = {"license": "MIT", "source": "https://example.org", "img_size": 32, "num_classes": 10} | fields
     entry["mirrors"] = [defaults | mirror for mirror in mirrors]
     path.write_text(json.dumps({name: entry}))
     return load_manifest(path)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from random import Random
 
 import operator_matrix
 import torch
-from foveal.kernels.ops import window_attention_lse
+from foveal.kernels.ops import window_attention
 from foveal.kernels.window import Axis, geometry
 from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
@@ -100,7 +101,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
 
 def run(case: Case, inputs: Inputs, impl: str, operator: Callable | None = None) -> dict[str, Tensor]:
     """Forward and backward of the public operator (or of `operator`, e.g. compiled): out, lse and every gradient."""
-    operator = window_attention_lse if operator is None else operator
+    operator = partial(window_attention, return_lse=True) if operator is None else operator
     out, lse = operator(**inputs, **case.options, impl=impl)
     return gradients(inputs, out, lse, case.seed + 1)
 

@@ -181,12 +181,12 @@ def test_packaging_writes_file_and_entry_or_nothing(finished, tmp_path):
     folder, arguments, averaged = finished
     manifest = tmp_path / "manifest.json"
     manifest.write_text("{}")
-    options = {"name": f"{arguments['model_name']}.digits", "licence": "Apache-2.0", "source": "https://example.org/"}
+    options = {"name": f"{arguments['model_name']}.digits", "license": "Apache-2.0", "source": "https://example.org/"}
     wrong = (
         ({"name": f"{arguments['model_name']}.B[x]"}, "name is .*; expected 'architecture.tag' in lower case"),
         ({"name": "resnet18.digits"}, f"expected '{arguments['model_name']}.tag', because .* trained"),
         ({"source": "ftp://example.org"}, "source is 'ftp://example.org'; expected an https URL"),
-        ({"licence": ""}, "licence is ''"),
+        ({"license": ""}, "license is ''"),
     )
     for change, message in wrong:
         with pytest.raises(WeightsError, match=message):

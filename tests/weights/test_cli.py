@@ -45,12 +45,12 @@ def run(*arguments):
     return CliRunner().invoke(app, ["weights", *map(str, arguments)])
 
 
-def test_list_shows_every_entry_with_licence_and_accuracy():
+def test_list_shows_every_entry_with_license_and_accuracy():
     result = run("list")
     assert result.exit_code == 0
     for entry in bundled_manifest().entries.values():
         line = next(line for line in result.output.splitlines() if line.split()[:1] == [entry.name])
-        assert entry.licence in line and f"{entry.metrics.get('top1', '–')}" in line
+        assert entry.license in line and f"{entry.metrics.get('top1', '–')}" in line
     assert f"{len(bundled_manifest().entries)} weights; cache: " in result.output
 
 
@@ -170,7 +170,7 @@ def test_text_of_users_is_no_markup(tmp_path, monkeypatch):
     assert result.exit_code == 0 and f"cache: {folder}\n" in result.output
     result = run("convert", folder / "m.pth", folder / "m.safetensors")
     assert result.exit_code == 1 and str(folder / "m.pth") in result.stderr
-    write_manifest(tmp_path / "m.json", {"url": "https://example.org/w"}, licence="MIT [red](own)[/red] :smile:")
+    write_manifest(tmp_path / "m.json", {"url": "https://example.org/w"}, license="MIT [red](own)[/red] :smile:")
     assert "MIT [red](own)[/red] :smile:" in run("list", "--manifest", tmp_path / "m.json").output
 
 

@@ -52,7 +52,7 @@ def test_every_official_checkpoint_of_the_family_is_there():
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_bundled_entries(entry):
-    assert entry.licence and entry.source.startswith("https://") and entry.img_size > 0
+    assert entry.license and entry.source.startswith("https://") and entry.img_size > 0
     for mirror in entry.mirrors:
         assert mirror.url is None or mirror.url.startswith("https://")
         assert mirror.package is None or fetch(entry.name).stat().st_size == mirror.bytes
@@ -152,8 +152,8 @@ def test_malformed_mirrors_are_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"licence": " "}, "licence is ' '"),
-        ({"licence": None}, "licence is None"),
+        ({"license": " "}, "license is ' '"),
+        ({"license": None}, "license is None"),
         ({"source": "http://example.org"}, "source is"),
         ({"img_size": "224"}, "img_size is '224'"),
         ({"num_classes": 0}, "num_classes is 0"),
@@ -175,7 +175,7 @@ def test_malformed_entries_are_refused(tmp_path, fields, message):
     "text",
     [
         *("", "{", "[]", "3", "[" * 100_000, '{"a.b": 3}', '{"a.b": {}}', '{"a.b": {"mirrors": [1]}}'),
-        '{"a.b": {"mirrors": [], "licence": "MIT", "source": "https://e.org", "img_size": 1}}',
+        '{"a.b": {"mirrors": [], "license": "MIT", "source": "https://e.org", "img_size": 1}}',
         '{"a.b": {"mirrors": [], "name": "c.d"}}',
         '{"a.b": {"mirrors": [{"format": "official"}]}}',
     ],
@@ -218,7 +218,7 @@ def test_a_folder_holds_one_file_per_family(tmp_path):
 PACKAGED = dict(
     name="natten_test_p.digits",
     metrics={"top1": 98.5},
-    licence="Apache-2.0",
+    license="Apache-2.0",
     source="https://example.org",
     img_size=32,
     num_classes=10,

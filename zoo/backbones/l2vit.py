@@ -32,7 +32,7 @@ class PaddedWindowAttention2d(nn.Module):
         num_heads: heads; a divisor of dim.
         window: side of the windows.
         proj_drop: dropout after the output projection.
-        impl: "auto", "triton", "tiled" or "reference"; see `foveal.kernels.ops.window_attention`.
+        impl: "auto", "triton", "torch" or "reference"; see `foveal.kernels.ops.window_attention`.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ class Swin(Host):
         drop_rate, proj_drop_rate, drop_path_rate: dropout before the head and in blocks, stochastic depth (its rate
             grows linearly to this value).
         norm_layer, act_layer: layers of the blocks.
-        impl: implementation of the attention, "auto", "triton", "tiled" or "reference".
+        impl: implementation of the attention, "auto", "triton", "torch" or "reference".
         attn_options: further arguments of `attn`; a list or tuple has one entry per stage.
     """
 

@@ -44,20 +44,20 @@ def accuracy_on_test(model: nn.Module, data: LightningDataModule) -> float:
     return right / total
 
 
-def package_run(run: Path, *, name: str, licence: str, source: str, manifest: Path = MANIFEST_PATH) -> Entry:
+def package_run(run: Path, *, name: str, license: str, source: str, manifest: Path = MANIFEST_PATH) -> Entry:
     """Writes the weights of `run` beside the manifest and enters them there.
 
     Args:
         run: folder of a run, with `config.yaml` and `checkpoints/last.ckpt`.
         name: `architecture.tag`.
-        licence, source: for the manifest; see `foveal.weights.manifest.Entry`.
+        license, source: for the manifest; see `foveal.weights.manifest.Entry`.
         manifest: to enter them in; the file goes to its folder.
 
     Returns:
         The entry.
 
     Raises:
-        WeightsError: a name, licence or source that the manifest does not take, or a model of another architecture;
+        WeightsError: a name, license or source that the manifest does not take, or a model of another architecture;
             nothing is written then.
     """
     path = manifest.parent / f"{name}.safetensors"
@@ -68,7 +68,7 @@ def package_run(run: Path, *, name: str, licence: str, source: str, manifest: Pa
     config = OmegaConf.load(run / "config.yaml")
     check_targets(config)  # pyright: ignore[reportArgumentType]
     data = instantiate(config.data, _convert_="all")
-    fields = {"licence": licence, "source": source, "img_size": data.img_size, "num_classes": data.num_classes}
+    fields = {"license": license, "source": source, "img_size": data.img_size, "num_classes": data.num_classes}
     unknown = Mirror(format="foveal", file="weights.safetensors", url="https://unknown.invalid/")
     Entry(name=name, mirrors=(unknown,), **fields)  # refuses what the manifest would, before anything is written
     accuracy = accuracy_on_test(model, data)
@@ -86,7 +86,7 @@ def package_run(run: Path, *, name: str, licence: str, source: str, manifest: Pa
 def main(
     run: Annotated[Path | None, typer.Argument(help="A run's folder; by default the newest of digits_dinat.")] = None,
     name: Annotated[str, typer.Option(help="architecture.tag of the weights.")] = "natten_dinat_pico.digits",
-    licence: Annotated[str, typer.Option(help="SPDX identifier.")] = "Apache-2.0",
+    license: Annotated[str, typer.Option(help="SPDX identifier.")] = "Apache-2.0",
     source: Annotated[str, typer.Option(help="https page of the data or project.")] = DIGITS_SOURCE,
 ) -> None:
     """Write a run's averaged weights into this checkout, with their accuracy and hash in the manifest."""
@@ -101,7 +101,7 @@ def main(
             raise typer.BadParameter("there is no run under runs/digits_dinat: train one by `python train.py`")
         run = checkpoint.parent.parent
     try:
-        entry = package_run(run, name=name, licence=licence, source=source)
+        entry = package_run(run, name=name, license=license, source=source)
     except WeightsError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -32,7 +32,7 @@ def describe_model(task: LightningModule, checkpoint: dict[str, Any]) -> None:
 
     `architecture`, `model_args` and `num_classes` build `task.model`; `label_names` are the classes in the order of the
     outputs; `pretrained_cfg` is the preprocessing of the images that it was evaluated on and, where training began with
-    released weights, their licence and origin. Facts that the data module does not know are left out.
+    released weights, their license and origin. Facts that the data module does not know are left out.
     """
     name, pretrained = task.model_cfg["name"], task.model_cfg.get("pretrained")  # pyright: ignore
     data = getattr(task.trainer, "datamodule", None)

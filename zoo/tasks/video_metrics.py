@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ...kernels.ops import na3d_lse
+from ...kernels.ops import na3d
 
 
 class ClipJudge(nn.Module):
@@ -298,12 +298,12 @@ def window_mass_recall(
 ) -> Tensor:
     """`attention_mass_recall` of a 3-D neighborhood on `[B, T, H, W, heads, d]` → `[B, heads]`, without any S×S tensor.
 
-    The kept share of a query is `exp(lse_window - lse_all)`, with the log-sum-exps that `na3d_lse` returns. `causal`
+    The kept share of a query is `exp(lse_window - lse_all)`, with the log-sum-exps that `na3d` returns. `causal`
     axes are causal in the dense attention too.
     """
     grid = tuple(query.shape[1:4])
     lse = [
-        na3d_lse(query, key, key, window=size, stride=steps, dilation=gaps, causal=causal, scale=scale)[1]
+        na3d(query, key, key, window=size, stride=steps, dilation=gaps, causal=causal, scale=scale, return_lse=True)[1]
         for size, steps, gaps in ((window, stride, dilation), (grid, 1, 1))
     ]
     return (lse[0] - lse[1]).float().exp().mean(dim=(1, 2, 3))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.common.calling import is_per_head
-from ...kernels.ops import merge_attentions, na3d, na3d_lse
+from ...kernels.ops import merge_attentions, na3d
 
 Attend = Callable[..., Tensor]  # attention of [B, queries, heads, d] to [B, keys, heads, d], with attn_mask
 Sizes = tuple[Any, ...]  # an integer for each of t, h, w, or such a tuple for each head
@@ -254,9 +254,13 @@ def _window(
         key, value = _pad_frames(key, 0, padding), _pad_frames(value, 0, padding)
     mine = slice(past, past + query.shape[1])
     if text is not None and text.parts is not None:
-        video = (x[:, mine] for x in na3d_lse(queries, key, value, **options))
+        video = (x[:, mine] for x in na3d(queries, key, value, **options, return_lse=True))
         return merge_attentions(*zip(video, _words(query, text), strict=True))[0]
-    extra = {} if text is None else {"extra_key": text.key, "extra_value": text.value, "extra_mask": text.mask}
+    extra = (
+        {}
+        if text is None
+        else {"additional_keys": text.key, "additional_values": text.value, "additional_mask": text.mask}
+    )
     return na3d(queries, key, value, **options, **extra)[:, mine]
 
 

@@ -11,7 +11,7 @@ from block_sparse_matrix import TENSORS, Case, cases, check, make_inputs, make_m
 from foveal.kernels.block_sparse import configs
 from foveal.kernels.block_sparse.configs import Size
 from foveal.kernels.block_sparse.mask import box_of_token
-from foveal.kernels.ops import block_sparse_attention, block_sparse_attention_lse, routing_attention2d
+from foveal.kernels.ops import block_sparse_attention, routing_attention2d
 from torch.utils.flop_counter import FlopCounterMode
 
 QUICK = (  # by default; all others are slow
@@ -89,7 +89,7 @@ def test_gradients_are_the_same_bits_every_time():
 def test_empty_lists():
     inputs = make_inputs(replace(FULL, extra=0), torch.float32)
     mask = make_mask(FULL)._replace(kv_num=torch.zeros(1, 1, FULL.query_boxes, dtype=torch.int32))
-    out, lse = block_sparse_attention_lse(**inputs, mask=mask, impl="triton")
+    out, lse = block_sparse_attention(**inputs, mask=mask, impl="triton", return_lse=True)
     assert (out == 0).all() and (lse == float("-inf")).all()
     inputs = [inputs[n] for n in TENSORS[:3]]
     assert all(

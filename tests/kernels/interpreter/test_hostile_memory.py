@@ -6,6 +6,7 @@ tensors lie in the midst of NaN. They must show NaN of any payload, and read and
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from itertools import islice
 from math import prod
@@ -26,10 +27,10 @@ from foveal.kernels.linear import launch as linear_launch
 from foveal.kernels.ops import (
     BlockMask,
     agent_attention,
-    block_sparse_attention_lse,
+    block_sparse_attention,
     linear_attention,
-    na2d_lse,
-    window_attention_lse,
+    na2d,
+    window_attention,
 )
 from operator_matrix import Inputs
 from torch import Tensor
@@ -231,8 +232,8 @@ def matrix_operator(matrix, case) -> Callable:
     if matrix is neighborhood_matrix:
         return neighborhood_matrix.OPERATORS[case.rank]
     return {
-        window_matrix: window_attention_lse,
-        block_sparse_matrix: block_sparse_attention_lse,
+        window_matrix: partial(window_attention, return_lse=True),
+        block_sparse_matrix: partial(block_sparse_attention, return_lse=True),
         agent_matrix: agent_attention,
         linear_matrix: linear_attention,
     }[matrix]
@@ -261,7 +262,7 @@ def test_linear_attention_shows_what_plain_products_show(bits, tf32):
     inputs = dict(zip(("query", "key", "value"), torch.randn(3, 1, 16, 16, 2, 32), strict=True))
     inputs["value"] = place(inputs["value"].abs(), 0x7FC00000)
     inputs["value"].view(torch.int32)[inputs["value"].isnan()] = bits
-    got, exact = (linear_attention(**inputs, impl=impl) for impl in ("triton", "tiled"))
+    got, exact = (linear_attention(**inputs, impl=impl) for impl in ("triton", "torch"))
     assert not exact.isfinite().all()
     assert torch.equal(got.isnan(), exact.isnan()) and torch.equal(got.isinf(), exact.isinf())
 
@@ -300,9 +301,9 @@ def calls() -> dict[str, Callable]:
     mask = BlockMask((2, 2), (2, 2), kv_num, kv_idx.flip(2))
     agent = torch.randn(1, 2, 2, 4)
     return {
-        "neighborhood": lambda q, k, v: na2d_lse(q, k, v, window=2, impl="triton"),
-        "window": lambda q, k, v: window_attention_lse(q, k, v, window=2, impl="triton"),
-        "block_sparse": lambda q, k, v: block_sparse_attention_lse(q, k, v, mask=mask, impl="triton"),
+        "neighborhood": lambda q, k, v: na2d(q, k, v, window=2, impl="triton", return_lse=True),
+        "window": lambda q, k, v: window_attention(q, k, v, window=2, impl="triton", return_lse=True),
+        "block_sparse": lambda q, k, v: block_sparse_attention(q, k, v, mask=mask, impl="triton", return_lse=True),
         "agent": lambda q, k, v: (agent_attention(q, k, v, agent, impl="triton"),),
         "linear": lambda q, k, v: (linear_attention(q, k, v, relu=True, floor=1.0, impl="triton"),),
     }

@@ -74,7 +74,7 @@ def arguments() -> tuple:
     rounded = quantized.quantize(query, key, extra[0])
     factor, bias = rounded.query_scale * rounded.key_scale, torch.randn(2, 5, 5)
     axes = make_axes((6, 7), window=3, dilation=(1, 2), causal=(False, True))
-    call = NeighborhoodCall(axes, 0.5, bias, rounded.extra_key, extra[1])
+    call = NeighborhoodCall(axes, 0.5, bias, rounded.additional_keys, extra[1])
     return rounded.query, rounded.key, value, factor, *neighborhood.codec.flatten(call)
 
 

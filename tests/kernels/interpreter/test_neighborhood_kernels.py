@@ -1,7 +1,7 @@
 """The Triton kernels of neighborhood attention, run by Triton's interpreter on the CPU."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from math import prod
 from random import Random
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from foveal.kernels.neighborhood import configs, geometry, tile
 from foveal.kernels.neighborhood.configs import Size
-from foveal.kernels.ops import na2d, na2d_lse
+from foveal.kernels.ops import na2d
 from neighborhood_matrix import (
     Case,
     cases,
@@ -55,7 +55,7 @@ FULL = Case(
 )
 
 
-MASKED = replace(FULL, extra=19, value_dim=5, extra_mask="mask")
+MASKED = replace(FULL, extra=19, value_dim=5, additional_mask="mask")
 
 
 def affordable(case: Case) -> bool:
@@ -228,7 +228,7 @@ def test_opcheck(case, dtype, requires_grad):
 
 def test_compiled_whole_for_any_size():
     torch._dynamo.reset()
-    compiled = torch.compile(na2d_lse, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(partial(na2d, return_lse=True), fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(recompile_limit=1):
         for shape in ((12, 14), (13, 11), (16, 15)):  # no length equal to another size, which would be taken for it
             check(replace(MASKED, shape=shape), torch.float32, "triton", operator=compiled)
@@ -250,7 +250,9 @@ def test_flops_are_counted():
     query, key, value = (x.requires_grad_() for x in torch.randn(3, 2, 8, 10, 3, 16))
     extra = torch.randn(2, 4, 3, 16)
     with FlopCounterMode(display=False) as counter:
-        na2d(query, key, value, window=(3, 5), extra_key=extra, extra_value=extra, impl="triton").sum().backward()
+        na2d(
+            query, key, value, window=(3, 5), additional_keys=extra, additional_values=extra, impl="triton"
+        ).sum().backward()
     products = 2 * 2 * 3 * 16 * 80 * (15 + 4)  # two FLOPs, batch, heads, head_dim, queries, keys a query sees
     assert counter.get_total_flops() == (2 + 5) * products
 

@@ -1,13 +1,14 @@
 """The Triton kernels of window attention, run by Triton's interpreter on the CPU."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from math import prod
 from random import Random
 
 import pytest
 import torch
-from foveal.kernels.ops import window_attention, window_attention_lse
+from foveal.kernels.ops import window_attention
 from foveal.kernels.window import configs
 from operator_matrix import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -112,7 +113,9 @@ def test_opcheck(case, requires_grad):
 
 def test_compiled_whole_for_any_size():
     torch._dynamo.reset()
-    compiled = torch.compile(window_attention_lse, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(
+        partial(window_attention, return_lse=True), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     with torch._dynamo.config.patch(recompile_limit=1):
         for shape in ((13, 14), (15, 11), (17, 19)):  # no length equals that of another dimension
             check(replace(FULL, shape=shape), torch.float32, "triton", operator=compiled)
