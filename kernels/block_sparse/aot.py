@@ -27,7 +27,9 @@ LISTED = 16  # boxes in a list
 
 
 POINTERS = dict.fromkeys(("lse_ptr", "dlse_ptr", "delta_ptr", "bias_ptr"), "fp32")
-POINTERS |= dict.fromkeys(("num_ptr", "idx_ptr", "starts_ptr", "order_ptr", "q_len_ptr", "kv_len_ptr"), "i32")
+POINTERS |= {"extra_mask_ptr": "u8"}
+INTEGERS = ("num_ptr", "idx_ptr", "starts_ptr", "order_ptr", "q_len_ptr", "kv_len_ptr", "extra_ends_ptr")
+POINTERS |= dict.fromkeys(INTEGERS, "i32")
 
 
 def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: bool) -> ASTSource:
@@ -71,7 +73,9 @@ def _variants(kernel: configs.Kernel, grid: str, dtype, head_dim: int, device: D
         fixed |= dict(GROUP=1 + wide, BIAS=full, Q_LEN=full, KV_LEN=full)
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
         if kernel != "key":
-            fixed |= dict(EXTRA=full or ones, EXTRA_KEYS=EXTRA_KEYS)
+            fixed |= dict(EXTRA=full or ones, EXTRA_KEYS=EXTRA_KEYS, EXTRA_MASK=full)
+            if not full:
+                fixed |= dict(extra_mask_ptr=None, extra_ends_ptr=None)
         if widths[0] == widths[1]:
             fixed |= {"query": dict(dq_strides=None), "key": dict(dv_strides=None)}.get(kernel, {})
         if not full:

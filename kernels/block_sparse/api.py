@@ -5,7 +5,7 @@ from typing import Literal, Required, TypedDict, Unpack, overload
 from torch import Tensor
 
 from ..common.arguments import operator
-from ..common.calling import Impl
+from ..common.calling import Impl, Mask
 from .call import block_sparse, make_call
 from .mask import BlockMask
 
@@ -17,6 +17,7 @@ class Options(TypedDict, total=False):
     scale: float | None
     additional_keys: Tensor | None
     additional_values: Tensor | None
+    additional_mask: Mask | None
     impl: Impl
 
 
@@ -39,6 +40,7 @@ def block_sparse_attention(
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
+    additional_mask: Mask | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -58,6 +60,9 @@ def block_sparse_attention(
         scale: factor on query . key; head_dim ** -0.5 when None.
         additional_keys, additional_values: `[B, tokens, key_heads, head_dim]` and `[…, value_dim]`, visible to every
             query (text tokens, registers), without bias.
+        additional_mask: visible additional tokens, bool `[B, tokens]`, or their number at the start of each batch
+            entry, integer `[B]`; all when None. A masked token may hold anything, NaN included, and has a gradient of
+            zero.
         impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "torch"
             or "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
 
@@ -69,7 +74,15 @@ def block_sparse_attention(
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
         NotImplementedError: `impl` cannot take this call; the message says why.
     """
-    additional = {"additional_keys": additional_keys, "additional_values": additional_values}
-    call = make_call(query, key, value, mask=mask, scale=scale, **additional)
+    call = make_call(
+        query,
+        key,
+        value,
+        mask=mask,
+        scale=scale,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+        additional_mask=additional_mask,
+    )
     out, lse = block_sparse(query, key, value, call, impl=impl)
     return (out, lse) if return_lse else out

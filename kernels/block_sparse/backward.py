@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..neighborhood.backward import key_step, query_step
 from ..neighborhood.forward import LOG2E
-from ..neighborhood.tile import load_extra
+from ..neighborhood.tile import extra_end, extra_view, load_extra_pair
 from .forward import program, rows_of
 from .tile import box_count, list_of, listed_keys, listed_queries, load_rows, offset, view
 
@@ -20,12 +20,12 @@ def query_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, do_ptr, do_strides,
     lse_ptr, lse_strides, dlse_ptr, dlse_strides, delta_ptr, dq_ptr, dq_strides,
     num_ptr, idx_ptr, bias_ptr, q_len_ptr, kv_len_ptr, lists, most,
-    extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
+    extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, extra_ends_ptr,
     q_lengths, k_lengths, heads, extra, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     EXTRA_KEYS: tl.constexpr, BIAS: tl.constexpr, Q_LEN: tl.constexpr, KV_LEN: tl.constexpr, EXTRA: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EXTRA_MASK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dQ, and delta for the other kernels. `delta` has the strides of lse, dQ those of out where values are as wide as
     keys: its own are then None. See `forward_kernel`."""
@@ -67,13 +67,15 @@ def query_kernel(
         s = tl.where(see[None, :], s + bias[None, :] if BIAS else s, float("-inf"))
         dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
     if EXTRA:
-        extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + (head // GROUP).to(tl.int64) * extra_k_strides[2]
-        extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + (head // GROUP).to(tl.int64) * extra_v_strides[2]
-        for e in tl.range(0, extra, EXTRA_KEYS):
-            k = load_extra(extra_k_ptr, extra_k_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
-            v = load_extra(extra_v_ptr, extra_v_strides, e, extra, DV, EXTRA_KEYS, BLOCK_DV)
+        extra_k_ptr = extra_view(extra_k_ptr, extra_k_strides, batch, head // GROUP)
+        extra_v_ptr = extra_view(extra_v_ptr, extra_v_strides, batch, head // GROUP)
+        for e in tl.range(0, extra_end(extra_ends_ptr, batch, extra, EXTRA_MASK), EXTRA_KEYS):
+            k, v, see = load_extra_pair(
+                extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, batch, e, extra,
+                D, DV, EXTRA_KEYS, BLOCK_D, BLOCK_DV, EXTRA_MASK,
+            )
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-            s = tl.where((e + tl.arange(0, EXTRA_KEYS) < extra)[None, :], s, float("-inf"))
+            s = tl.where(see[None, :], s, float("-inf"))
             dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
 
     d = tl.arange(0, BLOCK_D)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.arguments import ACCEPTED_DTYPES, DTYPES, check_dense
-from ..common.calling import check_additional, check_grids, entries, resolve_scale
+from ..common.calling import Mask, additional_visibility, check_additional, check_grids, entries, resolve_scale
 from ..common.operator import Operator
 from . import cost
 from .mask import BlockMask, boxes
@@ -24,6 +24,7 @@ class BlockSparseCall:
     additional_values: Tensor | None
     mask: BlockMask
     scale: float
+    additional_mask: Tensor | None = None  # bool [B, tokens]
 
 
 def make_call(
@@ -35,6 +36,7 @@ def make_call(
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
+    additional_mask: Mask | None = None,
 ) -> BlockSparseCall:
     """The call of arguments that fit together.
 
@@ -48,7 +50,8 @@ def make_call(
     _check_mask(rank, query, key, mask)
     check_additional(key, value, additional_keys, additional_values)
     mask = mask._replace(query_block=tuple(mask.query_block), key_block=tuple(mask.key_block))
-    return BlockSparseCall(additional_keys, additional_values, mask, resolve_scale(query, scale))
+    visible = additional_visibility(additional_mask, additional_keys)
+    return BlockSparseCall(additional_keys, additional_values, mask, resolve_scale(query, scale), visible)
 
 
 def _check_blocks(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> tuple[int, int]:

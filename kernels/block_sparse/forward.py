@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..neighborhood.forward import LN2, LOG2E, softmax_step
-from ..neighborhood.tile import load_extra
+from ..neighborhood.tile import extra_end, extra_view, load_extra_pair
 from .tile import box_count, inside, list_of, listed_keys, load_rows, offset, position, view
 
 
@@ -34,12 +34,12 @@ def rows_of(box, place, lengths, length_ptr, BOX: tl.constexpr, LENGTH: tl.const
 def forward_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr, lse_strides,
     num_ptr, idx_ptr, bias_ptr, q_len_ptr, kv_len_ptr, lists, most,
-    extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides,
+    extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, extra_ends_ptr,
     q_lengths, k_lengths, heads, extra, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     EXTRA_KEYS: tl.constexpr, BIAS: tl.constexpr, Q_LEN: tl.constexpr, KV_LEN: tl.constexpr, EXTRA: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EXTRA_MASK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Strides are of `[B, X, Y, Z, heads, head_dim]` (extra: `[B, tokens, heads, head_dim]`), `lists` the leading two
     sizes of the lists, and `GROUP` query heads share a key head."""
@@ -69,13 +69,15 @@ def forward_kernel(
         v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, DV, BLOCK_DV)
         acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
     if EXTRA:
-        extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + (head // GROUP).to(tl.int64) * extra_k_strides[2]
-        extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + (head // GROUP).to(tl.int64) * extra_v_strides[2]
-        for e in tl.range(0, extra, EXTRA_KEYS):
-            k = load_extra(extra_k_ptr, extra_k_strides, e, extra, D, EXTRA_KEYS, BLOCK_D)
-            v = load_extra(extra_v_ptr, extra_v_strides, e, extra, DV, EXTRA_KEYS, BLOCK_DV)
+        extra_k_ptr = extra_view(extra_k_ptr, extra_k_strides, batch, head // GROUP)
+        extra_v_ptr = extra_view(extra_v_ptr, extra_v_strides, batch, head // GROUP)
+        for e in tl.range(0, extra_end(extra_ends_ptr, batch, extra, EXTRA_MASK), EXTRA_KEYS):
+            k, v, see = load_extra_pair(
+                extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, batch, e, extra,
+                D, DV, EXTRA_KEYS, BLOCK_D, BLOCK_DV, EXTRA_MASK,
+            )
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-            s = tl.where((e + tl.arange(0, EXTRA_KEYS) < extra)[None, :], s, float("-inf"))
+            s = tl.where(see[None, :], s, float("-inf"))
             acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
 
     out_ptr, out_sp = view(out_ptr, out_strides, batch, head, WIDE)

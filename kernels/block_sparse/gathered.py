@@ -93,8 +93,13 @@ def attend(
             x.reshape(-1, x.shape[-1]).index_select(0, rows).to(accumulate)
             for x in (additional_keys, additional_values)
         )
+        to_additional = added.new_zeros(units, extra)
+        if call.additional_mask is not None:
+            shown = call.additional_mask.flatten().index_select(0, entry * extra + token)
+            ek, ev = (torch.where(shown[:, None], x, 0) for x in (ek, ev))  # zero times NaN is NaN
+            to_additional = torch.where(shown.view(units, extra), to_additional, -math.inf)
         k, v = torch.cat([k, ek.view(units, extra, d)], 1), torch.cat([v, ev.view(units, extra, width)], 1)
-        added = torch.cat([added, added.new_zeros(units, extra)], 1)
+        added = torch.cat([added, to_additional], 1)
 
     logits = torch.bmm(q * scale, k.mT)
     logits = torch.where(added[:, None] == -math.inf, -math.inf, logits + added[:, None])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..common.launching import cdiv, device_class, grid_strides, needs_wide, padded, precision, width_constants
 from ..neighborhood.geometry import Axis
-from ..neighborhood.launch import EXTRA_KEYS, extra_gradient
+from ..neighborhood.launch import EXTRA_KEYS, extra_arguments, extra_gradient
 from . import configs
 from .backward import key_kernel, query_kernel
 from .call import BlockSparseCall
@@ -70,13 +70,6 @@ def _flags(mask: BlockMask) -> dict:
     return dict(BIAS=mask.bias is not None, Q_LEN=mask.q_len is not None, KV_LEN=mask.kv_len is not None)
 
 
-def _extras(query: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None) -> tuple:
-    k, v = (
-        (query, query) if additional_keys is None or additional_values is None else (additional_keys, additional_values)
-    )
-    return k, k.stride()[:4], v, v.stride()[:4]
-
-
 def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
     mask, additional_keys, additional_values = call.mask, call.additional_keys, call.additional_values
@@ -105,7 +98,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) ->
             *_optional(mask),
             tuple(mask.kv_idx.shape[:2]),
             most,
-            *_extras(query, additional_keys, additional_values),
+            *extra_arguments(query, additional_keys, additional_values, call.additional_mask),
             padded(shape, 1),
             padded(key_shape, 1),
             heads,
@@ -114,6 +107,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) ->
             GROUP=heads // key.shape[-2],
             EXTRA_KEYS=EXTRA_KEYS,
             EXTRA=additional_keys is not None,
+            EXTRA_MASK=call.additional_mask is not None,
             **_flags(mask),
             **constants(config, mask.query_block, mask.key_block, widths, precision(query)),
         )
@@ -172,7 +166,7 @@ def backward(
             *_optional(mask),
             lists,
             most,
-            *_extras(query, additional_keys, additional_values),
+            *extra_arguments(query, additional_keys, additional_values, call.additional_mask),
             padded(shape, 1),
             padded(key_shape, 1),
             heads,
@@ -180,6 +174,7 @@ def backward(
             scale,
             EXTRA_KEYS=EXTRA_KEYS,
             EXTRA=additional_keys is not None,
+            EXTRA_MASK=call.additional_mask is not None,
             **common,
             **constants(config, *blocks, widths, precision(query)),
         )
@@ -212,16 +207,18 @@ def backward(
         )
         dek = dev = None
         if additional_keys is not None and any(wanted):
-            dek, dev = _extra(q, do, lse, delta, additional_keys, additional_values, mask, scale)
+            dek, dev = _extra(q, do, lse, delta, call)
     return dq, dk, dv, dek, dev
 
 
-def _extra(q, do, lse, delta, additional_keys: Tensor, additional_values: Tensor, mask: BlockMask, scale: float):
-    """Gradients of the extra keys and values, which every query sees as in neighborhood attention."""
-    if not additional_keys.shape[1]:
-        return torch.empty_like(additional_keys), torch.empty_like(additional_values)
-    if mask.q_len is not None:  # what does not exist may hold anything, and zero times NaN is NaN
+def _extra(q, do, lse, delta, call: BlockSparseCall) -> tuple[Tensor, Tensor]:
+    """Gradients of the additional keys and values, which are visible to every query as in neighborhood attention."""
+    keys, values = call.additional_keys, call.additional_values
+    assert keys is not None and values is not None
+    if not keys.shape[1]:
+        return torch.empty_like(keys), torch.empty_like(values)
+    if call.mask.q_len is not None:  # what does not exist may hold anything, and zero times NaN is NaN
         dead = (lse == float("inf"))[..., None]
         q, do = ((y := x.masked_fill(dead, 0), grid_strides(y, y.dim() - 3)) for x, _ in (q, do))
     axes = tuple(Axis(n, 1) for n in q[0].shape[1:-2])
-    return extra_gradient(q, do, lse, delta, additional_keys, additional_values, axes, scale)
+    return extra_gradient(q, do, lse, delta, keys, values, axes, call.scale, call.additional_mask)

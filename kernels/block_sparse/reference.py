@@ -51,8 +51,13 @@ def attend(
     bias = dense_bias(mask, query_shape, key_shape, accumulate)
     logits = (q @ k.transpose(-1, -2) * scale + bias).masked_fill(bias == float("-inf"), float("-inf"))
     if additional_keys is not None and additional_values is not None:
-        logits = torch.cat([logits, q @ flat(additional_keys).transpose(-1, -2) * scale], dim=-1)
-        v = torch.cat([v, flat(additional_values)], dim=2)
+        visible = torch.ones(additional_keys.shape[:2], dtype=torch.bool, device=query.device)
+        if call.additional_mask is not None:  # masked tokens may hold anything
+            visible = call.additional_mask
+        ek, ev = (x.masked_fill(~visible[..., None, None], 0) for x in (additional_keys, additional_values))
+        to_additional = q @ flat(ek).transpose(-1, -2) * scale
+        logits = torch.cat([logits, to_additional.masked_fill(~visible[:, None, None], float("-inf"))], dim=-1)
+        v = torch.cat([v, flat(ev)], dim=2)
     if mask.q_len is not None:
         box, place = box_of_token(query_shape, mask.query_block, query.device)
         logits = logits.masked_fill((place >= mask.q_len[box])[:, None], float("-inf"))

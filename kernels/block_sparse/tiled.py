@@ -42,12 +42,8 @@ def attend(
     """
     if exporting():
         return gathered.attend(query, key, value, call)
-    mask = call.mask
-    lists = mask.kv_num, mask.kv_idx, mask.bias, mask.q_len, mask.kv_len
-    blocks = mask.query_block, mask.key_block
-    return _Attention.apply(
-        query, key, value, call.additional_keys, call.additional_values, *lists, *blocks, call.scale
-    )
+    tensors = call.additional_keys, call.additional_values, call.additional_mask
+    return _Attention.apply(query, key, value, *tensors, *call.mask[:7], call.scale)
 
 
 class _Operands(NamedTuple):
@@ -63,6 +59,7 @@ class _Operands(NamedTuple):
     bias: Tensor | None
     q_len: Tensor | None
     kv_len: Tensor | None
+    additional_mask: Tensor | None
 
 
 def _tracing() -> bool:
@@ -105,7 +102,8 @@ def _select(x: _Operands, batch: slice, heads: slice) -> _Operands:
         t = t if t.shape[0] == 1 else t[batch]
         return t if t.shape[1] == 1 else t[:, heads.start * group : heads.stop * group]
 
-    return _Operands(*grids, *map(lists, x[5:8]), *x[8:])  # pyright: ignore[reportCallIssue]
+    visible = None if x.additional_mask is None else x.additional_mask[batch]
+    return _Operands(*grids, *map(lists, x[5:8]), x.q_len, x.kv_len, visible)  # pyright: ignore[reportCallIssue]
 
 
 def _divides(shape: Sequence[int], block: Sequence[int]) -> bool:
@@ -179,6 +177,7 @@ class _Plan(NamedTuple):
     value: Tensor
     additional_keys: Tensor | None  # [B * key heads, extra, d]
     additional_values: Tensor | None
+    additional_mask: Tensor | None  # [B, extra]
     query_exists: Tensor | None  # [query boxes, query tokens]
     key_exists: Tensor | None  # [key boxes, key tokens]
     sizes: tuple[int, int, int, int]  # lists a batch entry, query boxes, key heads, key boxes
@@ -206,8 +205,14 @@ def _make_plan(x: _Operands, blocks: tuple[tuple[int, ...], tuple[int, ...]]) ->
         q = _clear(q, query_exists, query_boxes, group)
     if x.kv_len is not None:
         k, v = _clear(k, key_exists, key_boxes, 1), _clear(v, key_exists, key_boxes, 1)
-    ek, ev = (None if e is None else e.transpose(1, 2).flatten(0, 1) for e in (x.additional_keys, x.additional_values))
-    return _Plan(q, k, v, ek, ev, query_exists, key_exists, (lists, query_boxes, key_heads, key_boxes), group)
+    extras = x.additional_keys, x.additional_values
+    if x.additional_mask is not None:  # masked tokens may hold anything
+        hidden = ~x.additional_mask[..., None, None]
+        extras = [None if e is None else e.masked_fill(hidden, 0) for e in extras]
+    ek, ev = (None if e is None else e.transpose(1, 2).flatten(0, 1) for e in extras)
+    return _Plan(
+        q, k, v, ek, ev, x.additional_mask, query_exists, key_exists, (lists, query_boxes, key_heads, key_boxes), group
+    )
 
 
 def _clear(x: Tensor, exists: Tensor | None, count: int, group: int) -> Tensor:
@@ -245,7 +250,8 @@ def _chunks(plan: _Plan, kv_num: Tensor, kv_idx: Tensor, bias: Tensor | None, co
     if most > kv_idx.shape[-1]:
         raise ValueError(f"mask.kv_num holds {most}; lists have {kv_idx.shape[-1]} entries")
     listed = torch.arange(most, device=device) < num
-    full = look and bias is None and plan.key_exists is None and bool(listed.all())
+    unmasked = bias is None and plan.key_exists is None and plan.additional_mask is None
+    full = look and unmasked and bool(listed.all())
     number = torch.where(listed, idx, 0).long()
     if look and number.numel() and not 0 <= int(number.min()) <= int(number.max()) < key_boxes:
         raise ValueError(f"mask.kv_idx lists boxes {int(number.min())} to {int(number.max())}; there are {key_boxes}")
@@ -257,11 +263,11 @@ def _chunks(plan: _Plan, kv_num: Tensor, kv_idx: Tensor, bias: Tensor | None, co
         added = None
         if not full:
             chosen = None if values is None else values[part, :longest]
-            added = _added(plan, listed[part, :longest], number[part, :longest], chosen)
+            added = _added(plan, listed[part, :longest], number[part, :longest], chosen, head[part])
         yield _Chunk(part, where[part, :longest].flatten(), head[part], added, longest * plan.key.shape[1])
 
 
-def _added(plan: _Plan, listed: Tensor, number: Tensor, bias: Tensor | None) -> Tensor:
+def _added(plan: _Plan, listed: Tensor, number: Tensor, bias: Tensor | None, heads: Tensor) -> Tensor:
     """What a chunk adds to its base-2 logits, `[n, 1, keys + extra]`."""
     dtype = torch.promote_types(plan.key.dtype, torch.float32)
     seen = listed[..., None].expand(-1, -1, plan.key.shape[1])
@@ -269,6 +275,9 @@ def _added(plan: _Plan, listed: Tensor, number: Tensor, bias: Tensor | None) -> 
         seen = seen & plan.key_exists[number]
     added = torch.zeros((), dtype=dtype, device=listed.device) if bias is None else (bias.to(dtype) * LOG2_E)[..., None]
     added = torch.where(seen, added, -math.inf).flatten(1)
+    if plan.additional_mask is not None:
+        visible = plan.additional_mask.index_select(0, heads // plan.sizes[2])  # of the batch entry
+        return torch.cat([added, torch.where(visible, 0.0, -math.inf).to(dtype)], 1)[:, None]
     return pad(added, (0, 0 if plan.additional_keys is None else plan.additional_keys.shape[1]))[:, None]
 
 
@@ -382,6 +391,7 @@ def _operands(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) 
         mask.bias,
         mask.q_len,
         mask.kv_len,
+        call.additional_mask,
     )
 
 
@@ -436,39 +446,23 @@ def backward(
 
 
 class _Attention(torch.autograd.Function):
+    """The gradient by `backward`; tensors that a call may lack are None."""
+
     @staticmethod
-    def forward(
-        ctx,
-        query,
-        key,
-        value,
-        additional_keys,
-        additional_values,
-        kv_num,
-        kv_idx,
-        bias,
-        q_len,
-        kv_len,
-        query_block,
-        key_block,
-        scale,
-    ):
-        mask = BlockMask(query_block, key_block, kv_num, kv_idx, bias, q_len, kv_len)
-        out, lse = forward(query, key, value, BlockSparseCall(additional_keys, additional_values, mask, scale))
-        ctx.save_for_backward(
-            query, key, value, additional_keys, additional_values, kv_num, kv_idx, bias, q_len, kv_len, lse
-        )
-        ctx.query_block, ctx.key_block, ctx.scale = query_block, key_block, scale
+    def forward(ctx, query, key, value, additional_keys, additional_values, additional_mask, *mask_and_scale):
+        *mask, ctx.scale = mask_and_scale
+        ctx.query_block, ctx.key_block, *lists = mask
+        call = BlockSparseCall(additional_keys, additional_values, BlockMask(*mask), ctx.scale, additional_mask)
+        out, lse = forward(query, key, value, call)
+        ctx.save_for_backward(query, key, value, additional_keys, additional_values, additional_mask, lse, *lists)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        query, key, value, additional_keys, additional_values, kv_num, kv_idx, bias, q_len, kv_len, lse = (
-            ctx.saved_tensors
-        )
-        mask = BlockMask(ctx.query_block, ctx.key_block, kv_num, kv_idx, bias, q_len, kv_len)
-        call = BlockSparseCall(additional_keys, additional_values, mask, ctx.scale)
+        query, key, value, *additional, additional_mask, lse = ctx.saved_tensors[:7]
+        mask = BlockMask(ctx.query_block, ctx.key_block, *ctx.saved_tensors[7:])
+        call = BlockSparseCall(*additional, mask, ctx.scale, additional_mask)
         with without_autocast(grad_out.device):  # as in the forward
             grads = backward(query, key, value, (None, lse), (grad_out, grad_lse), call, (True, True))
-        return *grads, *(None,) * 8
+        return *grads, *(None,) * 9

@@ -5,7 +5,17 @@ from functools import partial
 
 import pytest
 import torch
-from block_sparse_matrix import TENSORS, Case, cases, check, make_inputs, make_mask, opcheck, run
+from block_sparse_matrix import (
+    TENSORS,
+    Case,
+    cases,
+    check,
+    make_inputs,
+    make_mask,
+    opcheck,
+    run,
+    visible_tokens,
+)
 from foveal.kernels.block_sparse import mask as masks
 from foveal.kernels.ops import BlockMask, block_sparse_attention, routing_attention2d
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -24,6 +34,7 @@ CASE = Case(
     key_heads=2,
     batch=2,
     extra=3,
+    additional_mask="mask",
 )
 
 
@@ -44,6 +55,20 @@ def test_chunks_and_parts_change_nothing(monkeypatch):
     )
     for case in (*cases(n=60, seed=3), long, replace(long, per_head=True)):
         check(case, torch.float64, "torch")
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("kind", ["mask", "lengths"])
+def test_masked_additional_tokens_may_hold_anything(impl, kind):
+    case = replace(CASE, additional_mask=kind, seed=4)
+    visible = visible_tokens(case)[..., None, None]
+    inputs = make_inputs(case, torch.float64)
+    names = ("additional_keys", "additional_values")
+    poisoned = {n: inputs[n].detach().where(visible, torch.nan).requires_grad_() for n in names}
+    got, expected = run(case, inputs | poisoned, impl), run(case, inputs, impl)
+    for name, x in got.items():
+        torch.testing.assert_close(x, expected[name], rtol=0, atol=0, msg=name)
+    assert not got["additional_values"].masked_select(~visible).any()
 
 
 def test_lists_say_who_is_seen():

@@ -6,7 +6,15 @@ import pytest
 import torch
 import triton
 from foveal.kernels.neighborhood import configs as neighborhood
-from foveal.kernels.ops import agent_attention, linear_attention, na2d, routing_attention2d, window_attention
+from foveal.kernels.ops import (
+    BlockMask,
+    agent_attention,
+    block_sparse_attention,
+    linear_attention,
+    na2d,
+    routing_attention2d,
+    window_attention,
+)
 from launch_driver import launches
 
 
@@ -49,6 +57,12 @@ def call_window() -> None:
 
 def call_block_sparse() -> None:
     routing_attention2d(*leaves(1, 14, 14, 2, 16), topk=2, impl="triton").sum().backward()
+    query, key, value = leaves(2, 8, 2, 16)
+    extra = torch.randn(2, 2, 5, 2, 16, dtype=query.dtype).requires_grad_().unbind(0)
+    lists = torch.ones(1, 1, 2, dtype=torch.int32), torch.zeros(1, 1, 2, 1, dtype=torch.int32)
+    additional = {"additional_keys": extra[0], "additional_values": extra[1], "additional_mask": torch.tensor([5, 2])}
+    mask = BlockMask((4,), (4,), *lists)
+    block_sparse_attention(query, key, value, mask=mask, **additional, impl="triton").sum().backward()
 
 
 def call_agent() -> None:
@@ -65,7 +79,7 @@ CALLS = {
     "neighborhood, descriptors": (lambda: call_neighborhood(True), {"forward", "query", "key", "bias", "extra"}),
     "neighborhood, e4m3": (call_neighborhood_e4m3, {"forward"}),
     "window": (call_window, {"forward", "window"}),
-    "block_sparse": (call_block_sparse, {"forward", "query", "key"}),
+    "block_sparse": (call_block_sparse, {"forward", "query", "key", "extra"}),
     "agent": (call_agent, {"forward", "query", "key"}),
     "linear": (call_linear, {"state", "apply", "query", "key"}),
 }

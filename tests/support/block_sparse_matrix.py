@@ -7,7 +7,7 @@ A case prints as the call that makes it again, so a failure can be pasted into a
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from random import Random
@@ -51,6 +51,7 @@ class Case:
     extra: int = 0
     layout: str = "contiguous"
     seed: int = 0
+    additional_mask: str = ""  # "mask", "lengths" or none
 
     @property
     def query_boxes(self) -> int:
@@ -76,7 +77,7 @@ def _case(random: Random) -> Case:
     heads = random.choice((1, 2, 3, 4))
     key_boxes = prod(masks.boxes(key_shape, key_block))
     batch = random.choice((0, 1, 1, 1, 2, 2, 3))
-    return Case(
+    case = Case(
         shape=shape,
         key_shape=key_shape,
         query_block=query_block,
@@ -99,6 +100,7 @@ def _case(random: Random) -> Case:
         seed=random.randrange(2**31),
         value_dim=random.choice((None, None, None, random.choice(HEAD_DIMS))),
     )
+    return replace(case, additional_mask=random.choice(("", "mask", "lengths")) if case.extra else "")
 
 
 def cases(n: int, seed: int) -> Iterator[Case]:
@@ -147,6 +149,25 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     return as_leaves(tensors)
 
 
+def visible_tokens(case: Case) -> Tensor:
+    """Which additional tokens are visible, bool `[B, extra]`: none of the first of several batch entries."""
+    generator = torch.Generator().manual_seed(case.seed + 11)
+    visible = torch.rand(case.batch, case.extra, generator=generator) < 0.6
+    if case.batch > 1:
+        visible[0] = False
+    if case.additional_mask == "lengths":
+        visible = torch.arange(case.extra) < visible.sum(1)[:, None]
+    return visible
+
+
+def additional_mask(case: Case, device: torch.device) -> Tensor | None:
+    """The argument of a case, as it says."""
+    if not case.additional_mask:
+        return None
+    visible = visible_tokens(case).to(device)
+    return visible.sum(1) if case.additional_mask == "lengths" else visible
+
+
 WITH_LSE = partial(block_sparse_attention, return_lse=True)
 
 
@@ -159,7 +180,8 @@ def run(
 ) -> dict[str, Tensor]:
     """Forward and backward of the public operator (or of `operator`, e.g. compiled): out, lse and every gradient."""
     mask = make_mask(case, inputs["query"].device) if mask is None else mask
-    out, lse = operator(**inputs, mask=mask, scale=case.scale, impl=impl)
+    visible = additional_mask(case, inputs["query"].device)
+    out, lse = operator(**inputs, additional_mask=visible, mask=mask, scale=case.scale, impl=impl)
     # what is -inf for lack of keys has no gradient
     lse = lse.masked_fill(lse == float("-inf"), 0)
     return gradients(inputs, out, lse, case.seed + 1)
@@ -179,7 +201,11 @@ def run_eager(case: Case, inputs: Inputs) -> dict[str, Tensor]:
         ek, ev = (
             inputs[name].transpose(1, 2).repeat_interleave(case.heads // case.key_heads, dim=1) for name in TENSORS[3:]
         )
-        logits, v = torch.cat([logits, q @ ek.transpose(-1, -2) * scale], -1), torch.cat([v, ev], 2)
+        to_additional = q @ ek.transpose(-1, -2) * scale
+        if case.additional_mask:
+            visible = visible_tokens(case).to(q.device)
+            to_additional = to_additional.masked_fill(~visible[:, None, None], float("-inf"))
+        logits, v = torch.cat([logits, to_additional], -1), torch.cat([v, ev], 2)
     if mask.q_len is not None:
         box, place = masks.box_of_token(case.shape, case.query_block, q.device)
         logits = logits.masked_fill((place >= mask.q_len[box])[:, None], float("-inf"))
@@ -203,6 +229,7 @@ def opcheck(name: str, case: Case, *, requires_grad: bool) -> None:
     """torch's own checks of `torch.ops.foveal.{name}_forward` and, without gradients, of its backward."""
     inputs, mask = make_inputs(case, torch.float32), make_mask(case)
     tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
-    rest = block_sparse.codec.flatten(BlockSparseCall(*tensors[3:], mask, 0.5))
+    visible = visible_tokens(case) if case.additional_mask else None
+    rest = block_sparse.codec.flatten(BlockSparseCall(*tensors[3:], mask, 0.5, visible))
     wanted = ([x is not None for x in tensors[3:]],)
     operator_matrix.opcheck(f"{name}_forward", f"{name}_backward", tensors[:3], rest, 1e-4, wanted=wanted)
