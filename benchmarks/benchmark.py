@@ -98,7 +98,7 @@ class Benchmark(ABC):
         """Raise WrongResultError unless the result of this project is right on the case."""
 
     def same_result(self, provider: str) -> bool:
-        """Whether a provider computes the same function, so that its results must agree."""
+        """Return whether a provider computes the same function, so that its results must agree."""
         return False
 
     def work(self, case: Any, mode: str) -> Work | None:

@@ -23,7 +23,7 @@ class Change(NamedTuple):
 
     @property
     def is_regression(self) -> bool:
-        """Whether a change exceeds the allowed ratio and its bands (20th to 80th percentile) do not overlap."""
+        """Return whether a change exceeds the allowed ratio and its bands (20th to 80th percentile) do not overlap."""
         low, high = self.new.p20, self.old.p80
         apart = low is None or high is None or low > high
         return self.ratio > ALLOWED and apart

@@ -190,7 +190,7 @@ class Runner:
 
 
 def matches(text: str, words: str) -> bool:
-    """Whether a text contains all words, and none of those after a minus."""
+    """Return whether a text contains all words, and no word that follows a minus."""
     return all(word[1:] not in text if word[0] == "-" else word in text for word in words.split())
 
 

@@ -28,7 +28,7 @@ INK = "#343a40"
 
 
 def seen(shape, query, **options) -> torch.Tensor:
-    """Which tokens a query sees: bool `[*shape]`."""
+    """Tokens visible to a query: bool `[*shape]`."""
     tokens = torch.ones((), dtype=torch.bool)
     for axis, q in zip(make_axes(shape, **options), query, strict=True):
         first, last = (int(bound[q]) for bound in axis_bounds(axis))
@@ -118,7 +118,7 @@ def hero(path: Path) -> None:
 
 
 def tile_bounds(path: Path) -> None:
-    """How much of the possible speed-up tiles keep: speed-up bound against FLOP bound, by window."""
+    """Draw the share of the possible speed-up that tiles keep: speed-up bound over FLOP bound, by window."""
     figure = Figure(figsize=(7.2, 3.4), dpi=200, layout="constrained")
     for ax, (shape, windows) in zip(
         figure.subplots(1, 2),
@@ -144,7 +144,7 @@ def tile_bounds(path: Path) -> None:
 
 
 def sharded(path: Path) -> None:
-    """Which frames of a clip a rank has and which it fetches."""
+    """Draw the frames of a clip that a rank owns and the frames that it fetches."""
     figure = Figure(figsize=(8, 2.95), dpi=200, layout="constrained")
     panels = (
         (4, 0, {}, "first of 4 ranks", "window=9"),

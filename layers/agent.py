@@ -16,7 +16,7 @@ AXIS_BIASES = {"ah_bias": (3, 0), "aw_bias": (4, 1), "ha_bias": (2, 0), "wa_bias
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether a tensor is of no class but PyTorch's own two."""
+    """Return whether a tensor is a plain `Tensor` or `Parameter`, not a subclass of them."""
     return type(x) in (Tensor, nn.Parameter)
 
 
@@ -47,7 +47,7 @@ def pool_to_square(x: Tensor, side: int) -> Tensor:
 
 
 class _AgentAttention(nn.Module):
-    """What comes after the projections; `AgentAttention2d` documents it.
+    """Agent attention between the projections; see `AgentAttention2d`.
 
     Biases depend on weights only. In evaluation, where no gradient is asked for, they are combined once and kept; the
     next call combines them anew if a table was replaced or written to, and `train`, `eval`, `to` and their like forget

@@ -1,4 +1,4 @@
-"""What attentions of all tokens of a map share: projections around them, or a block that has them."""
+"""Base classes of attentions over all tokens of a map: with their projections, or without them."""
 
 from typing import Any, NoReturn
 

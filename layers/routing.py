@@ -26,7 +26,7 @@ def conv_nhwc(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 class _PositionAttention(nn.Module):
-    """What the attentions of BiFormer share: heads, the depthwise convolution `lepe`, checks."""
+    """Base of BiFormer's attentions: heads, the depthwise convolution `lepe`, checks."""
 
     def __init__(self, dim: int, *, num_heads: int, proj_drop: float, device=None, dtype=None):
         super().__init__()

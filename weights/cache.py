@@ -1,4 +1,4 @@
-"""Where fetched weights live, and what is known about the files there.
+"""Cache of fetched weights: its folder and the state of the files in it.
 
     <home>/weights/<name>/<file>          verified weights; a file has this name only once it has passed every check
     <home>/weights/<name>/<file>.stamp    its size, time of change and hash, to hash it again only when it changed
@@ -48,7 +48,7 @@ def cached_path(root: Path, name: str, file: str) -> Path:
 
 @dataclass(frozen=True)
 class Check:
-    """What a look at a cached file found: `state` is "missing", "verified" or "corrupt", `detail` says why."""
+    """State of a cached file: `state` is "missing", "verified" or "corrupt", `detail` gives the reason."""
 
     state: str
     detail: str = ""

@@ -136,7 +136,7 @@ def convert_weights(
 
 
 def _row(entry: Entry, manifest: Manifest, root: Path) -> dict:
-    """What `list` shows; a file counts as cached if it is there, `verify` tells whether it is sound."""
+    """Row of `list`; a file counts as cached if it exists, `verify` checks its contents."""
     paths = [_path(entry, mirror, manifest, root) for mirror in entry.mirrors]
     there = [path for path in paths if path.is_file()]
     known = [mirror.bytes for mirror in entry.mirrors if mirror.bytes is not None]

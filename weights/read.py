@@ -27,7 +27,7 @@ def read(
     suffix: str | None = None,
     also: Sequence[Callable] = (),
 ) -> object:
-    """What a `.safetensors`, `.pth`, `.pth.tar`, `.pt`, `.bin` or `.ckpt` file holds, containers and all.
+    """Contents of a `.safetensors`, `.pth`, `.pth.tar`, `.pt`, `.bin` or `.ckpt` file, containers included.
 
     Args:
         path: the file.

@@ -31,7 +31,7 @@ def model_names(state_dict: Mapping[str, ValueT]) -> dict[str, ValueT]:
 
 
 def is_lightning(checkpoint: object) -> bool:
-    """Whether Lightning wrote this checkpoint."""
+    """Return whether Lightning wrote this checkpoint."""
     return isinstance(checkpoint, Mapping) and "pytorch-lightning_version" in checkpoint
 
 

@@ -39,7 +39,7 @@ _COUNT = "[0-9]{1,18}"
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """How to talk to servers.
+    """Options of requests to servers.
 
     Args:
         timeout: seconds without an answer or a byte before an attempt counts as failed.
@@ -286,7 +286,7 @@ def _resume_offset(partial: Path, url: str, hash_known: bool) -> int:
 
 
 def _validator(response: http.client.HTTPResponse) -> str | None:
-    """What If-Range may carry: a strong ETag, else the date of the last change."""
+    """Value for If-Range: a strong ETag, else the date of the last change."""
     etag = response.headers.get("ETag")
     return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
 

@@ -141,7 +141,7 @@ ADAPTERS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def _can_swap(module: nn.Module) -> bool:
-    """Whether a module is one of timm's that ours replaces; queries of every other token only are not."""
+    """Return whether ours replaces a module of timm's; blocks whose queries are every other token stay timm's."""
     return type(module) in ADAPTERS and getattr(module, "block_stride", 1) == 1
 
 

@@ -55,13 +55,13 @@ class AgentSDSettings:
 
     @property
     def has_agents(self) -> bool:
-        """Whether agents are used: less than half as many as tokens. One token of every cell is never merged away."""
+        """Return whether agents are used: fewer than half as many as tokens. One token per cell is never merged."""
         kept, agents = (1 - min(x, 1 - 1 / (self.sx * self.sy)) for x in (self.ratio, self.agent_ratio))
         return 2 * agents < kept
 
 
 class _State:
-    """What all processors of a UNet share: settings, and the size of the latents that the UNet is computing."""
+    """State shared by the processors of a UNet: settings, and the size of the latents in the current call."""
 
     def __init__(self, unet: nn.Module, settings: AgentSDSettings, generator: torch.Generator | None):
         self.settings, self.generator = settings, generator

@@ -1,4 +1,4 @@
-"""How families of models are registered with timm, and built with or without pretrained weights.
+"""Registration of model families with timm, and construction with or without pretrained weights.
 
 A released checkpoint is named `architecture.tag`. Its `pretrained_cfg["url"]` is "foveal:architecture.tag": the weights
 manifest knows where the file is and what its hash must be, so no other downloader can take it unverified.

@@ -91,7 +91,7 @@ class Conversion:
 
 
 class Report(NamedTuple):
-    """How a published file fits a model: parameters that it lacks, and keys that the model has no use for."""
+    """Fit of a published file to a model: parameters that it lacks, and keys without a use in the model."""
 
     missing: list[str]
     unused: list[str]

@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 
 
 def random_destinations(shape: tuple[int, int], cell: tuple[int, int], generator: torch.Generator | None) -> Tensor:
-    """Whether a token is a destination, `[H * W]` on the CPU: one random token of every whole cell of the grid."""
+    """Mask of destination tokens, bool `[H * W]` on the CPU: one random token per whole cell of the grid."""
     (height, width), (rows, columns) = shape, cell
     cells = (height // rows, width // columns)
     device = "cpu" if generator is None else generator.device
@@ -52,7 +52,7 @@ class Merging:
         self.destinations = matching.destinations.expand(len(sources), -1)
 
     def __len__(self) -> int:
-        """How many tokens are left."""
+        """Number of tokens left."""
         return self.tokens - self.count
 
     def merge(self, x: Tensor) -> Tensor:

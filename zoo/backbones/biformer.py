@@ -85,7 +85,7 @@ class PatchConv2d(nn.Conv2d):
 
 
 def make_downsampling(layout: Layout, in_chans: int, channels: Sequence[int], *, device=None, dtype=None):
-    """What stands before each stage: the stem, then layers that halve the map: "conv" rounds up, the others down."""
+    """Layer before each stage: the stem, then layers that halve the map: "conv" rounds up, the others down."""
     dd = {"device": device, "dtype": dtype}
     pairs = list(pairwise(channels))
     first = channels[0]

@@ -1,4 +1,4 @@
-"""What data modules share: three datasets, seeded loaders over them, and the numbers a task needs to know."""
+"""Base of data modules: three datasets, seeded loaders over them, and the facts that a task needs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .classes import ClassTable
 from .loader import EpochSampler, ResumableLoader, SeededDataset, leave_group
 from .pixels import mode_of
+from .spec import DataSpec
 from .unreadable import Receiver, SeededImages
 
 MOST_WORKERS = 8
@@ -54,8 +55,13 @@ class SeededData(LightningDataModule):
         self._resume: dict[str, int] = {}
 
     @property
+    def spec(self) -> DataSpec:
+        """Facts about the items, for tasks, reports and exports."""
+        raise NotImplementedError
+
+    @property
     def for_task(self) -> dict[str, Any]:
-        """Arguments of the task that only the data knows."""
+        """Arguments of the task that follow from `spec`."""
         raise NotImplementedError
 
     @property
@@ -97,7 +103,7 @@ class SeededData(LightningDataModule):
         return self.seeded_dataset(dataset, seed=self.seed)
 
     def _receiver(self, split: str, sampler: EpochSampler) -> Callable[[Any], Any] | None:
-        """What each batch goes through where it leaves the loader, if anything."""
+        """Function applied to each batch that leaves the loader, or None."""
         return None
 
     def train_dataloader(self) -> DataLoader:
@@ -106,7 +112,7 @@ class SeededData(LightningDataModule):
         return self._train_loader
 
     def state_dict(self) -> dict[str, int]:
-        """Where training is in its data; Lightning loses its loaders' states when a scheduler asks for the length."""
+        """Position of training in its data: Lightning loses loader states when a scheduler asks for the length."""
         return self._train_loader.state_dict() if isinstance(self._train_loader, ResumableLoader) else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -175,12 +181,18 @@ class ImageData(SeededData):
         return list(self.classes.names)
 
     @property
+    def spec(self) -> DataSpec:
+        size, names = (self.img_size, self.img_size), self.classes.names
+        return DataSpec(len(self.mean), size, self.num_classes, names, mean=self.mean, std=self.std)
+
+    @property
     def for_task(self) -> dict[str, Any]:
+        spec = self.spec
         return {
-            "num_classes": self.num_classes,
-            "in_chans": len(self.mean),
-            "img_size": self.img_size,
-            "class_names": self.class_names,
+            "num_classes": spec.num_classes,
+            "in_chans": spec.channels,
+            "img_size": spec.size[-1],
+            "class_names": list(spec.class_names),
         }
 
     def _seeded(self, dataset: Dataset) -> SeededDataset:
@@ -197,13 +209,11 @@ class ImageData(SeededData):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """Of the images that are evaluated, in the words of timm's `pretrained_cfg`; empty where no size is known."""
-        size = getattr(self, "img_size", None)
-        if size is None:
-            return {}
-        return {"input_size": (len(self.mean), size, size), "mean": self.mean, "std": self.std}
+        """Input size, mean and std of the images that are evaluated, named as in timm's `pretrained_cfg`."""
+        spec = self.spec
+        return {"input_size": (spec.channels, *spec.size), "mean": spec.mean, "std": spec.std}
 
     def denormalize(self, images: Tensor) -> Tensor:
         """`[B, C, H, W]` as the model gets them → pixels in 0..1."""
-        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.spec.mean, self.spec.std))
         return (images.float() * std + mean).clamp(0, 1)

@@ -78,7 +78,7 @@ def is_image(name: str) -> bool:
 
 
 def _circular(path: str) -> bool:
-    """Whether a link leads to a folder that it lies in."""
+    """Return whether a link leads to a folder that contains it."""
     inside = os.path.realpath(os.path.dirname(path)) + os.sep
     return os.path.islink(path) and inside.startswith(os.path.realpath(path) + os.sep)
 
@@ -314,7 +314,7 @@ def list_table(table: Path, *, root: Path, fraction: float, seed: int) -> Listin
 
 
 def _is_needed(table: Path, root: Path) -> bool:
-    """Whether `root/labels.csv` tells the classes: it has the columns, and no folder to train on has classes."""
+    """Return whether `root/labels.csv` gives the classes: it has the columns, and no training folder has classes."""
     train = _folder_of(root, "train")
     if train and scan(train).images:
         return False

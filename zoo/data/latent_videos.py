@@ -22,7 +22,7 @@ DESCRIPTION = "latents.json"
 
 
 class Stored(NamedTuple):
-    """Where a tensor is, and how large."""
+    """Place and shape of a stored tensor."""
 
     shard: str
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""DataSpec: the facts about data that a task builds its model by and a report shows."""
+"""DataSpec: facts about data by which a task builds its model and a report shows samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ class DataSpec:
         num_classes: None for data without classes.
         class_names: by label.
         mean, std: per channel, `item = (x - mean) / std`.
-        views: items made of each sample.
         text_dim: channels of embedded text; None for data without.
 
     Raises:
@@ -28,7 +27,6 @@ class DataSpec:
     class_names: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    views: int = 1
     text_dim: int | None = None
 
     def __post_init__(self) -> None:

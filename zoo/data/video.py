@@ -1,4 +1,4 @@
-"""What video data modules share: items are dicts, and batches hold videos of one shape."""
+"""Base of video data modules: items are dicts, and batches hold videos of one shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run shows in the terminal while it trains: a progress bar and a summary of the model."""
+"""Terminal display of a training run: a progress bar and a summary of the model."""
 
 from __future__ import annotations
 

@@ -112,8 +112,10 @@ def _explain_key(error: ConfigCompositionException) -> str:
 
 
 def _is_check_of_ours(file: str, line: str | None) -> bool:
-    """Whether an error comes from a `raise` of this package, whose messages are written for users; an error that a
-    line of ours ran into, or one inside an installed library, is no such thing."""
+    """Return whether an error comes from a `raise` of this package, whose messages are written for users.
+
+    Other errors come from a line of ours that failed, or from an installed library.
+    """
     path = Path(file).resolve()
     here = path.is_relative_to(PACKAGE) and path.relative_to(PACKAGE).parts[0] in HOUSES
     return here and (line or "").lstrip().startswith("raise ")
@@ -209,7 +211,7 @@ def raise_to_us() -> None:
 
 
 def wants_sentences() -> bool:
-    """Whether the user did not ask for tracebacks."""
+    """Return whether errors are shown as sentences: the user did not ask for tracebacks."""
     return os.environ.get("FOVEAL_ONE_SENTENCE") == "1"
 
 

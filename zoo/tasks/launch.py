@@ -97,7 +97,7 @@ def resolve_run(config: DictConfig) -> tuple[Path, Path | None]:
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins.
+    """Beginning of a run: fresh, resumed, or evaluation only.
 
     Args:
         run_dir: where everything goes.
@@ -119,8 +119,10 @@ class Start:
 
 
 def is_trained(checkpoint: Mapping[str, Any], config: DictConfig) -> bool:
-    """Whether nothing is left to train: a checkpoint is from the end of as many epochs or steps as the configuration
-    asks for, or early stopping has lost its patience."""
+    """Return whether nothing is left to train.
+
+    The checkpoint has the epochs or steps of the configuration behind it, or early stopping has lost its patience.
+    """
     epochs, steps = config.trainer.get("max_epochs"), config.trainer.get("max_steps", -1)
     done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     if (epochs not in (None, -1) and done >= epochs) or (steps != -1 and checkpoint["global_step"] >= steps):
@@ -222,7 +224,7 @@ def make_callbacks(options: dict[str, Any] | None, trainer: dict[str, Any], *, l
 
 
 def make_strategy(strategy: Any) -> Any:
-    """What `Trainer` takes as strategy: "fsdp" is our single-file FSDP2, a `_target_` is built, other names pass.
+    """Strategy for `Trainer`: "fsdp" is our single-file FSDP2, a `_target_` is built, other names pass.
 
     Raises:
         ValueError: a strategy that starts this script again, inside a sweep: it would start the whole sweep again.

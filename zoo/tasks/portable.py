@@ -1,4 +1,4 @@
-"""What makes a checkpoint of a run usable without it: the weights under the model's own names, and how to build it."""
+"""Portable part of a run's checkpoint: the weights under the model's own names, and how to build the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's folder says of it: configuration, environment of every start, how it ended."""
+"""Record in a run's folder: configuration, environment of every start, how the run ended."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _git_commit() -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """What a run ran on: command, commit, versions, hardware."""
+    """Environment of a run: command, commit, versions, hardware."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -95,7 +95,7 @@ def starts_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def is_unfinished(run_dir: Path) -> bool:
-    """Whether the last start of a run was stopped or killed before it had measured everything."""
+    """Return whether the last start of a run was stopped or killed before it had measured everything."""
     starts = starts_of(run_dir)
     return bool(starts) and "ended" in starts[-1] and starts[-1]["ended"] is None
 

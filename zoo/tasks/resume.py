@@ -100,8 +100,10 @@ def check_resume(task: Any, checkpoint: Mapping[str, Any], *, path: Path) -> Non
 
 
 def changed_since(config: DictConfig, checkpoint: Mapping[str, Any], *, path: Path) -> dict[str, tuple[Any, Any]]:
-    """What the configuration changes against the one that the checkpoint's run was started with last, `(old, new)` by
-    key: against its `config.yaml`, where it is gone against what the checkpoint knows of its task."""
+    """Values that differ from the last start of the checkpoint's run, `(old, new)` by key.
+
+    The old ones come from the run's `config.yaml` or, where that is gone, from the task's part in the checkpoint.
+    """
     record = path.parent.parent / "config.yaml"
     if not record.is_file():
         saved = checkpoint.get("hyper_parameters", {})

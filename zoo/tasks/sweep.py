@@ -22,7 +22,7 @@ from .plots import plot_comparison
 
 
 def metric_mode(config: DictConfig) -> str:
-    """Whether jobs with more ("max") or less ("min") of `config.metric` are better.
+    """Direction of `config.metric`: "max" if jobs with more of it are better, else "min".
 
     As `config.metric_mode` says, else as the callback that monitors the same quantity, of whatever split, does:
     `test/acc1` goes the way of a checkpoint of the best `val/acc1`.

@@ -129,7 +129,7 @@ class VideoDiffusionTask(Task):
         return model
 
     def condition(self, batch: Batch, *, dropout: float = 0.0) -> dict[str, Tensor]:
-        """What the model is told beside video and time; each video of the batch loses it with the chance `dropout`."""
+        """Condition of each video, beside noisy video and time; dropped per video with the probability `dropout`."""
         if self.conditioning is None:
             return {}
         if self.conditioning == "class":
@@ -144,7 +144,7 @@ class VideoDiffusionTask(Task):
         }
 
     def null_condition(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What takes the place of a condition that is left out."""
+        """Replacement of a condition that is left out."""
         if "class_labels" in condition:
             return {"class_labels": torch.full_like(condition["class_labels"], self.num_classes)}
         text, mask = (condition[name] for name in ("encoder_hidden_states", "encoder_attention_mask"))

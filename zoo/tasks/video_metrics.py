@@ -191,7 +191,7 @@ class FrechetVideoDistance(FrechetInceptionDistance):
 
     @property
     def title(self) -> str:
-        """What the number depends on: `fvd[digits3d], 100 of 1000 clips of 6x12x12`."""
+        """Name of the metric with what its value depends on: `fvd[digits3d], 100 of 1000 clips of 6x12x12`."""
         made, real = int(self.fake_features_num_samples), int(self.real_features_num_samples)
         return f"{self.name}, {made} generated and {real} real clips of {self.size}"
 

@@ -265,5 +265,5 @@ class VideoReport(MetricTable):
 
 
 def _takes_part(task: LightningModule) -> bool:
-    """Whether this rank samples: the first one does, and all do when they have to meet in a sharded forward pass."""
+    """Return whether this rank samples: the first rank does, and all ranks do where the forward pass is sharded."""
     return task.global_rank == 0 or task.device_mesh is not None

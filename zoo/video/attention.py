@@ -15,7 +15,7 @@ Grid = tuple[int, int, int]
 
 
 class VideoAttnProcessor:
-    """What happens between the projections of a `VideoAttention`; replace it with `model.set_attn_processor`.
+    """Attention between the projections of a `VideoAttention`; replace it with `model.set_attn_processor`.
 
     A processor is called as `processor(attn, hidden_states, ...)` with the arguments of `VideoAttention.forward`, and
     returns its results. Whatever a caller puts into `attention_kwargs` arrives by keyword.
@@ -69,16 +69,16 @@ class VideoAttnProcessor:
         return dispatch_attention_fn(query, key, value, backend=self._attention_backend, **options)
 
     def cross(self, query: Tensor, text: Text) -> Tensor:
-        """What tokens `[B, S, heads, d]` see of a text in cross-attention."""
+        """Cross-attention of tokens `[B, S, heads, d]` to a text."""
         mask = None if text.mask is None else text.mask[:, None, None]
         return self.dense(query, text.key, text.value, attn_mask=mask)
 
     def see(self, attn: "VideoAttention", query: Tensor, key: Tensor, value: Tensor, text: Text | None) -> Tensor:
-        """What the video sees of itself, and of a text that attends along, `[B, T, H, W, heads, d]`."""
+        """Attention of the video to itself, and to a text that attends along, `[B, T, H, W, heads, d]`."""
         return attend(attn.pattern, query, key, value, text=text, dense=self.dense, qk_dtype=self.qk_dtype)
 
     def read(self, attn: "VideoAttention", query: Tensor, text: Text, key: Tensor, value: Tensor) -> Tensor:
-        """What words `[B, L, heads, d]` see of their text and of the video."""
+        """Attention of text tokens `[B, L, heads, d]` to their text and to the video."""
         if attn.pattern.causal:  # words that saw a video would tell its first frames about the last
             return self.dense(query, text.key, text.value, attn_mask=key_mask(text, 0))
         keys, values = (

@@ -40,7 +40,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the model is told of B videos, and the unconditional counterparts that guidance leads away from.
+    """Conditions of B videos, and the unconditional counterparts that guidance leads away from.
 
     Attributes:
         class_labels, null_labels: `[B]` int64.

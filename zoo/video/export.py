@@ -40,7 +40,7 @@ def save_mp4(frames: list[Image.Image], path: str | Path, *, fps: float = 8) -> 
 
 
 def check_path(path: str | Path | None, kind: str) -> None:
-    """Whether files of a kind can be written to a path.
+    """Refuse a path to which files of a kind cannot be written.
 
     Raises:
         ValueError: a kind other than "gif" and "mp4", or a path with another suffix.

@@ -66,7 +66,7 @@ def add_noise(video: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity(video: Tensor, noise: Tensor) -> Tensor:
-    """What the model has to predict: `dx_t/dt = e - x_0`."""
+    """Target of the model: `dx_t/dt = e - x_0`."""
     return noise - video
 
 

@@ -1,4 +1,4 @@
-"""What goes into the model: checks with names, of its arguments and of its calls; patches out of videos and back."""
+"""Inputs of the model: named checks of its arguments and calls; patches out of videos and back."""
 
 from collections.abc import Sequence
 from math import prod

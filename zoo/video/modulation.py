@@ -1,4 +1,4 @@
-"""How the timestep reaches a block: adaLN-single, or a LayerNorm whose affine follows the time (TD-LN).
+"""Modulation of blocks by the timestep: adaLN-single, or a LayerNorm whose affine follows the time (TD-LN).
 
 The timestep of a video is one number, one per frame or one per token. Tokens are in raster order, time slowest, so all
 three are `M` groups of consecutive tokens with M = 1, T or S, and modulation works on `[B, M, S / M, dim]`.
@@ -17,7 +17,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Modulation(NamedTuple):
-    """What one half of a block (attention or MLP) does to its tokens, each `[B, M, 1, dim]`.
+    """Shift, scale and gate of one half of a block (attention or MLP), each `[B, M, 1, dim]`.
 
     Attributes:
         shift, scale: `norm(x) * (1 + scale) + shift` goes in.

@@ -1,4 +1,4 @@
-"""Which tokens a layer's queries see: dense, a sliding 3-D window, or one axis at a time.
+"""Attention patterns of layers: dense, a sliding 3-D window, or one axis at a time.
 
 Functions here take queries `[B, T, H, W, heads, d]` and keys of the same grid, with `past` more frames in front when a
 rollout continues. Causal means causal in time and frame by frame: tokens of one frame see each other.
@@ -43,7 +43,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Pattern:
-    """What a layer of the config means.
+    """Attention of one layer, from its entry in the config.
 
     Attributes:
         type: "dense", "window", "spatial" (each frame by itself) or "temporal" (each place by itself).
@@ -104,7 +104,7 @@ class Pattern:
 
     @property
     def remembers(self) -> bool:
-        """Whether a frame can see others, so that a rollout needs their keys."""
+        """Return whether a frame attends to other frames, so that a rollout needs their keys."""
         return self.type != "spatial"
 
     def first_needed(self, frames: int) -> int:
@@ -235,7 +235,7 @@ def _frames(causal: bool, query: Tensor, key: Tensor, value: Tensor, text: Text 
 
 
 def key_mask(text: Text | None, video_tokens: int) -> Tensor | None:
-    """Which keys count when those of the text come first: bool `[B, 1, 1, L + video_tokens]`, None for all."""
+    """Mask of visible keys, text tokens first: bool `[B, 1, 1, L + video_tokens]`, None for all."""
     if text is None or text.mask is None:
         return None
     return torch.nn.functional.pad(text.mask, (0, video_tokens), value=True)[:, None, None]

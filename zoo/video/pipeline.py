@@ -102,7 +102,7 @@ class VideoDiTPipeline(DiffusionPipeline):
 
     @property
     def latent_space(self) -> LatentSpace:
-        """What the model's tensors are to pixels; without a VAE, the pixels themselves after normalisation."""
+        """Latent space of the model; without a VAE, pixels after normalisation."""
         if self.vae is not None:
             return latent_space(self.vae)
         channels = self.transformer.config.in_channels
@@ -191,7 +191,7 @@ class VideoDiTPipeline(DiffusionPipeline):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """What the model takes for texts, one row for each video; needs no transformer.
+        """Encode texts for the model, one row per video; needs no transformer.
 
         Args:
             prompt: B texts, unless prompt_embeds is given.
@@ -585,7 +585,7 @@ class VideoDiTPipeline(DiffusionPipeline):
         return latents if fixed is None else torch.cat([fixed, latents[:, :, known:]], dim=2)
 
     def finish(self, latents: Tensor, output_type: str, output_path: Any, fps: float) -> Any:
-        """What the model made, as `output_type` says."""
+        """Convert the model's result to `output_type`."""
         if output_type == "latent":
             return latents
         if self.vae is None:

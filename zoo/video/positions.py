@@ -1,4 +1,4 @@
-"""Where tokens are: rotary embedding of explicit 3-D positions."""
+"""Positions of tokens: rotary embedding of explicit 3-D positions."""
 
 from collections.abc import Sequence
 

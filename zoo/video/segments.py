@@ -22,7 +22,7 @@ from .pattern import Text
 
 @dataclass(frozen=True)
 class Segments:
-    """Which words belong to which frames; segments follow each other in the video and in the text.
+    """Assignment of text tokens to frames; segments follow each other in the video and in the text.
 
     Attributes:
         frames: token frames of each segment, together all of the video; 0 for a segment that a chunk does not show.

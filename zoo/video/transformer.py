@@ -170,7 +170,7 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
 
     @property
     def is_causal(self) -> bool:
-        """Whether no frame sees a later one, so that a rollout with a `KVCache` is possible.
+        """Return whether no frame attends to a later one, so that a rollout with a `KVCache` is possible.
 
         Frames that see only themselves tell nothing, unless through words that see all of them.
         """
@@ -291,7 +291,7 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         return self.time_embed(frequencies).unflatten(0, times.shape)
 
     def condition(self, timestep: Tensor, embedding: Tensor) -> Tensor:
-        """What the modulation of blocks takes: `[B, M, 6, dim]` of adaLN-single, times `[B, M]` of TD-LN."""
+        """Input of the blocks' modulation: `[B, M, 6, dim]` of adaLN-single, times `[B, M]` of TD-LN."""
         if self.modulation_proj is None:
             return timestep.reshape(timestep.shape[0], -1).to(wide(embedding.dtype)) / 1000
         values = self.modulation_proj(nn.functional.silu(embedding))

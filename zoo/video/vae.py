@@ -18,7 +18,7 @@ SUPPORTED = (AutoencoderKLWan, AutoencoderKLLTXVideo, AutoencoderTiny)
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What a model's tensors are to pixels.
+    """Map between pixels and the tensors that a model is given.
 
     Attributes:
         channels: of the latents.
