@@ -334,7 +334,7 @@ def sdxl_unet(batch=1):
 
 
 def video_dit(conditioning, batch=1):
-    inputs: dict[str, Any] = {"hidden_states": noise(batch, 1, 3, 8, 12), "timestep": time(batch=batch)}
+    inputs: dict[str, Any] = {"hidden_states": noise(batch, 1, 3, 16, 20), "timestep": time(batch=batch)}
     if conditioning == "class":
         inputs["class_labels"] = torch.arange(batch)
     else:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from .layout import Layout
+from .layout import Layout, complete
 from .models import arguments_of, find, models_of, row
 from .schedule import BRANCHES, Clock, ContextRecorder, Moment, Schedule, branch_rows, noise_level
 from .site import Operation, Site, resolve_layers
@@ -41,6 +41,7 @@ class Call:
         scale: factor on query . key; head_dim ** -0.5 when None.
         causal, dropout: as `scaled_dot_product_attention` takes them.
         plan: what `Interception.plan` returned for the site before this forward.
+        hidden_states: input of the site, `[B, tokens, channels]`, those of text that is projected apart not among them.
     """
 
     site: Site
@@ -53,6 +54,7 @@ class Call:
     causal: bool = False
     dropout: float = 0.0
     plan: Any = None
+    hidden_states: Tensor | None = None
 
     @property
     def operation(self) -> Operation:
@@ -97,6 +99,8 @@ class Link:
             )
         rows = slice(None) if self.rows is None else self.rows
         part = replace(call, plan=self.plan, mask=_take_rows(call.mask, rows, call.query.shape[0]))
+        if call.hidden_states is not None:
+            part = replace(part, hidden_states=call.hidden_states[rows])
         heads = slice(None) if self.heads is None else list(self.heads)
         chosen = (x[rows][:, :, heads] for x in (call.query, call.key, call.value))
         part = replace(part, **dict(zip(("query", "key", "value"), chosen, strict=True)))
@@ -116,15 +120,15 @@ def _take_rows(mask: Tensor | None, rows: slice, batch: int) -> Tensor | None:
 class Catcher(TorchFunctionMode):
     """Hands the attention operations inside it to an intercepted processor."""
 
-    def __init__(self, processor: InterceptedProcessor):
+    def __init__(self, processor: InterceptedProcessor, hidden_states: Tensor | None):
         super().__init__()
-        self.processor, self.count = processor, 0
+        self.processor, self.hidden_states, self.count = processor, hidden_states, 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
-        out = self.processor.attend(self.count, *args, **kwargs)
+        out = self.processor.attend(self.count, self.hidden_states, *args, **kwargs)
         self.count += 1
         return out
 
@@ -168,7 +172,7 @@ class InterceptedProcessor:
         """The processor's own call."""
         if all(link.plan is None for link in self.links):
             return self.inner(*args, **kwargs)
-        catcher = Catcher(self)
+        catcher = Catcher(self, args[1] if len(args) > 1 else kwargs.get("hidden_states"))
         with catcher:
             out = self.native(*args, **kwargs)
         if catcher.count == 0 and not self.may_skip:
@@ -179,11 +183,23 @@ class InterceptedProcessor:
         return out
 
     def attend(
-        self, index, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-    ) -> Tensor:
+        self, index, hidden_states, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+        enable_gqa=False,
+    ) -> Tensor:  # fmt: skip
         """The operation with every link that has a plan: `[B, heads, tokens, head_dim]`, as the operation itself."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        call = Call(self.site, index, query, key, value, attn_mask, scale, is_causal, dropout_p)
+        call = Call(
+            self.site,
+            index,
+            query,
+            key,
+            value,
+            attn_mask,
+            scale,
+            is_causal,
+            dropout_p,
+            hidden_states=hidden_states,
+        )
         active = tuple(link for link in self.links if link.plan is not None)
         return self.follow(active, call).transpose(1, 2)
 
@@ -411,7 +427,7 @@ class Interception:
                 )
             check_parallel(site)
         arguments = arguments_of(model, args, kwargs)
-        layout = known.layout(model, arguments)
+        layout = complete(known.layout(model, arguments), arguments, known.masks)
         moment = self.moment(component, arguments)
         rows = None if moment.rows is None else _rows_of(moment.rows, self.schedule.branches or BRANCHES)
         here = self.schedule.active(moment) and rows != slice(0, 0)

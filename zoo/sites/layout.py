@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -27,12 +27,16 @@ class Layout:
         counts: tokens of the streams whose number the arguments give.
         why: why there is no grid.
         levels: of a UNet, height and width of the maps, halved once more at each entry.
+        masked: argument of the forward that hides tokens of the grid from each other; empty without one.
+        device: of the tensors of the forward.
     """
 
     grid: tuple[int, ...] | None
     counts: Mapping[str, int] = field(default_factory=dict)
     why: str = ""
     levels: tuple[tuple[int, int], ...] = ()
+    masked: str = ""
+    device: torch.device | None = None
 
     def grid_of(self, site: Site) -> tuple[int, ...] | None:
         """Tokens of the sequences of a site along the axes that they span."""
@@ -70,6 +74,16 @@ class Layout:
             spans[name] = (start, start + length)
             start += length
         return spans
+
+
+def complete(layout: Layout, arguments: Mapping[str, Any], masks: Sequence[str]) -> Layout:
+    """A layout with what is the same for all models: masks given by the caller under some names, and the device."""
+    mine = {name: arguments.get(name) for name in masks}
+    for name in ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs"):
+        mine[f"{name}['attention_mask']"] = (arguments.get(name) or {}).get("attention_mask")
+    masked = next((name for name, mask in mine.items() if mask is not None), "")
+    tensors = (y for x in arguments.values() for y in (x if isinstance(x, list) else [x]) if isinstance(y, Tensor))
+    return replace(layout, masked=masked, device=next((x.device for x in tensors), None))
 
 
 def _latents(arguments: Mapping[str, Any]) -> tuple[int, ...]:
@@ -211,3 +225,44 @@ def unet_layout(model: Any, arguments: Mapping[str, Any]) -> Layout:
     for _ in model.config.down_block_types[1:]:
         levels.append(tuple(-(-n // 2) for n in levels[-1]))
     return Layout(levels[0], {}, levels=tuple(levels))
+
+
+# Arguments without data, for a layout of latents (T, H, W) before anything runs
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def video_example(frames: int, height: int, width: int) -> dict[str, Any]:
+    return {"hidden_states": _empty(1, 1, frames, height, width)}
+
+
+def cogvideox_example(frames: int, height: int, width: int) -> dict[str, Any]:
+    return {"hidden_states": _empty(1, frames, 1, height, width)}
+
+
+def ltx_example(frames: int, height: int, width: int) -> dict[str, Any]:
+    tokens = _empty(1, frames * height * width, 1)
+    return {"hidden_states": tokens, "num_frames": frames, "height": height, "width": width}
+
+
+def ids_example(frames: int, height: int, width: int) -> dict[str, Any]:
+    places = torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))
+    return {"img_ids": places.reshape(-1, 3)}
+
+
+def image_example(frames: int, height: int, width: int) -> dict[str, Any]:
+    return {"hidden_states": _empty(1, 1, height, width)}
+
+
+def qwen_example(frames: int, height: int, width: int) -> dict[str, Any]:
+    return {"img_shapes": [[(frames, height, width)]]}
+
+
+def z_image_example(frames: int, height: int, width: int) -> dict[str, Any]:
+    return {"x": [_empty(1, frames, height, width)]}
+
+
+def unet_example(frames: int, height: int, width: int) -> dict[str, Any]:
+    return {"sample": _empty(1, 1, height, width)}

@@ -54,7 +54,12 @@ class Model:
         noise_scale: timestep of pure noise.
         rises: whether timesteps grow towards the data.
         mask_hides_text_only: see `Site`.
+        masks: arguments that hide tokens of the grid from each other.
         may_skip: whether a processor may run without its attention operation.
+        stride: frames, rows and columns of pixels per latent (per token where the pipeline packs latents), where no
+            pipeline tells.
+        text: usual number of text tokens.
+        example: arguments, without data, that `layout` reads, for latents (T, H, W).
     """
 
     attentions: tuple[Attention, ...]
@@ -63,7 +68,11 @@ class Model:
     noise_scale: float = 1000.0
     rises: bool = False
     mask_hides_text_only: bool = False
+    masks: tuple[str, ...] = ("attention_mask", "video_self_attention_mask")
     may_skip: bool = False
+    stride: tuple[int, int, int] = (4, 8, 8)
+    text: int = 512
+    example: Callable[[int, int, int], dict[str, Any]] = layouts.video_example
 
 
 def _cross(name: str, queries: tuple[str, ...] = VIDEO, axes: tuple[int, ...] | None = None) -> Attention:
@@ -89,14 +98,20 @@ MODELS: dict[str, Model] = {
         ),
         layouts.hunyuan_layout,
         mask_hides_text_only=True,
+        text=256,
     ),
     "HunyuanVideo15Transformer3DModel": Model(
         (_REFINER, Attention("transformer_blocks.#.attn", "joint", (joint("video", "text"),))),
         layouts.hunyuan_layout,
         mask_hides_text_only=True,
+        stride=(4, 16, 16),
+        text=1985,
     ),
     "CogVideoXTransformer3DModel": Model(
-        (Attention("transformer_blocks.#.attn1", "joint", (joint("text", "video"),)),), layouts.cogvideox_layout
+        (Attention("transformer_blocks.#.attn1", "joint", (joint("text", "video"),)),),
+        layouts.cogvideox_layout,
+        text=226,
+        example=layouts.cogvideox_example,
     ),
     "LTXVideoTransformer3DModel": Model(
         (
@@ -104,6 +119,9 @@ MODELS: dict[str, Model] = {
             _cross("transformer_blocks.#.attn2"),
         ),
         layouts.ltx_layout,
+        stride=(8, 32, 32),
+        text=128,
+        example=layouts.ltx_example,
     ),
     "LTX2VideoTransformer3DModel": Model(
         (
@@ -120,14 +138,22 @@ MODELS: dict[str, Model] = {
         ),
         layouts.ltx_layout,
         may_skip=True,
+        stride=(8, 32, 32),
+        text=1024,
+        example=layouts.ltx_example,
     ),
     "MochiTransformer3DModel": Model(
-        (Attention("transformer_blocks.#.attn1", "joint", (joint("video", "text"),)),), layouts.frames_layout
+        (Attention("transformer_blocks.#.attn1", "joint", (joint("video", "text"),)),),
+        layouts.frames_layout,
+        stride=(6, 8, 8),
+        text=256,
     ),
     "CosmosTransformer3DModel": Model(
         (Attention("transformer_blocks.#.attn1", "self", (SELF_VIDEO,)), _cross("transformer_blocks.#.attn2")),
         layouts.wan_layout,
         noise_scale=1.0,
+        masks=(),  # attention_mask is one of the text
+        stride=(8, 8, 8),
     ),
     "LatteTransformer3DModel": Model(
         (
@@ -136,6 +162,8 @@ MODELS: dict[str, Model] = {
             Attention("temporal_transformer_blocks.#.attn1", "self", (SELF_VIDEO,), axes=(0,)),
         ),
         layouts.frames_layout,
+        stride=(1, 8, 8),
+        text=120,
     ),
     "AllegroTransformer3DModel": Model(
         (Attention("transformer_blocks.#.attn1", "self", (SELF_VIDEO,)), _cross("transformer_blocks.#.attn2")),
@@ -148,6 +176,8 @@ MODELS: dict[str, Model] = {
         ),
         layouts.ids_layout,
         noise_scale=1.0,
+        stride=(1, 16, 16),
+        example=layouts.ids_example,
     ),
     "Flux2Transformer2DModel": Model(
         (
@@ -156,6 +186,8 @@ MODELS: dict[str, Model] = {
         ),
         layouts.ids_layout,
         noise_scale=1.0,
+        stride=(1, 16, 16),
+        example=layouts.ids_example,
     ),
     "SD3Transformer2DModel": Model(
         (
@@ -163,12 +195,17 @@ MODELS: dict[str, Model] = {
             Attention("transformer_blocks.#.attn2", "self", (SELF_IMAGE,)),
         ),
         layouts.sd3_layout,
+        stride=(1, 8, 8),
+        text=333,
+        example=layouts.image_example,
     ),
     "QwenImageTransformer2DModel": Model(
         (Attention("transformer_blocks.#.attn", "joint", (_FLUX,)),),
         layouts.qwen_layout,
         noise_scale=1.0,
         mask_hides_text_only=True,
+        stride=(1, 16, 16),
+        example=layouts.qwen_example,
     ),
     "HiDreamImageTransformer2DModel": Model(
         (
@@ -182,6 +219,9 @@ MODELS: dict[str, Model] = {
         ),
         layouts.hidream_layout,
         timestep="timesteps",
+        stride=(1, 8, 8),
+        text=384,
+        example=layouts.image_example,
     ),
     "ZImageTransformer2DModel": Model(
         (
@@ -195,6 +235,8 @@ MODELS: dict[str, Model] = {
         noise_scale=1.0,
         rises=True,
         mask_hides_text_only=True,
+        stride=(1, 8, 8),
+        example=layouts.z_image_example,
     ),
     "UNet2DConditionModel": Model(
         tuple(
@@ -206,6 +248,9 @@ MODELS: dict[str, Model] = {
             )
         ),
         layouts.unet_layout,
+        stride=(1, 8, 8),
+        text=77,
+        example=layouts.unet_example,
     ),
     "VideoDiT": Model(
         (
@@ -219,6 +264,8 @@ MODELS: dict[str, Model] = {
         ),
         layouts.video_dit_layout,
         mask_hides_text_only=True,
+        stride=(1, 1, 1),
+        text=77,
     ),
 }
 
