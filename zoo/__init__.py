@@ -4,6 +4,7 @@ It needs torch and timm only; tasks, data and video models are imported on their
 """
 
 from . import backbones
+from .accelerate import accelerate, decelerate
 from .adapters import use_kernels
 
-__all__ = ["backbones", "use_kernels"]
+__all__ = ["accelerate", "backbones", "decelerate", "use_kernels"]
