@@ -1,5 +1,6 @@
 """The attention operators: tensors in, tensors out."""
 
+from . import masks
 from .agent import agent_attention
 from .block_sparse import (
     BlockMask,
@@ -31,6 +32,7 @@ __all__ = [
     "block_sparse_attention_lse",
     "explain",
     "linear_attention",
+    "masks",
     "merge_attentions",
     "na1d",
     "na1d_lse",
