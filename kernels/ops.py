@@ -1,5 +1,6 @@
 """The attention operators: tensors in, tensors out."""
 
+from . import masks
 from .agent import agent_attention
 from .block_sparse import (
     BlockMask,
@@ -25,6 +26,7 @@ __all__ = [
     "block_sparse_attention",
     "explain",
     "linear_attention",
+    "masks",
     "merge_attentions",
     "na1d",
     "na2d",

@@ -1,0 +1,44 @@
+"""The masks by name, with what the documentation and the tests say of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One mask.
+
+    Attributes:
+        function: makes the mask, from `(query, key, …)` if dynamic, from `(shape, …)` if static.
+        paper: arXiv id, or "" where no paper is followed.
+        density: argument that sets how much is kept.
+        exact: which tokens are kept, as in the paper's formula: "exact", or the approximation in a few words.
+    """
+
+    function: Callable
+    paper: str
+    density: str
+    exact: str = "exact"
+
+    @property
+    def dynamic(self) -> bool:
+        return next(iter(signature(self.function).parameters)) == "query"
+
+
+REGISTRY: dict[str, Entry] = {}
+
+
+def published(*, paper: str, density: str, exact: str = "exact") -> Callable[[F], F]:
+    """Register a mask under the name of its function; see `Entry`."""
+
+    def register(function: F) -> F:
+        REGISTRY[function.__name__] = Entry(function, paper, density, exact)
+        return function
+
+    return register

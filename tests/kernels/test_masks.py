@@ -1,0 +1,215 @@
+"""The contract of all masks: valid lists on ragged grids, the own block, dense at full budget, the density they state.
+
+Every mask of the registry has a row in `ROWS`, every file of the shelf a mask in the registry.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import ceil, prod
+from pathlib import Path
+
+import pytest
+import torch
+from foveal.kernels import masks
+from foveal.kernels.block_sparse.mask import BlockMask, boxes
+from foveal.kernels.masks.blocks import density, own_blocks
+from foveal.kernels.ops import block_sparse_attention
+from mask_lists import kept
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+HEADS = 2
+RAGGED = ((23,), (9, 11), (5, 6, 7))
+ENTRIES = masks.REGISTRY
+SHELF = Path(masks.__file__).parent
+SHARED = {"__init__", "blocks", "plan", "registry", "search", "select", "table", "orders"}  # files without a mask
+SYNCS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique2", "_unique2", "bincount")
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a mask is called in the tests.
+
+    `full` are options at which everything is seen (None: the mask always leaves something out), `count` the fewest and
+    most blocks that a row lists, of the number of blocks of keys.
+    """
+
+    options: dict = field(default_factory=dict)
+    full: dict | None = None
+    grids: tuple = RAGGED
+    flat: bool = False  # the mask is one of the flattened grid
+    count: Callable[[int], tuple[int, int]] | None = None
+    own: bool = True
+
+
+def topk(number: int) -> Callable[[int], tuple[int, int]]:
+    return lambda blocks: (min(number, blocks), min(number, blocks) + 1)
+
+
+FIVE = {"block": 5}
+ROWS = {
+    "bsa": Row({"block": 3, "mass": 0.4}, {"block": 3, "mass": 1.0}, count=lambda n: (1, n)),
+    "clear": Row({"radius": 3, "block": 2}, {"radius": 99, "block": 2}),
+    "duo": Row({"recent": 3, "sink": 1, "block": 2}, {"recent": 99, "block": 2}),
+    "flexprefill": Row({"block": 3, "mass": 0.4}, {"block": 3, "mass": 1.0, "distance": 2.0, "least": 99}),
+    "freeswim": Row({"half": (2,), "block": 2}, {"half": (None,), "block": 2}, grids=((23,),)),
+    "grid_offsets": Row(
+        {"stride": (None, 4), "offsets": ((0,), (0, 1))},
+        {"stride": (None, 4), "offsets": ((0,), (0, 1, 2, 3))},
+        grids=((9, 11),),
+        count=lambda n: (9 * 5, 9 * 6),
+    ),
+    "moa": Row({"alpha": (10.0, 4.0), "beta": 0.1, "block": 4}, {"alpha": 9999.0, "block": 4}, flat=True),
+    "moba": Row({"topk": 3, "block": 3}, {"topk": 99, "block": 3}, count=lambda n: (3, 3)),
+    "nabla": Row({"block": 3, "mass": 0.4, "window": 1}, {"block": 3, "mass": 1.0}, count=lambda n: (1, n)),
+    "nabla_prior": Row({"block": 2, "window": 3}, {"block": 2, "window": 99}),
+    "power": Row({"block": 2}, {"block": 2, "local": 99}),
+    "psa": Row({"query_block": 16, "key_block": 16, "tile": 8}, None, flat=True, grids=((5, 6, 7),)),
+    "radial": Row(
+        {"block": 8, "decay": 0.3, "dense_from": 8},
+        {"block": 8, "decay": 1e9, "dense_from": 1},
+        flat=True,
+        grids=((6, 5, 5), (7, 4, 6)),
+    ),
+    "s2": Row({"heads": HEADS, "stride": (2,), "local": 2, "block": 2}, {"heads": HEADS, "stride": (1,), "block": 2},
+              grids=((23,),)),
+    "s2_causal": Row({"heads": HEADS, "stride": 3, "local": 2, "block": 4}, None, grids=((50,),)),
+    "s2_relative": Row({"stride": 3, "local": 2, "block": 4}, {"stride": 1, "local": 1, "block": 4}, grids=((50,),)),
+    "sla": Row({"ratio": 0.3, "query_block": 4, "key_block": 3}, {"ratio": 1.0, "query_block": 4, "key_block": 3},
+               count=lambda n: (max(1, int(0.3 * n)), n)),
+    "sparge": Row(
+        {"mass": 0.5, "query_block": 4, "key_block": 3, "similarity": -1.0, "short_kept": False},
+        {"mass": 1.0, "query_block": 4, "key_block": 3, "similarity": -1.0},
+    ),
+    "sta": Row({"window": (3,), "tile": 2}, {"window": (99,), "tile": 2}, grids=((23,),), count=lambda n: (3, 3)),
+    "vmoba": Row({"threshold": 0.25, "block": 3}, {"topk": 99, "block": 3}, count=lambda n: (2, n)),
+    "vsa": Row({"sparsity": 0.7, "block": 3}, {"sparsity": 0.0, "block": 3},
+               count=lambda n: topk(max(1, ceil((1 - 0.7) * n)))(n)),
+}  # fmt: skip
+CASES = [
+    pytest.param(name, grid, id=f"{name}-{'x'.join(map(str, grid))}")
+    for name, row in ROWS.items()
+    for grid in row.grids
+]
+
+
+def inputs(grid, flat: bool, heads: int = HEADS, batch: int = 2):
+    generator = torch.Generator().manual_seed(sum(grid))
+    shape = (batch, prod(grid)) if flat else (batch, *grid)
+    return [torch.randn(*shape, heads, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
+
+
+def make(name: str, grid, options: dict, tensors=None) -> tuple[BlockMask, torch.Tensor, torch.Tensor]:
+    """The mask with the keys and values that it is a mask of."""
+    entry, row = ENTRIES[name], ROWS[name]
+    query, key, value = inputs(grid, row.flat) if tensors is None else tensors
+    if not entry.dynamic:
+        return entry.function(grid, **options), key, value
+    if name == "psa":
+        return entry.function(query, key, value, **options)
+    return entry.function(query, key, **options), key, value
+
+
+def test_every_file_of_the_shelf_has_a_mask_and_a_row():
+    files = {path.stem for path in SHELF.glob("*.py")} - SHARED
+    assert files == {entry.function.__module__.rsplit(".", 1)[1] for entry in ENTRIES.values()}
+    assert ROWS.keys() == ENTRIES.keys()
+    assert set(masks.__all__) >= ENTRIES.keys()
+
+
+@pytest.mark.parametrize(("name", "grid"), CASES)
+def test_lists_are_valid_and_say_what_they_promise(name, grid):
+    row, entry = ROWS[name], ENTRIES[name]
+    query, key, value = inputs(grid, row.flat)
+    mask, keys, values = make(name, grid, row.options, (query, key, value))
+    shape, key_shape = query.shape[1:-2], keys.shape[1:-2]
+    blocks = prod(boxes(key_shape, mask.key_block))
+    assert mask.kv_idx.dtype == mask.kv_num.dtype == torch.int32
+    assert mask.kv_idx.shape[2] == prod(boxes(shape, mask.query_block)) == mask.kv_num.shape[2]
+    assert mask.kv_num.min() >= 1 and mask.kv_num.max() <= mask.kv_idx.shape[-1]
+    assert mask.kv_idx.min() >= 0 and mask.kv_idx.max() < blocks
+    listed = torch.arange(mask.kv_idx.shape[-1] - 1) < mask.kv_num[..., None] - 1
+    assert (mask.kv_idx.diff(dim=-1)[listed] > 0).all(), "ascending, so each block once"
+    if row.count is not None:
+        low, high = row.count(blocks)
+        assert low <= mask.kv_num.min() and mask.kv_num.max() <= high
+    if shape == key_shape:
+        own = own_blocks(shape, mask.query_block, mask.key_block)
+        assert (kept(mask, blocks) | ~own).all(), "the own block is kept"
+        assert (density(mask, shape) <= 1).all() and (density(mask, shape) > 0).all()
+    again, *_ = make(name, grid, row.options, (query, key, value))
+    assert torch.equal(mask.kv_num, again.kv_num) and torch.equal(mask.kv_idx, again.kv_idx)
+    out = block_sparse_attention(query, keys, values, mask=mask)
+    assert torch.equal(out, block_sparse_attention(query, keys, values, mask=mask)) and out.isfinite().all()
+    if entry.dynamic and mask.kv_idx.shape[1] == HEADS and name != "psa":  # heads and entries choose for themselves
+        flip, *_ = make(name, grid, row.options, [x.flip(0, -2) for x in (query, key, value)])
+        assert torch.equal(kept(flip, blocks), kept(mask, blocks).flip(0, 1))
+
+
+@pytest.mark.parametrize(("name", "grid"), [x for x in CASES if ROWS[x.values[0]].full is not None])
+def test_a_full_budget_is_dense(name, grid):
+    query, key, value = inputs(grid, ROWS[name].flat)
+    mask, keys, values = make(name, grid, ROWS[name].full, (query, key, value))
+    assert (mask.kv_num == prod(boxes(keys.shape[1:-2], mask.key_block))).all()
+    flat = [x.flatten(1, -3).transpose(1, 2) for x in (query, key, value)]
+    dense = torch.nn.functional.scaled_dot_product_attention(*flat).transpose(1, 2).reshape(query.shape)
+    torch.testing.assert_close(block_sparse_attention(query, keys, values, mask=mask), dense, atol=1e-12, rtol=0)
+
+
+def test_a_pyramid_of_single_tokens_is_dense():
+    query, key, value = inputs((5, 6, 7), True)
+    mask, keys, values = masks.psa(query, key, value, ends={1: 1.0}, query_block=16, key_block=16, tile=8)
+    dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+    out = block_sparse_attention(query, keys, values, mask=mask)
+    torch.testing.assert_close(out, dense.transpose(1, 2), atol=1e-12, rtol=0)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operators whose result depends on values, and keeps the size of the largest tensor."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in SYNCS, f"{func} waits for the device"
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        return out
+
+
+DYNAMIC = [name for name, entry in ENTRIES.items() if entry.dynamic]
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_dynamic_masks_do_not_wait_and_trace(name):
+    row = ROWS[name]
+    grid = row.grids[-1]
+    tensors = inputs(grid, row.flat)
+    with NoWaiting():
+        mask, *_ = make(name, grid, row.options, tensors)
+    with FakeTensorMode() as mode:
+        fake, *_ = make(name, grid, row.options, [mode.from_tensor(x) for x in tensors])
+    assert fake.kv_idx.shape == mask.kv_idx.shape and fake.kv_num.shape == mask.kv_num.shape
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_dynamic_masks_have_no_size_of_tokens_squared(name):
+    row, tokens = ROWS[name], 4096
+    tensors = [torch.randn(1, *((tokens,) if row.flat else (8, 16, 32)), 1, 4) for _ in range(3)]
+    blocks = {x: 64 if row.flat else 4 for x in row.options if x.endswith("block")}
+    with NoWaiting() as mode:
+        make(name, (8, 16, 32), {**row.options, **blocks}, tensors)
+    assert mode.largest <= tokens**2 / 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_dynamic_masks_compile_in_one_graph(name):
+    row = ROWS[name]
+    grid = row.grids[-1]
+    tensors = inputs(grid, row.flat)
+    torch.compiler.reset()
+    eager, *_ = make(name, grid, row.options, tensors)
+    compiled = torch.compile(lambda *x: make(name, grid, row.options, x)[0], fullgraph=True, backend="eager")(*tensors)
+    assert torch.equal(eager.kv_idx, compiled.kv_idx) and torch.equal(eager.kv_num, compiled.kv_num)
