@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from timm.layers import create_classifier, get_device_dtype, to_2tuple
@@ -192,6 +192,10 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to logits `[B, num_classes]`."""
         return self.forward_head(self.forward_features(x))
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        name = type(self).__name__
+        raise NotImplementedError(f"TorchScript cannot compile {name}; use torch.export or torch.compile")
 
 
 class Host(Backbone):
