@@ -43,6 +43,11 @@ class TokenMlp2d(Mlp):
         super().__init__(tokens, int(tokens * ratio), act_layer=act_layer, drop=drop, device=device, dtype=dtype)
         self.dim, self.grid_size = dim, tuple(grid_size)
 
+    def set_grid_size(self, grid_size: tuple[int, int]) -> None:
+        """Nothing for the grid that the layer is learnt for; raises ValueError for another."""
+        if tuple(grid_size) != self.grid_size:
+            raise ValueError(f"grid_size={grid_size} must be {self.grid_size}: an MLP along tokens keeps its grid")
+
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, dim]` to `[B, H, W, dim]`; raises ValueError for another grid."""
         check_grid(x, self.dim, self.grid_size)

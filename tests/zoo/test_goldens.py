@@ -137,7 +137,8 @@ def conversion_of(model: str) -> Conversion:
 @pytest.mark.parametrize("official", KEYS)
 def test_official_names_and_shapes_are_converted_to_ours(official):
     model = timm.create_model(our_name(official), device="meta")
-    out = conversion_of(our_name(official))({key: torch.empty(shape, device="meta") for key, shape in KEYS[official].items()}, model)
+    file = {key: torch.empty(shape, device="meta") for key, shape in KEYS[official].items()}
+    out = conversion_of(our_name(official))(file, model)
     assert {key: x.shape for key, x in out.items()} == {key: x.shape for key, x in model.state_dict().items()}
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ...layers.shift import Shift2d
 from ..builder import DIGITS_CFG, Model, register_family
 from ..hosts.base import Backbone
-from ..hosts.blocks import Stage
 from ..hosts.patches import CompletedPatchConv2d
 
 
@@ -134,20 +133,11 @@ class ShiftViT(Backbone):
             )
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim, norm_layer=norm_layer, **dd)
-        self.layers = nn.Sequential(
-            *(
-                Stage(
-                    [make_block(dim) for _ in range(depth)],
-                    PatchMerging(dim, norm_layer=norm_layer, **dd) if dim != channels[-1] else None,
-                )
-                for dim, depth in zip(channels, depths, strict=True)
-            )
-        )
-        self._build_head(
-            feature_info=[
-                {"num_chs": dim, "reduction": 4 * 2**i, "module": f"layers.{i}.blocks"}
-                for i, dim in enumerate(channels)
-            ],
+        self._build_stages(
+            [[make_block(dim) for _ in range(depth)] for dim, depth in zip(channels, depths, strict=True)],
+            ways_down=[PatchMerging(dim, norm_layer=norm_layer, **dd) for dim in channels[:-1]],
+            channels=channels,
+            reductions=[4 * 2**i for i in range(len(depths))],
             num_classes=num_classes,
             in_chans=in_chans,
             global_pool=global_pool,
@@ -156,7 +146,6 @@ class ShiftViT(Backbone):
             stage_norms=stage_norms,
             dd=dd,
         )
-        self.init_weights(needs_reset=False)
 
 
 BASE = {"embed_dim": 128, "divisions": 16}
@@ -166,7 +155,9 @@ MODELS = {
     "shiftvit_light_b": Model(
         "ShiftViT-Base, light; no weights are published.", ShiftViT, {**BASE, "depths": (2, 2, 18, 2)}
     ),
-    "shiftvit_r4_t": Model("ShiftViT-Tiny, MLP ratio 4; no weights are published.", ShiftViT, {"depths": (2, 2, 12, 3)}),
+    "shiftvit_r4_t": Model(
+        "ShiftViT-Tiny, MLP ratio 4; no weights are published.", ShiftViT, {"depths": (2, 2, 12, 3)}
+    ),
     "shiftvit_r4_s": Model(
         "ShiftViT-Small, MLP ratio 4; no weights are published.", ShiftViT, {"depths": (2, 6, 24, 4)}
     ),
@@ -192,5 +183,9 @@ MODELS = {
     "test_shiftvit": Model("ShiftViT for tests.", ShiftViT, {"embed_dim": 16, "depths": (1, 2), "divisions": 4}),
 }
 register_family(
-    __name__, MODELS, cfg={"paper_ids": "arXiv:2201.10801"}, cfgs={"shiftvit_pico.untrained": DIGITS_CFG}, leaves=(Shift2d,)
+    __name__,
+    MODELS,
+    cfg={"paper_ids": "arXiv:2201.10801"},
+    cfgs={"shiftvit_pico.untrained": DIGITS_CFG},
+    leaves=(Shift2d,),
 )

@@ -1,148 +1,120 @@
-"""SPACH: one layout around three ways to mix tokens, convolution, attention and MLP (arXiv:2108.13002).
+"""SPACH: one layout around convolution, attention and an MLP along tokens (arXiv:2108.13002).
 
-Each block has a depthwise convolution beside its mixer, which tells tokens where they are, so images of any size go
-through models without MLPs along tokens; those are learnt for one input size. Models have one resolution, or four
-(`spach_ms_*`). Parameter names are those of the official checkpoints but for two norms.
+Models have one resolution, or four (`spach_ms_*`). Convolutions tell tokens where they are, so images of any size go
+through models without MLPs along tokens; those are learnt for one input size.
 """
 
+import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Literal, get_args
 
-import torch
-from timm.layers import Attention, DropPath, GroupNorm1, Mlp, calculate_drop_path_rates, to_2tuple
-from timm.models import checkpoint
-from torch import Tensor, nn
+from torch import nn
 
+from ...layers.dense import DenseAttention2d
 from ...layers.mixing import TokenMlp2d
 from ..builder import DIGITS_CFG, Model, register_family
 from ..conversion import Conversion
-from ..hosts.base import Backbone, NumberedHost, stage_grids
-from ..hosts.blocks import Blocks
-from ..hosts.deit import LayerNorm1e6
-from ..hosts.patches import CompletedPatchConv2d
+from ..hosts import Place, Spach
 
 Mixer = Literal["conv", "attn", "mlp"]
 
 
-class MapAttention(Attention):
-    """timm's attention of all tokens of `[B, H, W, dim]`."""
-
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return super().forward(x.flatten(1, 2)).view(x.shape)
-
-    def attention_macs(self, shape: tuple[int, int]) -> int:
-        """Multiply-accumulates of the attention for one map of this size."""
-        return 2 * (shape[0] * shape[1]) ** 2 * self.num_heads * self.head_dim
-
-
-def make_mixer(
-    kind: Mixer, dim: int, *, num_heads: int, grid_size: tuple[int, int], proj_drop: float, **shared: Any
-) -> nn.Module | None:
-    """The mixer of a block; None where the depthwise convolution is all."""
-    if kind == "attn":
-        dd = {key: shared[key] for key in ("device", "dtype")}
-        return MapAttention(dim, num_heads=num_heads, qkv_bias=True, proj_drop=proj_drop, **dd)
-    if kind == "mlp":
-        return TokenMlp2d(dim, grid_size=grid_size, drop=proj_drop, **shared)
-    if kind != "conv":
-        raise ValueError(f"mixers={kind!r} must each be 'conv', 'attn' or 'mlp'")
-    return None
-
-
-class PositionConv(nn.Module):
-    """Depthwise 3x3 convolution of `[B, H, W, dim]`."""
-
-    def __init__(self, dim: int, *, device=None, dtype=None):
-        super().__init__()
-        conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
-        self.net = nn.Sequential(nn.Identity(), conv)  # official names count a change of layout
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class Block(nn.Module):
-    """A mixer and a convolution side by side, then a feed-forward layer, on `[B, H, W, dim]`."""
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        mixer: nn.Module | None,
-        mlp_ratio: float,
-        layer_scale: float,
-        proj_drop: float,
-        drop_path: float,
-        act_layer: type[nn.Module],
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.layer_scale = layer_scale
-        self.spatial_func = mixer
-        self.norm1 = None if mixer is None else LayerNorm1e6(dim, **dd)
-        self.gamma_1 = None if mixer is None else nn.Parameter(torch.empty(1, 1, dim, **dd))
-        self.cpe_net = PositionConv(dim, **dd)
-        self.norm2 = LayerNorm1e6(dim, **dd)
-        self.channel_func = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the layer scale to its initial value; submodules have their own `reset_parameters`."""
-        if self.gamma_1 is not None:
-            nn.init.constant_(self.gamma_1, self.layer_scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.cpe_net(x)
-        if self.spatial_func is not None and self.norm1 is not None:
-            y = y + self.drop_path(self.gamma_1 * self.spatial_func(self.norm1(x)))
-        x = x + y
-        return x + self.drop_path(self.channel_func(self.norm2(x)))
-
-
-class Stem(nn.Module):
-    """Patches and a norm: `[B, in_chans, H, W]` to `[B, H / side, W / side, dim]`, rounded up."""
-
-    def __init__(self, in_chans: int, dim: int, side: int, *, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.proj = CompletedPatchConv2d(in_chans, dim, side, stride=side, **dd)
-        self.norm = LayerNorm1e6(dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
-class Downsample(nn.Module):
-    """A 2x2 convolution and a norm of whole maps: `[B, H, W, dim]` to `[B, H / 2, W / 2, 2 * dim]`, rounded up."""
-
-    def __init__(self, dim: int, *, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        conv = CompletedPatchConv2d(dim, 2 * dim, 2, stride=2, bias=False, **dd)
-        self.net = nn.Sequential(nn.Identity(), nn.Sequential(conv, GroupNorm1(2 * dim, **dd)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class Spach(NumberedHost):
-    """SPACH of one resolution or more.
+def mix(place: Place, *, mixer: Mixer, conv_blocks: int | Sequence[int] = 0) -> nn.Module | None:
+    """The mixer of a block beside its depthwise convolution.
 
     Args:
-        mixers: "conv", "attn" or "mlp" of every block, stage by stage.
-        in_chans, num_classes: channels of the images, outputs of the head (0: no head).
-        global_pool: "avg", "max", "avgmax", "catavgmax" or "" (none).
-        img_size: the input size that MLPs along tokens are learnt for; others take any.
-        patch_size: side of the patches.
-        embed_dim, num_heads: channels and heads. Further stages double the channels and keep the heads.
-        mlp_ratio: hidden over embedding width.
-        layer_scale: initial value of the mixers' residual scale.
-        stage_norms: normalise each stage's map by `norm0`, `norm1`, ... instead of the last one by `norm`.
-        drop_rate, proj_drop_rate, drop_path_rate: dropout before the head and in blocks, stochastic depth (its rate
-            grows linearly to this value).
-        act_layer: activation.
+        place: the block.
+        mixer: "attn" for dense attention, "mlp" for an MLP along tokens, "conv" for none.
+        conv_blocks: leading blocks of each stage that have none.
+
+    Raises:
+        ValueError: another mixer.
     """
+    if mixer not in get_args(Mixer):
+        raise ValueError(f"mixer={mixer!r} must be 'conv', 'attn' or 'mlp'")
+    if mixer == "conv" or place.is_leading("conv_blocks", conv_blocks):
+        return None
+    options = {key: value for key, value in place.options.items() if key != "impl"}
+    if mixer == "attn":
+        return DenseAttention2d(place.dim, num_heads=place.num_heads, **options)
+    return TokenMlp2d(place.dim, grid_size=place.grid, drop=options.pop("proj_drop"), **options)
+
+
+MS = partial(Spach, attn=mix)
+ISOTROPIC = partial(Spach, attn=mix, patch_size=16, halve=False, depths=(3, 3, 3, 3), embed_dim=384, num_heads=12)
+DEEP = partial(ISOTROPIC, depths=(6, 6, 6, 6))
+
+
+def official_names(model: nn.Module) -> list:
+    """Renames of the official files, which count blocks over one resolution and after the way down to it."""
+    depths: tuple[int, ...] = model.depths  # pyright: ignore[reportAssignmentType]
+    blocks = [f"layers.{stage}.blocks.{block}." for stage, depth in enumerate(depths) for block in range(depth)]
+
+    def named(match: re.Match) -> str:
+        stage, block = int(match[1]) - 1, int(match[2])
+        if stage == 0:
+            return f"layers.0.blocks.{block}."
+        return f"layers.{stage}.blocks.{block - 1}." if block else f"layers.{stage - 1}.downsample."
+
+    return [
+        (r"cpe_net\.net\.1", "cpe_net.dwconv"),
+        (r"^norm1\.", "patch_embed.norm."),
+        (r"^norm2\.", "norm."),
+        (r"^stem\.", "patch_embed."),
+        (r"^blocks\.(\d+)\.", lambda match: blocks[int(match[1])]),
+        (r"^layer(\d+)\.(\d+)\.(?:net\.1\.)?", named),
+    ]
+
+
+def one(size: str, mixer: Mixer, build: partial = ISOTROPIC, **args) -> Model:
+    about = f"SPACH-{size} with {mixer}; no weights are published. Its blocks count as four stages, for features."
+    return Model(about, build, {"mixer": mixer, **args})
+
+
+def several(size: str, mixer: Mixer, depths: Sequence[int], conv_blocks: Sequence[int], dim: int, **args) -> Model:
+    about = f"SPACH-MS-{size} with {mixer} after {sum(conv_blocks)} blocks of convolutions alone."
+    return Model(about, MS, {"mixer": mixer, "depths": depths, "conv_blocks": conv_blocks, "embed_dim": dim, **args})
+
+
+NARROW = {"embed_dim": 192, "num_heads": 6}
+WIDE = {"embed_dim": 512, "num_heads": 16, "mlp_ratio": 3.0}
+SHORT, LONG = (2, 2, 6, 2), (3, 4, 12, 3)
+MODELS = {
+    "spach_xxs_conv": one("xxs", "conv"),
+    "spach_xxs_attn": one("xxs", "attn", **NARROW),
+    "spach_xxs_mlp": one("xxs", "mlp"),
+    "spach_xs_conv": one("xs", "conv", DEEP),
+    "spach_xs_attn": one("xs", "attn"),
+    "spach_xs_mlp": one("xs", "mlp", DEEP),
+    "spach_s_conv": one("s", "conv", DEEP, **WIDE),
+    "spach_s_attn": one("s", "attn", **WIDE),
+    "spach_s_mlp": one("s", "mlp", DEEP, **WIDE),
+    "spach_ms_xxs_conv": several("xxs", "conv", SHORT, SHORT, 64),
+    "spach_ms_xxs_attn": several("xxs", "attn", SHORT, (2, 0, 0, 0), 32, num_heads=1),
+    "spach_ms_xxs_mlp": several("xxs", "mlp", SHORT, (2, 0, 0, 0), 64),
+    "spach_ms_xs_conv": several("xs", "conv", LONG, LONG, 96),
+    "spach_ms_xs_attn": several("xs", "attn", LONG, (3, 0, 0, 0), 64),
+    "spach_ms_xs_mlp": several("xs", "mlp", LONG, (3, 0, 0, 0), 96),
+    "spach_ms_xs_hybrid": several("xs", "attn", LONG, (3, 4, 2, 1), 96, num_heads=3),
+    "spach_ms_s_conv": several("s", "conv", LONG, LONG, 128, mlp_ratio=3.0),
+    "spach_ms_s_attn": several("s", "attn", LONG, (3, 0, 0, 0), 96, num_heads=3, mlp_ratio=3.0),
+    "spach_ms_s_mlp": several("s", "mlp", LONG, (3, 0, 0, 0), 128, mlp_ratio=3.0),
+    "spach_ms_s_hybrid": several("s", "attn", LONG, (3, 2, 2, 1), 128, num_heads=4, mlp_ratio=3.0),
+    "spach_ms_pico": several("pico", "attn", (1, 2, 2), (1, 1, 0), 32, layer_scale=0.1),
+    "test_spach": one("test", "attn", depths=(1, 2), embed_dim=16, num_heads=2, patch_size=8),
+    "test_spach_ms": several("test", "attn", (1, 2), (1, 1), 16),
+    "test_spach_ms_mlp": several("test", "mlp", (1, 2), (1, 1), 16, img_size=64),
+}
+CONVERSION = Conversion(rename=official_names)
+register_family(
+    __name__,
+    MODELS,
+    conversion=CONVERSION,
+    cfg={"paper_ids": "arXiv:2108.13002"},
+    cfgs={
+        "spach_ms_pico.untrained": DIGITS_CFG,
+        "test_spach.untrained": {"pool_size": (8, 8)},
+    },
+    leaves=(DenseAttention2d, TokenMlp2d),
+)
