@@ -1,4 +1,4 @@
-"""The layout of SPACH: blocks of a mixer beside a depthwise convolution, at one resolution or more (arXiv:2108.13002)."""
+"""The layout of SPACH: a mixer beside a depthwise convolution, at one resolution or more (arXiv:2108.13002)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
