@@ -33,6 +33,7 @@ class Target(NamedTuple):
 
 
 Resize = Callable[[Tensor, Target], Tensor]
+Rename = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +45,15 @@ class Conversion:
     own fresh norms where the file has none.
 
     Args:
-        rename: pairs of a regular expression and its replacement, applied in order to every key.
+        rename: pairs of a regular expression and its replacement, applied in order to every key; or a function from
+            the model to such pairs, where names count what its arguments decide.
         drop: regular expressions of keys that files have beyond the parameters of the model, such as index buffers.
         join: name of a module and the names of those whose parameters it concatenates, {"qkv": ("query", …)}.
         split: name of a parameter and the names of those that its rows become.
         resize: last part of a parameter's name, and the function that resizes a tensor of another shape.
     """
 
-    rename: Sequence[tuple[str, str]] = ()
+    rename: Rename | Callable[[nn.Module], Rename] = ()
     drop: Sequence[str] = ()
     join: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -59,7 +61,7 @@ class Conversion:
 
     def __call__(self, state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
         """The file's tensors by the model's names, in its shapes; a key that no step knows stays as it is."""
-        file = _split(_join(self._renamed(unwrap(state_dict)), self.join), self.split)
+        file = _split(_join(self._renamed(unwrap(state_dict), model), self.join), self.split)
         own = model.state_dict()
         file = {key: value for key, value in file.items() if key in own or not self._is_dropped(key)}
         out = {key: self._resized(key, value, own, model, file) for key, value in file.items()}
@@ -70,10 +72,10 @@ class Conversion:
         out, own = self(state_dict, model), model.state_dict()
         return Report([key for key in own if key not in out], [key for key in out if key not in own])
 
-    def _renamed(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        out = {}
+    def _renamed(self, state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        pairs, out = self.rename(model) if callable(self.rename) else self.rename, {}
         for key, value in state_dict.items():
-            for pattern, replacement in self.rename:
+            for pattern, replacement in pairs:
                 key = re.sub(pattern, replacement, key)
             out[key] = value
         return out

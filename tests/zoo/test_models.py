@@ -28,10 +28,11 @@ from timm.optim import create_optimizer_v2
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 MODELS = our_models()
+FIXED_WORDS = ("vitrpb", "mlp")
 SMALL = [name for name in MODELS if name.startswith("test_")]
 LARGE = [name for name in MODELS if name not in SMALL]
 CHECKPOINTS = [name for model in MODELS for name in get_arch_pretrained_cfgs(model)]
-FIXED = [name for name in SMALL if "vitrpb" in name]  # take one input size only
+FIXED = [name for name in SMALL if any(word in name for word in FIXED_WORDS)]  # take one input size only
 FLEXIBLE = [name for name in SMALL if name not in FIXED]
 COMPILED = {  # the others with `-m slow`
     "test_agent_deit",
@@ -49,7 +50,7 @@ def create(name: str, **kwargs) -> torch.nn.Module:
 
 
 def image(model: torch.nn.Module, side: int = 64, batch: int = 1) -> torch.Tensor:
-    fixed = "vitrpb" in model.pretrained_cfg["architecture"]
+    fixed = any(word in model.pretrained_cfg["architecture"] for word in FIXED_WORDS)
     size = model.pretrained_cfg["input_size"][1:] if fixed else (side, side)
     return torch.randn(batch, model.in_chans, *size, generator=torch.Generator().manual_seed(1))
 

@@ -9,6 +9,7 @@ from .deit import DeiT
 from .isotropic import Isotropic
 from .nat import NAT
 from .pvt import PVT, PVTv2
+from .spach import Spach
 from .swin import Swin
 
-__all__ = ["NAT", "PVT", "CSWin", "DeiT", "Isotropic", "PVTv2", "Place", "Swin"]
+__all__ = ["NAT", "PVT", "CSWin", "DeiT", "Isotropic", "PVTv2", "Place", "Spach", "Swin"]

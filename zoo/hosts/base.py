@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from timm.layers import create_classifier, get_device_dtype, to_2tuple
@@ -13,7 +13,7 @@ from timm.models._input import update_model_input_size
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
-from .blocks import Blocks
+from .blocks import Blocks, Stage
 
 
 class Backbone(nn.Module):
@@ -53,6 +53,23 @@ class Backbone(nn.Module):
         )
         self.head_drop = nn.Dropout(drop_rate)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+    def _build_stages(
+        self,
+        stages: Sequence[Sequence[nn.Module]],
+        *,
+        ways_down: Sequence[nn.Module | None],
+        channels: Sequence[int],
+        reductions: Sequence[int],
+        **head: Any,
+    ) -> None:
+        """A `Stage` of each list of blocks, with the way down to the next, then `_build_head(**head)` and weights."""
+        pairs = zip(stages, [*ways_down, None], strict=True)
+        self.add_module(self.stages_name, nn.Sequential(*(Stage(list(blocks), way) for blocks, way in pairs)))
+        places = enumerate(zip(channels, reductions, strict=True))
+        info = [{"num_chs": n, "reduction": r, "module": f"{self.stages_name}.{i}.blocks"} for i, (n, r) in places]
+        self._build_head(feature_info=info, **head)
+        self.init_weights(needs_reset=False)
 
     @property
     def _stages(self) -> Sequence[nn.Module]:
@@ -192,6 +209,10 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to logits `[B, num_classes]`."""
         return self.forward_head(self.forward_features(x))
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        name = type(self).__name__
+        raise NotImplementedError(f"TorchScript cannot compile {name}; use torch.export or torch.compile")
 
 
 class Host(Backbone):

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from timm.layers import register_notrace_function, to_2tuple
+from timm.layers import Mlp, register_notrace_function, to_2tuple
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
@@ -53,7 +53,7 @@ class DeiT(VisionTransformer):
         mlp_ratio: hidden over embedding width.
         drop_rate, proj_drop_rate, drop_path_rate: dropout before the head and in blocks, stochastic depth (its rate
             grows linearly to this value).
-        norm_layer, act_layer: layers of the blocks.
+        norm_layer, act_layer, mlp_layer: layers of the blocks.
         impl: implementation of the attention, "auto", "triton", "torch" or "reference".
         attn_options: further arguments of `attn`; a list or tuple has one entry per block.
     """
@@ -79,6 +79,7 @@ class DeiT(VisionTransformer):
         drop_path_rate: float = 0.0,
         norm_layer: Callable[..., nn.Module] = LayerNorm1e6,
         act_layer: type[nn.Module] = nn.GELU,
+        mlp_layer: type[nn.Module] = Mlp,
         impl: str = "auto",
         device=None,
         dtype=None,
@@ -121,6 +122,7 @@ class DeiT(VisionTransformer):
             drop_path_rate=drop_path_rate,
             norm_layer=norm_layer,
             act_layer=act_layer,
+            mlp_layer=mlp_layer,
             block_fn=make_block,  # pyright: ignore[reportArgumentType]
             device=device,
             dtype=dtype,
@@ -142,7 +144,7 @@ class DeiT(VisionTransformer):
         old = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size=img_size)
         grid_size = self.patch_embed.grid_size
-        resized = resize_positions(self.pos_embed.detach(), old, grid_size, prefix=1)
+        resized = self._resize_table(self.pos_embed.detach(), old, grid_size)
         self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
         set_grid_size(self.blocks, grid_size)
         update_model_input_size(self, self.patch_embed.img_size)
@@ -152,11 +154,20 @@ class DeiT(VisionTransformer):
         """Rows and columns of the maps that position embeddings are learnt for, by name."""
         return {"pos_embed": self.patch_embed.grid_size}
 
+    @staticmethod
+    def _resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+        """The position embedding, in the order of its rows, for another grid."""
+        return resize_positions(table, old, new, prefix=1)
+
+    def _positions(self, grid_size: tuple[int, int]) -> Tensor:
+        """The position embedding of a grid, `[1, 1 + H * W, dim]`, class token first."""
+        return self._resize_table(self.pos_embed, self.patch_embed.grid_size, grid_size)
+
     def _tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images to tokens `[B, 1 + H * W, dim]` with positions, and their H and W."""
         x = self.patch_embed(x)
         grid_size = (x.shape[1], x.shape[2])
-        positions = resize_positions(self.pos_embed, self.patch_embed.grid_size, grid_size, prefix=1)
+        positions = self._positions(grid_size)
         assert self.cls_token is not None
         tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
         return self.pos_drop(tokens + positions), grid_size

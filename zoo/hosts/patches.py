@@ -2,7 +2,7 @@
 
 from timm.layers import PatchEmbed, register_notrace_module
 from timm.models.swin_transformer import PatchMerging
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...layers.completion import complete_multiples
 
@@ -21,3 +21,11 @@ class CompletedPatchMerging(PatchMerging):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(complete_multiples(x, (2, 2)))
+
+
+@register_notrace_module
+class CompletedPatchConv2d(nn.Conv2d):
+    """Convolution of whole patches of `[B, C, H, W]`, which its stride need not divide: one for each begun patch."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(complete_multiples(input, self.stride, first=2))

@@ -14,11 +14,13 @@ from .patches import CompletedPatchEmbed, CompletedPatchMerging
 register_notrace_module(WindowAttention2d)  # torch.fx cannot trace its checks of shapes
 
 
-def patch_stem(in_chans: int, dim: int, *, norm_layer: type[nn.Module], device=None, dtype=None) -> nn.Module:
-    """4x4 patches: `[B, in_chans, H, W]` to `[B, ceil(H / 4), ceil(W / 4), dim]`, zero-padded right and bottom."""
+def patch_stem(
+    in_chans: int, dim: int, *, norm_layer: Callable[..., nn.Module], patch_size: int = 4, device=None, dtype=None
+) -> nn.Module:
+    """Patches: `[B, in_chans, H, W]` to `[B, ceil(H / 4), ceil(W / 4), dim]`, zero-padded right and bottom."""
     return CompletedPatchEmbed(
         img_size=None,
-        patch_size=4,
+        patch_size=patch_size,
         in_chans=in_chans,
         embed_dim=dim,
         norm_layer=norm_layer,
