@@ -1,5 +1,6 @@
 """Mixing of tokens by learnt matrices of one grid: MLPs along all tokens, rows or columns."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 
-def check_grid(x: Tensor, dim: int, grid_size: tuple[int, int]) -> None:
+def check_grid(x: Tensor, dim: int, grid_size: Sequence[int]) -> None:
     """Raises a ValueError unless x is `[B, H, W, dim]` of this grid."""
     if x.dim() != 4 or tuple(x.shape[1:]) != (*grid_size, dim):
         rows, columns = grid_size

@@ -460,9 +460,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        query, key, value, *additional, additional_mask, lse = ctx.saved_tensors[:7]
-        mask = BlockMask(ctx.query_block, ctx.key_block, *ctx.saved_tensors[7:])
-        call = BlockSparseCall(*additional, mask, ctx.scale, additional_mask)
+        query, key, value, keys, values, visible, lse, *lists = ctx.saved_tensors
+        mask = BlockMask(ctx.query_block, ctx.key_block, *lists)
+        call = BlockSparseCall(keys, values, mask, ctx.scale, visible)
         with without_autocast(grad_out.device):  # as in the forward
             grads = backward(query, key, value, (None, lse), (grad_out, grad_lse), call, (True, True))
         return *grads, *(None,) * 9

@@ -15,7 +15,7 @@ def duo(
     shape: Sequence[int],
     *,
     recent: PerAxis[int],
-    sink: PerAxis[int] = 0,
+    sink: int = 0,
     retrieval: Sequence[bool] = (False,),
     causal: bool = False,
     block: PerAxis[int] = 8,
@@ -44,7 +44,8 @@ def duo(
         )
     places = [torch.arange(n) for n in shape]
     near = [(x[:, None] - x).abs() < span for x, span in zip(places, spans, strict=True)]
-    start = [(x[:, None] >= 0) & (x < (sink if axis == 0 else len(x))) for axis, x in enumerate(places)]
+    ends = [sink, *(len(x) for x in places[1:])]
+    start = [(x[:, None] >= 0) & (x < end) for x, end in zip(places, ends, strict=True)]
     if causal:
         before = places[0] <= places[0][:, None]
         near[0], start[0] = near[0] & before, start[0] & before

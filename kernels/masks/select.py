@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..block_sparse.mask import boxes
-from ..common.calling import PerAxis, per_axis, without_autocast
+from ..common.calling import PerAxis, per_axis, resolve_scale, without_autocast
 from .blocks import block_extrema, block_lengths, block_means, check_query_key, cut_into_blocks, outer_and, to_mask
 
 Rule = Literal["topk", "mass", "threshold", "budget"]
@@ -79,7 +79,7 @@ def box_scores(
     rank = check_query_key(query, key)
     query_block = block_lengths("query_block", query_block, rank)
     key_block = block_lengths("key_block", key_block, rank)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = resolve_scale(query, scale)
     if estimate == "mean":
         return pair_scores(block_means(query, query_block), block_means(key, key_block), scale=scale, per=per)
     if estimate == "minmax":
@@ -171,7 +171,7 @@ def keep(
     _check_rule(rule, scope, {"topk": topk, "mass": mass, "threshold": threshold, "budget": budget})
     if allowed is not None:
         scores = scores.masked_fill(~allowed, 0 if rule == "mass" else -torch.inf)
-    if rule == "threshold":
+    if threshold is not None:
         kept = scores >= threshold
     else:
         flat = _flatten(scores, scope)
@@ -186,7 +186,7 @@ def keep(
             chosen = rest >= enough
         else:
             rows = count // scores.shape[-1]
-            number = topk * rows if topk is not None else ceil(budget * count - 1e-9)  # 0.3 of 10 is 3, not 4
+            number = topk * rows if topk is not None else ceil((budget or 0.0) * count - 1e-9)  # 0.3 of 10 is 3, not 4
             chosen = (torch.arange(count, device=scores.device) < number).expand(flat.shape)
         kept = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order, chosen).view(scores.shape)
     if least > 0 or most is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..block_sparse.mask import BlockMask
-from ..common.calling import PerAxis
+from ..common.calling import PerAxis, resolve_scale
 from .blocks import block_lengths, block_means, check_query_key, most_own, own_or_none, spread_blocks, to_mask
 from .registry import published
 from .select import box_scores, keep, pair_scores
@@ -59,7 +59,7 @@ def vsa_coarse(
         `[B, *spatial, heads, value_dim]` in the dtype of query.
     """
     block = block_lengths("block", block, check_query_key(query, key))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = resolve_scale(query, scale)
     means = [block_means(x, block) for x in (query, key, value)]
     weights = pair_scores(means[0], means[1], scale=scale).softmax(-1)  # [B, heads, cubes, cubes]
     values = means[2].repeat_interleave(query.shape[-2] // value.shape[-2], dim=-2)

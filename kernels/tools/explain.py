@@ -68,7 +68,8 @@ def _readable(name: str, value: int | float | str) -> str:
 def _operators() -> dict[str, Callable]:
     """The public operators of one process that offer a choice of implementation."""
     ops = import_module("..ops", __package__)
-    functions = {name: getattr(ops, name) for name in ops.__all__ if name != "explain"}
+    named = {name: getattr(ops, name) for name in ops.__all__}
+    functions = {name: x for name, x in named.items() if callable(x) and name != "explain"}
     parameters = {name: inspect.signature(f).parameters for name, f in functions.items()}
     return {name: f for name, f in functions.items() if "impl" in parameters[name] and "mesh" not in parameters[name]}
 

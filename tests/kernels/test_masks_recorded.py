@@ -1,6 +1,6 @@
 """Masks against selections recorded from the official code: exactly the same blocks.
 
-`goldens/masks.json` describes the cases. A case without an array in `masks.npz` is held to its density, count or digest.
+`goldens/masks.json` describes the cases. A case without an array in `masks.npz` is held to its density or digest.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from foveal.kernels import masks
 from foveal.kernels.masks.blocks import cut_into_blocks, own_blocks
 from foveal.kernels.masks.psa import psa_importance, psa_levels
 from foveal.kernels.masks.select import pair_scores
-from foveal.kernels.ops import block_sparse_attention_lse, merge_attentions, na1d_lse
+from foveal.kernels.ops import block_sparse_attention, merge_attentions, na1d
 from mask_lists import kept
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -217,8 +217,8 @@ def test_moba(case, arrays):
         tokens = sample[0].shape[0]
         x = [torch.nn.functional.pad(t, [0, 0, 0, 0, 0, -tokens % size])[None] for t in sample]
         mask = masks.moba(x[0], x[1], topk=case["topk"], block=size, causal=True)
-        own, own_lse = na1d_lse(*x, window=size, stride=size, causal=True)
-        far, far_lse = block_sparse_attention_lse(*x, mask=mask)
+        own, own_lse = na1d(*x, window=size, stride=size, causal=True, return_lse=True)
+        far, far_lse = block_sparse_attention(*x, mask=mask, return_lse=True)
         outputs.append(merge_attentions([own, far], [own_lse, far_lse])[0][0, :tokens])
     torch.testing.assert_close(
         torch.cat(outputs), torch.from_numpy(arrays[f"moba/{case['name']}/out"]), atol=2e-6, rtol=0

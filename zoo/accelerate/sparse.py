@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from ...kernels.ops import (
     BlockMask,
     block_sparse_attention,
-    block_sparse_attention_lse,
-    merge_attentions,
     na1d,
     na2d,
     na3d,
@@ -26,7 +24,6 @@ from ..sites.intercept import Following
 from .masks import BlockMaskOf
 
 WINDOWS = {1: na1d, 2: na2d, 3: na3d}
-TEXT_BLOCK = 64  # keys of a block of text; only its cost depends on it
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,13 @@ def attend(call: Call, following: Following) -> Tensor:
     parts = split(call, choice)
     if parts is None:
         return following(call)
-    (first, end), extra_key, extra_value, visible = parts
+    (first, end), keys, values, visible = parts
     query, key, value = (x.unflatten(1, choice.grid) for x in on_grid(call, choice))
-    extra = {"extra_key": extra_key, "extra_value": extra_value}
+    others = {"additional_keys": keys, "additional_values": values, "additional_mask": visible, "scale": call.scale}
     if choice.window is not None:
-        given = extra | {"extra_mask": visible} if extra_key is not None else {}
-        out = WINDOWS[len(choice.grid)](query, key, value, **choice.window, scale=call.scale, **given)
+        out = WINDOWS[len(choice.grid)](query, key, value, **choice.window, **others)
     else:
-        out = _by_lists(call, choice, query, key, value, extra, visible)
+        out = _by_lists(choice, query, key, value, **others)
     out = out.flatten(1, len(choice.grid))
     if choice.gate is not None:
         out = out + _coarse(call, choice, query, key, value, slice(first, end))
@@ -85,8 +81,8 @@ def split(call: Call, choice: Choice) -> tuple[tuple[int, int], Tensor | None, T
     first, end = choice.layout.spans(call.site, operation.keys, call.key.shape[1])[main]
     if end - first == call.key.shape[1]:
         return queries, None, None, None
-    extra_key, extra_value = (torch.cat([x[:, :first], x[:, end:]], dim=1) for x in (call.key, call.value))
-    return queries, extra_key, extra_value, _visible(call, queries[0], first, end)
+    keys, values = (torch.cat([x[:, :first], x[:, end:]], dim=1) for x in (call.key, call.value))
+    return queries, keys, values, _visible(call, queries[0], first, end)
 
 
 def _visible(call: Call, row: int, first: int, end: int) -> Tensor | None:
@@ -119,55 +115,12 @@ def block_lists(choice: Choice, query: Tensor, key: Tensor) -> BlockMask:
     return choice.mask(query, key, choice.grid)
 
 
-def _by_lists(
-    call: Call,
-    choice: Choice,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    extra: dict[str, Tensor | None],
-    visible: Tensor | None,
-) -> Tensor:
+def _by_lists(choice: Choice, query: Tensor, key: Tensor, value: Tensor, **others: Any) -> Tensor:
     mask, rank = block_lists(choice, query, key), len(choice.grid)
-    if len(mask.query_block) != rank:
-        query, key, value = (x.flatten(1, rank) for x in (query, key, value))
-    if visible is None:
-        out = block_sparse_attention(query, key, value, mask=mask, scale=call.scale, **extra)
-    else:
-        outs, lses = block_sparse_attention_lse(query, key, value, mask=mask, scale=call.scale)
-        flat = (query.flatten(1, -3), extra["extra_key"], extra["extra_value"])
-        text, text_lse = attend_visible(*flat, visible, scale=call.scale)
-        out, _ = merge_attentions([outs, text.view_as(outs)], [lses, text_lse.view_as(lses)])
-    return out if len(mask.query_block) == rank else out.unflatten(1, choice.grid)
-
-
-def attend_visible(
-    query: Tensor, key: Any, value: Any, visible: Tensor, *, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """Attention to the keys that count, `[B, queries, heads, d]`, and its log-sum-exp.
-
-    The keys that count are sorted to the front of each batch entry, whose blocks then say how many of theirs exist:
-    nothing waits for the device, and no tensor has the size of queries times keys.
-    """
-    outs, lses, block = [], [], min(TEXT_BLOCK, key.shape[1])
-    count = -(-key.shape[1] // block)
-    boxes = -(-query.shape[1] // 128)
-    numbers = torch.arange(count, dtype=torch.int32, device=query.device)
-    for b in range(query.shape[0]):
-        order = visible[b].logical_not().to(torch.int8).argsort(stable=True)
-        lengths = (visible[b].sum() - numbers * block).clamp(0, block).to(torch.int32)
-        mask = BlockMask(
-            (128,),
-            (block,),
-            torch.full((1, 1, boxes), count, dtype=torch.int32, device=query.device),
-            numbers.expand(1, 1, boxes, count).contiguous(),
-            kv_len=lengths,
-        )
-        some = (query[b : b + 1], key[b : b + 1, order], value[b : b + 1, order])
-        out, lse = block_sparse_attention_lse(*some, mask=mask, scale=scale)
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs), torch.cat(lses)
+    if len(mask.query_block) == rank:
+        return block_sparse_attention(query, key, value, mask=mask, **others)
+    query, key, value = (x.flatten(1, rank) for x in (query, key, value))
+    return block_sparse_attention(query, key, value, mask=mask, **others).unflatten(1, choice.grid)
 
 
 def _coarse(call: Call, choice: Choice, query: Tensor, key: Tensor, value: Tensor, tokens: slice) -> Tensor:
