@@ -19,8 +19,8 @@ from pathlib import Path
 import foveal.zoo  # noqa: F401  registers the models
 import pytest
 import timm
-import torch
 import yaml
+from meta_models import without_data
 
 FROZEN = Path(__file__).parent / "frozen"
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def state_dict_keys() -> dict:
     """Keys of each model but the largest with numbers as `#`, and a digest of all keys and shapes."""
     surface = {}
     for name in (name for name in OURS if not name.endswith(("_b", "_l", "_384"))):
-        with torch.device("meta"):
+        with without_data():
             state = timm.create_model(name).state_dict()
         listing = "\n".join(f"{key} {tuple(value.shape)}" for key, value in state.items())
         patterns = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "#", key) for key in state})

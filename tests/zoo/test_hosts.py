@@ -7,6 +7,7 @@ import torch
 from foveal.layers import WindowAttention2d
 from foveal.zoo.conversion import Conversion
 from foveal.zoo.hosts import PVT, CSWin, DeiT, Isotropic, PVTv2, Swin
+from meta_models import create_without_data
 from timm.models import get_model_input_config
 from torch import nn
 
@@ -35,7 +36,7 @@ def test_another_input_size_is_interpolated_alike_on_the_way_and_for_good(name):
     out = model(x)
     model.set_input_size(SIZE)
     assert get_model_input_config(model)["input_size"] == (3, *SIZE)
-    fixed = timm.create_model(name, img_size=SIZE, device="meta").state_dict()
+    fixed = create_without_data(name, img_size=SIZE).state_dict()
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in fixed.items()}
     torch.testing.assert_close(model(x), out, rtol=1e-5, atol=1e-5)
 
@@ -86,7 +87,7 @@ def test_dense_prediction_at_640x480(name):
     ("agent_swin_b.leap_in1k_384", 12, None), ("agent_cswin_b.leap_in1k_384", None, 12),
 ])  # fmt: skip
 def test_tags_bring_their_size(checkpoint, window, split):
-    model = timm.create_model(checkpoint, device="meta")
+    model = create_without_data(checkpoint)
     widths = {m.window for m in model.modules() if type(m).__name__ == "WindowAttention2d"}
     splits = {m.split for m in model.modules() if type(m).__name__ == "StripeBranch2d"}
     assert widths == ({window} if window else set()) and splits == ({split, None} if split else set())
@@ -189,7 +190,7 @@ def test_cswin_without_a_factory_attends_in_stripes():
 
 
 def test_conversions_report_what_does_not_fit():
-    model = timm.create_model("test_flatten_swin", device="meta")
+    model = create_without_data("test_flatten_swin")
     state = dict(model.state_dict())
     table = "layers.1.blocks.1.attn.relative_position_bias_table"
     old = {

@@ -8,6 +8,7 @@ import timm
 import torch
 from foveal.layers import LinearAttention
 from foveal.zoo.backbones.l2vit import PaddedWindowAttention2d
+from meta_models import create_without_data
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,13 +28,13 @@ def create(name: str = "l2vit_t", **kwargs) -> nn.Module:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_as_many_as_the_authors_count(name):
-    assert sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) == PARAMETERS[name]
+    assert sum(p.numel() for p in create_without_data(name).parameters()) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name, heads", [("l2vit_t", [3, 6, 12, 24]), ("l2vit_b", [4, 8, 16, 32])])
 def test_heads_and_turns(name, heads):
     """What the shapes of a checkpoint do not fix."""
-    model = timm.create_model(name, device="meta")
+    model = create_without_data(name)
     for stage, number in zip(model.stages, heads, strict=True):
         assert {block.attn.num_heads for block in stage} == {number}
         assert [type(block.attn) for block in stage] == [PaddedWindowAttention2d, LinearAttention] * (len(stage) // 2)
@@ -41,7 +42,7 @@ def test_heads_and_turns(name, heads):
 
 def test_the_tag_of_384_pixels_brings_its_window_and_an_argument_wins():
     def window(name: str, **kwargs) -> int:
-        return timm.create_model(name, device="meta", **kwargs).stages[0][0].attn.window
+        return create_without_data(name, **kwargs).stages[0][0].attn.window
 
     assert [window("l2vit_b"), window(TAG_384), window(TAG_384, window=7)] == [7, 12, 7]
     cfg = timm.get_pretrained_cfg(TAG_384).to_dict()

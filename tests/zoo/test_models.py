@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 from foveal.zoo.table import our_models
+from meta_models import create_without_data
 from timm.models import (
     get_arch_pretrained_cfgs,
     get_model_input_config,
@@ -121,7 +122,7 @@ def test_checkpointed_gradients_are_the_same(name):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_configuration_describes_the_model(name):
-    model = timm.create_model(name, device="meta").eval()
+    model = create_without_data(name).eval()
     cfg, keys = model.pretrained_cfg, model.state_dict().keys()
     assert f"{cfg['classifier']}.weight" in keys and f"{cfg['first_conv']}.weight" in keys
     assert (model.in_chans, model.num_classes) == (cfg["input_size"][0], cfg["num_classes"])

@@ -2,7 +2,7 @@
 
 import foveal.zoo  # noqa: F401  registers the models
 import pytest
-import timm
+from meta_models import create_without_data
 
 SWIN, LARGE_SWIN = [3, 6, 12, 24], [4, 8, 16, 32]
 PARAMETERS = {  # of the official code
@@ -60,32 +60,32 @@ def per_stage(model, name: str) -> list:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters(name):
-    assert sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) == PARAMETERS[name]
+    assert sum(p.numel() for p in create_without_data(name).parameters()) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_heads(name):
-    assert per_stage(timm.create_model(name, device="meta"), "num_heads") == HEADS[name]
+    assert per_stage(create_without_data(name), "num_heads") == HEADS[name]
 
 
 @pytest.mark.parametrize("name", [x for x in HEADS if "biformer" in x])
 def test_regions(name):
-    model = timm.create_model(name, device="meta")
+    model = create_without_data(name)
     assert per_stage(model, "topk") == [1, 4, 16] and per_stage(model, "regions") == [7]
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("litv2_s", 10, 2), ("litv2_m", 10, 2), ("litv2_b", 14, 2)])
 def test_hilo(name, low, high):
-    model = timm.create_model(name, device="meta")
+    model = create_without_data(name)
     assert per_stage(model, "low_heads") == [low, model.layers[3].blocks[0].attn.low_heads]
     assert per_stage(model, "high_heads") == [high, 0] and per_stage(model, "window") == [2, 1]
-    assert per_stage(timm.create_model("litv2_s", alpha=0.7, device="meta"), "low_heads")[0] == 8  # 12 * 0.7, cut
+    assert per_stage(create_without_data("litv2_s", alpha=0.7), "low_heads")[0] == 8  # 12 * 0.7, cut
 
 
 @pytest.mark.parametrize(("size", "window"), [(224, 7), (288, 9), (384, 12)])
 @pytest.mark.parametrize("name", ["agent_swin_t", "agent_swin_s", "agent_swin_b", "inline_swin_t", "flatten_swin_t"])
 def test_windows(name, size, window):
-    model = timm.create_model(name, img_size=size, device="meta")
+    model = create_without_data(name, img_size=size)
     assert set(per_stage(model, "window")) == {window} and set(per_stage(model, "shift")) == {0, window // 2}
 
 
@@ -93,7 +93,7 @@ def test_windows(name, size, window):
 @pytest.mark.parametrize("name", ["agent_cswin_t", "agent_cswin_s", "agent_cswin_b", "inline_cswin_t"])
 def test_stripes(name, size, split):
     """The last stage has one window, the map."""
-    assert per_stage(timm.create_model(name, img_size=size, device="meta"), "split") == [
+    assert per_stage(create_without_data(name, img_size=size), "split") == [
         split,
         None,
     ]  # the last stage: the map
@@ -101,5 +101,5 @@ def test_stripes(name, size, split):
 
 @pytest.mark.parametrize(("name", "blocks"), [("agent_deit_t", 12), ("agent_deit_s", 12), ("agent_deit_b", 4)])
 def test_agent_blocks(name, blocks):
-    model = timm.create_model(name, device="meta")
+    model = create_without_data(name)
     assert [type(b.attn).__name__ for b in model.blocks].count("AgentAttention2d") == blocks
