@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .calling import IMPLEMENTATIONS, is_compiled_on_cpu, triton_obstacle, without_autocast
+from .calling import IMPLEMENTATIONS, MAX_TRITON_HEAD_DIM, Impl, is_compiled_on_cpu, triton_obstacle, without_autocast
 from .schema import codec
 
 Flops = Callable[..., tuple[int, int]]
@@ -37,7 +37,8 @@ class Operator:
     """An attention operator.
 
     Implementations are modules of the operator's package. One that runs as PyTorch operators offers
-    `attend(query, key, value, call)`. One that is an operator of the dispatcher offers
+    `attend(query, key, value, call)`, which returns the outputs that have gradients, or the only one. One that is an
+    operator of the dispatcher offers
 
         forward(query, key, value, call) -> outputs
         backward(query, key, value, outputs, gradients, call, wanted) -> gradients of query, key, value and each
@@ -53,9 +54,10 @@ class Operator:
         flops: (forward, backward) from (query, key, value, call), useful products only.
         summarize: further quantities for `explain` from (query, key, value, call, impl).
         fake: empty outputs from (query, key, value, call).
-        flows: per output, whether a gradient flows into it.
+        flows: per output, whether a gradient flows into it. Others are kept for the backward pass and not returned.
         modules: module of each implementation.
         graph: implementation, other than "triton", that is one operator of a compiled graph on CPU.
+        max_head_dims: largest head dims of query and of value that the Triton kernels take; None for any.
         unsupported: further reasons of `impl="triton"` from (query, key, value, call), or None.
         prepare: changes (query, key, value, call) before the dispatcher, such as a sign taken into the query.
         title: the attention, as an error calls it.
@@ -75,13 +77,14 @@ class Operator:
         flows: Sequence[bool] = (True, True),
         modules: dict[str, str] | None = None,
         graph: str | None = None,
+        max_head_dims: tuple[int, int | None] = (MAX_TRITON_HEAD_DIM, MAX_TRITON_HEAD_DIM),
         unsupported: Callable[..., str | None] | None = None,
         prepare: Callable[..., tuple] | None = None,
     ):
         self.name, self.package, self.call, self.title = name, package, call, title
         self.flops, self.summarize, self.fake, self.flows = flops, summarize, fake, tuple(flows)
         self.modules = modules or {"triton": "launch", "torch": "tiled", "reference": "reference"}
-        self.unsupported, self.prepare = unsupported, prepare
+        self.max_head_dims, self.unsupported, self.prepare = max_head_dims, unsupported, prepare
         self._loaded: dict[str, Any] = {}  # modules by implementation
         self.codec = codec(call)
         self.arguments = ", ".join(f"{schema} {suffix[1:]}" for schema, suffix in self.codec.arguments)
@@ -102,12 +105,12 @@ class Operator:
 
     def unsupported_reasons(self, query: Tensor, key: Tensor, value: Tensor, call: Any) -> dict[str, str | None]:
         """For each implementation, why it cannot take a call, or None."""
-        why = triton_obstacle(query, value)
+        why = triton_obstacle(query, value, self.max_head_dims)
         if why is None and self.unsupported is not None:
             why = self.unsupported(query, key, value, call)
         return {"triton": why, "torch": None, "reference": None}
 
-    def select_impl(self, query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str = "auto") -> str:
+    def select_impl(self, query: Tensor, key: Tensor, value: Tensor, call: Any, impl: Impl = "auto") -> Impl:
         """Name of the implementation of a call; an explicit request is kept or refused, never replaced.
 
         Raises:
@@ -123,7 +126,7 @@ class Operator:
             raise NotImplementedError(f"impl='triton' cannot take this call: {why}")
         return "triton" if why is None else "torch"
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, call: Any, *, impl: str = "auto") -> Any:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, call: Any, *, impl: Impl = "auto") -> Any:
         """Outputs of a checked call."""
         chosen = self.select_impl(query, key, value, call, impl)
         with without_autocast(query.device):
@@ -131,11 +134,15 @@ class Operator:
                 return self.dispatch(chosen, query, key, value, call)
             return self.module(chosen).attend(query, key, value, call)
 
-    def dispatch(self, impl: str, query: Tensor, key: Tensor, value: Tensor, call: Any) -> tuple[Tensor, ...]:
+    def dispatch(self, impl: str, query: Tensor, key: Tensor, value: Tensor, call: Any) -> Any:
         """Outputs by the dispatcher's operator of an implementation."""
         if self.prepare is not None:
             query, key, value, call = self.prepare(query, key, value, call)
-        return self.dispatched[impl](query, key, value, *self.codec.flatten(call))
+        outputs = self.dispatched[impl](query, key, value, *self.codec.flatten(call))
+        if all(self.flows):
+            return outputs
+        shown = [x for x, flow in zip(outputs, self.flows, strict=True) if flow]
+        return shown[0] if len(shown) == 1 else shown
 
     # the public face
 

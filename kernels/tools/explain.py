@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..common.arguments import check_arguments
+from ..common.calling import Impl
 from ..common.operator import FUNCTIONS, SUMMARIES
 
 
@@ -100,7 +101,7 @@ def _without_data(value):
 
 
 def explain(
-    operator: Callable | str, query: Tensor, key: Tensor, value: Tensor, *, impl: str = "auto", **arguments
+    operator: Callable | str, query: Tensor, key: Tensor, value: Tensor, *, impl: Impl = "auto", **arguments
 ) -> Explanation:
     """Say which implementation a call takes and why not the others, without computing it.
 
