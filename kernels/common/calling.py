@@ -204,26 +204,9 @@ def triton_obstacle(
     return None
 
 
-def choose(query: Tensor, impl: Impl = "auto", value: Tensor | None = None) -> str:
-    """Name of the implementation that serves `query` and `value`; an explicit request is kept or refused, never
-    replaced."""
-    if impl == "auto":
-        return "triton" if query.device.type == "cuda" and triton_obstacle(query, value) is None else "torch"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r} must be one of {('auto', *IMPLEMENTATIONS)}")
-    if impl == "triton" and (obstacle := triton_obstacle(query, value)) is not None:
-        raise NotImplementedError(f"impl='triton' cannot take this call: {obstacle}")
-    return impl
-
-
 def resolve_scale(query: Tensor, scale: float | None) -> float:
     """The factor on products of queries and keys; head_dim ** -0.5 when None."""
     return query.shape[-1] ** -0.5 if scale is None else float(scale)
-
-
-def obstacles(query: Tensor, value: Tensor | None = None) -> dict[str, str | None]:
-    """For every implementation, why it cannot take a call with this query and value, or None."""
-    return {"triton": triton_obstacle(query, value), "torch": None, "reference": None}
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
