@@ -1,6 +1,7 @@
 """What agent attention costs: FLOPs and compulsory bytes of the fused passes, exact, on Python integers."""
 
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
@@ -66,24 +67,13 @@ def backward_bytes(
     return 2 * query + 2 * key + 5 * agent + 4 * gathered + 2 * biases + lse
 
 
-def summarize(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    impl: str | None,
-    agent: Tensor,
-    agent_bias: Tensor | None = None,
-    query_bias: Tensor | None = None,
-    scale: float | None = None,
-    query_scale: float | None = None,
-) -> dict[str, int | float | str]:
-    """The cost of one call, by name, for `foveal.kernels.ops.explain`; arguments as in `agent_attention`."""
-    batch, agents, heads, head_dim = agent.shape
+def summarize(query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str | None) -> dict[str, int | float | str]:
+    """The cost of one call, by name, for `foveal.kernels.ops.explain`."""
+    batch, agents, heads, head_dim = call.agent.shape
     queries, keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
     sizes = dict(batch=batch, heads=heads, head_dim=head_dim, queries=queries, keys=keys, agents=agents)
     sizes["value_dim"] = value.shape[-1]
-    first, second = (0 if bias is None else bias.itemsize for bias in (agent_bias, query_bias))
+    first, second = (0 if bias is None else bias.itemsize for bias in (call.agent_bias, call.query_bias))
     return {
         "queries": queries,
         "keys": keys,

@@ -1,5 +1,6 @@
 """Launches of the kernels of agent attention; imported, and triton with it, when a kernel first runs."""
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from ..common.launching import block_d, cdiv, device_class, grid, needs_wide, precision, width_constants
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel
+from .call import AgentCall
 from .forward import forward_kernel, merge_kernel
 
 MERGE_QUERIES = 16
@@ -69,7 +71,14 @@ class Pass:
         kernel[(programs,)](*self.operands, *tensors, self.bias, strides, *sizes, self.scale, **fixed)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, call: AgentCall) -> tuple[Tensor, ...]:
+    """Output, values of the agents, and base-2 log-sum-exps of agents and of queries."""
+    agent_value, agent_lse = forward_pass(call.agent, key, value, call.agent_bias, call.scale)
+    out, lse = forward_pass(query, call.agent, agent_value, call.query_bias, call.query_scale)
+    return out, agent_value, agent_lse, lse
+
+
+def forward_pass(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]`, and base-2 log-sum-exp `[B, heads, queries]` in float32."""
     this = Pass(query, key, value, bias, scale)
     out = torch.empty(*query.shape[:-1], this.value_dim, dtype=query.dtype, device=query.device)
@@ -115,18 +124,36 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    call: AgentCall,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, agent, agent_bias and query_bias; None for a bias without."""
+    (out, agent_value, agent_lse, lse), agent, wants = outputs, call.agent, wanted[1:]
+    second = (query, agent, agent_value, out, lse, gradients[0], call.query_bias, call.query_scale, wants[1])
+    dq, dagent, dagent_value, dquery_bias = backward_pass(*second)  # queries saw agents, which saw keys
+    first = (agent, key, value, agent_value, agent_lse, dagent_value, call.agent_bias, call.scale, wants[0])
+    more, dk, dv, dagent_bias = backward_pass(*first)
+    return dq, dk, dv, dagent + more, dagent_bias, dquery_bias
+
+
+def backward_pass(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
     bias: Tensor | None,
     scale: float,
     bias_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and, if wanted, bias (else an empty tensor)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and, if wanted, bias."""
     this = Pass(query, key, value, bias, scale, grad_out)
     given = (query, key, value)
     if this.batch == 0:
-        dbias = query.new_empty(0) if bias is None or not bias_gradient else bias.new_zeros(bias.shape)
+        dbias = bias.new_zeros(bias.shape) if bias is not None and bias_gradient else None
         return *(x.new_empty(x.shape) for x in given), dbias
     slices, delta, do = this.batch * this.heads, torch.empty_like(lse), grid(grad_out)
     with torch.cuda.device_of(query):
@@ -147,7 +174,7 @@ def backward(
         tensors = (*do, lse, delta, dk, dv)
         this.run(key_kernel, programs * parts, *tensors, chunk=chunk, config=config, BIAS=bias is not None)
 
-        dbias = query.new_empty(0)
+        dbias = None
         if bias is not None and bias_gradient:
             config = this.config("bias")
             programs = cdiv(this.queries, config.queries) * cdiv(this.keys, config.keys) * this.heads

@@ -15,24 +15,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..common.calling import is_plain_call, wants_gradient
 from ..common.softmax import REGISTER
 from ..common.symbolic import known
+from .call import AgentCall
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    agent: Tensor,
-    *,
-    agent_bias: Tensor | None,
-    query_bias: Tensor | None,
-    scale: float,
-    query_scale: float,
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, call: AgentCall) -> Tensor:
     """Output `[B, *spatial, heads, value_dim]`; see `api.agent_attention`."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    q, k, v, a = (x.to(dtype).flatten(1, -3).transpose(1, 2) for x in (query, key, value, agent))  # [B, heads, T, d]
-    agent_value = _attend(a, k, v, agent_bias, scale)  # [B, heads, A, value_dim]
-    out = _attend(q, a, agent_value, query_bias, query_scale).transpose(1, 2)
+    q, k, v, a = (
+        x.to(dtype).flatten(1, -3).transpose(1, 2) for x in (query, key, value, call.agent)
+    )  # [B, heads, T, d]
+    agent_value = _attend(a, k, v, call.agent_bias, call.scale)  # [B, heads, A, value_dim]
+    out = _attend(q, a, agent_value, call.query_bias, call.query_scale).transpose(1, 2)
     return out.reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype)
 
 

@@ -79,6 +79,30 @@ def check_grids(rank: int, query: Tensor, key: Tensor, value: Tensor, *, cross: 
         raise ValueError(f"query heads ({query.shape[-2]}) must be a multiple of key heads ({key.shape[-2]})")
 
 
+def check_tokens(**tensors: Tensor) -> None:
+    """Refuse what is not `[B, *spatial, heads, head_dim]`, each on a grid of its own: query, key, value and others.
+
+    Value lies on the grid of key, and may have a head_dim of its own.
+    """
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
+    for name, x in tensors.items():
+        if x.dim() < 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [B, *spatial, heads, head_dim]")
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name}.dtype={x.dtype} must equal query.dtype={query.dtype}")
+        own, alike = (-1, "heads") if name == "value" else (None, "heads and head_dim")
+        if x.shape[0] != query.shape[0] or x.shape[-2:own] != query.shape[-2:own]:
+            raise ValueError(
+                f"{name}.shape={tuple(x.shape)} must have the batch, {alike} of query.shape={tuple(query.shape)}"
+            )
+        if any(n < 1 for n in x.shape[1:]):
+            raise ValueError(f"{name}.shape={tuple(x.shape)} must have no empty axis but the batch")
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(
+            f"value.shape={tuple(value.shape)} must equal key.shape={tuple(key.shape)} in all but head_dim"
+        )
+
+
 def on_grid(
     name: str, x: Tensor, rank: int, grid: Sequence[int] | None, *, features: str = "heads, head_dim"
 ) -> Tensor:
@@ -157,8 +181,15 @@ def additional_visibility(additional_mask: Mask | None, additional_keys: Tensor 
     return torch.arange(tokens, device=additional_mask.device) < additional_mask[:, None]
 
 
-def triton_obstacle(query: Tensor, value: Tensor | None = None) -> str | None:
-    """Why the Triton kernels cannot take this call, or None when they can; values may be wider than the query."""
+def triton_obstacle(
+    query: Tensor,
+    value: Tensor | None = None,
+    limits: tuple[int, int | None] = (MAX_TRITON_HEAD_DIM, MAX_TRITON_HEAD_DIM),
+) -> str | None:
+    """Why the Triton kernels cannot take this call, or None when they can.
+
+    `limits` are the largest head dims of query and of value; None for any.
+    """
     if not HAS_TRITON:
         return "triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and query.device.type == "cpu"
@@ -166,33 +197,16 @@ def triton_obstacle(query: Tensor, value: Tensor | None = None) -> str | None:
         return f"device {query.device} is neither CUDA nor ROCm"
     if query.dtype not in TRITON_DTYPES:
         return f"dtype {query.dtype} is not float16, bfloat16 or float32"
-    if query.shape[-1] > MAX_TRITON_HEAD_DIM:
-        return f"head_dim {query.shape[-1]} exceeds {MAX_TRITON_HEAD_DIM}"
-    if value is not None and value.shape[-1] > MAX_TRITON_HEAD_DIM:
-        return f"head_dim {value.shape[-1]} of value exceeds {MAX_TRITON_HEAD_DIM}"
+    if query.shape[-1] > limits[0]:
+        return f"head_dim {query.shape[-1]} exceeds {limits[0]}"
+    if value is not None and limits[1] is not None and value.shape[-1] > limits[1]:
+        return f"head_dim {value.shape[-1]} of value exceeds {limits[1]}"
     return None
-
-
-def choose(query: Tensor, impl: Impl = "auto", value: Tensor | None = None) -> str:
-    """Name of the implementation that serves `query` and `value`; an explicit request is kept or refused, never
-    replaced."""
-    if impl == "auto":
-        return "triton" if query.device.type == "cuda" and triton_obstacle(query, value) is None else "torch"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r} must be one of {('auto', *IMPLEMENTATIONS)}")
-    if impl == "triton" and (obstacle := triton_obstacle(query, value)) is not None:
-        raise NotImplementedError(f"impl='triton' cannot take this call: {obstacle}")
-    return impl
 
 
 def resolve_scale(query: Tensor, scale: float | None) -> float:
     """The factor on products of queries and keys; head_dim ** -0.5 when None."""
     return query.shape[-1] ** -0.5 if scale is None else float(scale)
-
-
-def obstacles(query: Tensor, value: Tensor | None = None) -> dict[str, str | None]:
-    """For every implementation, why it cannot take a call with this query and value, or None."""
-    return {"triton": triton_obstacle(query, value), "torch": None, "reference": None}
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

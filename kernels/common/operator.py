@@ -10,20 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .calling import IMPLEMENTATIONS, is_compiled_on_cpu, triton_obstacle, without_autocast
+from .calling import MAX_TRITON_HEAD_DIM, Impl, is_compiled_on_cpu, triton_obstacle, without_autocast
 from .schema import codec
 
 Flops = Callable[..., tuple[int, int]]
 Fake = Callable[..., tuple[Tensor, ...]]
 OPERATORS: dict[str, Operator] = {}  # by name
-FUNCTIONS: dict[str, tuple[Operator, Callable]] = {}  # public function -> its operator, and its call from arguments
-SUMMARIES: dict[str, Callable[..., dict]] = {}  # public function -> quantities of a call for `explain`
+FUNCTIONS: dict[str, Public] = {}  # by name
+
+
+class Public(NamedTuple):
+    """A public function of an operator: its call from arguments, and what `explain` says of a call."""
+
+    operator: Operator
+    make_call: Callable[..., Any]
+    summarize: Callable[..., dict] | None
 
 
 def output_and_lse(query: Tensor, key: Tensor, value: Tensor, call: Any) -> tuple[Tensor, Tensor]:
@@ -37,7 +44,8 @@ class Operator:
     """An attention operator.
 
     Implementations are modules of the operator's package. One that runs as PyTorch operators offers
-    `attend(query, key, value, call)`. One that is an operator of the dispatcher offers
+    `attend(query, key, value, call)`, which returns the outputs that have gradients, or the only one. One that is an
+    operator of the dispatcher offers
 
         forward(query, key, value, call) -> outputs
         backward(query, key, value, outputs, gradients, call, wanted) -> gradients of query, key, value and each
@@ -53,9 +61,10 @@ class Operator:
         flops: (forward, backward) from (query, key, value, call), useful products only.
         summarize: further quantities for `explain` from (query, key, value, call, impl).
         fake: empty outputs from (query, key, value, call).
-        flows: per output, whether a gradient flows into it.
-        modules: module of each implementation.
+        flows: per output, whether a gradient flows into it. Others are kept for the backward pass and not returned.
+        modules: module of each implementation; without "triton" the dispatcher has no operator.
         graph: implementation, other than "triton", that is one operator of a compiled graph on CPU.
+        max_head_dims: largest head dims of query and of value that the Triton kernels take; None for any.
         unsupported: further reasons of `impl="triton"` from (query, key, value, call), or None.
         prepare: changes (query, key, value, call) before the dispatcher, such as a sign taken into the query.
         title: the attention, as an error calls it.
@@ -75,19 +84,22 @@ class Operator:
         flows: Sequence[bool] = (True, True),
         modules: dict[str, str] | None = None,
         graph: str | None = None,
+        max_head_dims: tuple[int, int | None] = (MAX_TRITON_HEAD_DIM, MAX_TRITON_HEAD_DIM),
         unsupported: Callable[..., str | None] | None = None,
         prepare: Callable[..., tuple] | None = None,
     ):
         self.name, self.package, self.call, self.title = name, package, call, title
         self.flops, self.summarize, self.fake, self.flows = flops, summarize, fake, tuple(flows)
         self.modules = modules or {"triton": "launch", "torch": "tiled", "reference": "reference"}
-        self.unsupported, self.prepare = unsupported, prepare
+        self.max_head_dims, self.unsupported, self.prepare = max_head_dims, unsupported, prepare
         self._loaded: dict[str, Any] = {}  # modules by implementation
         self.codec = codec(call)
         self.arguments = ", ".join(f"{schema} {suffix[1:]}" for schema, suffix in self.codec.arguments)
         names = [suffix[1:] for _, suffix in self.codec.arguments]
         self.places = [names.index(field) for field in differentiable]
-        self.dispatched = {"triton": self._define(name, "triton")}
+        self.dispatched: dict[str, Callable] = {}
+        if "triton" in self.modules:
+            self.dispatched["triton"] = self._define(name, "triton")
         if graph is not None:
             self.dispatched[graph] = self._define(f"{name}_{graph}", graph)
         OPERATORS[name] = self
@@ -102,28 +114,32 @@ class Operator:
 
     def unsupported_reasons(self, query: Tensor, key: Tensor, value: Tensor, call: Any) -> dict[str, str | None]:
         """For each implementation, why it cannot take a call, or None."""
-        why = triton_obstacle(query, value)
-        if why is None and self.unsupported is not None:
-            why = self.unsupported(query, key, value, call)
-        return {"triton": why, "torch": None, "reference": None}
+        reasons: dict[str, str | None] = dict.fromkeys(self.modules)
+        if "triton" in reasons:
+            reasons["triton"] = triton_obstacle(query, value, self.max_head_dims)
+            if reasons["triton"] is None and self.unsupported is not None:
+                reasons["triton"] = self.unsupported(query, key, value, call)
+        return reasons
 
-    def select_impl(self, query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str = "auto") -> str:
+    def select_impl(self, query: Tensor, key: Tensor, value: Tensor, call: Any, impl: Impl = "auto") -> Impl:
         """Name of the implementation of a call; an explicit request is kept or refused, never replaced.
 
         Raises:
             ValueError: an unknown name.
             NotImplementedError: the implementation asked for cannot take the call; the message says why.
         """
-        if impl not in ("auto", *IMPLEMENTATIONS):
-            raise ValueError(f"impl={impl!r} must be one of {('auto', *IMPLEMENTATIONS)}")
-        if impl in ("torch", "reference") or (impl == "auto" and query.device.type != "cuda"):
-            return "torch" if impl == "auto" else impl
+        if impl not in ("auto", *self.modules):
+            raise ValueError(f"impl={impl!r} must be one of {('auto', *self.modules)}")
+        if impl in ("torch", "reference"):
+            return impl
+        if impl == "auto" and (query.device.type != "cuda" or "triton" not in self.modules):
+            return "torch"
         why = self.unsupported_reasons(query, key, value, call)["triton"]
         if why is not None and impl == "triton":
             raise NotImplementedError(f"impl='triton' cannot take this call: {why}")
         return "triton" if why is None else "torch"
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, call: Any, *, impl: str = "auto") -> Any:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, call: Any, *, impl: Impl = "auto") -> Any:
         """Outputs of a checked call."""
         chosen = self.select_impl(query, key, value, call, impl)
         with without_autocast(query.device):
@@ -131,11 +147,15 @@ class Operator:
                 return self.dispatch(chosen, query, key, value, call)
             return self.module(chosen).attend(query, key, value, call)
 
-    def dispatch(self, impl: str, query: Tensor, key: Tensor, value: Tensor, call: Any) -> tuple[Tensor, ...]:
+    def dispatch(self, impl: str, query: Tensor, key: Tensor, value: Tensor, call: Any) -> Any:
         """Outputs by the dispatcher's operator of an implementation."""
         if self.prepare is not None:
             query, key, value, call = self.prepare(query, key, value, call)
-        return self.dispatched[impl](query, key, value, *self.codec.flatten(call))
+        outputs = self.dispatched[impl](query, key, value, *self.codec.flatten(call))
+        if all(self.flows):
+            return outputs
+        shown = [x for x, flow in zip(outputs, self.flows, strict=True) if flow]
+        return shown[0] if len(shown) == 1 else shown
 
     # the public face
 
@@ -148,12 +168,10 @@ class Operator:
         """
 
         def register(function: Callable) -> Callable:
-            FUNCTIONS[function.__name__] = (self, make_call)
+            FUNCTIONS[function.__name__] = Public(self, make_call, summarize or self.summarize)
             for impl in self.modules:
                 if impl != "triton":  # a graph that traces the call cannot import
                     self.module(impl)
-            if (found := summarize or self.summarize) is not None:
-                SUMMARIES[function.__name__] = found
             return function
 
         return register

@@ -9,17 +9,17 @@ from ..common.launching import Device
 from ..tools.variants import TYPES, Variant, source
 from . import configs
 from .backward import key_kernel, query_kernel
+from .call import LinearCall
 from .forward import apply_kernel, state_kernel
 from .launch import constants, flags
-from .options import Options
 
 TOKENS = 3136
 HEAD_DIMS = {"32": (32, 32), "48": (48, 48), "64": (64, 64), "128": (128, 128), "128 of 64": (64, 128)}
 VARIANTS = {  # wide: three strided axes and 64-bit offsets
-    "": Options(False, False, False, None, None),
-    "floor": Options(True, False, False, None, 100.0),
-    "eps, wide": Options(False, True, False, 1e-6, None),
-    "centered": Options(False, True, True, None, None),
+    "": LinearCall(),
+    "floor": LinearCall(relu=True, floor=100.0),
+    "eps, wide": LinearCall(mean=True, eps=1e-6),
+    "centered": LinearCall(mean=True, centered=True),
 }
 KERNELS: dict[configs.Kernel, object] = {
     "state": state_kernel,
@@ -62,11 +62,11 @@ def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
 def _variant(
     name: configs.Kernel, grid: str, variant: str, dtype, device: Device, precision: str, state_precision: str
 ) -> Variant:
-    kernel, options, (head_dim, value_dim) = KERNELS[name], VARIANTS[variant], HEAD_DIMS[grid]
+    kernel, call, (head_dim, value_dim) = KERNELS[name], VARIANTS[variant], HEAD_DIMS[grid]
     wide, scales = "wide" in variant, variant == "floor"
     sizes = dict(tokens=TOKENS, features=max(head_dim, value_dim), itemsize=dtype.itemsize, device=device)
     config = configs.choose(name, **sizes, wide=wide)
-    fixed = constants(name, config, head_dim, value_dim, precision, state_precision) | flags(name, options, scales)
+    fixed = constants(name, config, head_dim, value_dim, precision, state_precision) | flags(name, call, scales)
     launch = {option: fixed.pop(option) for option in ("num_warps", "num_stages")}
     made = _source(kernel, TYPES[dtype], fixed, wide=wide, scales=scales)
     tiles = ((), (config.rows,)) if name in ("state", "key") else ((config.rows,), ())

@@ -6,26 +6,34 @@ what follows `q`, `k`, `v` and their gradients are `[B, tokens, heads, d]`, and 
 first.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..common.calling import without_autocast
+from ..common.calling import is_plain_call, wants_gradient, without_autocast
 from ..common.launching import cdiv
-from .options import Options, factors
+from . import tiled
+from .call import LinearCall
 
 CHUNK = 1 << 18  # numbers of one tensor that are worked on at a time
 Part = tuple[slice, slice]  # entries of the batch, tokens
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, *, options: Options, scale: float | Tensor) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, call: LinearCall) -> Tensor:
     """Output `[B, *spatial, heads, value_dim]`; see `api.linear_attention`.
 
-    Differentiable once; a second derivative raises RuntimeError.
+    Graphs that need nothing but torch, and other devices, take all tokens at once, and few tokens without gradients are
+    quicker so. All else is differentiable once; a second derivative raises RuntimeError.
     """
-    return _Attention.apply(query, key, value, *factors(scale), options)
+    if query.device.type == "cpu" and is_plain_call():
+        few = max(query.numel(), key.numel(), value.numel()) <= CHUNK
+        if not few or wants_gradient(query, key, value, call.scales):
+            return _Attention.apply(query, key, value, call.scales, call)
+    return tiled.attend(query, key, value, call)
 
 
 class _State(NamedTuple):
@@ -42,44 +50,42 @@ def _unpack(state: Tensor, d: int, e: int) -> _State:
     return _State(matrix.unflatten(-1, (d, e)), keys.unsqueeze(2), values.unsqueeze(2))
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, scales: Tensor | None, scale: float, options: Options
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     """Output, and the packed state."""
     q, k, v = (x.flatten(1, -3) for x in (query, key, value))
-    packed = _sum_state(k, v, options)
+    packed = _sum_state(k, v, call)
     state = _unpack(packed, k.shape[-1], v.shape[-1])
-    matrix = state.matrix * _factor(scales, scale, packed.dtype)
+    matrix = state.matrix * call.factor(packed.dtype)
     out = query.new_empty(*query.shape[:-1], v.shape[-1])
     for part in _parts(q, v):
-        x = _load(q, part, options.relu)
+        x = _load(q, part, call.relu)
         y = x @ matrix[part[0]]
-        if _normalised(options):
-            y /= _bounded(x @ state.keys[part[0]].mT, options)
-        if options.centered:
+        if call.has_normaliser:
+            y /= call.bounded(x @ state.keys[part[0]].mT)
+        if call.centered:
             y += _first(v, part) + state.values[part[0]]
         out.flatten(1, -3)[part] = y.transpose(1, 2)
     return out, packed
 
 
-def _sum_state(k: Tensor, v: Tensor, options: Options) -> Tensor:
+def _sum_state(k: Tensor, v: Tensor, call: LinearCall) -> Tensor:
     """The packed state."""
     (batch, keys, heads, d), e = k.shape, v.shape[-1]
     packed = k.new_zeros(batch, heads, d * e + d + e, dtype=_accumulate(k))
     state = _unpack(packed, d, e)
-    share = 1 / keys if options.mean else 1.0
-    if options.centered:
+    share = 1 / keys if call.mean else 1.0
+    if call.centered:
         for part in _parts(k, v):
-            x, y = _load(k, part, options.relu), _load(v, part)
-            state.keys[part[0]].add_(x.sub_(_first(k, part, options.relu)).sum(2, keepdim=True))
+            x, y = _load(k, part, call.relu), _load(v, part)
+            state.keys[part[0]].add_(x.sub_(_first(k, part, call.relu)).sum(2, keepdim=True))
             state.values[part[0]].add_(y.sub_(_first(v, part)).sum(2, keepdim=True))
         packed *= share
     for part in _parts(k, v):
-        x, y = _load(k, part, options.relu), _load(v, part)
-        if options.centered:
-            x.sub_(_first(k, part, options.relu)).sub_(state.keys[part[0]])
+        x, y = _load(k, part, call.relu), _load(v, part)
+        if call.centered:
+            x.sub_(_first(k, part, call.relu)).sub_(state.keys[part[0]])
             y.sub_(_first(v, part)).sub_(state.values[part[0]])
-        elif _normalised(options):
+        elif call.has_normaliser:
             state.keys[part[0]].add_(x.sum(2, keepdim=True), alpha=share)
         state.matrix[part[0]].add_(x.mT @ y, alpha=share)
     return packed
@@ -89,68 +95,66 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor | None,
-    packed: Tensor,
-    grad_out: Tensor,
-    scales: Tensor | None,
-    scale: float,
-    options: Options,
-    scales_gradient: bool,
+    outputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor],
+    call: LinearCall,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and, if wanted, scales; `out` is not read."""
-    q, k, v, do = (x.flatten(1, -3) for x in (query, key, value, grad_out))
+    """Gradients of query, key, value and, if wanted, scales; the output is not read."""
+    packed = cast(Tensor, outputs[1])
+    q, k, v, do = (x.flatten(1, -3) for x in (query, key, value, gradients[0]))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
-    state, factor = _unpack(packed, k.shape[-1], v.shape[-1]), _factor(scales, scale, packed.dtype)
-    share = 1 / k.shape[1] if options.mean else 1.0
+    state, factor = _unpack(packed, k.shape[-1], v.shape[-1]), call.factor(packed.dtype)
+    share = 1 / k.shape[1] if call.mean else 1.0
     with without_autocast(query.device):
         met = state._replace(matrix=state.matrix * factor)
-        found = _query_gradient(q, do, met, options, dq.flatten(1, -3))
+        found = _query_gradient(q, do, met, call, dq.flatten(1, -3))
         dscales = None
-        if scales is not None and scales_gradient:
-            dscales = ((found.matrix * state.matrix).sum((0, 2, 3)) * scale).to(scales.dtype)
+        if call.scales is not None and wanted[0]:
+            dscales = ((found.matrix * state.matrix).sum((0, 2, 3)) * call.scale).to(call.scales.dtype)
         found = _State(found.matrix * (factor * share), found.keys * share, found.values * share)
-        _key_gradient(k, v, state, found, options, dk.flatten(1, -3), dv.flatten(1, -3))
+        _key_gradient(k, v, state, found, call, dk.flatten(1, -3), dv.flatten(1, -3))
     return dq, dk, dv, dscales
 
 
-def _query_gradient(q: Tensor, do: Tensor, state: _State, options: Options, dq: Tensor) -> _State:
+def _query_gradient(q: Tensor, do: Tensor, state: _State, call: LinearCall, dq: Tensor) -> _State:
     """Write dq; the gradient of the state that queries meet."""
     found = _State(*(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in state))
     for part in _parts(q, do):
-        x, dy = _load(q, part, options.relu), _load(do, part)
-        if not _normalised(options):
+        x, dy = _load(q, part, call.relu), _load(do, part)
+        if not call.has_normaliser:
             dx = dy @ state.matrix[part[0]].mT
         else:
             met = x @ state.keys[part[0]].mT
-            normaliser = _bounded(met, options)
+            normaliser = call.bounded(met)
             dy /= normaliser
             dx = dy @ state.matrix[part[0]].mT
             dn = (dx * x).sum(-1, keepdim=True).div_(normaliser).neg_()
-            if options.floor is not None:
-                dn *= met >= options.floor
+            if call.floor is not None:
+                dn *= met >= call.floor
             dx.addcmul_(dn, state.keys[part[0]])
             found.keys[part[0]].add_(dn.mT @ x)
         found.matrix[part[0]].add_(x.mT @ dy)
-        if options.centered:
+        if call.centered:
             found.values[part[0]].add_(dy.sum(2, keepdim=True))
-        dq[part] = (_through_relu(dx, x) if options.relu else dx).transpose(1, 2)
+        dq[part] = (_through_relu(dx, x) if call.relu else dx).transpose(1, 2)
     return found
 
 
-def _key_gradient(k: Tensor, v: Tensor, state: _State, found: _State, options: Options, dk: Tensor, dv: Tensor) -> None:
+def _key_gradient(k: Tensor, v: Tensor, state: _State, found: _State, call: LinearCall, dk: Tensor, dv: Tensor) -> None:
     """Write dk and dv; `found` are the gradients of one product, of one key and of one value."""
     for part in _parts(k, v):
-        x, y = _load(k, part, options.relu), _load(v, part)
-        if options.centered:
+        x, y = _load(k, part, call.relu), _load(v, part)
+        if call.centered:
             y.sub_(_first(v, part)).sub_(state.values[part[0]])
         dx = y @ found.matrix[part[0]].mT
-        if _normalised(options):
+        if call.has_normaliser:
             dx += found.keys[part[0]]
-        dk[part] = (_through_relu(dx, x) if options.relu else dx).transpose(1, 2)
-        if options.centered:
-            x.sub_(_first(k, part, options.relu)).sub_(state.keys[part[0]])
+        dk[part] = (_through_relu(dx, x) if call.relu else dx).transpose(1, 2)
+        if call.centered:
+            x.sub_(_first(k, part, call.relu)).sub_(state.keys[part[0]])
         dy = x @ found.matrix[part[0]]
-        if options.centered:
+        if call.centered:
             dy += found.values[part[0]]
         dv[part] = dy.transpose(1, 2)
 
@@ -183,28 +187,15 @@ def _accumulate(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _factor(scales: Tensor | None, scale: float, dtype: torch.dtype) -> float | Tensor:
-    return scale if scales is None else scales.to(dtype)[:, None, None] * scale
-
-
-def _normalised(options: Options) -> bool:
-    return options.eps is not None or options.floor is not None
-
-
-def _bounded(met: Tensor, options: Options) -> Tensor:
-    """The normaliser, of what queries make of the sum of keys."""
-    return met.clamp(min=options.floor) if options.eps is None else met + options.eps
-
-
 def _through_relu(gradient: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(gradient, x, 0.0)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, scales, scale, options):
-        ctx.scale, ctx.options = scale, options
-        out, packed = forward(query, key, value, scales, scale, options)
+    def forward(ctx, query, key, value, scales, call):
+        ctx.call = replace(call, scales=None)
+        out, packed = forward(query, key, value, call)
         ctx.save_for_backward(query, key, value, packed, scales)
         return out
 
@@ -212,5 +203,5 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         query, key, value, packed, scales = ctx.saved_tensors
-        given = scales, ctx.scale, ctx.options, ctx.needs_input_grad[3]
-        return *backward(query, key, value, None, packed, grad_out, *given), None, None
+        call, wanted = replace(ctx.call, scales=scales), ctx.needs_input_grad[3:4]
+        return *backward(query, key, value, (None, packed), (grad_out,), call, wanted), None

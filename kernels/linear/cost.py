@@ -1,6 +1,7 @@
 """What linear attention costs: FLOPs and compulsory bytes of the fused passes, exact, on Python integers."""
 
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
@@ -49,9 +50,7 @@ def backward_bytes(
     return 2 * read + out + 3 * state
 
 
-def summarize(
-    query: Tensor, key: Tensor, value: Tensor, *, impl: str | None, **options: object
-) -> dict[str, int | float | str]:
+def summarize(query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str | None) -> dict[str, int | float | str]:
     """The cost of one call, by name, for `foveal.kernels.ops.explain`; no option of `linear_attention` changes it."""
     batch, heads, head_dim = query.shape[0], *query.shape[-2:]
     queries, keys, value_dim = prod(query.shape[1:-2]), prod(key.shape[1:-2]), value.shape[-1]

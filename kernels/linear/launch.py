@@ -1,5 +1,6 @@
 """Launches of the kernels of linear attention; imported, and triton with it, when a kernel first runs."""
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor
 from ..common.launching import block_d, cdiv, device_class, grid, has_tf32, needs_wide, precision
 from . import configs
 from .backward import key_kernel, query_kernel
+from .call import LinearCall
 from .forward import apply_kernel, state_kernel
-from .options import Options
 
 
 def constants(
@@ -47,21 +48,21 @@ def programs(kernel: configs.Kernel, fixed: dict) -> int:
     return cdiv(fixed["D" if kernel == "query" else "E"], fixed["COLUMNS"])
 
 
-def flags(kernel: configs.Kernel, options: Options, scales: bool) -> dict:
+def flags(kernel: configs.Kernel, call: LinearCall, scales: bool) -> dict:
     """Compile-time arguments of a kernel that say which variant of attention is meant."""
-    kind, _ = normaliser(options)
-    given = {"RELU": options.relu, "CENTERED": options.centered}
+    kind, _ = normaliser(call)
+    given = {"RELU": call.relu, "CENTERED": call.centered}
     if kernel == "state":
-        return given | {"SUMS": options.centered or kind != "none"}
-    given |= {"SCALES": scales, "MEAN": options.mean}
+        return given | {"SUMS": call.centered or kind != "none"}
+    given |= {"SCALES": scales, "MEAN": call.mean}
     return given if kernel == "key" else given | {"NORMALISER": kind}
 
 
-def normaliser(options: Options) -> tuple[str, float]:
+def normaliser(call: LinearCall) -> tuple[str, float]:
     """Its kind, and the number that goes with it."""
-    if options.eps is not None:
-        return "eps", options.eps
-    return ("none", 0.0) if options.floor is None else ("floor", options.floor)
+    if call.eps is not None:
+        return "eps", call.eps
+    return ("none", 0.0) if call.floor is None else ("floor", call.floor)
 
 
 def state_precision(query: Tensor, precision: str) -> str:
@@ -71,11 +72,10 @@ def state_precision(query: Tensor, precision: str) -> str:
     return "tf32" if has_tf32(query.device) else "ieee"
 
 
-class Call:
-    """Sizes of one call, and what its launches have in common."""
+class _Launches:
+    """Sizes of one call, and arguments that its launches share."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scales: Tensor | None, scale: float, options: Options,
-                 *rest: Tensor):  # fmt: skip
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, call: LinearCall, *rest: Tensor):
         self.query, self.key, self.value = grid(query), grid(key), grid(value)
         self.batch, self.heads, self.head_dim = query.shape[0], *query.shape[-2:]
         self.value_dim = value.shape[-1]
@@ -86,9 +86,9 @@ class Call:
         self.itemsize, self.device = query.element_size(), query.device
         self.precision = precision(query)
         self.state_precision = state_precision(query, self.precision)
-        self.scales = None if scales is None else scales.contiguous()
-        self.options = options
-        self.factors, self.floor = (1 / self.keys, scale), normaliser(options)[1]
+        self.scales = None if call.scales is None else call.scales.contiguous()
+        self.call = call
+        self.factors, self.floor = (1 / self.keys, call.scale), normaliser(call)[1]
 
     def plan(self, name: configs.Kernel, tokens: int) -> tuple[dict, int, int, int]:
         """Compile-time arguments of a kernel over `tokens`, tokens a program, parts, and programs of a part."""
@@ -98,7 +98,7 @@ class Call:
         fixed = constants(name, config, self.head_dim, self.value_dim, self.precision, self.state_precision)
         slices = self.batch * self.heads * programs(name, fixed)
         chunk = configs.chunk_length(name, **sizes, rows=config.rows, slices=slices)
-        fixed |= flags(name, self.options, self.scales is not None)
+        fixed |= flags(name, self.call, self.scales is not None)
         return fixed, chunk, cdiv(tokens, chunk), slices
 
     def run(self, name: configs.Kernel, kernel, tokens: int, operands: tuple, rest: tuple) -> None:
@@ -115,18 +115,16 @@ class Call:
         return states[0] if parts == 1 else states.sum(0)
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, scales: Tensor | None, scale: float, options: Options
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     """Output, and the packed state `[B, heads, D * E + D + E]` in float32."""
-    call = Call(query, key, value, scales, scale, options)
-    out = torch.empty(*query.shape[:-1], call.value_dim, dtype=query.dtype, device=query.device)
-    if call.batch == 0:
-        return out, out.new_empty(0, call.heads, call.packed, dtype=torch.float32)
+    this = _Launches(query, key, value, call)
+    out = torch.empty(*query.shape[:-1], this.value_dim, dtype=query.dtype, device=query.device)
+    if this.batch == 0:
+        return out, out.new_empty(0, this.heads, this.packed, dtype=torch.float32)
     with torch.cuda.device_of(query):
-        state = call.accumulate("state", state_kernel, call.keys, (*call.key, *call.value))
-        operands = (*call.query, *call.value, state, call.scales, out)
-        call.run("apply", apply_kernel, call.queries, operands, (*call.factors, call.floor))
+        state = this.accumulate("state", state_kernel, this.keys, (*this.key, *this.value))
+        operands = (*this.query, *this.value, state, this.scales, out)
+        this.run("apply", apply_kernel, this.queries, operands, (*this.factors, this.floor))
     return out, state
 
 
@@ -134,35 +132,32 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    state: Tensor,
-    grad_out: Tensor,
-    scales: Tensor | None,
-    scale: float,
-    options: Options,
-    scales_gradient: bool,
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    call: LinearCall,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and, if wanted, scales."""
-    call = Call(query, key, value, scales, scale, options, grad_out)
+    (out, state), (grad_out,), scales = outputs, gradients, call.scales if wanted[0] else None
+    this = _Launches(query, key, value, call, grad_out)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
-    if call.batch == 0:
-        return dq, dk, dv, scales.new_zeros(scales.shape) if scales_gradient else None
+    if this.batch == 0:
+        return dq, dk, dv, None if scales is None else scales.new_zeros(scales.shape)
     with torch.cuda.device_of(query):
         out, state = out.contiguous(), state.contiguous()  # as the kernels take them
-        operands = (*call.query, *grid(grad_out), out, state, call.scales, dq)
-        rest = (*call.factors, call.floor)
-        dstate = call.accumulate("query", query_kernel, call.queries, operands, rest)
-        operands = (*call.key, *call.value, state, dstate, call.scales, dk, dv)
-        call.run("key", key_kernel, call.keys, operands, call.factors)
-    return dq, dk, dv, _scales_gradient(call, state, dstate).to(scales.dtype) if scales_gradient else None
+        operands = (*this.query, *grid(grad_out), out, state, this.scales, dq)
+        dstate = this.accumulate("query", query_kernel, this.queries, operands, (*this.factors, this.floor))
+        operands = (*this.key, *this.value, state, dstate, this.scales, dk, dv)
+        this.run("key", key_kernel, this.keys, operands, this.factors)
+    return dq, dk, dv, None if scales is None else _scales_gradient(this, state, dstate).to(scales.dtype)
 
 
-def _scales_gradient(call: Call, state: Tensor, dstate: Tensor) -> Tensor:
+def _scales_gradient(this: _Launches, state: Tensor, dstate: Tensor) -> Tensor:
     """Gradient of the scales, from the packed state before its factor and the gradient of the one that queries meet."""
-    d, e, (share, scale) = call.head_dim, call.value_dim, call.factors
+    d, e, (share, scale) = this.head_dim, this.value_dim, this.factors
     matrix, key_sum, value_sum = state.split([d * e, d, e], -1)
     met = matrix.unflatten(-1, (d, e))
-    if call.options.centered:
+    if this.call.centered:
         met = met - key_sum.unsqueeze(-1) * value_sum.unsqueeze(-2) * share
     found = (dstate[..., : d * e].unflatten(-1, (d, e)) * met).sum((0, 2, 3))
-    return found * (share * scale if call.options.mean else scale)
+    return found * (share * scale if this.call.mean else scale)

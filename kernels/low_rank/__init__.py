@@ -1,6 +1,6 @@
 """Attention biases as products of thin factors (FlashBias, arXiv:2505.12044)."""
 
-from .attention import biased_attention, pad_head_dim, widen
+from .api import biased_attention
 from .factors import (
     Factors,
     alibi_factors,
@@ -10,6 +10,7 @@ from .factors import (
     squared_distance_factors,
     tile_factor,
 )
+from .widened import pad_head_dim, widen
 
 __all__ = [
     "Factors",

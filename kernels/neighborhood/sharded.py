@@ -22,11 +22,11 @@ from ..common.calling import (
     additional_visibility,
     check_additional,
     check_grids,
-    choose,
     is_integer,
     wants_gradient,
 )
 from .api import dispatch, na3d
+from .call import neighborhood as operator
 from .geometry import Axis
 from .heads import KINDS, attend_groups, check_bias, head_groups, per_head
 from .shards import Part, Shard, make_shards
@@ -208,7 +208,7 @@ def _describe(query: Tensor, key: Tensor, value: Tensor, axis: int, neighborhood
     additional_visibility(rest["additional_mask"], rest["additional_keys"])
     names = ("bias", "additional_keys", "additional_values", "additional_mask")
     tensors |= {name: rest[name] for name in names if rest[name] is not None}
-    choose(query, rest["impl"], value)
+    operator.select_impl(query, key, value, None, rest["impl"])
     shapes = {}
     for name, x in tensors.items():
         split = 1 + axis if name in ("query", "key", "value") else None

@@ -14,13 +14,15 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
+from .. import ops  # noqa: F401 - declares all operators
+from ..common.operator import OPERATORS as DECLARED
 from . import sass
 
-OPERATORS = ("agent", "block_sparse", "linear", "neighborhood", "window")
+OPERATORS = tuple(sorted(name for name, operator in DECLARED.items() if "triton" in operator.modules))
 ARCHITECTURES = {  # shared memory a program may have, in bytes, and which table of sizes the device takes
     "sm_80": (163 * 1024, "ampere"),
     "sm_89": (99 * 1024, "small"),
@@ -30,8 +32,9 @@ ARCHITECTURES = {  # shared memory a program may have, in bytes, and which table
 }
 
 
-class Row(NamedTuple):
-    """Compiler output of one variant; registers a thread, spills and shared memory in bytes."""
+@dataclass(frozen=True)
+class Head:
+    """A variant of a kernel."""
 
     operator: str
     kernel: str
@@ -44,12 +47,40 @@ class Row(NamedTuple):
     warps: int
     stages: int
     arch: str
+
+
+@dataclass(frozen=True)
+class Row(Head):
+    """Compiler output of one variant; registers a thread, spills and shared memory in bytes."""
+
     registers: int
     spills: int
     shared: int
     wgmma: bool
     tma: bool
     error: str = ""
+
+
+@dataclass(frozen=True)
+class LoopRow(Head):
+    """One turn of hot loop number `loop` of a variant, in the order of its code; see `sass.Loop`.
+
+    `programs` fit on an SM, of whose matrix units they reach `share` at most.
+    """
+
+    registers: int
+    shared: int
+    programs: int
+    loop: int
+    products: int
+    tensor: float
+    special: float
+    float32: float
+    integer: float
+    memory: float
+    issue: float
+    busy: float
+    share: float
 
 
 def _target(arch: str):
@@ -89,40 +120,8 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 
 
 def _variants(operator: str, arch: str) -> list:
-    module = import_module(f"..{operator}.aot", __package__)
+    module = import_module(f"{DECLARED[operator].package}.aot")
     return list(module.variants(device=ARCHITECTURES[arch][1], tf32=arch.startswith("sm_")))
-
-
-class LoopRow(NamedTuple):
-    """One turn of hot loop number `loop` of a variant, in the order of its code; see `sass.Loop`.
-
-    `programs` fit on an SM, of whose matrix units they reach `share` at most.
-    """
-
-    operator: str
-    kernel: str
-    grid: str
-    dtype: str
-    head_dim: int
-    flags: str
-    queries: str
-    keys: str
-    warps: int
-    stages: int
-    arch: str
-    registers: int
-    shared: int
-    programs: int
-    loop: int
-    products: int
-    tensor: float
-    special: float
-    float32: float
-    integer: float
-    memory: float
-    issue: float
-    busy: float
-    share: float
 
 
 def _head(operator: str, variant, arch: str) -> tuple:

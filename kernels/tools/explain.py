@@ -2,9 +2,7 @@
 
     python -m foveal.kernels.tools.explain --op na3d --shape 30 48 80 --heads 24 --head-dim 128 --window 18 24 24
 
-An operator takes part by its declaration, see `common/operator.py`. One that is not declared yet takes part by its
-folder: `api.py` has its function, `choose(query, impl, value)` and `obstacles(query, value)`, and `cost.py` has
-`summarize(query, key, value, *, impl, **arguments)`.
+An operator takes part by its declaration, see `common/operator.py`.
 """
 
 from __future__ import annotations
@@ -15,14 +13,14 @@ from ast import literal_eval
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..common.arguments import check_arguments
-from ..common.operator import FUNCTIONS, SUMMARIES
+from ..common.calling import Impl
+from ..common.operator import FUNCTIONS
 
 
 @dataclass(frozen=True)
@@ -66,12 +64,9 @@ def _readable(name: str, value: int | float | str) -> str:
 
 
 def _operators() -> dict[str, Callable]:
-    """The public operators of one process that offer a choice of implementation."""
-    ops = import_module("..ops", __package__)
-    named = {name: getattr(ops, name) for name in ops.__all__}
-    functions = {name: x for name, x in named.items() if callable(x) and name != "explain"}
-    parameters = {name: inspect.signature(f).parameters for name, f in functions.items()}
-    return {name: f for name, f in functions.items() if "impl" in parameters[name] and "mesh" not in parameters[name]}
+    """The public functions of declared operators, by name."""
+    ops = import_module("..ops", __package__)  # declares them
+    return {name: getattr(ops, name) for name in ops.__all__ if name in FUNCTIONS}
 
 
 def _find(operator: Callable | str) -> tuple[str, Callable]:
@@ -81,12 +76,6 @@ def _find(operator: Callable | str) -> tuple[str, Callable]:
     if name not in known or not (isinstance(operator, str) or operator is known[name]):
         raise ValueError(f"operator={operator!r} must be one of {sorted(known)} or its name")
     return name, known[name]
-
-
-def _modules(function: Callable) -> tuple[ModuleType, ModuleType]:
-    """The `api` and `cost` modules of the folder of an operator that is not declared."""
-    api = import_module(function.__module__)
-    return api, import_module(".cost", api.__package__)
 
 
 def _without_data(value):
@@ -100,7 +89,7 @@ def _without_data(value):
 
 
 def explain(
-    operator: Callable | str, query: Tensor, key: Tensor, value: Tensor, *, impl: str = "auto", **arguments
+    operator: Callable | str, query: Tensor, key: Tensor, value: Tensor, *, impl: Impl = "auto", **arguments
 ) -> Explanation:
     """Say which implementation a call takes and why not the others, without computing it.
 
@@ -119,23 +108,20 @@ def explain(
         ValueError, TypeError: arguments that the operator itself would refuse.
     """
     name, function = _find(operator)
-    check_arguments(function, query, key, value, impl=impl, **arguments)
+    choice = "impl" in inspect.signature(function).parameters
+    check_arguments(function, query, key, value, **arguments, **({"impl": impl} if choice else {}))
     arguments.pop("return_lse", None)  # changes neither the implementation nor the cost
     call = f"{tuple(query.shape)} {str(query.dtype).removeprefix('torch.')} on {query.device}"
 
     # how tensors fit together, checked by the operator on some without data
     rest = {name: _without_data(value) for name, value in arguments.items()}
-    function(*map(_without_data, (query, key, value)), **rest, impl="reference")
-    if name in FUNCTIONS:
-        declared, make_call = FUNCTIONS[name]
-        checked = make_call(query, key, value, **arguments)
-        reasons = declared.unsupported_reasons(query, key, value, checked)
-        chosen = None if reasons.get(impl) else declared.select_impl(query, key, value, checked, impl)
-        return Explanation(name, call, chosen, reasons, SUMMARIES[name](query, key, value, checked, chosen))
-    api, cost = _modules(function)
-    reasons = api.obstacles(query, value)
-    chosen = None if reasons.get(impl) else api.choose(query, impl, value)
-    return Explanation(name, call, chosen, reasons, cost.summarize(query, key, value, impl=chosen, **arguments))
+    function(*map(_without_data, (query, key, value)), **rest, **({"impl": "reference"} if choice else {}))
+    declared, make_call, summarize = FUNCTIONS[name]
+    checked = make_call(query, key, value, **arguments)
+    reasons = declared.unsupported_reasons(query, key, value, checked)
+    chosen = None if reasons.get(impl) else declared.select_impl(query, key, value, checked, impl)
+    cost = {} if summarize is None else summarize(query, key, value, checked, chosen)
+    return Explanation(name, call, chosen, reasons, cost)
 
 
 def _operator_arguments(words: Sequence[str]) -> dict:

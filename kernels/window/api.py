@@ -1,95 +1,14 @@
 """Public window attention: validation and semantics."""
 
 from collections.abc import Sequence
-from math import prod
 from typing import Literal, Required, TypedDict, Unpack, overload
 
 from torch import Tensor
 
 from ..common.arguments import operator
-from ..common.calling import Impl, PerAxis, check_grids, choose, obstacles, per_axis, resolve_scale, without_autocast
-from ..common.symbolic import known
-from . import library, reference, tiled
-from .geometry import Axis
+from ..common.calling import Impl, PerAxis, per_axis
+from .call import make_call, window_operator
 from .tables import spread_bias
-
-__all__ = ["choose", "make_axes", "obstacles", "relative_bias", "window_attention"]
-
-
-def make_axes(
-    shape: Sequence[int],
-    *,
-    window: PerAxis[int],
-    shift: PerAxis[int] = 0,
-    halo: PerAxis[int] = 0,
-    key_shape: Sequence[int] | None = None,
-) -> tuple[Axis, ...]:
-    """Validated axes of a grid.
-
-    Args:
-        shape: queries along each spatial axis.
-        window, shift, halo: one value, or one per axis; see `window_attention`.
-        key_shape: keys along each spatial axis: as many as queries, or 2 * halo more on every axis; `shape` when None.
-
-    Raises:
-        ValueError: a value outside its range; the message names it, the axis and what is accepted.
-        TypeError: a value that is no integer.
-    """
-    rank = len(shape)
-    windows, shifts, halos = (
-        per_axis(name, value, rank, int) for name, value in (("window", window), ("shift", shift), ("halo", halo))
-    )
-    for i, (n, w, s, h) in enumerate(zip(shape, windows, shifts, halos, strict=True)):
-        if known(w < 1) or known(w > n):
-            raise ValueError(f"window={w} on axis {i} must lie in [1, length={n}]")
-        if not 0 <= s < w:
-            raise ValueError(f"shift={s} on axis {i} must lie in [0, window={w})")
-        if h < 0:
-            raise ValueError(f"halo={h} on axis {i} must not be negative")
-    if any(halos) and any(shifts):
-        raise ValueError(f"shift={shifts} cannot be combined with halo={halos}: one of them must be 0")
-    enlarged = tuple(n + 2 * h for n, h in zip(shape, halos, strict=True))
-    keys = tuple(shape if key_shape is None else key_shape)
-    padded = any(halos) and keys == enlarged
-    if not padded and keys != tuple(shape):
-        wider = f", or larger by halo={halos} on every side, {enlarged}" if any(halos) else ""
-        raise ValueError(f"key has a grid of {keys}; expected that of query, {tuple(shape)}{wider}")
-    return tuple(Axis(*values, padded) for values in zip(shape, windows, shifts, halos, strict=True))
-
-
-def _axes_of(query: Tensor, key: Tensor, value: Tensor, window, shift, halo) -> tuple[Axis, ...]:
-    """Axes of a call, all tensors checked."""
-    rank = query.dim() - 3
-    if not 1 <= rank <= 3:
-        raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, 1 to 3 spatial axes, heads, head_dim]")
-    if key.dim() != query.dim() or key.shape[:-1] != value.shape[:-1]:
-        check_grids(rank, query, key, value)
-    if any(n < 1 for n in query.shape[1:]):
-        raise ValueError(f"query.shape={tuple(query.shape)} must have no empty axis but the batch")
-    spatial = slice(1, 1 + rank)
-    axes = make_axes(query.shape[spatial], window=window, shift=shift, halo=halo, key_shape=key.shape[spatial])
-    inner = (slice(None), *(slice(a.margin, a.margin + a.length) for a in axes))
-    check_grids(rank, query, key[inner], value[inner])
-    return axes
-
-
-def _check_bias(bias: Tensor, query: Tensor, axes: tuple[Axis, ...]) -> None:
-    expected = (query.shape[-2], prod([a.window for a in axes]), prod([a.span for a in axes]))
-    if tuple(bias.shape) != expected:
-        raise ValueError(f"bias.shape={tuple(bias.shape)} must be [heads, window tokens, key tokens] = {expected}")
-
-
-def _attend(query, key, value, window, shift, halo, bias, scale, impl, *, lse: bool):
-    axes = _axes_of(query, key, value, window, shift, halo)
-    if bias is not None:
-        _check_bias(bias, query, axes)
-    chosen = choose(query, impl, value)
-    scale = resolve_scale(query, scale)
-    with without_autocast(query.device):
-        if chosen == "torch":
-            return tiled.attend(query, key, value, axes=axes, scale=scale, bias=bias, lse=lse)
-        implementation = library if chosen == "triton" else reference
-        return implementation.attend(query, key, value, axes=axes, scale=scale, bias=bias)
 
 
 class Options(TypedDict, total=False):
@@ -111,6 +30,7 @@ def window_attention(
 def window_attention(
     query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
 ) -> tuple[Tensor, Tensor]: ...
+@window_operator.public(make_call)
 @operator
 def window_attention(
     query: Tensor,
@@ -159,8 +79,10 @@ def window_attention(
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
         NotImplementedError: `impl` cannot take this call; the message says why.
     """
-    out, lse = _attend(query, key, value, window, shift, halo, bias, scale, impl, lse=return_lse)
-    return out if lse is None or not return_lse else (out, lse)
+    geometry = {"window": window, "shift": shift, "halo": halo}
+    call = make_call(query, key, value, **geometry, bias=bias, scale=scale, return_lse=return_lse)
+    out, lse = window_operator(query, key, value, call, impl=impl)
+    return (out, lse) if return_lse else out
 
 
 @operator

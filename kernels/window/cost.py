@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..common.calling import PerAxis
-from .api import make_axes
 from .geometry import Axis, visible_pairs
 
 
@@ -48,23 +47,11 @@ def _operand_bytes(
     )
 
 
-def summarize(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    impl: str | None,
-    window: PerAxis[int],
-    shift: PerAxis[int] = 0,
-    halo: PerAxis[int] = 0,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-) -> dict[str, int | float | str]:
-    """The cost of one call, by name, for `foveal.kernels.ops.explain`; arguments as in `window_attention`."""
-    batch, *shape, heads, head_dim = query.shape
-    axes = make_axes(shape, window=window, shift=shift, halo=halo, key_shape=key.shape[1:-2])
+def summarize(query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str | None) -> dict[str, int | float | str]:
+    """The cost of one call, by name, for `foveal.kernels.ops.explain`."""
+    (batch, *shape, heads, head_dim), axes = query.shape, call.axes
     sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "value_dim": value.shape[-1]}
-    queries, keys, lse, table = _operand_bytes(query, key, value, axes, bias)
+    queries, keys, lse, table = _operand_bytes(query, key, value, axes, call.bias)
     pairs = visible_pairs(axes)
     summary: dict[str, int | float | str] = {
         "windows": prod(a.windows for a in axes),

@@ -9,6 +9,7 @@ In the order of the grid a window is one or two stretches of consecutive coordin
 lists them, so that nothing need be rolled, padded or masked.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -16,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.symbolic import modulo
+from ..common.calling import PerAxis, per_axis
+from ..common.symbolic import known, modulo
 
 
 class Axis(NamedTuple):
@@ -50,6 +52,47 @@ class Axis(NamedTuple):
     def margin(self) -> int:
         """Coordinates of keys before the first query."""
         return self.halo if self.padded else 0
+
+
+def make_axes(
+    shape: Sequence[int],
+    *,
+    window: PerAxis[int],
+    shift: PerAxis[int] = 0,
+    halo: PerAxis[int] = 0,
+    key_shape: Sequence[int] | None = None,
+) -> tuple[Axis, ...]:
+    """Validated axes of a grid.
+
+    Args:
+        shape: queries along each spatial axis.
+        window, shift, halo: one value, or one per axis; see `window_attention`.
+        key_shape: keys along each spatial axis: as many as queries, or 2 * halo more on every axis; `shape` when None.
+
+    Raises:
+        ValueError: a value outside its range; the message names it, the axis and what is accepted.
+        TypeError: a value that is no integer.
+    """
+    rank = len(shape)
+    windows, shifts, halos = (
+        per_axis(name, value, rank, int) for name, value in (("window", window), ("shift", shift), ("halo", halo))
+    )
+    for i, (n, w, s, h) in enumerate(zip(shape, windows, shifts, halos, strict=True)):
+        if known(w < 1) or known(w > n):
+            raise ValueError(f"window={w} on axis {i} must lie in [1, length={n}]")
+        if not 0 <= s < w:
+            raise ValueError(f"shift={s} on axis {i} must lie in [0, window={w})")
+        if h < 0:
+            raise ValueError(f"halo={h} on axis {i} must not be negative")
+    if any(halos) and any(shifts):
+        raise ValueError(f"shift={shifts} cannot be combined with halo={halos}: one of them must be 0")
+    enlarged = tuple(n + 2 * h for n, h in zip(shape, halos, strict=True))
+    keys = tuple(shape if key_shape is None else key_shape)
+    padded = any(halos) and keys == enlarged
+    if not padded and keys != tuple(shape):
+        wider = f", or larger by halo={halos} on every side, {enlarged}" if any(halos) else ""
+        raise ValueError(f"key has a grid of {keys}; expected that of query, {tuple(shape)}{wider}")
+    return tuple(Axis(*values, padded) for values in zip(shape, windows, shifts, halos, strict=True))
 
 
 class Run(NamedTuple):

@@ -1,5 +1,6 @@
 """Launches of the window kernels; imported, and triton with it, when a kernel first runs."""
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from ..common.launching import cdiv, device_class, grid_strides, needs_wide, padded, precision, width_constants
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel, window_kernel
+from .call import WindowCall
 from .forward import forward_kernel
 from .geometry import Axis
 
@@ -34,11 +36,12 @@ def constants(
     )
 
 
-class _Call:
-    """What the launches of one call share."""
+class _Launches:
+    """Sizes of one call, and arguments that its launches share."""
 
-    def __init__(self, query: Tensor, value: Tensor, axes: tuple[Axis, ...], tensors: tuple[Tensor, ...]):
-        self.axes, self.rank = axes, len(axes)
+    def __init__(self, query: Tensor, value: Tensor, call: WindowCall, tensors: tuple[Tensor, ...]):
+        self.axes, self.rank, self.scale = (axes := call.axes), len(axes), call.scale
+        self.table = None if call.bias is None else call.bias.contiguous()
         self.batch, self.heads, self.head_dim = query.shape[0], *query.shape[-2:]
         self.key_heads, self.value_dim = value.shape[-2:]
         self.lengths = padded([a.length for a in axes], 1)
@@ -67,25 +70,19 @@ class _Call:
         return self.strided(dq), self.strided(dk, dv)
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None, axes: tuple[Axis, ...], scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, call: WindowCall) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
     out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     if query.shape[0] == 0:
         return out, lse
-    call = _Call(query, value, axes, (query, key, value, out))
-    config, fixed = call.configure("forward")
-    table = bias if bias is None else bias.contiguous()
+    this = _Launches(query, value, call, (query, key, value, out))
+    config, fixed = this.configure("forward")
     with torch.cuda.device_of(query):
-        forward_kernel[(call.query_programs(config),)](
-            *call.strided(query, key, value, out, lse),
-            table,
-            call.lengths,
-            call.heads,
-            scale,
-            BIAS=bias is not None,
+        forward_kernel[(this.query_programs(config),)](
+            *this.strided(query, key, value, out, lse),
+            *(this.table, this.lengths, this.heads, this.scale),
+            BIAS=call.bias is not None,
             **fixed,
         )
     return out, lse
@@ -95,94 +92,58 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    *,
-    bias: Tensor | None,
-    axes: tuple[Axis, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and bias, contiguous; None for a bias that is not given."""
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    call: WindowCall,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value and bias, contiguous; None for a bias without."""
+    (out, lse), (grad_out, grad_lse) = outputs, gradients
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    bias, wants_bias = call.bias, call.bias is not None and wanted[0]
     if query.shape[0] == 0:
         return dq, dk, dv, None if bias is None else bias.new_zeros(bias.shape)
-    call = _Call(query, value, axes, (query, key, value, out, grad_out, grad_lse, dq, dk, dv))
+    this = _Launches(query, value, call, (query, key, value, out, grad_out, grad_lse, dq, dk, dv))
     out, lse = out.contiguous(), lse.contiguous()  # dQ and delta have their strides
-    for_query, for_keys = call.gradients(dq, dk, dv)
-    table, delta = bias if bias is None else bias.contiguous(), torch.empty_like(lse)
-    rest = (table, call.lengths)
-    saved = call.strided(query, key, value, out, grad_out, lse, grad_lse)
-    partial = None
+    for_query, for_keys = this.gradients(dq, dk, dv)
+    delta, table = torch.empty_like(lse), (this.table, this.lengths)
+    saved = this.strided(query, key, value, out, grad_out, lse, grad_lse)
+    shared, partial = dict(BIAS=bias is not None), None
     with torch.cuda.device_of(query):
-        if configs.in_one_pass(axes, **call.size):
-            config, fixed = call.configure("window")
-            packs = cdiv(call.windows, config.pack) * call.batch
-            summed = bias is not None and call.heads == call.key_heads and configs.sums_bias(config)
-            chunk = cdiv(packs * call.heads, PROGRAMS) if summed else 1
+        if configs.in_one_pass(call.axes, **this.size):
+            config, fixed = this.configure("window")
+            packs = cdiv(this.windows, config.pack) * this.batch
+            summed = wants_bias and this.heads == this.key_heads and configs.sums_bias(config)
+            chunk = cdiv(packs * this.heads, PROGRAMS) if summed else 1
             chunks = cdiv(packs, chunk)
             if summed:
-                partial = torch.empty(chunks * config.pack, *table.shape, dtype=torch.float32, device=query.device)
-            window_kernel[(chunks * call.key_heads,)](
-                *saved,
-                delta,
-                *for_query,
-                *for_keys,
-                table,
-                partial,
-                call.lengths,
-                call.batch,
-                call.key_heads,
-                chunk,
-                scale,
-                BIAS=bias is not None,
-                DBIAS=summed,
-                **fixed,
-            )
+                partial = torch.empty(chunks * config.pack, *bias.shape, dtype=torch.float32, device=query.device)
+            tensors = (*saved, delta, *for_query, *for_keys, this.table, partial, this.lengths)
+            sizes = (this.batch, this.key_heads, chunk, this.scale)
+            window_kernel[(chunks * this.key_heads,)](*tensors, *sizes, **shared, DBIAS=summed, **fixed)
         else:
-            config, fixed = call.configure("query")
-            query_kernel[(call.query_programs(config),)](
-                *saved, delta, *for_query, *rest, call.heads, scale, BIAS=bias is not None, **fixed
-            )
-            config, fixed = call.configure("key")
-            cells = prod(a.windows + 2 * cdiv(a.margin, a.window) for a in axes)
-            blocks = cdiv(call.tokens, config.keys)
-            key_kernel[(cells * blocks * call.key_heads * call.batch,)](
-                *call.strided(query, key, value, grad_out),
-                lse,
-                *call.strided(delta),
-                *for_keys,
-                *rest,
-                call.key_heads,
-                scale,
-                BIAS=bias is not None,
-                **fixed,
-            )
-        if bias is not None and partial is None:
-            partial = _bias_partials(call, query, key, value, grad_out, lse, delta, table, scale)
-    return dq, dk, dv, None if bias is None or partial is None else partial.sum(0).to(bias.dtype)
+            config, fixed = this.configure("query")
+            tensors = (*saved, delta, *for_query, *table)
+            query_kernel[(this.query_programs(config),)](*tensors, this.heads, this.scale, **shared, **fixed)
+            config, fixed = this.configure("key")
+            cells = prod(a.windows + 2 * cdiv(a.margin, a.window) for a in call.axes)
+            programs = cells * cdiv(this.tokens, config.keys) * this.key_heads * this.batch
+            tensors = (*this.strided(query, key, value, grad_out), lse, *this.strided(delta), *for_keys, *table)
+            key_kernel[(programs,)](*tensors, this.key_heads, this.scale, **shared, **fixed)
+        if wants_bias and partial is None:
+            partial = _bias_partials(this, query, key, value, grad_out, lse, delta)
+    return dq, dk, dv, None if partial is None else partial.sum(0).to(bias.dtype)
 
 
-def _bias_partials(call: _Call, query, key, value, grad_out, lse, delta, table, scale) -> Tensor:
+def _bias_partials(this: _Launches, query, key, value, grad_out, lse, delta) -> Tensor:
     """Gradients of the bias, summed over chunks of windows: `[chunks, heads, window tokens, key tokens]`."""
-    config, fixed = call.configure("bias")
-    blocks = cdiv(table.shape[1], config.queries) * cdiv(table.shape[2], config.keys)
-    steps = call.windows * call.batch
-    chunk = cdiv(steps * blocks * call.heads, PROGRAMS)
+    config, fixed = this.configure("bias")
+    blocks = cdiv(this.table.shape[1], config.queries) * cdiv(this.table.shape[2], config.keys)
+    steps = this.windows * this.batch
+    chunk = cdiv(steps * blocks * this.heads, PROGRAMS)
     chunks = cdiv(steps, chunk)
-    partial = torch.empty(chunks, *table.shape, dtype=torch.float32, device=query.device)
-    bias_kernel[(chunks * call.heads * blocks,)](
-        *call.strided(query, key, value, grad_out),
-        lse,
-        *call.strided(delta),
-        table,
-        partial,
-        call.lengths,
-        call.batch,
-        call.heads,
-        chunk,
-        scale,
-        **fixed,
-    )
+    partial = torch.empty(chunks, *this.table.shape, dtype=torch.float32, device=query.device)
+    tensors = (*this.strided(query, key, value, grad_out), lse, *this.strided(delta), this.table, partial)
+    sizes = (this.lengths, this.batch, this.heads, chunk, this.scale)
+    bias_kernel[(chunks * this.heads * blocks,)](*tensors, *sizes, **fixed)
     return partial

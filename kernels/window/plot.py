@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common.calling import PerAxis
 from . import geometry
-from .api import make_axes
+from .geometry import make_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from . import geometry
-from .geometry import Axis
+from .call import WindowCall
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, axes: tuple[Axis, ...], scale: float, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor, call: WindowCall) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see the public op."""
+    axes, bias = call.axes, call.bias
     accumulate = torch.promote_types(query.dtype, torch.float32)
     last = len(axes)
 
@@ -19,7 +18,7 @@ def attend(
         return x.repeat_interleave(query.shape[-2] // x.shape[1], dim=1)
 
     q, k, v = flat(query), flat(key), flat(value)
-    logits = q @ k.transpose(-1, -2) * scale  # [B, heads, queries, keys]
+    logits = q @ k.transpose(-1, -2) * call.scale  # [B, heads, queries, keys]
     if bias is not None:
         logits = logits + bias.to(accumulate).flatten(1)[:, geometry.bias_index(axes, query.device)]
     logits = logits.masked_fill(~geometry.mask(axes, query.device), float("-inf"))

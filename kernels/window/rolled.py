@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.symbolic import ceil_div, is_symbol, known, modulo, ravel, unravel
+from .call import WindowCall
 from .geometry import Axis
 
 
@@ -53,10 +54,9 @@ def _places(axes: tuple[Axis, ...], device: torch.device) -> _Places:
     return _Places(ravel(coordinates, lengths), ravel(sides, [3] * len(axes)), place)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, axes: tuple[Axis, ...], scale: float, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor, call: WindowCall) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp as by `tiled.attend`; an axis shorter than its window is one partial window."""
+    axes, scale, bias = call.axes, call.scale, call.bias
     batch, heads, key_heads = query.shape[0], query.shape[-2], key.shape[-2]
     accumulate, device = torch.promote_types(query.dtype, torch.float32), query.device
     places, tokens = _places(axes, device), prod([a.length for a in axes])

@@ -15,7 +15,8 @@ from ..common.calling import wants_gradient
 from ..common.softmax import softmax
 from ..common.symbolic import known
 from . import rolled
-from .geometry import Axis, Run, runs
+from .call import WindowCall
+from .geometry import Run, runs
 
 Cut = tuple[int, int, int, int]  # how many stretches, the first coordinate, coordinates of one, from one to the next
 
@@ -138,19 +139,14 @@ def attend_box(
     return _tokens(out, q, key_heads), None if found is None else _tokens(found, q, key_heads)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    axes: tuple[Axis, ...],
-    scale: float,
-    bias: Tensor | None,
-    lse: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Output `[B, *spatial, heads, value_dim]` and, unless `lse` is off, natural log-sum-exp `[B, *spatial, heads]`."""
+def attend(query: Tensor, key: Tensor, value: Tensor, call: WindowCall) -> tuple[Tensor, Tensor | None]:
+    """Output `[B, *spatial, heads, value_dim]` and natural log-sum-exp `[B, *spatial, heads]`.
+
+    The latter is None where the call does not ask for it, but for windows of symbolic lengths.
+    """
+    axes, bias = call.axes, call.bias
     if rolled.covers(axes):
-        return rolled.attend(query, key, value, axes=axes, scale=scale, bias=bias)
+        return rolled.attend(query, key, value, call)
     heads, key_heads, dtype = query.shape[-2], key.shape[-2], query.dtype
     if any(a.halo for a in axes):  # gradients of keys that several windows see are summed in float32
         query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
@@ -164,7 +160,7 @@ def attend(
     outs, lses = [], []
     for combination, q, k, v in zip(product(*shapes), *boxes, strict=True):
         block = _block(table, combination, key_heads)
-        block_out, block_lse = attend_box(q, k, v, block=block, scale=scale, lse=lse)
+        block_out, block_lse = attend_box(q, k, v, block=block, scale=call.scale, lse=call.return_lse)
         outs.append(block_out)
         if block_lse is not None:
             lses.append(block_lse)

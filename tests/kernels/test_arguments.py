@@ -88,7 +88,7 @@ def wrong_calls(name: str) -> Iterator[tuple[str, str, dict]]:
 
 
 def test_every_operator_is_asked():
-    without_calls = {"BlockMask", "explain", "sharded_neighborhood_attention"}
+    without_calls = {"BlockMask", "explain", "masks", "sharded_neighborhood_attention"}
     assert set(ops.__all__) - without_calls == set(CALLS)
     assert set(_operators()) <= set(CALLS)
 
@@ -143,7 +143,7 @@ def test_explain_refuses_what_the_operator_refuses(name):
             explain(name, **right | {argument: value})
 
 
-@pytest.mark.parametrize("name", sorted(_operators()))
+@pytest.mark.parametrize("name", sorted(_operators().keys() - {"biased_attention"}))
 def test_tensors_without_data(name):
     """On the meta device plain PyTorch gives the shapes; kernels have nothing to run on."""
 

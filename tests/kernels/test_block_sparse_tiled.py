@@ -206,7 +206,7 @@ def test_compiled_as_one_operator(dynamic):
     "case", [replace(CASE, value_dim=20), replace(CASE, inverse=True, extra=0, bias=False, layout="fused")]
 )
 def test_opcheck(case, requires_grad):
-    opcheck("block_sparse_torch", case, requires_grad=requires_grad)
+    opcheck("torch", case, requires_grad=requires_grad)
 
 
 def test_routing_compiled_for_any_size():

@@ -213,7 +213,7 @@ def test_compiled_as_one_operator():
             check(case, dtype, "torch", operator=operator)
     for graph in counter.graphs:
         called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-        assert called.count(torch.ops.foveal.linear_attention_chunked) == 1
+        assert called.count(torch.ops.foveal.linear_torch_forward) == 1
         assert torch.matmul not in called and torch.bmm not in called
 
 
@@ -221,7 +221,7 @@ def test_compiled_as_one_operator():
 @pytest.mark.parametrize("scales", [False, True])
 @pytest.mark.parametrize("case", [FLOOR, CENTERED, EPS], ids=["floor", "centered", "eps"])
 def test_opcheck(case, scales, requires_grad):
-    opcheck("linear_attention_chunked", case, torch.float32, requires_grad=requires_grad, scales=scales)
+    opcheck("torch", case, torch.float32, requires_grad=requires_grad, scales=scales)
 
 
 def test_only_what_requires_a_gradient_gets_one():

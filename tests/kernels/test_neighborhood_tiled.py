@@ -402,7 +402,7 @@ def test_compiled_as_one_operator(case):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("case", [PLAIN, STRIDED, WHOLE, MASKED], ids=["plain", "strided", "whole", "masked"])
 def test_opcheck(case, requires_grad):
-    opcheck("neighborhood_torch", case, torch.float32, requires_grad=requires_grad)
+    opcheck("torch", case, torch.float32, requires_grad=requires_grad)
 
 
 def test_compile_dynamic_does_not_recompile():

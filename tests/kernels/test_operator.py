@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from foveal.kernels.common.operator import FUNCTIONS, OPERATORS, SUMMARIES, Operator
+from foveal.kernels.common.operator import FUNCTIONS, OPERATORS, Operator
 from foveal.kernels.common.schema import codec
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -204,9 +204,9 @@ def test_public_functions_are_registered(toy):
     def toy_attention(query, key, value):
         """A function."""
 
-    operator, make_call = FUNCTIONS.pop("toy_attention")
+    operator, make_call, summarize = FUNCTIONS.pop("toy_attention")
     assert operator is toy and make_call(None, None, None) == Call(AXES, 0.5)
-    assert SUMMARIES.pop("toy_attention")(None, None, None, None, None) == {"n": 1}
+    assert summarize(None, None, None, None, None) == {"n": 1}
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])

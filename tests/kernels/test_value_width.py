@@ -68,12 +68,13 @@ def test_compiled_whole(name):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "biased_attention"])
+@pytest.mark.parametrize("name", NAMES)
 def test_explained(name):
     same, wide = (explain(name, **widened(CALLS[name](), width)).cost for width in (8, 24))
     if name != "linear_attention":  # logits and outputs: 8 and 8 features, or 8 and 24
-        assert wide["forward_flops"] / same["forward_flops"] == (8 + 24) / (8 + 8)
-        assert wide["backward_flops"] / same["backward_flops"] == (3 * 8 + 2 * 24) / (5 * 8)
+        logits = 8 + (3 if name == "biased_attention" else 0)  # and the rank of the bias
+        assert wide["forward_flops"] / same["forward_flops"] == (logits + 24) / (logits + 8)
+        assert wide["backward_flops"] / same["backward_flops"] == (3 * logits + 2 * 24) / (3 * logits + 2 * 8)
     assert wide["forward_bytes"] > same["forward_bytes"] and wide["backward_bytes"] > same["backward_bytes"]
 
 

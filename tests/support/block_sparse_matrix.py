@@ -225,11 +225,10 @@ def check(case: Case, dtype: torch.dtype, impl: str, device: str | torch.device 
     operator_matrix.assert_exact(operator_matrix.errors(got, exact, eager, dtype), f"{impl} in {dtype} on {case!r}")
 
 
-def opcheck(name: str, case: Case, *, requires_grad: bool) -> None:
-    """torch's own checks of `torch.ops.foveal.{name}_forward` and, without gradients, of its backward."""
+def opcheck(impl: str, case: Case, *, requires_grad: bool) -> None:
+    """torch's own checks of the dispatcher's operators of an implementation, the backward's without gradients."""
     inputs, mask = make_inputs(case, torch.float32), make_mask(case)
     tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
     visible = visible_tokens(case) if case.additional_mask else None
-    rest = block_sparse.codec.flatten(BlockSparseCall(*tensors[3:], mask, 0.5, visible))
-    wanted = ([x is not None for x in tensors[3:]],)
-    operator_matrix.opcheck(f"{name}_forward", f"{name}_backward", tensors[:3], rest, 1e-4, wanted=wanted)
+    call = BlockSparseCall(*tensors[3:], mask, 0.5, visible)
+    operator_matrix.opcheck(block_sparse, impl, tensors[:3], call, 1e-4)

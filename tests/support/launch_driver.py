@@ -4,13 +4,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
-from importlib import import_module
 
+from foveal.kernels import ops  # noqa: F401 - declares all operators
 from foveal.kernels.common.launching import device_scratch
+from foveal.kernels.common.operator import OPERATORS
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-
-OPERATORS = ("agent", "block_sparse", "linear", "neighborhood", "window")
 
 
 class LaunchDriver:
@@ -56,8 +55,9 @@ class LaunchDriver:
 @contextmanager
 def launches() -> Iterator[LaunchDriver]:
     """Inside the block `impl="triton"` takes CPU tensors and goes all the way to the launch; outputs hold anything."""
-    for operator in OPERATORS:
-        import_module(f"foveal.kernels.{operator}.launch")  # as kernels for a device, not for the interpreter
+    for operator in OPERATORS.values():
+        if "triton" in operator.modules:
+            operator.module("triton")  # as kernels for a device, not for the interpreter
     found, before = LaunchDriver(), driver._active
     driver.set_active(found)
     os.environ["TRITON_INTERPRET"] = "1"  # which the choice of implementation reads at every call

@@ -13,6 +13,7 @@ from random import Random
 
 import operator_matrix
 import torch
+from foveal.kernels.linear.call import LinearCall, linear
 from foveal.kernels.ops import linear_attention
 from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
@@ -164,9 +165,10 @@ def check_large_means(impl: str) -> None:
         torch.testing.assert_close(got[name].double(), truth, rtol=0, atol=1e-5 * truth.std().item() + coarse)
 
 
-def opcheck(name: str, case: Case, dtype: torch.dtype, *, requires_grad: bool, scales: bool) -> None:
-    """torch's own checks of `torch.ops.foveal.{name}` and, without gradients, of its backward."""
+def opcheck(impl: str, case: Case, dtype: torch.dtype, *, requires_grad: bool, scales: bool) -> None:
+    """torch's own checks of the dispatcher's operators of an implementation, the backward's without gradients."""
     inputs = make_inputs(replace(case, scale=None), dtype)
     *tensors, factors = (x.detach().requires_grad_(requires_grad) for x in inputs.values())
-    rest = factors if scales else None, 0.5, case.relu, case.mean or case.centered, case.centered, case.eps, case.floor
-    operator_matrix.opcheck(name, f"{name}_backward", tensors, rest, 1e-2, differentiable=1, wanted=(scales,))
+    options = dict(relu=case.relu, mean=case.mean or case.centered, centered=case.centered)
+    call = LinearCall(factors if scales else None, 0.5, **options, eps=case.eps, floor=case.floor)
+    operator_matrix.opcheck(linear, impl, tensors, call, 1e-2)

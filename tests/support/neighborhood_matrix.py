@@ -293,11 +293,9 @@ def check_masked_tokens(case: Case, dtype: torch.dtype, impl: str) -> None:
     assert (clean["additional_values"][visible] != 0).any()
 
 
-def opcheck(name: str, case: Case, dtype: torch.dtype, *, requires_grad: bool) -> None:
-    """torch's own checks of `torch.ops.foveal.{name}_forward` and, without gradients, of its backward."""
+def opcheck(impl: str, case: Case, dtype: torch.dtype, *, requires_grad: bool) -> None:
+    """torch's own checks of the dispatcher's operators of an implementation, the backward's without gradients."""
     inputs = make_inputs(case, dtype)
     tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
-    rest = neighborhood.codec.flatten(NeighborhoodCall(case.axes, 0.5, *tensors[3:], case.visible))
-    wanted = ([x is not None for x in tensors[3:]],)
-    forward, backward = f"{name}_forward", f"{name}_backward"
-    operator_matrix.opcheck(forward, backward, tensors[:3], rest, 1e-2, wanted=wanted)
+    call = NeighborhoodCall(case.axes, 0.5, *tensors[3:], case.visible)
+    operator_matrix.opcheck(neighborhood, impl, tensors[:3], call, 1e-2)

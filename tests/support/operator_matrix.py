@@ -1,8 +1,10 @@
 """What the test matrices of all operators share: layouts, gradients, and the rule for how exact a result must be."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from foveal.kernels.common.operator import Operator
 from torch import Tensor
 
 LAYOUTS = ("contiguous", "heads_first", "channels_first", "fused", "expanded", "offset")
@@ -102,27 +104,29 @@ def assert_exact(found: dict[str, tuple[float, float]], what: str) -> None:
 
 
 def opcheck(
-    forward: str,
-    backward: str,
+    operator: Operator,
+    impl: str,
     tensors: Sequence[Tensor],
-    rest: Sequence,
+    call: Any,
     tolerance: float,
     *,
-    differentiable: int = 2,
-    wanted: Sequence[bool] = (),
+    wanted: Sequence[bool] | None = None,
 ) -> None:
-    """torch's own checks of `torch.ops.foveal.{forward}` and, if no gradient is asked for, of its backward.
+    """torch's own checks of the dispatcher's operator of an implementation and, without gradients, of its backward.
 
-    The backward takes `tensors` (query, key and value), what the forward returns, gradients of its first
-    `differentiable` outputs, `rest` (all other arguments of the forward), and `wanted`.
+    Args:
+        tensors: query, key and value.
+        wanted: of the differentiable fields of `call`, which gradients the backward makes; all that are given for None.
     """
-    operator = getattr(torch.ops.foveal, forward)
-    torch.library.opcheck(operator, (*tensors, *rest), atol=tolerance, rtol=tolerance)
-    if not any(x.requires_grad for x in tensors):
-        outputs = operator(*tensors, *rest)
-        gradients = [torch.randn_like(x) for x in outputs[:differentiable]]
-        torch.library.opcheck(
-            getattr(torch.ops.foveal, backward),
-            (*tensors, *outputs, *gradients, *rest, *wanted),
-            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-        )
+    arguments, forward = operator.codec.flatten(call), operator.dispatched[impl]
+    torch.library.opcheck(forward, (*tensors, *arguments), atol=tolerance, rtol=tolerance)
+    if any(x.requires_grad for x in tensors):
+        return
+    outputs = forward(*tensors, *arguments)
+    gradients = [torch.randn_like(x) for x, flow in zip(outputs, operator.flows, strict=True) if flow]
+    wanted = [arguments[place] is not None for place in operator.places] if wanted is None else list(wanted)
+    torch.library.opcheck(
+        getattr(torch.ops.foveal, forward.__name__.replace("_forward", "_backward")),
+        (*tensors, *outputs, *gradients, *arguments, wanted),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from agent_matrix import Case, cases, check, make_inputs, run
 from foveal.kernels.agent import configs
+from foveal.kernels.agent.call import AgentCall, agent_operator
 from foveal.kernels.ops import agent_attention
 from operator_matrix import LAYOUTS, opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -125,10 +126,9 @@ def test_memory_around_the_tensors_is_not_read():
 @pytest.mark.parametrize("bias, wanted", [(False, False), (True, False), (True, True)])
 def test_opcheck(dtype, requires_grad, bias, wanted):
     inputs = make_inputs(replace(FULL, layout="fused", value_dim=12 if bias else None), dtype)
-    names = ("agent", "key", "value", "agent_bias")
-    *tensors, table = (inputs[name].detach().requires_grad_(requires_grad) for name in names)
-    rest = table if bias else None, 0.5
-    opcheck("agent_pass", "agent_pass_backward", tensors, rest, 1e-2, differentiable=1, wanted=(wanted,))
+    *tensors, agent, first, second = (x.detach().requires_grad_(requires_grad) for x in inputs.values())
+    call = AgentCall(agent, first if bias else None, second if bias else None, 0.5, 0.2)
+    opcheck(agent_operator, "triton", tensors, call, 1e-2, wanted=(True, wanted, wanted))
 
 
 def test_only_what_requires_a_gradient_gets_one():
@@ -147,7 +147,7 @@ def test_compiled_whole_for_any_size():
             check(case, torch.float32, "triton", operator=compiled)
 
 
-def test_exported_as_two_passes():
+def test_exported_as_one_operator():
     class Model(torch.nn.Module):
         def forward(self, query, key, value, agent):
             return agent_attention(query, key, value, agent, impl="triton")
@@ -155,7 +155,7 @@ def test_exported_as_two_passes():
     inputs = (*torch.randn(3, 1, 6, 7, 2, 8), torch.randn(1, 4, 2, 8))
     program = torch.export.export(Model(), inputs)
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert targets.count("foveal.agent_pass.default") == 2
+    assert targets.count("foveal.agent_forward.default") == 1
     torch.testing.assert_close(program.module()(*inputs), Model()(*inputs))
 
 

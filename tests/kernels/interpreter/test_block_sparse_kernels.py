@@ -119,7 +119,7 @@ def test_what_is_not_listed_is_not_read():
     "case", [replace(FULL, value_dim=20), replace(FULL, inverse=True, extra=0, bias=False, layout="fused")]
 )
 def test_opcheck(case, requires_grad):
-    opcheck("block_sparse", case, requires_grad=requires_grad)
+    opcheck("triton", case, requires_grad=requires_grad)
 
 
 def test_compiled_and_exported_as_one_operator():

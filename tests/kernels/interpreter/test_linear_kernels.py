@@ -138,7 +138,7 @@ def test_not_a_number_is_not_hidden_by_relu():
 @pytest.mark.parametrize("scales", [False, True])
 def test_opcheck(dtype, requires_grad, scales):
     case = replace(FLOOR, layout="fused", relu=False, floor=None, eps=1e-3, mean=True)
-    opcheck("linear_attention", case, dtype, requires_grad=requires_grad, scales=scales)
+    opcheck("triton", case, dtype, requires_grad=requires_grad, scales=scales)
 
 
 def test_only_what_requires_a_gradient_gets_one():
@@ -165,7 +165,7 @@ def test_exported_as_one_operator():
     inputs = (*torch.randn(3, 1, 6, 7, 2, 8),)
     program = torch.export.export(Model(), inputs)
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert targets.count("foveal.linear_attention.default") == 1
+    assert targets.count("foveal.linear_forward.default") == 1
     torch.testing.assert_close(program.module()(*inputs), Model()(*inputs))
 
 

@@ -223,7 +223,7 @@ def test_memory_around_the_tensors_is_not_read():
     ],
 )
 def test_opcheck(case, dtype, requires_grad):
-    opcheck("neighborhood", case, dtype, requires_grad=requires_grad)
+    opcheck("triton", case, dtype, requires_grad=requires_grad)
 
 
 def test_compiled_whole_for_any_size():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from foveal.kernels.ops import window_attention
 from foveal.kernels.window import configs
+from foveal.kernels.window.call import WindowCall, window_operator
 from operator_matrix import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 from window_matrix import TENSORS, Case, cases, check, make_inputs, run
@@ -107,8 +108,15 @@ def test_memory_around_the_tensors_is_not_read():
 def test_opcheck(case, requires_grad):
     inputs = make_inputs(case, torch.float32)
     tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
-    rest = tensors[3], list(case.window), list(case.shift), list(case.halo), case.padded, 0.5
-    opcheck("window_forward", "window_backward", tensors[:3], rest, 1e-4)
+    opcheck(window_operator, "triton", tensors[:3], WindowCall(case.axes, 0.5, tensors[3]), 1e-4)
+
+
+def test_only_what_requires_a_gradient_gets_one():
+    for case in (FULL, HALO):
+        inputs = make_inputs(case, torch.float32)
+        inputs["bias"].requires_grad_(False)
+        window_attention(**inputs, **case.options, impl="triton").sum().backward()
+        assert inputs["bias"].grad is None and inputs["key"].grad is not None
 
 
 def test_compiled_whole_for_any_size():

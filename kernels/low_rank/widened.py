@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ..common.arguments import operator
-from ..common.calling import without_autocast
+from .call import LowRankCall
 
 MULTIPLE = 8  # of the head dim, which fused attention asks for
 
@@ -89,47 +88,11 @@ def widen(
     return pad_head_dim(wide_query, width), pad_head_dim(wide_key, width)
 
 
-@operator
-def biased_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    query_factor: Tensor,
-    key_factor: Tensor,
-    scale: float | None = None,
-) -> Tensor:
-    """Dense attention with the bias `query_factor @ key_factor.T`, which is never formed (FlashBias, arXiv:2505.12044).
-
-    PyTorch's fused attention over widened heads; it reads (queries + keys) * rank numbers where a dense bias has
-    queries * keys. Differentiable in all tensors.
-
-    Args:
-        query: `[B, *spatial, heads, head_dim]`.
-        key: `[B, *key_spatial, heads, head_dim]`, on a grid of its own.
-        value: `[B, *key_spatial, heads, value_dim]`.
-        query_factor, key_factor, scale: as in `widen`.
-
-    Returns:
-        `[B, *spatial, heads, value_dim]` in the dtype of query.
-
-    Raises:
-        ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
-    """
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() < 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [B, *spatial, heads, head_dim]")
-    if len({query.dtype, key.dtype, value.dtype}) > 1:
-        raise ValueError(f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}")
-    if value.shape[:-1] != key.shape[:-1] or query.shape[0] != key.shape[0] or query.shape[-2] != key.shape[-2]:
-        raise ValueError(
-            f"key of {tuple(key.shape)} and value of {tuple(value.shape)} must have one shape in all but head_dim, and "
-            f"the batch and heads of query.shape={tuple(query.shape)}"
-        )
-    with without_autocast(query.device):
-        wide_query, wide_key = widen(query, key, query_factor, key_factor, scale=scale)
-        width = max(wide_key.shape[-1], -(-value.shape[-1] // MULTIPLE) * MULTIPLE)  # fused attention wants one
-        widened = (pad_head_dim(x, width) for x in (wide_query, wide_key, value))
-        q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in widened)
-        out = scaled_dot_product_attention(q, k, v, scale=1.0)
+def attend(query: Tensor, key: Tensor, value: Tensor, call: LowRankCall) -> Tensor:
+    """Output `[B, *spatial, heads, value_dim]` by PyTorch's fused attention over widened heads."""
+    wide_query, wide_key = widen(query, key, call.query_factor, call.key_factor, scale=call.scale)
+    width = max(wide_key.shape[-1], -(-value.shape[-1] // MULTIPLE) * MULTIPLE)  # fused attention wants one
+    widened = (pad_head_dim(x, width) for x in (wide_query, wide_key, value))
+    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in widened)
+    out = scaled_dot_product_attention(q, k, v, scale=1.0)
     return out[..., : value.shape[-1]].transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1])
