@@ -21,6 +21,16 @@ from .radial import radial
 from .registry import REGISTRY
 from .s2 import s2, s2_causal, s2_relative
 from .sale import sale
+from .search import (
+    gated,
+    head_recalls,
+    join,
+    mask_influence,
+    plan_by_gates,
+    plan_by_influence,
+    plan_by_recall,
+    plan_mask,
+)
 from .select import HeadChoice, HeadPlan, box_scores, keep, static_boxes, to_mask
 from .sla import sla, sla_linear
 from .sparge import sparge
@@ -46,12 +56,16 @@ __all__ = [
     "duo",
     "flexprefill",
     "freeswim",
+    "gated",
     "gilbert_order",
     "grid_offsets",
+    "head_recalls",
     "inverse_order",
+    "join",
     "keep",
     "lay_out",
     "longheads",
+    "mask_influence",
     "moa",
     "moba",
     "nabla",
@@ -59,6 +73,10 @@ __all__ = [
     "paro",
     "paro_block",
     "paro_orders",
+    "plan_by_gates",
+    "plan_by_influence",
+    "plan_by_recall",
+    "plan_mask",
     "power",
     "psa",
     "psa_importance",

@@ -1,6 +1,7 @@
 """Sparse VideoGen (arXiv:2502.01776): spatial heads see a few frames, temporal heads the same places in all frames."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal
 
 import torch
@@ -61,7 +62,8 @@ def svg(
     frame, in all frames. `svg_online` chooses between them.
 
     Args:
-        shape: `(T, tokens of a frame)`; the grid is flattened in space: `query.flatten(2, 3)`.
+        shape: `(T, H, W)` or `(T, tokens of a frame)`; the mask is one of the grid flattened in space,
+            `query.flatten(2, 3)`.
         head: one pattern, or one for each head.
         width: in frames; at T everything is seen.
         block: tokens of a block, within a frame.
@@ -72,6 +74,7 @@ def svg(
     Raises:
         ValueError: an argument outside what is accepted.
     """
+    shape = (shape[0], prod(shape[1:])) if len(shape) == 3 else shape
     heads = [head] if isinstance(head, str) else list(head)
     if len(shape) != 2 or not heads or any(x not in ("spatial", "temporal") for x in heads):
         raise ValueError(f"shape={tuple(shape)} must be (T, tokens), head={head!r} 'spatial', 'temporal' or a list")
