@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..block_sparse import block_sparse_attention_lse
+from ..block_sparse import block_sparse_attention
 from ..block_sparse.mask import BlockMask, boxes
 from ..common.calling import PerAxis, without_autocast
 from .blocks import check_blocks, check_query_key, cut_into_blocks, density, on_device, stack_heads
@@ -122,8 +122,8 @@ def head_recalls(
             count, rows = _key_blocks(mask, shape), mask.kv_num.shape[-1]
             lists = torch.arange(count, dtype=torch.int32, device=query.device).expand(1, 1, rows, count)
             full = mask._replace(kv_num=torch.full_like(mask.kv_num, count), kv_idx=lists)
-            everything[cut] = block_sparse_attention_lse(q, k, k, mask=full, scale=scale)[1]
-        kept = block_sparse_attention_lse(q, k, k, mask=mask, scale=scale)[1]
+            everything[cut] = block_sparse_attention(q, k, k, mask=full, scale=scale, return_lse=True)[1]
+        kept = block_sparse_attention(q, k, k, mask=mask, scale=scale, return_lse=True)[1]
         recalls.append((kept - everything[cut]).exp().flatten(0, -2).mean(0))
         densities.append(density(mask, _grid(shape, rank))[0, 0])
     return torch.stack(recalls), torch.stack(densities)
@@ -270,7 +270,7 @@ def plan_by_influence(
     """Heads share a budget of density such that the influence of what is masked is least (MoA).
 
     Args:
-        influence: `[heads, query blocks, key blocks]` of `mask_influence` in the candidates' blocks, averaged over data.
+        influence: `[heads, query blocks, key blocks]` of `mask_influence`, averaged over data.
         shape: tokens of the grid along each axis.
         candidates: static masks of the same blocks.
         budget: mean density of all heads, in (0, 1].
