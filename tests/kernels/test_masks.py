@@ -16,6 +16,7 @@ from foveal.kernels import masks
 from foveal.kernels.block_sparse.mask import BlockMask, boxes
 from foveal.kernels.masks.blocks import density, own_blocks
 from foveal.kernels.masks.content_blocks import lay_out
+from foveal.kernels.masks.table import markdown
 from foveal.kernels.ops import block_sparse_attention
 from mask_lists import kept
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -254,3 +255,8 @@ def test_dynamic_masks_compile_in_one_graph(name):
     compiled = torch.compile(lambda *x: make(name, grid, row.options, x).mask, fullgraph=True, backend="eager")
     compiled = compiled(*tensors)
     assert torch.equal(eager.kv_idx, compiled.kv_idx) and torch.equal(eager.kv_num, compiled.kv_num)
+
+
+def test_the_page_of_masks_is_up_to_date():
+    page = (Path(__file__).parents[2] / "docs" / "masks.md").read_text(encoding="utf-8")
+    assert page == markdown(), "run: python -m foveal.kernels.masks.table docs/masks.md"
