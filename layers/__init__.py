@@ -2,6 +2,7 @@
 
 from .agent import AgentAttention2d, AgentBranch2d
 from .base import ProjectedAttention2d
+from .box_gate import BoxGate
 from .focused import FocusedLinearAttention2d, FocusedLinearBranch2d
 from .hilo import HiLo
 from .inline import InLineAttention2d, InLineBranch2d
@@ -14,6 +15,7 @@ __all__ = [
     "AgentAttention2d",
     "AgentBranch2d",
     "BiLevelRoutingAttention2d",
+    "BoxGate",
     "FocusedLinearAttention2d",
     "FocusedLinearBranch2d",
     "HiLo",

@@ -43,6 +43,14 @@ def check_query_key(query: Tensor, key: Tensor) -> int:
     return rank
 
 
+def check_blocks(
+    query: Tensor, key: Tensor, query_block: PerAxis[int], key_block: PerAxis[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens of a block of `query` and of `key` along each axis; see `check_query_key` and `block_lengths`."""
+    rank = check_query_key(query, key)
+    return block_lengths("query_block", query_block, rank), block_lengths("key_block", key_block, rank)
+
+
 # Sums over blocks
 
 

@@ -22,7 +22,7 @@ def duo(
     device: torch.device | str | None = None,
 ) -> BlockMask:
     """Streaming heads see keys less than `recent` away along each axis, and those before `sink` along the first axis
-    (registers, the first frame); retrieval heads see everything. `duo_gates` finds which are which.
+    (registers, the first frame); retrieval heads see everything. `gated` and `plan_by_gates` find which are which.
 
     Args:
         shape: tokens of the grid along each axis.

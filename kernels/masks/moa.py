@@ -27,7 +27,7 @@ def moa(
 
     Args:
         shape: tokens of the grid along each axis. Bands are of the flattened grid: `query.flatten(1, -3)`.
-        alpha, beta: span = alpha + beta * tokens; one of each, or one a head. `moa_plan` finds them.
+        alpha, beta: span = alpha + beta * tokens; one of each, or one a head. `plan_by_influence` finds them.
         first: blocks at the start.
         causal: drops key blocks that follow. Tokens inside the own block are not ordered by lists.
         block: tokens of a block.

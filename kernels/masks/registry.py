@@ -30,6 +30,12 @@ class Entry:
     def dynamic(self) -> bool:
         return next(iter(signature(self.function).parameters)) == "query"
 
+    @property
+    def alone(self) -> bool:
+        """Whether queries and keys, or the grid, are all it needs and a `BlockMask` all it gives."""
+        needed = [p.name for p in signature(self.function).parameters.values() if p.default is p.empty]
+        return needed[:3] != ["query", "key", "value"] and "bias" not in needed
+
 
 REGISTRY: dict[str, Entry] = {}
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..block_sparse.mask import BlockMask
 from ..common.calling import PerAxis, without_autocast
-from .blocks import block_lengths, block_means, check_query_key, most_own, own_or_none, to_mask
+from .blocks import block_means, check_blocks, check_query_key, most_own, own_or_none, to_mask
 from .registry import published
 from .select import keep, pair_scores
 
@@ -35,16 +35,12 @@ def sla(
     Raises:
         ValueError, TypeError: an argument outside what is accepted.
     """
-    rank = check_query_key(query, key)
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio={ratio!r} must lie in (0, 1]")
-    query_block, key_block = (
-        block_lengths("query_block", query_block, rank),
-        block_lengths("key_block", key_block, rank),
-    )
+    query_block, key_block = check_blocks(query, key, query_block, key_block)
     with torch.no_grad():
         dtype = torch.promote_types(key.dtype, torch.float32)
-        centre = key.mean(dim=tuple(range(1, 1 + rank)), dtype=dtype)[:, None]
+        centre = key.mean(dim=tuple(range(1, key.dim() - 2)), dtype=dtype)[:, None]
         means = block_means(query, query_block), block_means(key, key_block) - centre
         scores = pair_scores(*means, scale=query.shape[-1] ** -0.5)
         topk = max(1, int(ratio * scores.shape[-1]))

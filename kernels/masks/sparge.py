@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 
 from ..block_sparse.mask import BlockMask
 from ..common.calling import PerAxis
-from .blocks import block_lengths, block_means, block_tokens, check_query_key, own_or_none, to_mask
+from .blocks import block_means, block_tokens, check_blocks, own_or_none, to_mask
 from .registry import published
 from .select import keep, pair_scores
 
@@ -52,13 +52,9 @@ def sparge(
     Raises:
         ValueError, TypeError: an argument outside what is accepted.
     """
-    rank = check_query_key(query, key)
     if mass is not None and topk is not None:
         raise ValueError(f"mass={mass!r} and topk={topk!r}: give one of them")
-    query_block, key_block = (
-        block_lengths("query_block", query_block, rank),
-        block_lengths("key_block", key_block, rank),
-    )
+    query_block, key_block = check_blocks(query, key, query_block, key_block)
     alike = []
     for x, block in ((query, query_block), (key, key_block)):
         whole = block_tokens(x.shape[1:-2], block, x.device) == block_tokens(block, block, x.device)

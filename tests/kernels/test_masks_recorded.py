@@ -251,3 +251,30 @@ def test_flexprefill(distance, mass, arrays):
     mask = masks.flexprefill(query, key, mass=mass, distance=distance, causal=True, block=16, own=False)
     name = f"mask_tau{distance}_gamma{mass}"
     assert torch.equal(kept(mask, 16)[0], bits(arrays[f"flexprefill/{name}"], CASES["flexprefill"][name]))
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 8), (13, 30, 45)], ids=str)
+def test_gilbert_order(shape, arrays):
+    name = "x".join(map(str, reversed(shape)))
+    assert torch.equal(masks.gilbert_order(shape), torch.from_numpy(arrays[f"gilbert/{name}"].astype(np.int64)))
+
+
+def test_hashed_blocks(arrays):
+    query, key, value = (torch.from_numpy(arrays[f"hyper/{x}"]).transpose(1, 2) for x in "qkv")
+    directions = torch.from_numpy(arrays["hyper/proj_dir"])[0, 0]
+    *_, of_query, of_key = masks.content_order(query, key, kind="lsh", directions=directions)
+    for found, name in ((of_query, "hash_q"), (of_key, "hash_k")):
+        assert torch.equal(found, torch.from_numpy(arrays[f"hyper/{name}"]))
+    mask, *laid, back = masks.content_blocks(query, key, value, block=16, kind="lsh", directions=directions)
+    out, lse = block_sparse_attention(*laid, mask=mask, return_lse=True)
+    for found, name in ((out, "out"), (lse[..., None], "lse")):
+        recorded = torch.from_numpy(arrays[f"hyper/{name}"])
+        torch.testing.assert_close(masks.lay_out(found, back).transpose(1, 2), recorded, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "smooth"), [("top12", None), ("top12_block8", 8)])
+def test_dynamic_mask_of_keys(name, smooth, arrays):
+    bias = torch.from_numpy(arrays["dma/bias"])[:, :, 0]
+    tokens = torch.zeros(2, 40, 2, 4)
+    mask = masks.dma(tokens, tokens, bias=bias, window=12, smooth=smooth)
+    assert torch.equal(kept(mask, 40), bits(arrays[f"dma/{name}"], CASES["dma"][name]))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from foveal.kernels.ops import na3d
+from foveal.kernels.block_sparse.reference import dense_bias
+from foveal.kernels.ops import masks, na3d
 from foveal.zoo.data.moving_digits import MovingDigits
 from foveal.zoo.tasks.video_metrics import (
     ClipJudge,
@@ -185,6 +186,28 @@ def test_recall_of_a_window_is_that_of_its_mask(options):
         expected = (logits.softmax(-1) * mask).sum(-1).mean(-1)
     torch.testing.assert_close(recall, expected)
     assert (recall < 1).all()
+
+
+@pytest.mark.parametrize("shape", [(23,), (7, 9), (3, 4, 5)], ids=str)
+def test_recall_of_lists_is_that_of_their_mask(shape):
+    query, key = normal(2, *shape, 2, 8), normal(2, *shape, 2, 8, seed=1)
+    mask = masks.vsa(query, key, block=2, sparsity=0.6)
+    dense = torch.isfinite(dense_bias(mask, shape, shape, torch.float32))
+    flat = query.flatten(1, -3), key.flatten(1, -3)
+    recall = attention_mass_recall(query, key, mask=mask)
+    torch.testing.assert_close(recall, attention_mass_recall(*flat, mask=dense))
+    with pytest.raises(ValueError, match=r"mask\.bias"):
+        attention_mass_recall(query, key, mask=mask._replace(bias=torch.zeros(mask.kv_idx.shape)))
+    with pytest.raises(TypeError, match="mask must be a bool tensor or a BlockMask"):
+        attention_mass_recall(query, key, mask=[1])  # pyright: ignore[reportArgumentType]
+
+
+def test_recall_of_lists_over_another_grid():
+    query, key = normal(1, 3, 5, 2, 8), normal(1, 4, 7, 1, 8, seed=1)
+    mask = masks.vsa(query, key, block=2, sparsity=0.6)
+    dense = torch.isfinite(dense_bias(mask, (3, 5), (4, 7), torch.float32))
+    flat = query.flatten(1, 2), key.flatten(1, 2).expand(-1, -1, 2, -1)
+    torch.testing.assert_close(attention_mass_recall(query, key, mask=mask), attention_mass_recall(*flat, mask=dense))
 
 
 def test_change_beyond_a_shift():

@@ -8,6 +8,7 @@ whoever has it passes it as `extractor`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ...kernels.ops import na3d
+from ...kernels.ops import BlockMask, block_sparse_attention, na1d, na2d, na3d
 
 
 class ClipJudge(nn.Module):
@@ -259,21 +260,30 @@ def video_ssim(clips: Tensor, reference: Tensor, *, data_range: float = 1.0) -> 
 
 
 def attention_mass_recall(
-    query: Tensor, key: Tensor, *, mask: Tensor, scale: float | None = None, chunk: int = 1024
+    query: Tensor, key: Tensor, *, mask: Tensor | BlockMask, scale: float | None = None, chunk: int = 1024
 ) -> Tensor:
     """Share of the dense softmax mass that a mask keeps, averaged over queries.
 
     1 means that the mask loses nothing, the density of the mask that it selects no better than chance.
 
     Args:
-        query, key: `[B, S, heads, d]`, `[B, S', heads, d]`.
-        mask: bool, broadcasts to `[B, heads, S, S']`; True is kept.
+        query, key: `[B, S, heads, d]`, `[B, S', heads, d]`; with a `BlockMask` `[B, *spatial, heads, d]` on its grids.
+        mask: bool, broadcasts to `[B, heads, S, S']`; True is kept. Or a `BlockMask` without bias: then the share of a
+            query is `exp(lse of its lists - lse of all keys)`, and nothing has the size S × S'.
         scale: of the logits; None: `d ** -0.5`.
-        chunk: queries at a time; memory is `B * heads * chunk * S'`.
+        chunk: queries at a time of a bool mask; memory is `B * heads * chunk * S'`.
 
     Returns:
         `[B, heads]` float32.
+
+    Raises:
+        TypeError: a mask of another kind.
+        ValueError: a `BlockMask` with a bias, which is not about shares.
     """
+    if isinstance(mask, BlockMask):
+        return _block_mass_recall(query, key, mask, scale)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor or a BlockMask, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool (True is kept), got {mask.dtype}")
     factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -284,6 +294,22 @@ def attention_mass_recall(
         probabilities = (some @ keys.mT).softmax(dim=-1)
         kept += (probabilities * allowed).sum(dim=(-2, -1))
     return kept / queries.shape[2]
+
+
+def _block_mass_recall(query: Tensor, key: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
+    if mask.bias is not None:
+        raise ValueError(f"mask.bias of shape {tuple(mask.bias.shape)} must be None: kept keys are counted as they are")
+    kept = block_sparse_attention(query, key, key, mask=mask, scale=scale, return_lse=True)[1]
+    grid, key_grid = query.shape[1:-2], key.shape[1:-2]
+    if grid == key_grid:
+        dense = (na1d, na2d, na3d)[len(grid) - 1]
+        everything = dense(query, key, key, window=tuple(grid), scale=scale, return_lse=True)[1]
+    else:
+        count = math.prod(-(-n // b) for n, b in zip(key_grid, mask.key_block, strict=True))
+        lists = torch.arange(count, dtype=torch.int32, device=query.device).expand(*mask.kv_idx.shape[:3], count)
+        full = mask._replace(kv_num=torch.full_like(mask.kv_num, count), kv_idx=lists, inverse=None)
+        everything = block_sparse_attention(query, key, key, mask=full, scale=scale, return_lse=True)[1]
+    return (kept - everything).float().exp().flatten(1, -2).mean(dim=1)
 
 
 def window_mass_recall(
