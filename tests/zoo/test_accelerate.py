@@ -241,7 +241,7 @@ def test_gated_vsa_adds_the_coarse_branch():
 @pytest.mark.skipif(not mask_names(), reason="foveal.kernels.masks is not there")
 @pytest.mark.parametrize(
     ("mask", "options"),
-    [("sta", {"tile": 2, "window": 1}), ("clear", {"radius": 2, "block": 2}), ("vsa", {"block": 2, "sparsity": 0.6})],
+    [("sta", {"tile": 2, "window": 1}), ("clear", {"radius": 1, "block": 2}), ("vsa", {"block": 2, "sparsity": 0.6})],
 )
 def test_masks_by_name(mask, options):
     model, inputs = build("wan", batch=2)

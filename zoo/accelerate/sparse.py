@@ -12,21 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.ops import (
-    BlockMask,
-    block_sparse_attention,
-    block_sparse_attention_lse,
-    merge_attentions,
-    na1d,
-    na2d,
-    na3d,
-)
+from ...kernels.ops import BlockMask, block_sparse_attention, na1d, na2d, na3d
 from ..sites import Call, Layout
 from ..sites.intercept import Following
 from .masks import BlockMaskOf
 
 WINDOWS = {1: na1d, 2: na2d, 3: na3d}
-TEXT_BLOCK = 64  # keys of a block of text; only its cost depends on it
 
 
 @dataclass(frozen=True)
@@ -58,14 +49,13 @@ def attend(call: Call, following: Following) -> Tensor:
     parts = split(call, choice)
     if parts is None:
         return following(call)
-    (first, end), extra_key, extra_value, visible = parts
+    (first, end), *others = parts
+    additional = dict(zip(("additional_keys", "additional_values", "additional_mask"), others, strict=True))
     query, key, value = (x.unflatten(1, choice.grid) for x in on_grid(call, choice))
-    extra = {"extra_key": extra_key, "extra_value": extra_value}
     if choice.window is not None:
-        given = extra | {"extra_mask": visible} if extra_key is not None else {}
-        out = WINDOWS[len(choice.grid)](query, key, value, **choice.window, scale=call.scale, **given)
+        out = WINDOWS[len(choice.grid)](query, key, value, **choice.window, scale=call.scale, **additional)
     else:
-        out = _by_lists(call, choice, query, key, value, extra, visible)
+        out = _by_lists(call, choice, query, key, value, additional)
     out = out.flatten(1, len(choice.grid))
     if choice.gate is not None:
         out = out + _coarse(call, choice, query, key, value, slice(first, end))
@@ -120,54 +110,14 @@ def block_lists(choice: Choice, query: Tensor, key: Tensor) -> BlockMask:
 
 
 def _by_lists(
-    call: Call,
-    choice: Choice,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    extra: dict[str, Tensor | None],
-    visible: Tensor | None,
+    call: Call, choice: Choice, query: Tensor, key: Tensor, value: Tensor, additional: dict[str, Tensor | None]
 ) -> Tensor:
     mask, rank = block_lists(choice, query, key), len(choice.grid)
-    if len(mask.query_block) != rank:
-        query, key, value = (x.flatten(1, rank) for x in (query, key, value))
-    if visible is None:
-        out = block_sparse_attention(query, key, value, mask=mask, scale=call.scale, **extra)
-    else:
-        outs, lses = block_sparse_attention_lse(query, key, value, mask=mask, scale=call.scale)
-        flat = (query.flatten(1, -3), extra["extra_key"], extra["extra_value"])
-        text, text_lse = attend_visible(*flat, visible, scale=call.scale)
-        out, _ = merge_attentions([outs, text.view_as(outs)], [lses, text_lse.view_as(lses)])
-    return out if len(mask.query_block) == rank else out.unflatten(1, choice.grid)
-
-
-def attend_visible(
-    query: Tensor, key: Any, value: Any, visible: Tensor, *, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """Attention to the keys that count, `[B, queries, heads, d]`, and its log-sum-exp.
-
-    The keys that count are sorted to the front of each batch entry, whose blocks then say how many of theirs exist:
-    nothing waits for the device, and no tensor has the size of queries times keys.
-    """
-    outs, lses, block = [], [], min(TEXT_BLOCK, key.shape[1])
-    count = -(-key.shape[1] // block)
-    boxes = -(-query.shape[1] // 128)
-    numbers = torch.arange(count, dtype=torch.int32, device=query.device)
-    for b in range(query.shape[0]):
-        order = visible[b].logical_not().to(torch.int8).argsort(stable=True)
-        lengths = (visible[b].sum() - numbers * block).clamp(0, block).to(torch.int32)
-        mask = BlockMask(
-            (128,),
-            (block,),
-            torch.full((1, 1, boxes), count, dtype=torch.int32, device=query.device),
-            numbers.expand(1, 1, boxes, count).contiguous(),
-            kv_len=lengths,
-        )
-        some = (query[b : b + 1], key[b : b + 1, order], value[b : b + 1, order])
-        out, lse = block_sparse_attention_lse(*some, mask=mask, scale=scale)
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs), torch.cat(lses)
+    if len(mask.query_block) == rank:
+        return block_sparse_attention(query, key, value, mask=mask, scale=call.scale, **additional)
+    query, key, value = (x.flatten(1, rank) for x in (query, key, value))
+    out = block_sparse_attention(query, key, value, mask=mask, scale=call.scale, **additional)
+    return out.unflatten(1, choice.grid)
 
 
 def _coarse(call: Call, choice: Choice, query: Tensor, key: Tensor, value: Tensor, tokens: slice) -> Tensor:
