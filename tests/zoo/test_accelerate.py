@@ -1,50 +1,15 @@
 """accelerate: every generator attends to what its plan says, text whole, and is itself again without it."""
 
-from math import prod
-
 import pytest
 import torch
-from foveal.kernels.ops import BlockMask
 from foveal.zoo import accelerate, decelerate, sites
 from foveal.zoo.accelerate import PRESETS, Plan, load_gates, read_plan
 from foveal.zoo.accelerate.masks import density, mask_names
 from foveal.zoo.accelerate.presets import as_plan
 from generators import GENERATORS, build, run, wan
+from sparse_plans import block_pairs, two_blocks, window_pairs
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention
-
-
-def window_pairs(grid, window):
-    """Which keys a query sees, bool `[tokens, tokens]`: the window moved into the grid, axis by axis."""
-    pairs = torch.ones(1, 1, dtype=torch.bool)
-    for n in grid:
-        w = min(window, n)
-        first = (torch.arange(n) - w // 2).clamp(0, n - w)
-        seen = (torch.arange(n) >= first[:, None]) & (torch.arange(n) < first[:, None] + w)
-        pairs = (pairs[:, None, :, None] & seen[None, :, None, :]).flatten(2, 3).flatten(0, 1)
-    return pairs
-
-
-def two_blocks(query, key, grid, shift=1):
-    """Blocks of two tokens along each axis see themselves and the one `shift` behind, another one for each head."""
-    block = (2,) * len(grid)
-    count = prod([-(-n // 2) for n in grid])
-    own = torch.arange(count, dtype=torch.int32, device=query.device)
-    heads = torch.arange(1, query.shape[-2] + 1, dtype=torch.int32, device=query.device)[:, None]
-    lists = torch.stack([own.expand(query.shape[-2], -1), (own + shift * heads) % count], dim=-1)
-    number = torch.where(lists[..., 0] == lists[..., 1], 1, 2).int()
-    return BlockMask(block, block, number[None], lists[None].contiguous())
-
-
-def block_pairs(grid, heads):
-    """The pairs of `two_blocks`, bool `[heads, tokens, tokens]`."""
-    places = torch.cartesian_prod(*(torch.arange(n) // 2 for n in grid)).reshape(prod(grid), -1)
-    box = torch.zeros(prod(grid), dtype=torch.long)
-    for axis, n in enumerate(grid):
-        box = box * -(-n // 2) + places[:, axis]
-    count = prod([-(-n // 2) for n in grid])
-    others = [(box[:, None] + head) % count == box for head in range(1, heads + 1)]
-    return torch.stack([(box[:, None] == box) | other for other in others])
 
 
 def masked(pairs_of):
@@ -276,7 +241,7 @@ def test_gated_vsa_adds_the_coarse_branch():
 @pytest.mark.skipif(not mask_names(), reason="foveal.kernels.masks is not there")
 @pytest.mark.parametrize(
     ("mask", "options"),
-    [("sta", {"tile": 2, "window": 1}), ("clear", {"radius": 2, "block": 1}), ("vsa", {"block": 2, "sparsity": 0.6})],
+    [("sta", {"tile": 2, "window": 1}), ("clear", {"radius": 1, "block": 2}), ("vsa", {"block": 2, "sparsity": 0.6})],
 )
 def test_masks_by_name(mask, options):
     model, inputs = build("wan", batch=2)

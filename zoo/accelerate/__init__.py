@@ -8,8 +8,19 @@ accelerate(pipe, {"window": (6, 16, 16), "stride": (1, 8, 8)}, dense_steps=0.2)
 """
 
 from .acceleration import Acceleration, accelerate, decelerate
+from .explain import PlanCost, explain
 from .gates import load_gates
 from .plan import Plan, read_plan
 from .presets import PRESETS
 
-__all__ = ["PRESETS", "Acceleration", "Plan", "accelerate", "decelerate", "load_gates", "read_plan"]
+__all__ = [
+    "PRESETS",
+    "Acceleration",
+    "Plan",
+    "PlanCost",
+    "accelerate",
+    "decelerate",
+    "explain",
+    "load_gates",
+    "read_plan",
+]

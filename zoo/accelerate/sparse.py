@@ -12,13 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.ops import (
-    BlockMask,
-    block_sparse_attention,
-    na1d,
-    na2d,
-    na3d,
-)
+from ...kernels.ops import BlockMask, block_sparse_attention, na1d, na2d, na3d
 from ..sites import Call, Layout
 from ..sites.intercept import Following
 from .masks import BlockMaskOf
@@ -55,13 +49,13 @@ def attend(call: Call, following: Following) -> Tensor:
     parts = split(call, choice)
     if parts is None:
         return following(call)
-    (first, end), keys, values, visible = parts
+    (first, end), *others = parts
+    additional = dict(zip(("additional_keys", "additional_values", "additional_mask"), others, strict=True))
     query, key, value = (x.unflatten(1, choice.grid) for x in on_grid(call, choice))
-    others = {"additional_keys": keys, "additional_values": values, "additional_mask": visible, "scale": call.scale}
     if choice.window is not None:
-        out = WINDOWS[len(choice.grid)](query, key, value, **choice.window, **others)
+        out = WINDOWS[len(choice.grid)](query, key, value, **choice.window, scale=call.scale, **additional)
     else:
-        out = _by_lists(choice, query, key, value, **others)
+        out = _by_lists(call, choice, query, key, value, additional)
     out = out.flatten(1, len(choice.grid))
     if choice.gate is not None:
         out = out + _coarse(call, choice, query, key, value, slice(first, end))
@@ -81,8 +75,8 @@ def split(call: Call, choice: Choice) -> tuple[tuple[int, int], Tensor | None, T
     first, end = choice.layout.spans(call.site, operation.keys, call.key.shape[1])[main]
     if end - first == call.key.shape[1]:
         return queries, None, None, None
-    keys, values = (torch.cat([x[:, :first], x[:, end:]], dim=1) for x in (call.key, call.value))
-    return queries, keys, values, _visible(call, queries[0], first, end)
+    extra_key, extra_value = (torch.cat([x[:, :first], x[:, end:]], dim=1) for x in (call.key, call.value))
+    return queries, extra_key, extra_value, _visible(call, queries[0], first, end)
 
 
 def _visible(call: Call, row: int, first: int, end: int) -> Tensor | None:
@@ -115,12 +109,15 @@ def block_lists(choice: Choice, query: Tensor, key: Tensor) -> BlockMask:
     return choice.mask(query, key, choice.grid)
 
 
-def _by_lists(choice: Choice, query: Tensor, key: Tensor, value: Tensor, **others: Any) -> Tensor:
+def _by_lists(
+    call: Call, choice: Choice, query: Tensor, key: Tensor, value: Tensor, additional: dict[str, Tensor | None]
+) -> Tensor:
     mask, rank = block_lists(choice, query, key), len(choice.grid)
     if len(mask.query_block) == rank:
-        return block_sparse_attention(query, key, value, mask=mask, **others)
+        return block_sparse_attention(query, key, value, mask=mask, scale=call.scale, **additional)
     query, key, value = (x.flatten(1, rank) for x in (query, key, value))
-    return block_sparse_attention(query, key, value, mask=mask, **others).unflatten(1, choice.grid)
+    out = block_sparse_attention(query, key, value, mask=mask, scale=call.scale, **additional)
+    return out.unflatten(1, choice.grid)
 
 
 def _coarse(call: Call, choice: Choice, query: Tensor, key: Tensor, value: Tensor, tokens: slice) -> Tensor:

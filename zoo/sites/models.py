@@ -56,8 +56,8 @@ class Model:
         mask_hides_text_only: see `Site`.
         masks: arguments that hide tokens of the grid from each other.
         may_skip: whether a processor may run without its attention operation.
-        stride: frames, rows and columns of pixels per latent (per token where the pipeline packs latents), where no
-            pipeline tells.
+        stride: frames, rows and columns of pixels per latent, where no pipeline tells.
+        pack: rows and columns of latents that the pipeline packs into one token.
         text: usual number of text tokens.
         example: arguments, without data, that `layout` reads, for latents (T, H, W).
     """
@@ -71,6 +71,7 @@ class Model:
     masks: tuple[str, ...] = ("attention_mask", "video_self_attention_mask")
     may_skip: bool = False
     stride: tuple[int, int, int] = (4, 8, 8)
+    pack: int = 1
     text: int = 512
     example: Callable[[int, int, int], dict[str, Any]] = layouts.video_example
 
@@ -176,7 +177,8 @@ MODELS: dict[str, Model] = {
         ),
         layouts.ids_layout,
         noise_scale=1.0,
-        stride=(1, 16, 16),
+        stride=(1, 8, 8),
+        pack=2,
         example=layouts.ids_example,
     ),
     "Flux2Transformer2DModel": Model(
@@ -186,7 +188,8 @@ MODELS: dict[str, Model] = {
         ),
         layouts.ids_layout,
         noise_scale=1.0,
-        stride=(1, 16, 16),
+        stride=(1, 8, 8),
+        pack=2,
         example=layouts.ids_example,
     ),
     "SD3Transformer2DModel": Model(
@@ -204,7 +207,8 @@ MODELS: dict[str, Model] = {
         layouts.qwen_layout,
         noise_scale=1.0,
         mask_hides_text_only=True,
-        stride=(1, 16, 16),
+        stride=(1, 8, 8),
+        pack=2,
         example=layouts.qwen_example,
     ),
     "HiDreamImageTransformer2DModel": Model(
