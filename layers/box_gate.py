@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.block_sparse import BlockMask
-from ..kernels.common.calling import PerAxis, without_autocast
+from ..kernels.common.calling import PerAxis, resolve_scale, without_autocast
 from ..kernels.masks import keep, to_mask
 from ..kernels.masks.blocks import block_extrema, block_means, check_blocks, cut_into_blocks, most_own, own_or_none
 from ..kernels.masks.select import pair_scores
@@ -185,7 +185,7 @@ def attention_map(
         `[B, heads, query blocks, key blocks]`, float32, float64 for float64 inputs.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = resolve_scale(query, scale)
     key = key.repeat_interleave(query.shape[-2] // key.shape[-2], dim=-2)
     q, q_there = cut_into_blocks(query.to(dtype) * scale, query_block)
     k, k_there = cut_into_blocks(key.to(dtype), key_block)

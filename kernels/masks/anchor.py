@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..block_sparse.mask import BlockMask
-from ..common.calling import PerAxis, without_autocast
+from ..common.calling import PerAxis, resolve_scale, without_autocast
 from .blocks import block_means, check_blocks, cut_into_blocks, own_or_none, to_mask
 from .registry import published
 from .select import pair_scores
@@ -45,7 +45,7 @@ def anchor(
     own = own_or_none(query, key, query_block, key_block)
     if own is None:
         raise ValueError(f"key.shape={tuple(key.shape)} must have the grid of query.shape={tuple(query.shape)}")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = resolve_scale(query, scale)
     key = key.repeat_interleave(query.shape[-2] // key.shape[-2], dim=-2)
     dtype = torch.promote_types(query.dtype, torch.float32)
     (q, q_there), (k, k_there) = ((x.to(dtype).transpose(2, 3), there) for x, there in (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..block_sparse.mask import BlockMask
-from ..common.calling import PerAxis, without_autocast
+from ..common.calling import PerAxis, resolve_scale, without_autocast
 from .blocks import check_blocks, cut_into_blocks, own_or_none, to_mask
 from .registry import published
 
@@ -52,7 +52,7 @@ def sale(
     own = own_or_none(query, key, query_block, key_block)
     if own is None or threshold < 0:
         raise ValueError(f"key.shape={tuple(key.shape)} must have the grid of queries, threshold={threshold!r} be >= 0")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = resolve_scale(query, scale)
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key = query.to(dtype) * scale, key.repeat_interleave(query.shape[-2] // key.shape[-2], dim=-2).to(dtype)
     q, q_there = cut_into_blocks(query, query_block)

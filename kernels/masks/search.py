@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..block_sparse import block_sparse_attention
 from ..block_sparse.mask import BlockMask, boxes
-from ..common.calling import PerAxis, without_autocast
+from ..common.calling import PerAxis, resolve_scale, without_autocast
 from .blocks import check_blocks, check_query_key, cut_into_blocks, density, on_device, stack_heads
 from .registry import REGISTRY
 from .select import HeadChoice, HeadPlan
@@ -203,7 +203,7 @@ def mask_influence(
     """
     query_block, key_block = check_blocks(query, key, query_block, key_block)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scale, group = query.shape[-1] ** -0.5 if scale is None else scale, query.shape[-2] // key.shape[-2]
+    scale, group = resolve_scale(query, scale), query.shape[-2] // key.shape[-2]
     q, q_there = cut_into_blocks(query.to(dtype) * scale, query_block)
     grad, _ = cut_into_blocks(grad_output.to(dtype), query_block)
     q, grad = (x.permute(0, 3, 1, 2, 4) for x in (q, grad))  # [B, heads, blocks, tokens, d]
@@ -337,6 +337,7 @@ def plan_by_gates(
         stay[ranked[: round(share * gates.numel())]] = True
         stay = stay.view(gates.shape)
     else:
+        assert threshold is not None
         stay = gates >= threshold
     rows = stay.tolist()
     return join(_to_plan([None if flag else sparse for flag in row], layer, steps) for layer, row in enumerate(rows))

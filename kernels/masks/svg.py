@@ -75,7 +75,7 @@ def svg(
         ValueError: an argument outside what is accepted.
     """
     shape = (shape[0], prod(shape[1:])) if len(shape) == 3 else shape
-    heads = [head] if isinstance(head, str) else list(head)
+    heads: list[Head] = [head] if isinstance(head, str) else list(head)
     if len(shape) != 2 or not heads or any(x not in ("spatial", "temporal") for x in heads):
         raise ValueError(f"shape={tuple(shape)} must be (T, tokens), head={head!r} 'spatial', 'temporal' or a list")
     if width <= 0 or min(block, round_to) < 1:

@@ -5,8 +5,8 @@ import pytest
 import timm
 import torch
 
-# ViT-rpb and MLPs along tokens are made for one size. Regions of the nchw BiFormer depend on the size in a way that
-# binds the graph to it.
+# ViT-rpb and MLPs along tokens are made for one size. Regions of the nchw BiFormer depend on it in a way that binds the
+# graph to it.
 ONE_SIZE = ("test_natten_vitrpb", "test_biformer_stl_nchw", "test_smlpnet", "test_spach_ms_mlp")
 ANY_SIZE = sorted(
     name for name in timm.list_models("test_*")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...layers.mixing import SparseMlp2d
 from ..builder import DIGITS_CFG, Model, register_family
-from ..conversion import Conversion
+from ..conversion import Conversion, Target
 from ..hosts.base import ListedBackbone, stage_grids
 from ..hosts.blocks import Blocks
 from ..hosts.patches import CompletedPatchConv2d
@@ -173,7 +173,7 @@ def official_names(model: nn.Module) -> list:
     return [*named, *ends, (r"^to_patch_embedding\.(\d+)\.0\.", r"downsample_layers.\1.proj.")]
 
 
-def flat(value: Tensor, target) -> Tensor:
+def flat(value: Tensor, target: Target) -> Tensor:
     """A 1x1 convolution as a linear layer."""
     return value.flatten(1)
 
