@@ -6,7 +6,9 @@ With P = 2^(S - lse), both base 2, and delta = rowsum(dO * O), dS = P * (dO V^T 
 import triton
 import triton.language as tl
 
-from .tile import LOG2E, head_view, load_bias, load_tile, store_tile
+from ..common.triton.memory import head_view, load_tile, store_tile
+from ..common.triton.softmax import LOG2E, key_step
+from .tile import load_bias
 
 
 @triton.jit
@@ -105,10 +107,7 @@ def key_kernel(
         st = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         if BIAS:
             st += load_bias(bias_ptr, flipped, head, column, keys, row, queries, WIDE)
-        pt = tl.exp2(st - lse[None, :])
-        dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)
-        dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        dk = tl.dot((pt * (dpt - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
+        dk, dv = key_step(dk, dv, q, do, lse, delta, st, v, 1.0, PRECISION)
 
     slice = (part * batches + batch).to(tl.int64) * keys * heads + head
     store_tile(dk_ptr + slice * D, dk * scale, column, keys, heads * D, D, BLOCK_D, WIDE)

@@ -6,7 +6,9 @@ Where queries are few, the keys are split over programs; `merge_kernel` then joi
 import triton
 import triton.language as tl
 
-from .tile import LOG2E, head_view, load_bias, load_tile, store_tile
+from ..common.triton.memory import head_view, load_tile, store_tile
+from ..common.triton.softmax import LOG2E, softmax_step
+from .tile import load_bias
 
 
 @triton.jit
@@ -38,14 +40,8 @@ def forward_kernel(
         if BIAS:
             s += load_bias(bias_ptr, bias_strides, head, row, queries, column, keys, WIDE)
         s = tl.where((column < keys)[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - m_safe[:, None])
-        decay = tl.exp2(m - m_safe)
-        l = l * decay + tl.sum(p, 1)
         v = load_tile(v_ptr, v_strides, v_inner, column, keys, DV, BLOCK_DV, WIDE)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        m = m_new
+        acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
 
     slice = (part * batches + batch).to(tl.int64) * queries * heads
     store_tile(out_ptr + (slice + head) * DV, acc / l[:, None], row, queries, heads * DV, DV, BLOCK_DV, WIDE)

@@ -8,11 +8,11 @@ take a log-sum-exp that is +inf, not -inf, where a query sees nothing: its weigh
 import triton
 import triton.language as tl
 
-from ..neighborhood.backward import key_step, query_step
-from ..neighborhood.forward import LOG2E
-from ..neighborhood.tile import extra_end, extra_view, load_extra_pair
+from ..common.triton.extra import extra_end, extra_view, load_extra_pair
+from ..common.triton.memory import offset
+from ..common.triton.softmax import LOG2E, key_step, query_step
 from .forward import program, rows_of
-from .tile import box_count, list_of, listed_keys, listed_queries, load_rows, offset, view
+from .tile import box_count, list_of, listed_keys, listed_queries, load_rows, view
 
 
 @triton.jit(do_not_specialize=["extra", "most"])

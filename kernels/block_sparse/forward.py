@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
-from ..neighborhood.forward import LN2, LOG2E, softmax_step
-from ..neighborhood.tile import extra_end, extra_view, load_extra_pair
-from .tile import box_count, inside, list_of, listed_keys, load_rows, offset, position, view
+from ..common.triton.extra import extra_end, extra_view, load_extra_pair
+from ..common.triton.memory import inside, offset
+from ..common.triton.softmax import LN2, LOG2E, softmax_step
+from .tile import box_count, list_of, listed_keys, load_rows, position, view
 
 
 @triton.jit

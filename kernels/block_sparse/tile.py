@@ -8,6 +8,9 @@ are full whatever the size of a box.
 import triton
 import triton.language as tl
 
+from ..common.triton.memory import inside
+from ..common.triton.softmax import LOG2E
+
 
 @triton.jit
 def box_count(lengths, BOX: tl.constexpr):
@@ -26,12 +29,6 @@ def position(box, place, lengths, BOX: tl.constexpr):
 
 
 @triton.jit
-def inside(p, lengths):
-    """Whether positions lie in the grid; the first token of a box always does."""
-    return (p[0] < lengths[0]) & (p[1] < lengths[1]) & (p[2] < lengths[2])
-
-
-@triton.jit
 def view(ptr, strides, batch, head, WIDE: tl.constexpr):
     """Pointer to one batch and head, and the spatial strides; `strides` are those of `[B, X, Y, Z, heads, …]`.
 
@@ -42,12 +39,6 @@ def view(ptr, strides, batch, head, WIDE: tl.constexpr):
     if WIDE:
         sx, sy, sz = tl.cast(sx, tl.int64), tl.cast(sy, tl.int64), tl.cast(sz, tl.int64)
     return ptr, (sx, sy, sz)
-
-
-@triton.jit
-def offset(p, strides):
-    """Element offset of positions."""
-    return p[0] * strides[0] + p[1] * strides[1] + p[2] * strides[2]
 
 
 @triton.jit
@@ -95,7 +86,7 @@ def listed_keys(
         if KV_LEN:
             keep &= place < tl.load(kv_len_ptr + box, mask=keep, other=0)
     p = position(box, place, lengths, BOX)
-    return p, keep & inside(p, lengths), bias * 1.4426950408889634
+    return p, keep & inside(p, lengths), bias * LOG2E
 
 
 @triton.jit
@@ -127,4 +118,4 @@ def listed_queries(
         if Q_LEN:
             keep &= place < tl.load(q_len_ptr + box, mask=keep, other=0)
     p = position(box, place, lengths, BOX)
-    return p, keep & inside(p, lengths), bias * 1.4426950408889634
+    return p, keep & inside(p, lengths), bias * LOG2E

@@ -15,19 +15,17 @@ dO u is q (dO M^T) where a program has all features of the queries, n dO out whe
 import triton
 import triton.language as tl
 
+from ..common.triton.memory import head_view, load_tile, store_tile
 from .tile import (
     finish,
     first_token,
-    head_view,
     load_matrix,
     load_sums,
-    load_tile,
     multiplier,
     positive,
     program,
     rounded,
     state_view,
-    store_block,
     store_matrix,
 )
 
@@ -96,7 +94,7 @@ def query_kernel(
             do_sums += do.to(tl.float32)
         if RELU:
             dq = tl.where(wide > 0.0, dq, 0.0)
-        store_block(dq_ptr, dq, row, queries, heads * D, block * COLUMNS, D, COLUMNS, WIDE)
+        store_tile(dq_ptr, dq, row, queries, heads * D, D, COLUMNS, WIDE, block * COLUMNS)
     dstate_ptr = state_view(dstate_ptr, (part * batches + batch) * heads + head, D, E)
     store_matrix(dstate_ptr, dmatrix, own, e, D, E)
     tl.store(dstate_ptr + D * E + own, tl.sum(dzs, 0), mask=own < D)
@@ -150,8 +148,8 @@ def key_kernel(
             k = positive(k)
         if CENTERED:
             k = rounded(k - mean_key[None, :], STATE_PRECISION)
-        store_block(dk_ptr, dk, row, keys, heads * D, block * COLUMNS_D, D, COLUMNS_D, WIDE)
+        store_tile(dk_ptr, dk, row, keys, heads * D, D, COLUMNS_D, WIDE, block * COLUMNS_D)
         dv = tl.dot(k, for_values, input_precision=STATE_PRECISION)
         if CENTERED:
             dv += (dvalue_sum * share)[None, :]
-        store_block(dv_ptr, dv, row, keys, heads * E, block * COLUMNS_E, E, COLUMNS_E, WIDE)
+        store_tile(dv_ptr, dv, row, keys, heads * E, E, COLUMNS_E, WIDE, block * COLUMNS_E)

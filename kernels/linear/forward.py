@@ -6,19 +6,17 @@ A program takes a block of the value's features, all of them while they are few.
 import triton
 import triton.language as tl
 
+from ..common.triton.memory import head_view, load_tile, store_tile
 from .tile import (
     finish,
     first_token,
-    head_view,
     load_matrix,
     load_sums,
-    load_tile,
     multiplier,
     positive,
     program,
     rounded,
     state_view,
-    store_block,
     store_matrix,
 )
 
@@ -103,4 +101,4 @@ def apply_kernel(
             out *= (1.0 / tl.maximum(tl.sum(q * key_sum[None, :], 1), floor))[:, None]
         if CENTERED:
             out += mean_value[None, :]
-        store_block(out_ptr, out, row, queries, heads * E, block * COLUMNS, E, COLUMNS, WIDE)
+        store_tile(out_ptr, out, row, queries, heads * E, E, COLUMNS, WIDE, block * COLUMNS)

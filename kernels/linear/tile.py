@@ -8,11 +8,6 @@ not swallow it.
 import triton
 import triton.language as tl
 
-from ..agent.tile import head_view, load_tile
-
-__all__ = ["finish", "first_token", "head_view", "load_matrix", "load_sums", "load_tile", "multiplier", "positive",
-           "program", "rounded", "state_view", "store_block", "store_matrix"]  # fmt: skip
-
 
 @triton.jit
 def positive(x):
@@ -87,15 +82,3 @@ def finish(matrix, key_sum, value_sum, factor, share, CENTERED: tl.constexpr):
     if CENTERED:
         matrix -= key_sum[:, None] * (value_sum * share)[None, :]
     return matrix * factor
-
-
-@triton.jit
-def store_block(
-    ptr, value, token, tokens, stride, first, D: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
-    """Store features from `first` on of tokens that lie `stride` apart."""
-    d, keep = first + tl.arange(0, BLOCK), token < tokens
-    if WIDE:
-        token = token.to(tl.int64)
-    mask = keep[:, None] & (d < D)[None, :]
-    tl.store(ptr + (token * stride)[:, None] + d[None, :], value.to(ptr.dtype.element_ty), mask=mask)

@@ -8,20 +8,18 @@ The latter computes transposed tiles directly: some Triton releases miscompile t
 import triton
 import triton.language as tl
 
-from .forward import LOG2E, logits_tile
+from ..common.triton.extra import extra_end, extra_view, load_extra_pair
+from ..common.triton.memory import inside, offset
+from ..common.triton.softmax import LOG2E, key_step, query_step
+from .forward import logits_tile
 from .tile import (
     bounds,
     describe,
-    extra_end,
-    extra_view,
     grids,
     group_view,
-    inside,
     integers,
-    load_extra_pair,
     load_tile,
     local,
-    offset,
     part,
     program,
     row_bounds,
@@ -31,15 +29,6 @@ from .tile import (
     tile_count,
     tile_origin,
 )
-
-
-@triton.jit
-def query_step(dq, q, do, lse2, delta, s, k, v, factor, PRECISION: tl.constexpr):
-    """Add the contribution of a tile of keys to dQ / scale; `lse2` is the base-2 log-sum-exp."""
-    p = tl.exp2(s * factor - lse2[:, None])
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["extra"])
@@ -133,17 +122,6 @@ def query_kernel(
     d = tl.arange(0, BLOCK_D)
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + offset(row, dq_sp)[:, None] + d[None, :], dq, mask=keep[:, None] & (d < D)[None, :])
-
-
-@triton.jit
-def key_step(dk, dv, q, do, lse2, delta, st, v, factor, PRECISION: tl.constexpr):
-    """Add the contribution of a tile of queries to dK / scale and dV from transposed logits `[keys, queries]`."""
-    pt = tl.exp2(st * factor - lse2[None, :])
-    dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)
-    dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    dst = pt * (dpt - delta[None, :])
-    dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
 
 
 @triton.jit

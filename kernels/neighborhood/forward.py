@@ -3,17 +3,15 @@
 import triton
 import triton.language as tl
 
+from ..common.triton.extra import extra_end, extra_view, load_extra_pair
+from ..common.triton.memory import inside, offset
+from ..common.triton.softmax import LN2, LOG2E, softmax_step
 from .tile import (
     describe,
-    extra_end,
-    extra_view,
     grids,
     group_view,
-    inside,
-    load_extra_pair,
     load_tile,
     local,
-    offset,
     part,
     program,
     row_bounds,
@@ -24,9 +22,6 @@ from .tile import (
     tile_origin,
     visible,
 )
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -51,21 +46,6 @@ def logits_tile(
     elif BIAS:
         s = s * scale + tl.load(entry).to(tl.float32)
     return s
-
-
-@triton.jit
-def softmax_step(acc, m, l, s, v, factor, PRECISION: tl.constexpr):
-    """One step of the online softmax over logits `s` that `factor` > 0 makes base 2.
-
-    A row that has seen nothing yet has m = -inf and keeps acc = l = 0.
-    """
-    m_new = tl.maximum(m, tl.max(s, 1) * factor)
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s * factor - m_safe[:, None])
-    decay = tl.exp2(m - m_safe)
-    l = l * decay + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-    return acc, m_new, l
 
 
 @triton.jit(do_not_specialize=["extra"])  # a loop known to run once is scheduled into the rest, and spills

@@ -13,6 +13,7 @@ from types import FunctionType
 import triton
 import triton.language as tl
 
+from ..common.triton.memory import inside, offset
 from . import geometry
 
 
@@ -275,21 +276,9 @@ def visible(column, lo, count, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def offset(position, strides):
-    """Element offset of positions given as a 3-tuple of scalars or vectors."""
-    return position[0] * strides[0] + position[1] * strides[1] + position[2] * strides[2]
-
-
-@triton.jit
 def shift(origin, step):
     """Sum of two positions."""
     return origin[0] + step[0], origin[1] + step[1], origin[2] + step[2]
-
-
-@triton.jit
-def inside(position, lengths):
-    """Whether positions lie in the group."""
-    return (position[0] < lengths[0]) & (position[1] < lengths[1]) & (position[2] < lengths[2])
 
 
 @triton.jit
@@ -340,55 +329,3 @@ def load_tile(
         return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
     else:
         return tl.load(pointers)
-
-
-@triton.jit
-def load_extra(ptr, strides, first, extra, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Extra tokens `[BLOCK, BLOCK_D]` from `first` on, zero past the last.
-
-    `strides` are those of `[B, tokens, heads, head_dim]`.
-    """
-    e = first + tl.arange(0, BLOCK)
-    return load_tokens(ptr, strides, e, e < extra, D, BLOCK_D)
-
-
-@triton.jit
-def load_tokens(ptr, strides, tokens, see, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Extra tokens `[tokens, BLOCK_D]`, zero where `see` is not true; see `load_extra`."""
-    d = tl.arange(0, BLOCK_D)
-    pointers = ptr + tokens.to(tl.int64)[:, None] * strides[1] + (d.to(tl.int64) * strides[3])[None, :]
-    return tl.load(pointers, mask=see[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def extra_view(ptr, strides, batch, key_head):
-    """Pointer to the extra tokens of one batch entry and key head."""
-    return ptr + batch.to(tl.int64) * strides[0] + key_head.to(tl.int64) * strides[2]
-
-
-@triton.jit
-def extra_end(ends_ptr, batch, extra, MASKED: tl.constexpr):
-    """The end of the extra tokens of a batch entry: behind the last visible one or, unless `MASKED`, `extra`."""
-    if MASKED:
-        return tl.load(ends_ptr + batch)
-    else:
-        return extra
-
-
-@triton.jit
-def load_extra_pair(
-    k_ptr, k_strides, v_ptr, v_strides, mask_ptr, batch, first, extra,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Extra keys and values from `first` on, and whether queries see them; zero where they do not.
-
-    With `MASKED` that is what `[B, extra]` at `mask_ptr` says, and a masked token is not read: it may hold NaN.
-    """
-    e = first + tl.arange(0, BLOCK)
-    see = e < extra
-    if MASKED:
-        see &= tl.load(mask_ptr + batch.to(tl.int64) * extra + e, mask=see, other=0) != 0
-    k = load_tokens(k_ptr, k_strides, e, see, D, BLOCK_D)
-    v = load_tokens(v_ptr, v_strides, e, see, DV, BLOCK_DV)
-    return k, v, see

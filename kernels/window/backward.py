@@ -11,18 +11,20 @@ transpose of an MMA result on Hopper.
 import triton
 import triton.language as tl
 
-from .tile import LOG2E, NONE, bias_pointers, load, offset, place, sees, split, store, tile, view, windows
+from ..common.triton.memory import head_view
+from ..common.triton.softmax import LOG2E, key_step, query_step
+from .tile import NONE, bias_pointers, load, offset, place, sees, split, store, tile, windows
 
 
 @triton.jit
-def probabilities(
-    k, q, see, bias, lse2, scale, BIAS: tl.constexpr, PRECISION: tl.constexpr
+def transposed_logits(
+    k, q, see, bias, scale, BIAS: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Transposed probabilities `[keys, queries]` from logits and the base-2 log-sum-exp of the queries."""
+    """Base-2 logits `[keys, queries]`, -inf where a query does not see a key."""
     st = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
     if BIAS:
         st += bias.to(tl.float32) * LOG2E
-    return tl.exp2(tl.where(see, st, float("-inf")) - lse2[None, :])
+    return tl.where(see, st, float("-inf"))
 
 
 @triton.jit
@@ -64,25 +66,25 @@ def window_kernel(
     for step in range(part * chunk, tl.minimum(part * chunk + chunk, packs * batches)):
         batch = step // packs
         _, where, keep, region = tile(step % packs * PACK, 0, lengths, PACK, QUERIES, WINDOW, SHIFT, NONE, NONE)
-        k = load(view(k_ptr, k_strides, batch, key_head), k_strides, where, keep, D, BLOCK_D, WIDE)
-        v = load(view(v_ptr, v_strides, batch, key_head), v_strides, where, keep, DV, BLOCK_DV, WIDE)
+        k = load(head_view(k_ptr, k_strides, batch, key_head), k_strides, where, keep, D, BLOCK_D, WIDE)
+        v = load(head_view(v_ptr, v_strides, batch, key_head), v_strides, where, keep, DV, BLOCK_DV, WIDE)
         dk = tl.zeros([PACK * KEYS, BLOCK_D], tl.float32)
         dv = tl.zeros([PACK * KEYS, BLOCK_DV], tl.float32)
         see = column_sees(region, region, keep, PACK, KEYS, QUERIES, SHIFT)
         for g in range(GROUP):
             head = key_head * GROUP + g
-            q = load(view(q_ptr, q_strides, batch, head), q_strides, where, keep, D, BLOCK_D, WIDE)
-            do = load(view(do_ptr, do_strides, batch, head), do_strides, where, keep, DV, BLOCK_DV, WIDE)
-            out = load(view(out_ptr, out_strides, batch, head), out_strides, where, keep, DV, BLOCK_DV, WIDE)
+            q = load(head_view(q_ptr, q_strides, batch, head), q_strides, where, keep, D, BLOCK_D, WIDE)
+            do = load(head_view(do_ptr, do_strides, batch, head), do_strides, where, keep, DV, BLOCK_DV, WIDE)
+            out = load(head_view(out_ptr, out_strides, batch, head), out_strides, where, keep, DV, BLOCK_DV, WIDE)
             at = offset(where, lse_strides, WIDE)
-            lse2 = tl.load(view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
-            dlse = view(dlse_ptr, dlse_strides, batch, head) + offset(where, dlse_strides, WIDE)
+            lse2 = tl.load(head_view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
+            dlse = head_view(dlse_ptr, dlse_strides, batch, head) + offset(where, dlse_strides, WIDE)
             delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - tl.load(dlse, mask=keep, other=0.0)
-            tl.store(view(delta_ptr, lse_strides, batch, head) + at, delta, mask=keep)
+            tl.store(head_view(delta_ptr, lse_strides, batch, head) + at, delta, mask=keep)
             bias = 0.0
             if BIAS:  # kept in cache, not in registers
                 bias = tl.load(bias_pointers(bias_ptr, head, row, column, WINDOW, NONE), mask=exists, other=0.0)
-            pt = probabilities(k, q, see, bias, lse2, scale, BIAS, PRECISION)
+            pt = tl.exp2(transposed_logits(k, q, see, bias, scale, BIAS, PRECISION) - lse2[None, :])
             dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)
             dst = pt * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
             if DBIAS:
@@ -91,10 +93,10 @@ def window_kernel(
             dk = tl.dot(rounded, q, dk, input_precision=PRECISION)
             dqt = tl.dot(tl.trans(k), rounded, input_precision=PRECISION) * scale  # [BLOCK_D, queries]
             d = tl.arange(0, BLOCK_D)
-            to = view(dq_ptr, dq_strides, batch, head) + offset(where, dq_strides, WIDE)[None, :] + d[:, None]
+            to = head_view(dq_ptr, dq_strides, batch, head) + offset(where, dq_strides, WIDE)[None, :] + d[:, None]
             tl.store(to, dqt.to(dq_ptr.dtype.element_ty), mask=keep[None, :] & (d < D)[:, None])
-        store(view(dk_ptr, dk_strides, batch, key_head), dk_strides, where, keep, dk * scale, D, BLOCK_D, WIDE)
-        store(view(dv_ptr, dv_strides, batch, key_head), dv_strides, where, keep, dv, DV, BLOCK_DV, WIDE)
+        store(head_view(dk_ptr, dk_strides, batch, key_head), dk_strides, where, keep, dk * scale, D, BLOCK_D, WIDE)
+        store(head_view(dv_ptr, dv_strides, batch, key_head), dv_strides, where, keep, dv, DV, BLOCK_DV, WIDE)
     if DBIAS:
         same = (i // QUERIES)[None, :] == (i // KEYS)[:, None]
         first = (tl.cast(part, tl.int64) * PACK + i // QUERIES) * key_heads + key_head
@@ -123,17 +125,17 @@ def query_kernel(
     head, batch = pid // packs // BLOCKS % heads, pid // packs // BLOCKS // heads
 
     row, where, keep, region = tile(window, block * QUERIES, lengths, PACK, QUERIES, WINDOW, SHIFT, NONE, NONE)
-    q = load(view(q_ptr, q_strides, batch, head), q_strides, where, keep, D, BLOCK_D, WIDE)
-    do = load(view(do_ptr, do_strides, batch, head), do_strides, where, keep, DV, BLOCK_DV, WIDE)
-    out = load(view(out_ptr, out_strides, batch, head), out_strides, where, keep, DV, BLOCK_DV, WIDE)
+    q = load(head_view(q_ptr, q_strides, batch, head), q_strides, where, keep, D, BLOCK_D, WIDE)
+    do = load(head_view(do_ptr, do_strides, batch, head), do_strides, where, keep, DV, BLOCK_DV, WIDE)
+    out = load(head_view(out_ptr, out_strides, batch, head), out_strides, where, keep, DV, BLOCK_DV, WIDE)
     at = offset(where, lse_strides, WIDE)
-    lse2 = tl.load(view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
-    dlse = view(dlse_ptr, dlse_strides, batch, head) + offset(where, dlse_strides, WIDE)
+    lse2 = tl.load(head_view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
+    dlse = head_view(dlse_ptr, dlse_strides, batch, head) + offset(where, dlse_strides, WIDE)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - tl.load(dlse, mask=keep, other=0.0)
-    tl.store(view(delta_ptr, lse_strides, batch, head) + at, delta, mask=keep)
+    tl.store(head_view(delta_ptr, lse_strides, batch, head) + at, delta, mask=keep)
 
-    k_ptr = view(k_ptr, k_strides, batch, head // GROUP)
-    v_ptr = view(v_ptr, v_strides, batch, head // GROUP)
+    k_ptr = head_view(k_ptr, k_strides, batch, head // GROUP)
+    v_ptr = head_view(v_ptr, v_strides, batch, head // GROUP)
     dq = tl.zeros([PACK * QUERIES, BLOCK_D], tl.float32)
     for first in range(0, S, KEYS):
         column, key_where, key_keep, key_region = tile(
@@ -146,10 +148,9 @@ def query_kernel(
         if BIAS:
             entry = bias_pointers(bias_ptr, head, row[:, None], column[None, :], WINDOW, HALO)
             s += tl.load(entry, mask=see & keep[:, None], other=0.0).to(tl.float32) * LOG2E
-        p = tl.exp2(tl.where(see, s, float("-inf")) - lse2[:, None])
-        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    store(view(dq_ptr, dq_strides, batch, head), dq_strides, where, keep, dq * scale, D, BLOCK_D, WIDE)
+        s = tl.where(see, s, float("-inf"))
+        dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
+    store(head_view(dq_ptr, dq_strides, batch, head), dq_strides, where, keep, dq * scale, D, BLOCK_D, WIDE)
 
 
 @triton.jit
@@ -195,8 +196,8 @@ def key_kernel(
     sx, sy, sz = split(slot, WINDOW)
     where, key_keep, key_region = place((cx, cy, cz), (sx, sy, sz), lengths, WINDOW, SHIFT, NONE, MARGIN)
     key_keep &= slot < T
-    k = load(view(k_ptr, k_strides, batch, key_head), k_strides, where, key_keep, D, BLOCK_D, WIDE)
-    v = load(view(v_ptr, v_strides, batch, key_head), v_strides, where, key_keep, DV, BLOCK_DV, WIDE)
+    k = load(head_view(k_ptr, k_strides, batch, key_head), k_strides, where, key_keep, D, BLOCK_D, WIDE)
+    v = load(head_view(v_ptr, v_strides, batch, key_head), v_strides, where, key_keep, DV, BLOCK_DV, WIDE)
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
     for around in range(AROUND[0] * AROUND[1] * AROUND[2]):
@@ -213,22 +214,20 @@ def key_kernel(
             head = key_head * GROUP + g
             for first in range(0, T, QUERIES):
                 row, query, keep, region = tile(window, first, lengths, 1, QUERIES, WINDOW, SHIFT, NONE, NONE)
-                q = load(view(q_ptr, q_strides, batch, head), q_strides, query, keep, D, BLOCK_D, WIDE)
-                do = load(view(do_ptr, do_strides, batch, head), do_strides, query, keep, DV, BLOCK_DV, WIDE)
+                q = load(head_view(q_ptr, q_strides, batch, head), q_strides, query, keep, D, BLOCK_D, WIDE)
+                do = load(head_view(do_ptr, do_strides, batch, head), do_strides, query, keep, DV, BLOCK_DV, WIDE)
                 at = offset(query, lse_strides, WIDE)
-                lse2 = tl.load(view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
-                delta = tl.load(view(delta_ptr, lse_strides, batch, head) + at, mask=keep, other=0.0)
+                lse2 = tl.load(head_view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
+                delta = tl.load(head_view(delta_ptr, lse_strides, batch, head) + at, mask=keep, other=0.0)
                 see = column_sees(key_region, region, seen, 1, KEYS, QUERIES, SHIFT)
                 bias = 0.0
                 if BIAS:
                     entry = bias_pointers(bias_ptr, head, row[None, :], column[:, None], WINDOW, HALO)
                     bias = tl.load(entry, mask=see & keep[None, :], other=0.0)
-                pt = probabilities(k, q, see, bias, lse2, scale, BIAS, PRECISION)
-                dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)
-                dst = pt * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
-                dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)
-    store(view(dk_ptr, dk_strides, batch, key_head), dk_strides, where, key_keep, dk * scale, D, BLOCK_D, WIDE)
-    store(view(dv_ptr, dv_strides, batch, key_head), dv_strides, where, key_keep, dv, DV, BLOCK_DV, WIDE)
+                st = transposed_logits(k, q, see, bias, scale, BIAS, PRECISION)
+                dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, 1.0, PRECISION)
+    store(head_view(dk_ptr, dk_strides, batch, key_head), dk_strides, where, key_keep, dk * scale, D, BLOCK_D, WIDE)
+    store(head_view(dv_ptr, dv_strides, batch, key_head), dv_strides, where, key_keep, dv, DV, BLOCK_DV, WIDE)
 
 
 @triton.jit
@@ -262,8 +261,8 @@ def bias_kernel(
         _, where, keep, region = tile(window, rows, lengths, 1, QUERIES, WINDOW, SHIFT, NONE, NONE)
         _, key_where, key_keep, key_region = tile(window, columns, lengths, 1, KEYS, WINDOW, SHIFT, HALO, MARGIN)
         at = offset(where, lse_strides, WIDE)
-        lse2 = tl.load(view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
-        delta = tl.load(view(delta_ptr, lse_strides, batch, head) + at, mask=keep, other=0.0)
+        lse2 = tl.load(head_view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
+        delta = tl.load(head_view(delta_ptr, lse_strides, batch, head) + at, mask=keep, other=0.0)
         see = sees(region, key_region, key_keep, 1, QUERIES, KEYS, SHIFT)
         s = tl.zeros([QUERIES, KEYS], tl.float32)
         dp = tl.zeros([QUERIES, KEYS], tl.float32)
@@ -271,11 +270,11 @@ def bias_kernel(
             first = tl.cast(d, tl.int64)
             q_part, do_part = q_ptr + first * q_strides[5], do_ptr + first * do_strides[5]
             k_part, v_part = k_ptr + first * k_strides[5], v_ptr + first * v_strides[5]
-            q = load(view(q_part, q_strides, batch, head), q_strides, where, keep, D - d, STEP, WIDE)
-            k = load(view(k_part, k_strides, batch, key_head), k_strides, key_where, key_keep, D - d, STEP, WIDE)
+            q = load(head_view(q_part, q_strides, batch, head), q_strides, where, keep, D - d, STEP, WIDE)
+            k = load(head_view(k_part, k_strides, batch, key_head), k_strides, key_where, key_keep, D - d, STEP, WIDE)
             s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
-            do = load(view(do_part, do_strides, batch, head), do_strides, where, keep, DV - d, STEP, WIDE)
-            v = load(view(v_part, v_strides, batch, key_head), v_strides, key_where, key_keep, DV - d, STEP, WIDE)
+            do = load(head_view(do_part, do_strides, batch, head), do_strides, where, keep, DV - d, STEP, WIDE)
+            v = load(head_view(v_part, v_strides, batch, key_head), v_strides, key_where, key_keep, DV - d, STEP, WIDE)
             dp = tl.dot(do, tl.trans(v), dp, input_precision=PRECISION)
         p = tl.exp2(tl.where(see, s * (scale * LOG2E) + bias, float("-inf")) - lse2[:, None])
         dbias += p * (dp - delta[:, None])

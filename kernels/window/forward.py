@@ -3,7 +3,9 @@
 import triton
 import triton.language as tl
 
-from .tile import LN2, LOG2E, NONE, bias_pointers, load, offset, sees, store, tile, view, windows
+from ..common.triton.memory import head_view
+from ..common.triton.softmax import LN2, LOG2E, softmax_step
+from .tile import NONE, bias_pointers, load, offset, sees, store, tile, windows
 
 
 @triton.jit
@@ -26,9 +28,9 @@ def forward_kernel(
     head, batch = pid // packs // BLOCKS % heads, pid // packs // BLOCKS // heads
 
     row, place, keep, region = tile(window, block * QUERIES, lengths, PACK, QUERIES, WINDOW, SHIFT, NONE, NONE)
-    q = load(view(q_ptr, q_strides, batch, head), q_strides, place, keep, D, BLOCK_D, WIDE)
-    k_ptr = view(k_ptr, k_strides, batch, head // GROUP)
-    v_ptr = view(v_ptr, v_strides, batch, head // GROUP)
+    q = load(head_view(q_ptr, q_strides, batch, head), q_strides, place, keep, D, BLOCK_D, WIDE)
+    k_ptr = head_view(k_ptr, k_strides, batch, head // GROUP)
+    v_ptr = head_view(v_ptr, v_strides, batch, head // GROUP)
     acc = tl.zeros([PACK * QUERIES, BLOCK_DV], tl.float32)
     m = tl.full([PACK * QUERIES], float("-inf"), tl.float32)
     l = tl.zeros([PACK * QUERIES], tl.float32)
@@ -44,15 +46,9 @@ def forward_kernel(
             entry = bias_pointers(bias_ptr, head, row[:, None], column[None, :], WINDOW, HALO)
             s += tl.load(entry, mask=see & keep[:, None], other=0.0).to(tl.float32) * LOG2E
         s = tl.where(see, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows that have seen nothing yet
-        p = tl.exp2(s - m_safe[:, None])
-        decay = tl.exp2(m - m_safe)
-        l = l * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        m = m_new
+        acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
 
     l = tl.where(l == 0.0, 1.0, l)  # rows that do not exist
-    store(view(out_ptr, out_strides, batch, head), out_strides, place, keep, acc / l[:, None], DV, BLOCK_DV, WIDE)
-    lse = view(lse_ptr, lse_strides, batch, head) + offset(place, lse_strides, WIDE)
+    store(head_view(out_ptr, out_strides, batch, head), out_strides, place, keep, acc / l[:, None], DV, BLOCK_DV, WIDE)
+    lse = head_view(lse_ptr, lse_strides, batch, head) + offset(place, lse_strides, WIDE)
     tl.store(lse, (m + tl.log2(l)) * LN2, mask=keep)

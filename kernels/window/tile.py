@@ -8,8 +8,6 @@ of constants with the meaning of `geometry.Axis`; queries have no halo and no ma
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 NONE = tl.constexpr((0, 0, 0))
 
 
@@ -78,12 +76,6 @@ def sees(
         row, column = tl.arange(0, PACK * ROWS) // ROWS, tl.arange(0, PACK * COLUMNS) // COLUMNS
         see &= row[:, None] == column[None, :]
     return see
-
-
-@triton.jit
-def view(ptr, strides, batch, head):
-    """Pointer to one batch and head of `[B, X, Y, Z, heads, …]`."""
-    return ptr + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[4]
 
 
 @triton.jit

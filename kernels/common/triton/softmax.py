@@ -1,0 +1,42 @@
+"""Steps of softmax attention over tiles, all base 2: exp(x) is exp2(x * log2(e))."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def softmax_step(acc, m, l, s, v, factor, PRECISION: tl.constexpr):
+    """One step of the online softmax over logits `s` that `factor` > 0 makes base 2.
+
+    A row that has seen nothing yet has m = -inf and keeps acc = l = 0.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1) * factor)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s * factor - m_safe[:, None])
+    decay = tl.exp2(m - m_safe)
+    l = l * decay + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, m_new, l
+
+
+@triton.jit
+def query_step(dq, q, do, lse2, delta, s, k, v, factor, PRECISION: tl.constexpr):
+    """Add the contribution of a tile of keys to dQ / scale; `lse2` is the base-2 log-sum-exp."""
+    p = tl.exp2(s * factor - lse2[:, None])
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def key_step(dk, dv, q, do, lse2, delta, st, v, factor, PRECISION: tl.constexpr):
+    """Add the contribution of a tile of queries to dK / scale and dV from transposed logits `[keys, queries]`."""
+    pt = tl.exp2(st * factor - lse2[None, :])
+    dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)
+    dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    dst = pt * (dpt - delta[None, :])
+    dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
