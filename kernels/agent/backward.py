@@ -41,6 +41,7 @@ def query_kernel(
     keep = row < queries
     q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE)
     do = load_tile(do_ptr, do_strides, do_inner, row, queries, DV, BLOCK_DV, WIDE)
+    # delta from the output, unless one tile holds all keys
     delta = tl.zeros([QUERIES], tl.float32)
     if not WHOLE:
         out_row = row.to(tl.int64) if WIDE else row
@@ -49,6 +50,7 @@ def query_kernel(
         delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     lse = tl.load(lse_ptr + row, mask=keep, other=float("inf"))
 
+    # dQ over the keys of the part
     dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     for first in tl.range(part * chunk, min(part * chunk + chunk, keys), KEYS, num_stages=STAGES):
         column = first + tl.arange(0, KEYS)
@@ -96,6 +98,7 @@ def key_kernel(
     column = tile * KEYS + tl.arange(0, KEYS)
     k = load_tile(k_ptr, k_strides, k_inner, column, keys, D, BLOCK_D, WIDE)
     v = load_tile(v_ptr, v_strides, v_inner, column, keys, DV, BLOCK_DV, WIDE)
+    # dK and dV over the queries of the part
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
     for first in tl.range(part * chunk, min(part * chunk + chunk, queries), QUERIES, num_stages=STAGES):
@@ -133,6 +136,7 @@ def bias_kernel(
     column = tile % key_tiles * KEYS + tl.arange(0, KEYS)
     bias = load_bias(bias_ptr, bias_strides, head, row, queries, column, keys, WIDE)
     acc = tl.zeros([QUERIES, KEYS], tl.float32)
+    # sum of dS over batch entries; S and dP from a few features at a time
     for i in tl.range(0, min(chunk, batches - part * chunk)):
         batch = part * chunk + i
         q_head, k_head = head_view(q_ptr, q_strides, batch, head), head_view(k_ptr, k_strides, batch, head)

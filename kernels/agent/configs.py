@@ -80,7 +80,7 @@ def choose(
 
 
 def chunk_length(total: int, tile: int, programs: int, kind: Literal["tokens", "batch"] = "tokens") -> int:
-    """How much of a long axis one program takes, in whole tiles, if there are `programs` of them without a split."""
+    """Length of a long axis per program, in whole tiles, if there are `programs` of them without a split."""
     parts = ceil(PROGRAMS / programs)
     chunk = forced.get("chunk", max(MIN_CHUNK[kind], ceil(total / parts)))
     return ceil(chunk / tile) * tile

@@ -1,4 +1,4 @@
-"""What agent attention costs: FLOPs and compulsory bytes of the fused passes, exact, on Python integers."""
+"""Cost of agent attention: FLOPs and compulsory bytes of the fused passes, exact, on Python integers."""
 
 from math import prod
 from typing import Any
@@ -30,7 +30,7 @@ def backward_flops(
 def _operand_bytes(
     batch, heads, head_dim, value_dim, queries, keys, agents, itemsize, bias_itemsizes
 ) -> tuple[int, int, int, int, int, int]:
-    """Of queries with their outputs, of keys with their values, of agents, of what they gathered, of biases and of
+    """Bytes of queries with their outputs, keys with their values, agents, values of the agents, biases and
     log-sum-exps."""
     row, value_row = (batch * heads * features * itemsize for features in (head_dim, value_dim or head_dim))
     biases = heads * agents * (keys * bias_itemsizes[0] + queries * bias_itemsizes[1])

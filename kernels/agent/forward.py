@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..common.triton.memory import head_view, load_tile, store_tile
-from ..common.triton.softmax import LOG2E, softmax_step
+from ..common.triton.softmax import LOG2E, softmax_weights
 from .tile import load_bias
 
 
@@ -21,6 +21,7 @@ def forward_kernel(
     BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Out `[parts, B, queries, heads, DV]` and base-2 log-sum-exp `[parts, B, heads, queries]`, of `chunk` keys."""
+    # of this program: a tile of queries, a head, a batch entry and a part of the keys
     tiles = tl.cdiv(queries, QUERIES)
     tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     head, batch, part = slice % heads, slice // heads % batches, slice // (heads * batches)
@@ -33,6 +34,7 @@ def forward_kernel(
     acc = tl.zeros([QUERIES, BLOCK_DV], tl.float32)
     m = tl.full([QUERIES], float("-inf"), tl.float32)
     l = tl.zeros([QUERIES], tl.float32)
+    # online softmax over the keys of the part
     for first in tl.range(part * chunk, min(part * chunk + chunk, keys), KEYS, num_stages=STAGES):
         column = first + tl.arange(0, KEYS)
         k = load_tile(k_ptr, k_strides, k_inner, column, keys, D, BLOCK_D, WIDE)
@@ -40,9 +42,11 @@ def forward_kernel(
         if BIAS:
             s += load_bias(bias_ptr, bias_strides, head, row, queries, column, keys, WIDE)
         s = tl.where((column < keys)[None, :], s, float("-inf"))
+        p, decay, m, l = softmax_weights(m, l, s, 1.0)
         v = load_tile(v_ptr, v_strides, v_inner, column, keys, DV, BLOCK_DV, WIDE)
-        acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
 
+    # normalise and store; the log-sum-exp joins parts
     slice = (part * batches + batch).to(tl.int64) * queries * heads
     store_tile(out_ptr + (slice + head) * DV, acc / l[:, None], row, queries, heads * DV, DV, BLOCK_DV, WIDE)
     tl.store(lse_ptr + slice + head * queries + row, m + tl.log2(l), mask=row < queries)
@@ -63,6 +67,7 @@ def merge_kernel(
     acc = tl.zeros([QUERIES, BLOCK_DV], tl.float32)
     m = tl.full([QUERIES], float("-inf"), tl.float32)
     l = tl.zeros([QUERIES], tl.float32)
+    # weights of the parts by their log-sum-exp, in the order of parts
     for part in tl.range(0, parts):
         found = (part * batches + batch).to(tl.int64) * queries * heads
         lse = tl.load(part_lse_ptr + found + head * queries + row, mask=keep, other=0.0)

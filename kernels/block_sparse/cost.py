@@ -1,4 +1,4 @@
-"""What block-sparse attention costs: useful FLOPs and compulsory bytes, exact where the lists can be read."""
+"""Cost of block-sparse attention: useful FLOPs and compulsory bytes, exact where the lists can be read."""
 
 from __future__ import annotations
 

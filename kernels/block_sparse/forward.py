@@ -11,7 +11,7 @@ from .tile import box_count, list_of, listed_keys, load_rows, position, view
 
 @triton.jit
 def program(pid, lengths, heads, BOX: tl.constexpr, ROWS: tl.constexpr):
-    """What program `pid` owns: batch, head, box, number of boxes, and its tokens in the box. Tiles vary fastest."""
+    """Batch, head, box, number of boxes, and tokens in the box, of program `pid`. Tiles vary fastest."""
     TILES: tl.constexpr = (BOX[0] * BOX[1] * BOX[2] + ROWS - 1) // ROWS
     boxes = box_count(lengths, BOX)
     place = pid % TILES * ROWS + tl.arange(0, ROWS)
@@ -22,7 +22,7 @@ def program(pid, lengths, heads, BOX: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def rows_of(box, place, lengths, length_ptr, BOX: tl.constexpr, LENGTH: tl.constexpr):
-    """Of the tokens of a box: position, whether it lies in box and grid, and whether it also exists."""
+    """Position of the tokens of a box, whether it lies in box and grid, and whether it also exists."""
     p = position(box, place, lengths, BOX)
     keep = inside(p, lengths) & (place < BOX[0] * BOX[1] * BOX[2])
     exists = keep

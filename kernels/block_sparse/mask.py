@@ -1,4 +1,4 @@
-"""Which boxes of keys each box of queries attends to, and the only place that knows how a grid is cut into boxes."""
+"""Lists of key boxes per query box; the only place that knows how a grid is cut into boxes."""
 
 from __future__ import annotations
 

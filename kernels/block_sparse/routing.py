@@ -52,7 +52,7 @@ def _means(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _shares(length: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What every token of an axis has in the mean of every region, `[regions, length]`."""
+    """Share of each token of an axis in the mean of each region, `[regions, length]`."""
     region = torch.arange(ceil_div(length, size), device=device)
     belongs = (torch.arange(length, device=device) // size == region[:, None]).to(dtype)
     return belongs / belongs.sum(1, keepdim=True)

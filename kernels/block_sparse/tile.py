@@ -94,7 +94,7 @@ def listed_queries(
     c, total, order_ptr, bias_ptr, q_len_ptr, lengths, most,
     BOX: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, Q_LEN: tl.constexpr,
 ):
-    """The same for queries, over the entries (query box * `most` + place in its list) that name a box of keys."""
+    """`listed_keys` for queries, over the entries (query box * `most` + place in its list) that name a box of keys."""
     TOKENS: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     column = c + tl.arange(0, COLUMNS)
     keep = column < total

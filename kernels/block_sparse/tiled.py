@@ -156,7 +156,7 @@ def _unbox(x: Tensor, target: Tensor, block: tuple[int, ...], group: int) -> Non
 
 
 def _existing(shape, block: tuple[int, ...], length: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which tokens of each box exist, bool `[boxes, tokens]`; None when all do."""
+    """True for tokens of a box that exist, bool `[boxes, tokens]`; None when all do."""
     exists = None
     if not _divides(shape, block):
         exists = _box(torch.ones((1, *shape, 1, 1), dtype=torch.bool, device=device), block, 1, 0)[..., 0]
@@ -268,7 +268,7 @@ def _chunks(plan: _Plan, kv_num: Tensor, kv_idx: Tensor, bias: Tensor | None, co
 
 
 def _added(plan: _Plan, listed: Tensor, number: Tensor, bias: Tensor | None, heads: Tensor) -> Tensor:
-    """What a chunk adds to its base-2 logits, `[n, 1, keys + extra]`."""
+    """Bias and mask of a chunk, added to its base-2 logits, `[n, 1, keys + extra]`."""
     dtype = torch.promote_types(plan.key.dtype, torch.float32)
     seen = listed[..., None].expand(-1, -1, plan.key.shape[1])
     if plan.key_exists is not None:

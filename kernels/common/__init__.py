@@ -1,1 +1,1 @@
-"""What all operators share: their declaration, checks of arguments, facts about tracing, launches and costs."""
+"""Shared by all operators: the declaration, checks of arguments, facts about tracing and launches."""

@@ -1,4 +1,4 @@
-"""What kind each argument of a public operator is: the checks that come before its own, by annotation.
+"""Checks of the kind of each argument of a public operator, by annotation; they come before its own.
 
 Operators know how tensors fit together; that arguments are dense tensors of a dtype and on a device that they compute
 with, numbers, booleans or the name of an implementation is checked here, for all of them.
@@ -45,7 +45,7 @@ def _check_operand(name: str, x: Any, first: Given) -> None:
 
 
 def _check_addition(name: str, x: Any, first: Given) -> None:
-    """The same for a tensor that may be left out."""
+    """`_check_operand` for a tensor that may be left out."""
     check_dense(name, x, "a tensor or None")
     if x.dtype not in DTYPES or _is_elsewhere(x, first[1]):
         raise ValueError(f"{name} ({x.dtype}, {x.device}) must be {ACCEPTED_DTYPES} on the device of {first[0]}")

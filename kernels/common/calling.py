@@ -1,4 +1,4 @@
-"""What every operator's `api.py` shares: checks of arguments and the choice of implementation."""
+"""Checks of how arguments fit together, and facts of a call that choose its implementation."""
 
 import os
 from collections.abc import Sequence

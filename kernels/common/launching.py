@@ -1,4 +1,4 @@
-"""What launches of Triton kernels share: facts of tensors and devices, lengths of tiles, parameters that are forced."""
+"""Launches of Triton kernels: facts of tensors and devices, lengths of tiles, parameters that are forced."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,7 +107,7 @@ def has_descriptors(device: torch.device) -> bool:
 
 
 def aligned(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can address these tensors: unit last stride, all else at multiples of 16 bytes."""
+    """Return whether tensor descriptors can address tensors: unit last stride, all else at multiples of 16 bytes."""
     return all(
         x.stride(-1) == 1
         and x.data_ptr() % 16 == 0
@@ -118,7 +118,7 @@ def aligned(*tensors: Tensor) -> bool:
 
 @lru_cache
 def device_class(device: torch.device) -> Device:
-    """Which table of sizes suits the device."""
+    """Name of the table of sizes that suits a device."""
     if device.type != "cuda":
         return "hopper"
     import triton
@@ -130,7 +130,7 @@ def device_class(device: torch.device) -> Device:
 
 
 def needs_wide(*tensors: Tensor, made: int = 0) -> bool:
-    """Whether an offset inside one batch and head passes 32 bits, or one in `made` numbers a batch entry."""
+    """Return whether an offset in one batch entry and head passes 32 bits, or one in `made` numbers per batch entry."""
     return made >= 2**31 or any(
         sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31 for x in tensors
     )
@@ -138,12 +138,12 @@ def needs_wide(*tensors: Tensor, made: int = 0) -> bool:
 
 @lru_cache
 def has_tf32(device: torch.device) -> bool:
-    """Whether matrix units take float32 as TF32 only: NVIDIA from Ampere on."""
+    """Return whether matrix units take float32 as TF32 only: NVIDIA from Ampere on."""
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def precision(query: Tensor) -> str:
-    """How products of float32 matrices are done, for Triton.
+    """Precision of products of float32 matrices, in Triton's names.
 
     To float32 accuracy, unless `torch.set_float32_matmul_precision` or `torch.backends.cuda.matmul.fp32_precision`
     allows TF32. On NVIDIA that is three TF32 products (an error of 2^-22, where float32 rounds at 2^-24): products

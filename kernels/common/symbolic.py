@@ -13,20 +13,22 @@ from .calling import tracing
 
 
 def _follows(condition) -> bool:
-    """Whether a condition holds whatever its symbols stand for."""
+    """Return whether a condition holds whatever its symbols stand for."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # it brings sympy
 
     return statically_known_true(condition)
 
 
 def known(condition) -> bool:
-    """Whether a condition holds; in a graph that must not be bound, whether it holds whatever its symbols stand for."""
+    """Return whether a condition holds; in a graph that must not be bound, whether for all values of symbols."""
     return _follows(condition) if tracing() and not torch.compiler.is_dynamo_compiling() else bool(condition)
 
 
 def is_symbol(length: int) -> bool:
-    """Whether a length of an exported graph is a symbol. `torch.compile` calls its symbols integers: it compiles again
-    for lengths that a graph does not serve."""
+    """Return whether a length of an exported graph is a symbol.
+
+    `torch.compile` calls its symbols integers: it compiles again for lengths that a graph does not serve.
+    """
     return isinstance(length, torch.SymInt)
 
 
@@ -82,5 +84,5 @@ def ravel(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
 
 
 def exporting() -> bool:
-    """Whether a graph is made to be exported, by tracing operators one by one."""
+    """Return whether a graph is made to be exported, by tracing operators one by one."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()

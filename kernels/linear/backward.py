@@ -59,6 +59,7 @@ def query_kernel(
     dmatrix = tl.zeros([COLUMNS, BLOCK_E], tl.float32)
     dzs = tl.zeros([ROWS, COLUMNS], tl.float32)
     do_sums = tl.zeros([ROWS, BLOCK_E], tl.float32)
+    # dQ per tile; gradients of the state summed over the part
     for first in tl.range(part * chunk, min(part * chunk + chunk, queries), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, COLUMNS, WIDE, block * COLUMNS)
@@ -95,6 +96,7 @@ def query_kernel(
         if RELU:
             dq = tl.where(wide > 0.0, dq, 0.0)
         store_tile(dq_ptr, dq, row, queries, heads * D, D, COLUMNS, WIDE, block * COLUMNS)
+    # the packed gradients of the part
     dstate_ptr = state_view(dstate_ptr, (part * batches + batch) * heads + head, D, E)
     store_matrix(dstate_ptr, dmatrix, own, e, D, E)
     tl.store(dstate_ptr + D * E + own, tl.sum(dzs, 0), mask=own < D)
@@ -121,6 +123,7 @@ def key_kernel(
     d, own_d = tl.arange(0, BLOCK_D), block * COLUMNS_D + tl.arange(0, COLUMNS_D)
     e, own_e = tl.arange(0, BLOCK_E), block * COLUMNS_E + tl.arange(0, COLUMNS_E)
     factor = multiplier(scale_ptr, scale, head, share, SCALES, MEAN)
+    # gradients of the state with its factor stay in registers
     for_keys = load_matrix(dstate_ptr, own_d, e, D, E) * factor
     for_values = load_matrix(dstate_ptr, d, own_e, D, E) * factor
     dkey_sum, dvalue_sum = load_sums(dstate_ptr, own_d, own_e, D, E)
@@ -131,6 +134,7 @@ def key_kernel(
         mean_key = first_token(k_ptr, k_strides, d, D, RELU) + key_sum * share
         mean_value = first_token(v_ptr, v_strides, e, E, False) + value_sum * share
     for_keys, for_values = tl.trans(rounded(for_keys, STATE_PRECISION)), rounded(for_values, STATE_PRECISION)
+    # dK and dV per tile
     for first in tl.range(part * chunk, min(part * chunk + chunk, keys), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         k = load_tile(k_ptr, k_strides, k_inner, row, keys, D, BLOCK_D, WIDE).to(tl.float32)

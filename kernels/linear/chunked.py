@@ -37,7 +37,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: LinearCall) -> Tenso
 
 
 class _State(NamedTuple):
-    """What queries meet, and its gradient."""
+    """State that queries read, or its gradient."""
 
     matrix: Tensor  # [B, heads, d, e]: sum or mean of products of a key and a value; when centred, the covariance
     keys: Tensor  # [B, heads, 1, d]: sum or mean; when centred, mean less the first
@@ -179,7 +179,7 @@ def _load(x: Tensor, part: Part, relu: bool = False) -> Tensor:
 
 
 def _first(x: Tensor, part: Part, relu: bool = False) -> Tensor:
-    """The first token of a part's entries: means are taken less it, so that large ones do not swallow what is left."""
+    """First token, subtracted before averaging (shifted mean): a large common offset would cost precision."""
     return _load(x, (part[0], slice(1)), relu)
 
 

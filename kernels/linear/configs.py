@@ -69,7 +69,7 @@ def choose(kernel: Kernel, *, tokens: int, features: int, itemsize: int, device:
 
 
 def chunk_length(kernel: Kernel, *, tokens: int, features: int, rows: int, slices: int) -> int:
-    """How many tokens of a slice, an entry of the batch and a head, one program takes, in whole tiles."""
+    """Tokens per program of a slice (a batch entry and a head), in whole tiles."""
     fewest, a_feature = MIN_CHUNK[kernel]
     chunk = forced.get("chunk", max(fewest + a_feature * features, ceil(tokens * slices / PROGRAMS)))
     return ceil(chunk / rows) * rows

@@ -1,4 +1,4 @@
-"""What linear attention costs: FLOPs and compulsory bytes of the fused passes, exact, on Python integers."""
+"""Cost of linear attention: FLOPs and compulsory bytes of the fused passes, exact, on Python integers."""
 
 from math import prod
 from typing import Any

@@ -36,9 +36,11 @@ def state_kernel(
     matrix = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
     key_sums = tl.zeros([ROWS, BLOCK_D], tl.float32)
     value_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    # what is averaged is less the first token: large means would cost precision
     if CENTERED:
         first_key = first_token(k_ptr, k_strides, d, D, RELU)
         first_value = first_token(v_ptr, v_strides, e, E, False)
+    # products of keys and values, summed over the part
     for first in tl.range(part * chunk, min(part * chunk + chunk, keys), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         k = load_tile(k_ptr, k_strides, k_inner, row, keys, D, BLOCK_D, WIDE)
@@ -58,6 +60,7 @@ def state_kernel(
             matrix = tl.dot(tl.trans(k), v, matrix, input_precision=PRECISION)
         if SUMS:
             key_sums += wide
+    # the packed state of the part
     state_ptr = state_view(state_ptr, (part * batches + batch) * heads + head, D, E)
     store_matrix(state_ptr, matrix, d, e, D, E)
     tl.store(state_ptr + D * E + d, tl.sum(key_sums, 0), mask=(d < D) & (block == 0))
@@ -81,6 +84,7 @@ def apply_kernel(
     out_ptr += (batch.to(tl.int64) * queries * heads + head) * E
     state_ptr = state_view(state_ptr, batch * heads + head, D, E)
     d, e = tl.arange(0, BLOCK_D), block * COLUMNS + tl.arange(0, COLUMNS)
+    # the state with its factor stays in registers
     key_sum, value_sum = load_sums(state_ptr, d, e, D, E)
     factor = multiplier(scale_ptr, scale, head, share, SCALES, MEAN)
     matrix = finish(load_matrix(state_ptr, d, e, D, E), key_sum, value_sum, factor, share, CENTERED)
@@ -89,6 +93,7 @@ def apply_kernel(
         key_sum *= share
     if CENTERED:
         mean_value = first_token(head_view(v_ptr, v_strides, batch, head), v_strides, e, E, False) + value_sum * share
+    # each tile of queries reads it
     for first in tl.range(part * chunk, min(part * chunk + chunk, queries), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE).to(tl.float32)

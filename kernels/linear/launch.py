@@ -66,7 +66,7 @@ def normaliser(call: LinearCall) -> tuple[str, float]:
 
 
 def state_precision(query: Tensor, precision: str) -> str:
-    """How products with float32 states are done: for half precision TF32, which has a larger range than float16."""
+    """Precision of products with float32 states: for half precision TF32, which has a larger range than float16."""
     if query.dtype == torch.float32:
         return precision
     return "tf32" if has_tf32(query.device) else "ieee"
@@ -153,7 +153,7 @@ def backward(
 
 
 def _scales_gradient(this: _Launches, state: Tensor, dstate: Tensor) -> Tensor:
-    """Gradient of the scales, from the packed state before its factor and the gradient of the one that queries meet."""
+    """Gradient of the scales: sum of (state before its factor) * (gradient of the state after it), per head."""
     d, e, (share, scale) = this.head_dim, this.value_dim, this.factors
     matrix, key_sum, value_sum = state.split([d * e, d, e], -1)
     met = matrix.unflatten(-1, (d, e))

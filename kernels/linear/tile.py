@@ -1,4 +1,4 @@
-"""What the kernels of linear attention share: the packed state of a head, and rounding for matrix units.
+"""Triton helpers of linear attention: the packed state of a head, and rounding for matrix units.
 
 A state is D * E + D + E float32 numbers: a matrix, D sums of keys and E sums of values; backwards, the gradients of
 these. When centred, all are of keys and values less the first of them: the covariance is the same, and large means do
@@ -78,7 +78,7 @@ def multiplier(scale_ptr, scale, head, share, SCALES: tl.constexpr, MEAN: tl.con
 
 @triton.jit
 def finish(matrix, key_sum, value_sum, factor, share, CENTERED: tl.constexpr):
-    """What queries meet of a block of the matrix, given the sums of its rows and columns."""
+    """Block of the matrix that queries are multiplied by, given the sums of its rows and columns."""
     if CENTERED:
         matrix -= key_sum[:, None] * (value_sum * share)[None, :]
     return matrix * factor

@@ -339,7 +339,7 @@ def sees(
     query, step, length, A: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
 ):
-    """Whether queries at grid coordinates of axis `A` see the key `step` positions further in their group."""
+    """Mask of queries at grid coordinates of axis `A` that see the key `step` positions further in their group."""
     group = query % DILATION[A]
     position = query // DILATION[A]
     n = (length - group + DILATION[A] - 1) // DILATION[A]

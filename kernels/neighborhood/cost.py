@@ -1,4 +1,4 @@
-"""What a neighborhood costs: useful FLOPs and compulsory bytes, exact, on Python integers.
+"""Cost of neighborhood attention: useful FLOPs and compulsory bytes, exact, on Python integers.
 
 The axes are independent: the pairs of the grid are the product of the pairs of each axis.
 """

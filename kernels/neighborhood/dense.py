@@ -39,7 +39,7 @@ def _is_whole(axes: tuple[Axis, ...]) -> bool:
 
 
 def covers(axes: tuple[Axis, ...], query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
-    """Whether dense attention serves a call of the tiled path; a graph with symbolic lengths it does not."""
+    """Return whether dense attention serves a call of the tiled path; not in a graph with symbolic lengths."""
     if any(a.queries is not None for a in axes):
         return False
     if _is_whole(axes):
@@ -61,14 +61,14 @@ def _logits(axes: tuple[Axis, ...], query: Tensor) -> int:
 
 
 def _is_masked(axes: tuple[Axis, ...], query: Tensor) -> bool:
-    """Whether dilation groups, all of one length, are small enough for a mask."""
+    """Return whether dilation groups, all of one length, are small enough for a mask."""
     if query.dtype.itemsize < 4 or any(a.length % a.dilation for a in axes):
         return False
     return _keys(axes) <= min(MOST_MASKED, MOST_HIDDEN * prod(a.window for a in axes))
 
 
 def _is_finite(x: Tensor) -> bool:
-    """Whether a mask, which adds minus infinity, hides all of `x`: NaN would stay NaN. On CPU it costs nothing to look;
+    """Return whether a mask, which adds minus infinity, hides all of `x`: NaN would stay NaN. On CPU looking is free;
     nobody looks for finite numbers whose product is not."""
     return math.isfinite(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).item())
 
@@ -136,7 +136,7 @@ def serves(
     bias: Tensor | None,
     additional_keys: Tensor | None,
 ) -> bool:
-    """Whether `forward` and `backward` take a call of the operator of the tiled path."""
+    """Return whether `forward` and `backward` take a call of the operator of the tiled path."""
     if bias is not None or additional_keys is not None or any(a.queries is not None for a in axes):
         return False
     if query.device.type != "cpu" or query.shape != key.shape or key.shape != value.shape or not query.numel():

@@ -59,7 +59,7 @@ def _lay_out(part: Part, arrived: Tensor, own: Tensor, dim: int) -> Tensor:
 
 
 def _is_next(node) -> bool:
-    """Whether autograd will execute `node` in this backward; `torch.autograd.grad(inputs=…)` prunes the rest."""
+    """Return whether autograd will execute `node` in this backward; `torch.autograd.grad(inputs=…)` prunes the rest."""
     return torch._C._will_engine_execute_node(node)
 
 

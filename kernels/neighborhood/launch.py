@@ -46,7 +46,7 @@ def window_constants(axes: tuple[Axis, ...], widths: tuple[int, int]) -> dict:
 
 
 def is_part(axes: tuple[Axis, ...]) -> bool:
-    """Whether queries are a part of the grid."""
+    """Return whether queries are a subset of the grid."""
     return any(a.queries is not None for a in axes)
 
 

@@ -64,7 +64,7 @@ def _check_query(query: Sequence[int] | int, axes: tuple[Axis, ...]) -> tuple[in
 
 
 def _seen_on_axis(axis: Axis, query: int) -> tuple[Tensor, Tensor]:
-    """Which coordinates the query sees, and which queries have the same window as it: both bool `[length]`."""
+    """Coordinates that the query sees, and queries that have the same window: both bool `[length]`."""
     first, last = axis_bounds(axis)
     seen = torch.zeros(axis.length, dtype=torch.bool)
     seen[int(first[query]) : int(last[query]) + 1 : axis.dilation] = True

@@ -139,7 +139,7 @@ def restore(rounded: Rounded, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
 
 
 def mean_logits(query: Tensor, mean: Tensor, scale: float) -> Tensor:
-    """What the mean of the keys adds to every logit of a query, and to its log-sum-exp: `[B, *spatial, heads]`."""
+    """Logit of the mean key per query, added to its logits and its log-sum-exp: `[B, *spatial, heads]`."""
     mean = mean.repeat_interleave(query.shape[-2] // mean.shape[1], dim=1)
     return (query * _of_heads(mean, query)).sum(-1) * scale  # float32 at least, as mean is
 

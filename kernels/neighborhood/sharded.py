@@ -191,7 +191,7 @@ def _process_group(mesh: DeviceMesh | ProcessGroup) -> ProcessGroup:
 
 
 def _describe(query: Tensor, key: Tensor, value: Tensor, axis: int, neighborhood: dict, rest: dict) -> dict:
-    """What must be the same on every rank, by name, of arguments that one rank can take."""
+    """Facts that must be the same on every rank, by name, of arguments that one rank can take."""
     check_arguments(na3d, query, key, value, **neighborhood, **rest)
     rank = query.dim() - 3
     if not 1 <= rank <= 3:

@@ -17,7 +17,7 @@ from .heads import HeadGroup, head_groups
 
 
 class Neighborhoods(NamedTuple):
-    """What the cost of a call depends on, query, key and value aside.
+    """Facts of a call that its cost depends on, query, key and value aside.
 
     Attributes:
         groups: heads that share their windows.

@@ -128,7 +128,7 @@ def _turn(i, count, BACKWARD: tl.constexpr):
 
 @triton.jit
 def program(pid, lengths, heads, TILE: tl.constexpr, DILATION: tl.constexpr, BACKWARD: tl.constexpr):
-    """What program `pid` owns: batch, head, the origin and lengths of its dilation group, and its first row.
+    """Batch, head, origin and lengths of the dilation group, and first row, of program `pid`.
 
     Tiles vary fastest, so that neighbouring programs share columns in L2; axes of `BACKWARD` are walked from their end.
     A tile past the end of a short group is empty: its first row is not below the group's length.
@@ -183,7 +183,7 @@ def local(TILE: tl.constexpr):
 
 @triton.jit
 def tile_count(counts, inner_counts, MASKED: tl.constexpr):
-    """How many column tiles a row tile visits: those wholly seen, or with `MASKED` the rest."""
+    """Number of column tiles that a row tile visits: those wholly visible, or with `MASKED` the rest."""
     inner = inner_counts[0] * inner_counts[1] * inner_counts[2]
     return counts[0] * counts[1] * counts[2] - inner if MASKED else inner
 
@@ -253,13 +253,13 @@ def _border_tile(t, counts, inner, inner_counts):
 
 @triton.jit
 def _below(a, b):
-    """Whether 0 <= a < b, for b >= 0: one comparison."""
+    """Mask of 0 <= a < b, for b >= 0: one comparison."""
     return tl.cast(a, tl.uint32) < tl.cast(b, tl.uint32)
 
 
 @triton.jit
 def visible(column, lo, count, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Whether rows see columns, `[rows, columns]`; rows see `count` columns from `lo` on.
+    """Mask `[rows, columns]` of the columns that rows see: `count` columns from `lo` on.
 
     A row sees no column on an axis where it does not see that of the axis before. So a logit costs one comparison, and
     another every run of columns that differ on the last axis only. An axis of one row and one column needs none.

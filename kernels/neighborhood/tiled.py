@@ -86,7 +86,7 @@ def _width(query: Tensor, value: Tensor) -> int:
 
 
 def _known_axis(axis: Axis) -> tuple[int, int, bool, int, int]:
-    """What the choice of a cut knows of an axis: its lengths are 0 where they are symbols."""
+    """Facts of an axis that choose a cut: its lengths are 0 where they are symbols."""
     n = tiled_plan.positions(axis)
     length = axis.window if known(axis.window == n) else plain(n)
     return axis.window, axis.stride, axis.causal, length, index(tiled_plan.query_positions(axis)) if axis.queries else 0
@@ -227,7 +227,7 @@ def _forward_chunk(rows: _Rows, plan: Plan, chunk: Chunk, scale: float, bias: Te
 
 
 class _Sums(NamedTuple):
-    """What the backward adds up over chunks."""
+    """Sums of the backward over chunks."""
 
     key: Tensor  # as the rows of key and value, in the dtype of accumulation
     value: Tensor
@@ -385,7 +385,7 @@ def backward(
 def reads_output(
     query: Tensor, key: Tensor, value: Tensor, additional_keys: Tensor | None, axes: tuple[Axis, ...]
 ) -> bool:
-    """Whether the backward of a call reads its output."""
+    """Return whether the backward of a call reads its output."""
     return not tracing() and _make_plan(query, key, value, additional_keys, axes).slabs > 1
 
 

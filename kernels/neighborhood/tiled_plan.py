@@ -1,4 +1,4 @@
-"""How the tiled path cuts a grid: which queries form a tile, which box of keys a tile reads, who sees whom inside.
+"""Plan of the tiled path: the queries of a tile, the box of keys that it reads, and the mask between them.
 
 An axis with dilation is cut into its dilation groups first, so a tile is a run of neighbouring positions of one group
 on every axis, and its box is the run of positions that holds the windows of them all. Everything is a small table per
@@ -106,7 +106,7 @@ class Chunk(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a plan does not know of a call: batch, key heads, and query heads that share a key head."""
+    """Sizes of a call outside of its plan: batch, key heads, and query heads that share a key head."""
 
     batch: int
     key_heads: int
@@ -272,7 +272,7 @@ def key_tokens(plan: Plan, rows: list[Tensor], slots: tuple[tuple[int, int], ...
 
 
 def places(plan: Plan, sizes: Sizes, device: torch.device) -> Tensor:
-    """Where each query stands among those of all tiles `[B * tiles, heads, q]`: int64 `[B, *spatial, heads]`."""
+    """Index of each query among those of all tiles `[B * tiles, heads, q]`: int64 `[B, *spatial, heads]`."""
     heads = sizes.key_heads * sizes.group
     parts, tiles, slots = [], heads * plan.queries, 1
     for axis, tile, count in zip(*map(reversed, (plan.axes, plan.tile, plan.grid)), strict=True):
@@ -289,12 +289,12 @@ def places(plan: Plan, sizes: Sizes, device: torch.device) -> Tensor:
 
 
 def valid(plan: Plan, rows: list[Tensor]) -> Tensor:
-    """Which queries are none that only fill up their tile: bool `[n, q]`."""
+    """True for real queries, False for padding of their tile: bool `[n, q]`."""
     return _outer(torch.logical_and, [t.valid.index_select(0, r) for t, r in zip(plan.tables, rows, strict=True)])
 
 
 def visibility(plan: Plan, rows: list[Tensor], slots: tuple[tuple[int, int], ...], extra: int) -> Tensor:
-    """Which query sees which key of a slab: bool `[n, q, k]`."""
+    """Mask of the keys of a slab that queries see: bool `[n, q, k]`."""
     parts = []
     for table, row, slot_range in zip(plan.tables, rows, slots, strict=True):
         slot = torch.arange(*slot_range, device=row.device)

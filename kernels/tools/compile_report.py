@@ -4,7 +4,7 @@ One row a kernel variant: registers, spills, shared memory, and whether Hopper's
 instructions are there. Exits with 1 if a variant does not compile, spills, or wants more
 shared memory than the device has.
 
-With `--loop`, a row for every hot loop instead: what one turn costs a scheduler of an SM, see `sass`.
+With `--loop`, a row for every hot loop instead: the cost of one iteration for a scheduler of an SM, see `sass`.
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Row(Head):
 
 @dataclass(frozen=True)
 class LoopRow(Head):
-    """One turn of hot loop number `loop` of a variant, in the order of its code; see `sass.Loop`.
+    """One iteration of hot loop number `loop` of a variant, in the order of its code; see `sass.Loop`.
 
     `programs` fit on an SM, of whose matrix units they reach `share` at most.
     """

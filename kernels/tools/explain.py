@@ -1,4 +1,4 @@
-"""Which implementation a call of an attention operator takes, why not the others, and what the call costs.
+"""Explain a call of an attention operator: its implementation, why not the others, and its cost.
 
     python -m foveal.kernels.tools.explain --op na3d --shape 30 48 80 --heads 24 --head-dim 128 --window 18 24 24
 
@@ -25,7 +25,7 @@ from ..common.operator import FUNCTIONS
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found.
+    """Findings of `explain`.
 
     Attributes:
         operator: name of the operator.

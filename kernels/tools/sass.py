@@ -1,4 +1,4 @@
-"""What one turn of a kernel's hot loops costs a scheduler, counted in NVIDIA machine code.
+"""Cost of one iteration of a kernel's hot loops for a scheduler, counted in NVIDIA machine code.
 
 A hot loop is an innermost one with matrix instructions. Counts are of throughput, not of latency: with T the clocks of
 the matrix unit and B those of the busiest other unit (exponentials, float32, integers and comparisons, or the issue of
@@ -50,7 +50,7 @@ UNITS = (  # the first that matches names the unit; the rest issue, and no more
 
 
 class Loop(NamedTuple):
-    """One turn of a loop on one scheduler.
+    """One iteration of a loop on one scheduler.
 
     Attributes:
         matrix: matrix instructions.

@@ -1,4 +1,4 @@
-"""What ahead-of-time compilation of the operators shares: a variant of a kernel, and its arguments as calls give them.
+"""Variants of kernels for ahead-of-time compilation, and their arguments as calls give them.
 
 Triton makes other machine code where it knows that an integer is 1 or divisible by 16, so a variant says which are.
 """

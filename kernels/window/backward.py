@@ -59,6 +59,7 @@ def window_kernel(
     packs = tl.cdiv(counts[0] * counts[1] * counts[2], PACK)
     chunks = tl.cdiv(packs * batches, chunk)
     part, key_head = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    # the gradient of the bias stays in registers over all windows of the chunk
     dbias = tl.zeros([PACK * KEYS, PACK * QUERIES], tl.float32)
     i = tl.arange(0, PACK * QUERIES)
     row, column = (i % QUERIES)[None, :], (i % KEYS)[:, None]
@@ -66,6 +67,7 @@ def window_kernel(
     for step in range(part * chunk, tl.minimum(part * chunk + chunk, packs * batches)):
         batch = step // packs
         _, where, keep, region = tile(step % packs * PACK, 0, lengths, PACK, QUERIES, WINDOW, SHIFT, NONE, NONE)
+        # keys and values of the windows, shared by the query heads of the group
         k = load(head_view(k_ptr, k_strides, batch, key_head), k_strides, where, keep, D, BLOCK_D, WIDE)
         v = load(head_view(v_ptr, v_strides, batch, key_head), v_strides, where, keep, DV, BLOCK_DV, WIDE)
         dk = tl.zeros([PACK * KEYS, BLOCK_D], tl.float32)
@@ -84,6 +86,7 @@ def window_kernel(
             bias = 0.0
             if BIAS:  # kept in cache, not in registers
                 bias = tl.load(bias_pointers(bias_ptr, head, row, column, WINDOW, NONE), mask=exists, other=0.0)
+            # probabilities again, transposed; dV, dS and with it dK and dQ
             pt = tl.exp2(transposed_logits(k, q, see, bias, scale, BIAS, PRECISION) - lse2[None, :])
             dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)
             dst = pt * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
@@ -118,6 +121,7 @@ def query_kernel(
     T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     S: tl.constexpr = (WINDOW[0] + 2 * HALO[0]) * (WINDOW[1] + 2 * HALO[1]) * (WINDOW[2] + 2 * HALO[2])
     BLOCKS: tl.constexpr = (T + QUERIES - 1) // QUERIES
+    # of this program: a pack of windows, a block of their slots, a head and a batch entry
     counts = windows(lengths, WINDOW)
     packs = tl.cdiv(counts[0] * counts[1] * counts[2], PACK)
     pid = tl.program_id(0)
@@ -129,6 +133,7 @@ def query_kernel(
     do = load(head_view(do_ptr, do_strides, batch, head), do_strides, where, keep, DV, BLOCK_DV, WIDE)
     out = load(head_view(out_ptr, out_strides, batch, head), out_strides, where, keep, DV, BLOCK_DV, WIDE)
     at = offset(where, lse_strides, WIDE)
+    # delta for this kernel and the others
     lse2 = tl.load(head_view(lse_ptr, lse_strides, batch, head) + at, mask=keep, other=float("inf")) * LOG2E
     dlse = head_view(dlse_ptr, dlse_strides, batch, head) + offset(where, dlse_strides, WIDE)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - tl.load(dlse, mask=keep, other=0.0)
@@ -137,6 +142,7 @@ def query_kernel(
     k_ptr = head_view(k_ptr, k_strides, batch, head // GROUP)
     v_ptr = head_view(v_ptr, v_strides, batch, head // GROUP)
     dq = tl.zeros([PACK * QUERIES, BLOCK_D], tl.float32)
+    # dQ over the keys of the windows
     for first in range(0, S, KEYS):
         column, key_where, key_keep, key_region = tile(
             window, first, lengths, PACK, KEYS, WINDOW, SHIFT, HALO, MARGIN
@@ -192,6 +198,7 @@ def key_kernel(
     block = pid // total % BLOCKS
     key_head, batch = pid // total // BLOCKS % key_heads, pid // total // BLOCKS // key_heads
 
+    # keys and values of the block stay in registers
     slot = block * KEYS + tl.arange(0, KEYS)
     sx, sy, sz = split(slot, WINDOW)
     where, key_keep, key_region = place((cx, cy, cz), (sx, sy, sz), lengths, WINDOW, SHIFT, NONE, MARGIN)
@@ -200,6 +207,7 @@ def key_kernel(
     v = load(head_view(v_ptr, v_strides, batch, key_head), v_strides, where, key_keep, DV, BLOCK_DV, WIDE)
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
+    # windows that see the cell: those around it, as far as the halo reaches
     for around in range(AROUND[0] * AROUND[1] * AROUND[2]):
         ax, ay, az = split(around, AROUND)
         wx, wy, wz = cx + ax - REACH[0], cy + ay - REACH[1], cz + az - REACH[2]
@@ -256,6 +264,7 @@ def bias_kernel(
     exists = (row < T)[:, None] & (column < S)[None, :]
     bias = tl.load(entry, mask=exists, other=0.0).to(tl.float32) * LOG2E
     dbias = tl.zeros([QUERIES, KEYS], tl.float32)
+    # sum of dS over the windows of the chunk
     for step in range(part * chunk, tl.minimum(part * chunk + chunk, total * batches)):
         batch, window = step // total, step % total
         _, where, keep, region = tile(window, rows, lengths, 1, QUERIES, WINDOW, SHIFT, NONE, NONE)
@@ -266,6 +275,7 @@ def bias_kernel(
         see = sees(region, key_region, key_keep, 1, QUERIES, KEYS, SHIFT)
         s = tl.zeros([QUERIES, KEYS], tl.float32)
         dp = tl.zeros([QUERIES, KEYS], tl.float32)
+        # S and dP, a few features at a time
         for d in tl.range(0, LONGER, STEP):
             first = tl.cast(d, tl.int64)
             q_part, do_part = q_ptr + first * q_strides[5], do_ptr + first * do_strides[5]

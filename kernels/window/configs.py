@@ -75,12 +75,12 @@ def choose(
 
 
 def in_one_pass(axes: tuple[Axis, ...], *, head_dim: int, itemsize: int, device: Device) -> bool:
-    """Whether one kernel computes all gradients: a window owns its keys and fits into a tile, all in registers."""
+    """Return whether one kernel computes all gradients: a window owns its keys and fits into a tile of registers."""
     config = choose("window", axes, head_dim=head_dim, itemsize=itemsize, device=device, wide=False)
     fits = not any(a.halo for a in axes) and config.queries == config.keys >= prod(a.window for a in axes)
     return fits and bool(forced.get("one_pass", itemsize <= 2 and block_d(head_dim) <= 64))
 
 
 def sums_bias(config: Config) -> bool:
-    """Whether the one pass also sums the gradient of the bias: registers hold that of windows of few tokens only."""
+    """Return whether the one pass also sums the gradient of the bias: registers hold that of small windows only."""
     return config.queries < 64

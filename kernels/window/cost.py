@@ -1,4 +1,4 @@
-"""What window attention costs: useful FLOPs and compulsory bytes, exact, on Python integers."""
+"""Cost of window attention: useful FLOPs and compulsory bytes, exact, on Python integers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def backward_flops(
 def _operand_bytes(
     query: Tensor, key: Tensor, value: Tensor, axes: Sequence[Axis], bias: Tensor | None
 ) -> tuple[int, int, int, int]:
-    """Of query and output, of key and value, of the log-sum-exp and of the bias."""
+    """Bytes of query and output, of key and value, of the log-sum-exp and of the bias."""
     table = prod(a.window for a in axes) * prod(a.span for a in axes) * query.shape[-2]
     rows, key_rows, features = prod(query.shape[:-1]), prod(key.shape[:-1]), query.shape[-1] + value.shape[-1]
     return (

@@ -21,12 +21,14 @@ def forward_kernel(
     T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     S: tl.constexpr = (WINDOW[0] + 2 * HALO[0]) * (WINDOW[1] + 2 * HALO[1]) * (WINDOW[2] + 2 * HALO[2])
     BLOCKS: tl.constexpr = (T + QUERIES - 1) // QUERIES
+    # of this program: a pack of windows, a block of their slots, a head and a batch entry
     counts = windows(lengths, WINDOW)
     packs = tl.cdiv(counts[0] * counts[1] * counts[2], PACK)
     pid = tl.program_id(0)
     window, block = pid % packs * PACK, pid // packs % BLOCKS
     head, batch = pid // packs // BLOCKS % heads, pid // packs // BLOCKS // heads
 
+    # queries stay in registers
     row, place, keep, region = tile(window, block * QUERIES, lengths, PACK, QUERIES, WINDOW, SHIFT, NONE, NONE)
     q = load(head_view(q_ptr, q_strides, batch, head), q_strides, place, keep, D, BLOCK_D, WIDE)
     k_ptr = head_view(k_ptr, k_strides, batch, head // GROUP)
@@ -34,6 +36,7 @@ def forward_kernel(
     acc = tl.zeros([PACK * QUERIES, BLOCK_DV], tl.float32)
     m = tl.full([PACK * QUERIES], float("-inf"), tl.float32)
     l = tl.zeros([PACK * QUERIES], tl.float32)
+    # online softmax over the keys of the windows
     for first in range(0, S, KEYS):
         column, key_place, key_keep, key_region = tile(
             window, first, lengths, PACK, KEYS, WINDOW, SHIFT, HALO, MARGIN
@@ -48,6 +51,7 @@ def forward_kernel(
         s = tl.where(see, s, float("-inf"))
         acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
 
+    # normalise and store
     l = tl.where(l == 0.0, 1.0, l)  # rows that do not exist
     store(head_view(out_ptr, out_strides, batch, head), out_strides, place, keep, acc / l[:, None], DV, BLOCK_DV, WIDE)
     lse = head_view(lse_ptr, lse_strides, batch, head) + offset(place, lse_strides, WIDE)

@@ -1,4 +1,4 @@
-"""Which keys a query sees and where they stand in its window: the one place that knows how a grid is cut.
+"""Keys that a query sees, and their slots in its window: the one place that knows how a grid is cut.
 
 Every axis is independent; a key is visible when it is visible on all axes. On one axis of `length` L, the coordinate i
 is rolled to r = (i - shift) mod L and lies in window r // w at slot r % w (arXiv:2103.14030, section 3.2). Coordinates

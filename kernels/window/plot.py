@@ -27,7 +27,7 @@ def window_classes(
     shift: PerAxis[int] = 0,
     halo: PerAxis[int] = 0,
 ) -> Tensor:
-    """What a picture shows of every token: 0 or 1, the tint of its window; 2, a key of `query`; 3, `query` itself."""
+    """Class of each token in a picture: 0 or 1, the tint of its window; 2, a key of `query`; 3, `query` itself."""
     axes = make_axes(shape, window=window, shift=shift, halo=halo)
     stretch = [torch.zeros(a.length, dtype=torch.int64) for a in axes]
     for line, axis in zip(stretch, axes, strict=True):

@@ -18,12 +18,12 @@ from .geometry import Axis
 
 
 def covers(axes: tuple[Axis, ...]) -> bool:
-    """Whether windows of these axes depend on symbols."""
+    """Return whether windows of these axes depend on symbols."""
     return any(is_symbol(x) for a in axes for x in (a.length, a.window, a.shift)) and not any(a.halo for a in axes)
 
 
 class _Places(NamedTuple):
-    """Where windows lie, t tokens each."""
+    """Tokens of the windows, t each."""
 
     token: Tensor  # [windows * t] token of the grid
     side: Tensor  # [windows * t] tokens of a window see each other if their sides are equal

@@ -68,7 +68,7 @@ def sees(
     region, column_region, column_keep,
     PACK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHIFT: tl.constexpr,
 ):
-    """Whether rows see columns: those that exist, of the same window and region."""
+    """Mask of the columns that rows see: those that exist, of the same window and region."""
     see = column_keep[None, :]
     if SHIFT[0] + SHIFT[1] + SHIFT[2] > 0:
         see &= region[:, None] == column_region[None, :]

@@ -116,7 +116,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
 
 
 def _is_fused(tensors: tuple[Tensor, ...], bias: Tensor | None, rows: int, lse: bool) -> bool:
-    """Whether PyTorch's fused attention computes a box: faster for many rows, but it has no lse."""
+    """Return whether PyTorch's fused attention computes a box: faster for many rows, but it has no log-sum-exp."""
     least = FUSED_TRAINING if wants_gradient(*tensors) else FUSED_INFERENCE
     return not lse and not wants_gradient(bias) and known(rows >= least)
 

@@ -15,6 +15,7 @@ from foveal.kernels.ops import (
     routing_attention2d,
     window_attention,
 )
+from foveal.kernels.tools import compile_report
 from launch_driver import launches
 
 
@@ -83,6 +84,10 @@ CALLS = {
     "agent": (call_agent, {"forward", "query", "key"}),
     "linear": (call_linear, {"state", "apply", "query", "key"}),
 }
+
+
+def test_every_operator_is_launched():
+    assert {name.split(",")[0] for name in CALLS} == set(compile_report.OPERATORS)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -1,6 +1,5 @@
 """Linear attention: the plain path against the fp64 reference, the formulas of the papers, and what is refused."""
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,7 +8,7 @@ import torch
 from foveal.kernels.linear import cost
 from foveal.kernels.linear.plot import attention_maps, plot_linear_attention
 from foveal.kernels.ops import explain, linear_attention
-from linear_matrix import VARIANTS, Case, cases, check, check_large_means, make_inputs, opcheck, run
+from linear_matrix import VARIANTS, Case, cases, check, check_large_means, make_inputs
 from operator_matrix import LAYOUTS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import softplus
@@ -160,19 +159,6 @@ def test_layouts(layout):
     check(replace(FLOOR, layout=layout), torch.float64, "torch")
 
 
-def test_repeats_bitwise():
-    inputs = make_inputs(FLOOR, torch.float32)
-    first, second = (run(FLOOR, inputs, "torch") for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_autocast_leaves_the_dtype_alone():
-    inputs = make_inputs(CENTERED, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = linear_attention(**inputs, **CENTERED.options)
-    assert torch.equal(out, linear_attention(**inputs, **CENTERED.options))
-
-
 @pytest.mark.parametrize("case", [FLOOR, CENTERED, EPS], ids=["floor", "centered", "eps"])
 def test_tokens_in_parts(case):
     """More tokens than are worked on at a time, 512 of these, of one entry and of several."""
@@ -215,21 +201,6 @@ def test_compiled_as_one_operator():
         called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
         assert called.count(torch.ops.foveal.linear_torch_forward) == 1
         assert torch.matmul not in called and torch.bmm not in called
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("scales", [False, True])
-@pytest.mark.parametrize("case", [FLOOR, CENTERED, EPS], ids=["floor", "centered", "eps"])
-def test_opcheck(case, scales, requires_grad):
-    opcheck("torch", case, torch.float32, requires_grad=requires_grad, scales=scales)
-
-
-def test_only_what_requires_a_gradient_gets_one():
-    for operator in (linear_attention, torch.compile(linear_attention, backend="aot_eager")):
-        inputs = make_inputs(replace(FLOOR, scale=None), torch.float32)
-        inputs["scale"].requires_grad_(False)
-        operator(**inputs, relu=True, floor=20.0).sum().backward()
-        assert inputs["scale"].grad is None and inputs["key"].grad is not None
 
 
 def test_compile_dynamic_does_not_recompile():
@@ -319,12 +290,6 @@ WRONG = {
 def test_option_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         linear_attention(Q, Q, Q, **options)
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter serves CPU tensors")
-def test_triton_is_not_replaced_in_silence():
-    with pytest.raises(NotImplementedError, match=r"impl='triton' cannot take this call: .*cpu"):
-        linear_attention(Q, Q, Q, impl="triton")
 
 
 def test_explain():

@@ -26,7 +26,6 @@ from neighborhood_matrix import (
     gradients,
     make_inputs,
     masked_cases,
-    opcheck,
     run,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -201,13 +200,6 @@ def test_layouts_give_the_same_bits(layout):
     got, expected = (run(PLAIN, x, "torch") for x in (inputs, packed))
     for name in expected:
         assert torch.equal(got[name], expected[name]), name
-
-
-@pytest.mark.parametrize("case", [PLAIN, STRIDED], ids=["plain", "strided"])
-def test_repeats_bitwise(case):
-    inputs = make_inputs(case, torch.float32)
-    first, second = (run(case, inputs, "torch") for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def forget_tables() -> None:
@@ -397,12 +389,6 @@ def test_compiled_as_one_operator(case):
     called = [node.target for node in counter.graphs[0].graph.nodes if node.op == "call_function"]
     assert called.count(torch.ops.foveal.neighborhood_torch_forward) == 1
     assert torch.bmm not in called
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("case", [PLAIN, STRIDED, WHOLE, MASKED], ids=["plain", "strided", "whole", "masked"])
-def test_opcheck(case, requires_grad):
-    opcheck("torch", case, torch.float32, requires_grad=requires_grad)
 
 
 def test_compile_dynamic_does_not_recompile():

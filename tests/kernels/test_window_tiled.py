@@ -83,13 +83,6 @@ def test_layouts_give_the_same_values(layout):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("case", [SHIFTED, HALO])
-def test_repeats_bitwise(case):
-    inputs = make_inputs(case, torch.float32)
-    first, second = (run(case, inputs, "torch") for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["key", "value"])
 def test_a_bad_number_stays_in_its_window(name, bad):

@@ -13,6 +13,8 @@ from random import Random
 
 import operator_matrix
 import torch
+from foveal.kernels.agent import call
+from foveal.kernels.agent.call import AgentCall
 from foveal.kernels.ops import agent_attention
 from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
@@ -97,6 +99,11 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     if case.query_bias:  # as a bilinear map of `[heads, agents, H, W]` gives it: agents first in memory
         tensors["query_bias"] = randn(case.heads, case.agents, prod(case.shape)).transpose(1, 2)
     return as_leaves(tensors)
+
+
+def make_call(case: Case, inputs: Inputs) -> AgentCall:
+    """The call of a case."""
+    return call.make_call(**inputs, **case.options)
 
 
 def run(case: Case, inputs: Inputs, impl: str, operator: Callable = agent_attention) -> dict[str, Tensor]:

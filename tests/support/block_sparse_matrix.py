@@ -14,9 +14,9 @@ from random import Random
 
 import operator_matrix
 import torch
+from foveal.kernels.block_sparse import call, reference
 from foveal.kernels.block_sparse import mask as masks
-from foveal.kernels.block_sparse import reference
-from foveal.kernels.block_sparse.call import BlockSparseCall, block_sparse
+from foveal.kernels.block_sparse.call import BlockSparseCall
 from foveal.kernels.ops import BlockMask, block_sparse_attention
 from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
@@ -52,6 +52,12 @@ class Case:
     layout: str = "contiguous"
     seed: int = 0
     additional_mask: str = ""  # "mask", "lengths" or none
+
+    @property
+    def options(self) -> dict:
+        """Keyword arguments of the operator other than `impl` and tensors that have gradients."""
+        visible = additional_mask(self, torch.device("cpu"))
+        return {"mask": make_mask(self), "scale": self.scale, "additional_mask": visible}
 
     @property
     def query_boxes(self) -> int:
@@ -168,6 +174,11 @@ def additional_mask(case: Case, device: torch.device) -> Tensor | None:
     return visible.sum(1) if case.additional_mask == "lengths" else visible
 
 
+def make_call(case: Case, inputs: Inputs) -> BlockSparseCall:
+    """The call of a case."""
+    return call.make_call(**inputs, **case.options)
+
+
 WITH_LSE = partial(block_sparse_attention, return_lse=True)
 
 
@@ -223,12 +234,3 @@ def check(case: Case, dtype: torch.dtype, impl: str, device: str | torch.device 
     exact = run(case, as_leaves(inputs, torch.float64), "reference")
     eager = run_eager(case, inputs) if dtype.itemsize < 4 else None
     operator_matrix.assert_exact(operator_matrix.errors(got, exact, eager, dtype), f"{impl} in {dtype} on {case!r}")
-
-
-def opcheck(impl: str, case: Case, *, requires_grad: bool) -> None:
-    """torch's own checks of the dispatcher's operators of an implementation, the backward's without gradients."""
-    inputs, mask = make_inputs(case, torch.float32), make_mask(case)
-    tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
-    visible = visible_tokens(case) if case.additional_mask else None
-    call = BlockSparseCall(*tensors[3:], mask, 0.5, visible)
-    operator_matrix.opcheck(block_sparse, impl, tensors[:3], call, 1e-4)

@@ -7,13 +7,14 @@ A case prints as the call that makes it again, so a failure can be pasted into a
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from random import Random
 
 import operator_matrix
 import torch
-from foveal.kernels.linear.call import LinearCall, linear
+from foveal.kernels.linear import call
+from foveal.kernels.linear.call import LinearCall
 from foveal.kernels.ops import linear_attention
 from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
@@ -115,6 +116,11 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     return as_leaves(tensors)
 
 
+def make_call(case: Case, inputs: Inputs) -> LinearCall:
+    """The call of a case."""
+    return call.make_call(**inputs, **case.options)
+
+
 def run(case: Case, inputs: Inputs, impl: str, operator: Callable = linear_attention) -> dict[str, Tensor]:
     """Forward and backward of the operator (or of one like it, e.g. compiled): out and every gradient."""
     return gradients(inputs, operator(**inputs, **case.options, impl=impl), None, case.seed + 1)
@@ -163,12 +169,3 @@ def check_large_means(impl: str) -> None:
     for name, truth in exact.items():
         coarse = 2e-5 if name == "out" else 0.0  # the output holds the mean: float32 near 100
         torch.testing.assert_close(got[name].double(), truth, rtol=0, atol=1e-5 * truth.std().item() + coarse)
-
-
-def opcheck(impl: str, case: Case, dtype: torch.dtype, *, requires_grad: bool, scales: bool) -> None:
-    """torch's own checks of the dispatcher's operators of an implementation, the backward's without gradients."""
-    inputs = make_inputs(replace(case, scale=None), dtype)
-    *tensors, factors = (x.detach().requires_grad_(requires_grad) for x in inputs.values())
-    options = dict(relu=case.relu, mean=case.mean or case.centered, centered=case.centered)
-    call = LinearCall(factors if scales else None, 0.5, **options, eps=case.eps, floor=case.floor)
-    operator_matrix.opcheck(linear, impl, tensors, call, 1e-2)

@@ -17,7 +17,7 @@ import operator_matrix
 import torch
 from foveal.kernels.neighborhood import geometry
 from foveal.kernels.neighborhood.api import dispatch
-from foveal.kernels.neighborhood.call import NeighborhoodCall, neighborhood
+from foveal.kernels.neighborhood.call import NeighborhoodCall
 from foveal.kernels.ops import na1d, na2d, na3d
 from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
@@ -293,9 +293,7 @@ def check_masked_tokens(case: Case, dtype: torch.dtype, impl: str) -> None:
     assert (clean["additional_values"][visible] != 0).any()
 
 
-def opcheck(impl: str, case: Case, dtype: torch.dtype, *, requires_grad: bool) -> None:
-    """torch's own checks of the dispatcher's operators of an implementation, the backward's without gradients."""
-    inputs = make_inputs(case, dtype)
-    tensors = [x if x is None else x.detach().requires_grad_(requires_grad) for x in (inputs[n] for n in TENSORS)]
-    call = NeighborhoodCall(case.axes, 0.5, *tensors[3:], case.visible)
-    operator_matrix.opcheck(neighborhood, impl, tensors[:3], call, 1e-2)
+def make_call(case: Case, inputs: Inputs) -> NeighborhoodCall:
+    """The call of a case whose heads share their windows."""
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    return NeighborhoodCall(case.axes, scale, *(inputs[name] for name in TENSORS[3:]), case.visible)

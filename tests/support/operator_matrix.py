@@ -103,20 +103,10 @@ def assert_exact(found: dict[str, tuple[float, float]], what: str) -> None:
     assert not broken, f"{what}: {broken}"
 
 
-def opcheck(
-    operator: Operator,
-    impl: str,
-    tensors: Sequence[Tensor],
-    call: Any,
-    tolerance: float,
-    *,
-    wanted: Sequence[bool] | None = None,
-) -> None:
+def opcheck(operator: Operator, impl: str, tensors: Sequence[Tensor], call: Any, tolerance: float) -> None:
     """torch's own checks of the dispatcher's operator of an implementation and, without gradients, of its backward.
 
-    Args:
-        tensors: query, key and value.
-        wanted: of the differentiable fields of `call`, which gradients the backward makes; all that are given for None.
+    The backward makes all gradients of the differentiable fields of `call`, then none. `tensors` are query, key, value.
     """
     arguments, forward = operator.codec.flatten(call), operator.dispatched[impl]
     torch.library.opcheck(forward, (*tensors, *arguments), atol=tolerance, rtol=tolerance)
@@ -124,9 +114,10 @@ def opcheck(
         return
     outputs = forward(*tensors, *arguments)
     gradients = [torch.randn_like(x) for x, flow in zip(outputs, operator.flows, strict=True) if flow]
-    wanted = [arguments[place] is not None for place in operator.places] if wanted is None else list(wanted)
-    torch.library.opcheck(
-        getattr(torch.ops.foveal, forward.__name__.replace("_forward", "_backward")),
-        (*tensors, *outputs, *gradients, *arguments, wanted),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
+    given = [arguments[place] is not None for place in operator.places]
+    for wanted in (given, [False] * len(given)) if any(given) else (given,):
+        torch.library.opcheck(
+            getattr(torch.ops.foveal, forward.__name__.replace("_forward", "_backward")),
+            (*tensors, *outputs, *gradients, *arguments, wanted),
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )

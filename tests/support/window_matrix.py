@@ -9,7 +9,8 @@ from random import Random
 import operator_matrix
 import torch
 from foveal.kernels.ops import window_attention
-from foveal.kernels.window import Axis, geometry
+from foveal.kernels.window import Axis, call, geometry
+from foveal.kernels.window.call import WindowCall
 from operator_matrix import LAYOUTS, Inputs, as_leaves, gradients, lay_out, seeded_randn
 from torch import Tensor
 
@@ -97,6 +98,11 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     if case.bias:
         tensors["bias"] = randn(case.heads, prod(case.window), prod(a.span for a in case.axes))
     return as_leaves(tensors)
+
+
+def make_call(case: Case, inputs: Inputs) -> WindowCall:
+    """The call of a case."""
+    return call.make_call(**inputs, **case.options)
 
 
 def run(case: Case, inputs: Inputs, impl: str, operator: Callable | None = None) -> dict[str, Tensor]:

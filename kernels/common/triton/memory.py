@@ -12,7 +12,7 @@ def offset(position, strides):
 
 @triton.jit
 def inside(position, lengths):
-    """Whether positions lie in a grid or group of these lengths."""
+    """Mask of the positions that lie in a grid or group of these lengths."""
     return (position[0] < lengths[0]) & (position[1] < lengths[1]) & (position[2] < lengths[2])
 
 

@@ -8,18 +8,26 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def softmax_step(acc, m, l, s, v, factor, PRECISION: tl.constexpr):
+def softmax_weights(m, l, s, factor):
     """One step of the online softmax over logits `s` that `factor` > 0 makes base 2.
 
-    A row that has seen nothing yet has m = -inf and keeps acc = l = 0.
+    A row that has seen nothing yet has m = -inf and l = 0.
+
+    Returns:
+        weights of the tile, the factor on what was summed before, the new maximum and the new sum of each row.
     """
     m_new = tl.maximum(m, tl.max(s, 1) * factor)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s * factor - m_safe[:, None])
     decay = tl.exp2(m - m_safe)
-    l = l * decay + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-    return acc, m_new, l
+    return p, decay, m_new, l * decay + tl.sum(p, 1)
+
+
+@triton.jit
+def softmax_step(acc, m, l, s, v, factor, PRECISION: tl.constexpr):
+    """Add a tile of values to `acc`; see `softmax_weights`. Returns the output so far, the maximum and the sum."""
+    p, decay, m, l = softmax_weights(m, l, s, factor)
+    return tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION), m, l
 
 
 @triton.jit

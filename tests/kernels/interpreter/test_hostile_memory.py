@@ -6,22 +6,16 @@ tensors lie in the midst of NaN. They must show NaN of any payload, and read and
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from importlib import import_module
 from itertools import islice
 from math import prod
 from pathlib import Path
 from random import Random
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-import agent_matrix
-import block_sparse_matrix
-import linear_matrix
-import neighborhood_matrix
 import pytest
 import torch
-import window_matrix
+from declared import DECLARED, Declared
 from foveal.kernels.agent.forward import merge_kernel
 from foveal.kernels.linear import launch as linear_launch
 from foveal.kernels.ops import (
@@ -43,67 +37,6 @@ QUICK = (  # by default; all others are slow
 )
 ROUND = 4096  # numbers of NaN before and after a tensor
 CANONICAL = 0x7FFFFFFF  # the NaN that NVIDIA's units make; NumPy's is 0x7FC00000
-
-
-class Operator(NamedTuple):
-    """A test matrix, the ranks of its random cases, cases that reach every kernel, what is forced of their launches."""
-
-    matrix: Any
-    ranks: tuple[int | None, ...]
-    cases: tuple
-    forced: Mapping[str, Any] = MappingProxyType({})
-
-
-OPERATORS = {
-    "neighborhood": Operator(
-        neighborhood_matrix,
-        (1, 2, 3),
-        (
-            neighborhood_matrix.Case((40,), (9,), (4,), (1,), (False,), key_heads=1, layout="channels_first"),
-            neighborhood_matrix.Case(
-                (4, 6), (3, 3), (2, 1), (1, 2), (False, True), heads=1, key_heads=1, bias=True, extra=3
-            ),
-        ),
-    ),
-    "window": Operator(
-        window_matrix,
-        (1, 2, 3),
-        (
-            window_matrix.Case((5, 6), (4, 3), (2, 1), (0, 0), key_heads=1, bias=True, value_dim=5),
-            window_matrix.Case((5, 6), (3, 6), (0, 0), (1, 0), heads=1, key_heads=1, padded=True, bias=True),
-            window_matrix.Case((4, 6), (2, 3), (1, 0), (0, 0), heads=1, key_heads=1, bias=True),
-        ),
-        dict(one_pass=True),
-    ),
-    "block_sparse": Operator(
-        block_sparse_matrix,
-        (None,),
-        (
-            block_sparse_matrix.Case((5, 6), (4, 5), (4, 4), (3, 4), 3, q_len=True, kv_len=True, inverse=True),
-            block_sparse_matrix.Case(
-                (5, 6), (5, 6), (4, 4), (4, 4), 2, full=True, bias=True, key_heads=1, value_dim=12, extra=3
-            ),
-        ),
-    ),
-    "agent": Operator(
-        agent_matrix,
-        (None,),
-        (
-            agent_matrix.Case((5, 7), (5, 7), 4, heads=1),
-            agent_matrix.Case((5, 6), (4, 5), 9, agent_bias=True, query_bias=True, value_dim=12, layout="fused"),
-        ),
-        dict(queries=16, keys=16, chunk=16),
-    ),
-    "linear": Operator(
-        linear_matrix,
-        (None,),
-        (
-            linear_matrix.Case((5, 7), (5, 7), centered=True),
-            linear_matrix.Case((5, 7), (4, 6), relu=True, floor=20.0, scale=None, value_dim=12),
-        ),
-        dict(rows=16, chunk=16, columns=16),
-    ),
-}
 
 
 def launch_of(name: str):
@@ -167,23 +100,23 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], what: objec
 
 
 def check(name: str, case, forced: Mapping[str, Any]) -> None:
-    inputs = OPERATORS[name].matrix.make_inputs(case, torch.float32)
+    inputs = DECLARED[name].matrix.make_inputs(case, torch.float32)
     with configs_of(name).override(**forced):
-        expected = OPERATORS[name].matrix.run(case, inputs, "triton")
+        expected = DECLARED[name].matrix.run(case, inputs, "triton")
         with hostile(case.seed):
-            got = OPERATORS[name].matrix.run(case, {n: embed(x) for n, x in inputs.items()}, "triton")
+            got = DECLARED[name].matrix.run(case, {n: embed(x) for n, x in inputs.items()}, "triton")
     assert_same(got, expected, case)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", DECLARED)
 def test_order_and_memory_change_nothing(name):
-    for i, case in enumerate(OPERATORS[name].cases):
-        check(name, case, OPERATORS[name].forced if i else {})
+    for i, case in enumerate(DECLARED[name].cases):
+        check(name, case, DECLARED[name].forced if i else {})
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", DECLARED)
 def test_order_and_memory_change_nothing_in_random_cases(name):
-    matrix, ranks, _, forced = OPERATORS[name]
+    matrix, ranks, forced = DECLARED[name].matrix, DECLARED[name].ranks, DECLARED[name].forced
     for rank in ranks:
         cases = matrix.cases(*(() if rank is None else (rank,)), 10**6, seed=11)
         for i, case in enumerate(islice(filter(is_small, cases), 12)):
@@ -213,46 +146,35 @@ def place(x: Tensor, bits: int) -> Tensor:
     return x
 
 
-def poisoned(matrix, case, inputs: Inputs, name: str, bits: int) -> dict[str, Tensor]:
+def poisoned(declared: Declared, case, inputs: Inputs, name: str, bits: int) -> dict[str, Tensor]:
     """Results with one NaN in an input or, for the name "grad", in the gradient that comes back."""
     given = {n: place(x, bits) if n == name else x for n, x in inputs.items()}
     given = {n: None if x is None else x.detach().requires_grad_() for n, x in given.items()}
 
     def operator(**arguments):
-        found = matrix_operator(matrix, case)(**arguments)
+        found = declared.public(case)(**arguments)
         out, *rest = (found,) if isinstance(found, Tensor) else found
         factor = torch.ones_like(out)
         out = out * (place(factor, bits) if name == "grad" else factor)
         return (out, *rest) if rest else out
 
-    return matrix.run(case, given, "triton", operator=operator)
-
-
-def matrix_operator(matrix, case) -> Callable:
-    if matrix is neighborhood_matrix:
-        return neighborhood_matrix.OPERATORS[case.rank]
-    return {
-        window_matrix: partial(window_attention, return_lse=True),
-        block_sparse_matrix: partial(block_sparse_attention, return_lse=True),
-        agent_matrix: agent_attention,
-        linear_matrix: linear_attention,
-    }[matrix]
+    return declared.matrix.run(case, given, "triton", operator=operator)
 
 
 @pytest.fixture
 def tf32(monkeypatch):
     """As if products of float32 were allowed to take TF32, and states did, as on NVIDIA's devices."""
-    for name in OPERATORS:
+    for name in DECLARED:
         monkeypatch.setattr(launch_of(name), "precision", lambda query: "tf32")
     monkeypatch.setattr(linear_launch, "state_precision", lambda query, precision: "tf32")
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", DECLARED)
 def test_not_a_number_shows_whatever_its_payload(name, tf32):
-    matrix, _, (*_, case), _ = OPERATORS[name]
-    inputs = matrix.make_inputs(case, torch.float32)
+    declared, case = DECLARED[name], DECLARED[name].cases[-1]
+    inputs = declared.matrix.make_inputs(case, torch.float32)
     for tensor in [*(n for n, x in inputs.items() if x is not None), "grad"]:
-        found, expected = (poisoned(matrix, case, inputs, tensor, bits) for bits in (CANONICAL, 0x7FC00000))
+        found, expected = (poisoned(declared, case, inputs, tensor, bits) for bits in (CANONICAL, 0x7FC00000))
         assert_same(found, expected, (tensor, case))
         assert found["out"].isnan().any(), (tensor, case)
 
@@ -310,7 +232,7 @@ def calls() -> dict[str, Callable]:
 
 
 @pytest.mark.parametrize("axis", [1, 4], ids=["tokens", "features"])
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", DECLARED)
 def test_numbers_far_apart(name, axis, far):
     call, near = calls()[name], [x.requires_grad_() for x in torch.randn(3, 1, 3, 3, 2, 4).unbind()]
     expected = call(*near)
