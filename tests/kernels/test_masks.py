@@ -66,6 +66,8 @@ ROWS = {
         grids=((9, 11),),
         count=lambda n: (9 * 5, 9 * 6),
     ),
+    "hip": Row({"tokens": 16, "query_block": 8, "key_block": 2}, {"tokens": 512, "query_block": 8, "key_block": 2},
+               ((5, 6, 7),), "flat", lambda n: (8, 8 + 5)),
     "longheads": Row({"topk": 3, "block": 4}, {"topk": 99, "block": 4}, count=lambda n: (min(3, n),) * 2),
     "moa": Row({"alpha": (10.0, 4.0), "beta": 0.1, "block": 4}, {"alpha": 9999.0, "block": 4}, layout="flat"),
     "moba": Row({"topk": 3, "block": 3}, {"topk": 99, "block": 3}, count=lambda n: (3, 3)),
@@ -232,13 +234,13 @@ def test_dynamic_masks_do_not_wait_and_trace(name):
 
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_dynamic_masks_have_no_size_of_tokens_squared(name, monkeypatch):
-    for module in ("psa", "sale"):  # logits that they hold at a time
+    for module in ("hip", "psa", "sale"):  # logits that they hold at a time
         monkeypatch.setattr(sys.modules[f"foveal.kernels.masks.{module}"], "LOGITS", 1 << 20)
     row, grid, tokens = ROWS[name], (8, 16, 32), 4096
     shape = {"grid": grid, "flat": (tokens,), "frames": (8, 512)}[row.layout]
     tensors = [torch.randn(1, *shape, 1, 4) for _ in range(3)]
     block = 64 if len(shape) < 3 else 4
-    blocks = {x: block for x in row.options if x.endswith("block")}
+    blocks = {x: block for x in row.options if x.endswith("block")} | ({"tokens": 256} if name == "hip" else {})
     with NoWaiting() as mode:
         make(name, grid, {**row.options, **blocks}, tensors)
     assert mode.largest <= tokens**2 / 8
