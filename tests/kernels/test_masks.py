@@ -227,9 +227,24 @@ def test_dynamic_masks_do_not_wait_and_trace(name):
     tensors = inputs(grid, row)
     with NoWaiting():
         mask = make(name, grid, row.options, tensors).mask
-    with FakeTensorMode() as mode:
-        fake = make(name, grid, row.options, [mode.from_tensor(x) for x in tensors]).mask
-    assert fake.kv_idx.shape == mask.kv_idx.shape and fake.kv_num.shape == mask.kv_num.shape
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode():
+            fake = make(name, grid, row.options, [torch.empty(x.shape, device=device) for x in tensors]).mask
+        assert fake.kv_idx.shape == mask.kv_idx.shape and fake.kv_num.shape == mask.kv_num.shape
+        assert fake.kv_idx.device.type == fake.kv_num.device.type == device
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_dynamic_masks_take_half_precision_and_grouped_keys(name):
+    row = ROWS[name]
+    grid = row.grids[-1]
+    query, key, value = (x.bfloat16() for x in inputs(grid, row))
+    made = make(name, grid, row.options, (query, key, value))
+    assert made.mask.kv_num.min() >= 1 and made.attend().isfinite().all()
+    if name not in ("content_blocks", "dma"):  # a head of keys for each of queries; a bias for each head of keys
+        shared = make(name, grid, row.options, (query, key[..., :1, :], value[..., :1, :])).mask
+        alike = make(name, grid, row.options, (query, key[..., [0, 0], :], value[..., [0, 0], :])).mask
+        assert torch.equal(shared.kv_idx, alike.kv_idx) and torch.equal(shared.kv_num, alike.kv_num)
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
