@@ -9,6 +9,7 @@ from .duo import duo
 from .flexprefill import flexprefill
 from .freeswim import freeswim
 from .grid_offsets import grid_offsets
+from .hip import hip
 from .longheads import longheads
 from .moa import moa
 from .moba import moba
@@ -60,6 +61,7 @@ __all__ = [
     "gilbert_order",
     "grid_offsets",
     "head_recalls",
+    "hip",
     "inverse_order",
     "join",
     "keep",

@@ -137,7 +137,11 @@ def to_mask(
     count = kept.shape[-1]
     most = count if most is None else min(most, count)
     numbers = torch.where(kept, torch.arange(count, dtype=torch.int32, device=kept.device), count)
-    lists = numbers.sort(dim=-1).values[..., :most].clamp(max=count - 1)  # ignored entries are numbers of blocks, too
+    if 4 * most > count:
+        lists = numbers.sort(dim=-1).values[..., :most]
+    else:
+        lists = numbers.topk(most, dim=-1, largest=False, sorted=True).values
+    lists = lists.clamp(max=count - 1)  # ignored entries are numbers of blocks, too
     kv_num = kept.sum(-1, dtype=torch.int32).clamp(max=most)
     return BlockMask(tuple(query_block), tuple(key_block), kv_num, lists.contiguous())
 

@@ -331,7 +331,8 @@ def plan_by_gates(
     """
     if (share is None) == (threshold is None):
         raise ValueError(f"share={share!r} and threshold={threshold!r}: give one of them")
-    if share is not None:
+    if threshold is None:
+        assert share is not None
         ranked = gates.flatten().sort(descending=True, stable=True).indices
         stay = torch.zeros(gates.numel(), dtype=torch.bool, device=gates.device)
         stay[ranked[: round(share * gates.numel())]] = True

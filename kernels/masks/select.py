@@ -129,6 +129,22 @@ def _check_rule(rule: str, scope: str, given: dict[str, Any]) -> None:
         raise ValueError(f"{rule}={given[rule]!r} must lie in [0, 1]")
 
 
+def _highest(x: Tensor, number: int) -> Tensor:
+    """The `number` highest along the last dimension, bool; ties go to the lowest index, whatever `torch.topk` does."""
+    count = x.shape[-1]
+    if number >= count:
+        return torch.ones_like(x, dtype=torch.bool)
+    if number < 1:
+        return torch.zeros_like(x, dtype=torch.bool)
+    if 4 * number > count:  # a sort is no slower
+        order = x.sort(dim=-1, descending=True, stable=True).indices
+        chosen = (torch.arange(count, device=x.device) < number).expand(x.shape)
+        return torch.zeros_like(x, dtype=torch.bool).scatter(-1, order, chosen)
+    last = x.topk(number, dim=-1).values[..., -1:]
+    above, equal = x > last, x == last
+    return above | (equal & (equal.cumsum(-1) <= number - above.sum(-1, keepdim=True)))
+
+
 @torch.no_grad()
 def keep(
     scores: Tensor,
@@ -171,28 +187,24 @@ def keep(
     _check_rule(rule, scope, {"topk": topk, "mass": mass, "threshold": threshold, "budget": budget})
     if allowed is not None:
         scores = scores.masked_fill(~allowed, 0 if rule == "mass" else -torch.inf)
+    flat = _flatten(scores, scope)
     if threshold is not None:
         kept = scores >= threshold
-    else:
-        flat = _flatten(scores, scope)
+    elif mass is not None:
         ranked, order = flat.sort(dim=-1, descending=True, stable=True)
-        count = flat.shape[-1]
-        if rule == "mass":
-            assert mass is not None
-            rest = ranked.flip(-1).cumsum(-1).flip(-1)  # from this pair to the last: exact zeros at the end
-            enough = (1 - mass) * rest[..., :1]
-            if not mass_crossing:
-                rest = torch.cat([rest[..., 1:], torch.zeros_like(rest[..., :1])], dim=-1)
-            chosen = rest >= enough
-        else:
-            rows = count // scores.shape[-1]
-            number = topk * rows if topk is not None else ceil((budget or 0.0) * count - 1e-9)  # 0.3 of 10 is 3, not 4
-            chosen = (torch.arange(count, device=scores.device) < number).expand(flat.shape)
-        kept = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order, chosen).view(scores.shape)
-    if least > 0 or most is not None:
-        rank = scores.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
-        kept = kept | (rank < least)
-        kept = kept if most is None else kept & (rank < most)
+        rest = ranked.flip(-1).cumsum(-1).flip(-1)  # from this pair to the last: exact zeros at the end
+        enough = (1 - mass) * rest[..., :1]
+        if not mass_crossing:
+            rest = torch.cat([rest[..., 1:], torch.zeros_like(rest[..., :1])], dim=-1)
+        kept = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order, rest >= enough).view(scores.shape)
+    else:
+        count, rows = flat.shape[-1], flat.shape[-1] // scores.shape[-1]
+        number = topk * rows if topk is not None else ceil((budget or 0.0) * count - 1e-9)  # 0.3 of 10 is 3, not 4
+        kept = _highest(flat, number).view(scores.shape)
+    if least > 0 and not (topk is not None and scope == "row" and least <= topk):
+        kept = kept | _highest(scores, least)
+    if most is not None:
+        kept = kept & _highest(scores, most)
     kept = kept if allowed is None else kept & allowed
     return kept if always is None else kept | always
 

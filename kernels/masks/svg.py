@@ -13,6 +13,7 @@ from .blocks import check_query_key, cover, outer_and, static_mask, to_mask
 from .registry import published
 
 Head = Literal["spatial", "temporal"]
+HEADS: tuple[Head, Head] = ("spatial", "temporal")
 
 
 def _reach(shape: Sequence[int], width: float, head: Head, round_to: int) -> int:
@@ -76,7 +77,7 @@ def svg(
     """
     shape = (shape[0], prod(shape[1:])) if len(shape) == 3 else shape
     heads: list[Head] = [head] if isinstance(head, str) else list(head)
-    if len(shape) != 2 or not heads or any(x not in ("spatial", "temporal") for x in heads):
+    if len(shape) != 2 or not heads or any(x not in HEADS for x in heads):
         raise ValueError(f"shape={tuple(shape)} must be (T, tokens), head={head!r} 'spatial', 'temporal' or a list")
     if width <= 0 or min(block, round_to) < 1:
         raise ValueError(f"width={width!r} must be positive, block={block!r} and round_to={round_to!r} at least 1")
@@ -127,5 +128,5 @@ def svg_online(
         dense, *sparse = (logits.masked_fill(~seen, -torch.inf).softmax(-1) @ v for seen in (near | True, near, inside))
     errors = [(x - dense).square().mean((-2, -1)) for x in sparse]
     spatial = (errors[0] <= errors[1])[..., None, None]  # [B, heads, 1, 1]
-    kept = [_pairs(shape, x, width, block, round_to, first_frame, query.device) for x in ("spatial", "temporal")]
+    kept = [_pairs(shape, x, width, block, round_to, first_frame, query.device) for x in HEADS]
     return to_mask(torch.where(spatial, *kept), query_block=(1, block), key_block=(1, block))

@@ -54,7 +54,7 @@ def two_level(
     scale = query.shape[-1] ** -0.5
     coarse = pair_scores(block_means(query, slab[1]), block_means(key, slab[0]), scale=scale)
     number = torch.arange(coarse.shape[-1], device=query.device)
-    always = (number == 0) & torch.tensor(first_frame, device=query.device)
+    always = (number == 0) if first_frame else (number < 0)
     if query.shape[1] == key.shape[1]:
         always = always | (number == number[:, None])
     chosen = keep(coarse, rule="topk", topk=frames, always=always)

@@ -66,6 +66,8 @@ ROWS = {
         grids=((9, 11),),
         count=lambda n: (9 * 5, 9 * 6),
     ),
+    "hip": Row({"tokens": 16, "query_block": 8, "key_block": 2}, {"tokens": 512, "query_block": 8, "key_block": 2},
+               ((5, 6, 7),), "flat", lambda n: (8, 8 + 5)),
     "longheads": Row({"topk": 3, "block": 4}, {"topk": 99, "block": 4}, count=lambda n: (min(3, n),) * 2),
     "moa": Row({"alpha": (10.0, 4.0), "beta": 0.1, "block": 4}, {"alpha": 9999.0, "block": 4}, layout="flat"),
     "moba": Row({"topk": 3, "block": 3}, {"topk": 99, "block": 3}, count=lambda n: (3, 3)),
@@ -225,20 +227,35 @@ def test_dynamic_masks_do_not_wait_and_trace(name):
     tensors = inputs(grid, row)
     with NoWaiting():
         mask = make(name, grid, row.options, tensors).mask
-    with FakeTensorMode() as mode:
-        fake = make(name, grid, row.options, [mode.from_tensor(x) for x in tensors]).mask
-    assert fake.kv_idx.shape == mask.kv_idx.shape and fake.kv_num.shape == mask.kv_num.shape
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode():
+            fake = make(name, grid, row.options, [torch.empty(x.shape, device=device) for x in tensors]).mask
+        assert fake.kv_idx.shape == mask.kv_idx.shape and fake.kv_num.shape == mask.kv_num.shape
+        assert fake.kv_idx.device.type == fake.kv_num.device.type == device
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_dynamic_masks_take_half_precision_and_grouped_keys(name):
+    row = ROWS[name]
+    grid = row.grids[-1]
+    query, key, value = (x.bfloat16() for x in inputs(grid, row))
+    made = make(name, grid, row.options, (query, key, value))
+    assert made.mask.kv_num.min() >= 1 and made.attend().isfinite().all()
+    if name not in ("content_blocks", "dma"):  # a head of keys for each of queries; a bias for each head of keys
+        shared = make(name, grid, row.options, (query, key[..., :1, :], value[..., :1, :])).mask
+        alike = make(name, grid, row.options, (query, key[..., [0, 0], :], value[..., [0, 0], :])).mask
+        assert torch.equal(shared.kv_idx, alike.kv_idx) and torch.equal(shared.kv_num, alike.kv_num)
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_dynamic_masks_have_no_size_of_tokens_squared(name, monkeypatch):
-    for module in ("psa", "sale"):  # logits that they hold at a time
+    for module in ("hip", "psa", "sale"):  # logits that they hold at a time
         monkeypatch.setattr(sys.modules[f"foveal.kernels.masks.{module}"], "LOGITS", 1 << 20)
     row, grid, tokens = ROWS[name], (8, 16, 32), 4096
     shape = {"grid": grid, "flat": (tokens,), "frames": (8, 512)}[row.layout]
     tensors = [torch.randn(1, *shape, 1, 4) for _ in range(3)]
     block = 64 if len(shape) < 3 else 4
-    blocks = {x: block for x in row.options if x.endswith("block")}
+    blocks = {x: block for x in row.options if x.endswith("block")} | ({"tokens": 256} if name == "hip" else {})
     with NoWaiting() as mode:
         make(name, grid, {**row.options, **blocks}, tensors)
     assert mode.largest <= tokens**2 / 8

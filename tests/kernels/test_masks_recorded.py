@@ -278,3 +278,13 @@ def test_dynamic_mask_of_keys(name, smooth, arrays):
     tokens = torch.zeros(2, 40, 2, 4)
     mask = masks.dma(tokens, tokens, bias=bias, window=12, smooth=smooth)
     assert torch.equal(kept(mask, 40), bits(arrays[f"dma/{name}"], CASES["dma"][name]))
+
+
+@pytest.mark.parametrize("options", [(64, 16, 2, 16), (32, 32, 1, 0)], ids=["a", "b"])
+def test_hip(options, arrays, request):
+    name = request.node.callspec.id
+    query, key = (torch.from_numpy(arrays[f"hip/{x}"])[:, :, None] for x in "qk")
+    named = dict(zip(("tokens", "query_block", "key_block", "window"), options, strict=True))
+    mask = masks.hip(query, key, causal=True, **named)
+    assert torch.equal(mask.kv_num[0], torch.from_numpy(arrays[f"hip/{name}_count"]))
+    assert torch.equal(mask.kv_idx[0] * options[2], torch.from_numpy(arrays[f"hip/{name}_indices"]))

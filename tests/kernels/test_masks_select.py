@@ -282,6 +282,8 @@ X, CROSS = torch.zeros(1, 6, 8, 2, 4), torch.zeros(1, 5, 8, 2, 4)
         (call("psa", X[:, 0], X[:, 0], X[:, 0], key_block=12), "key_block=12 must be a multiple of 8"),
         (call("psa_levels", torch.ones(1, 1, 2, 4), ends={3: 0.5}), "must map levels 1, 2, 4, 8"),
         (call("flexprefill", X, X, causal=True), "causal=True needs one axis"),
+        (call("hip", X, X), "flatten the grid"),
+        (call("hip", X[:, 0], X[:, 0], tokens=7), "tokens=7 must be a multiple of key_block=2"),
         (call("longheads", X, X, topk=2), "topk=2 must be at least 3"),
         (call("dma", X, X, bias=torch.zeros(1, 2, 3)), r"bias.shape=\(1, 2, 3\) must be \(1, 2, 48\)"),
         (call("anchor", X, X, query_block=4, key_block=3), r"must divide query_block"),
