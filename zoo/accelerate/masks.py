@@ -82,10 +82,10 @@ def _check_options(name: str, function: Callable[..., Any], options: Mapping[str
     if "value" in parameters:
         raise ValueError(f"mask {name!r} makes keys and values of its own, which a plan cannot hold: call it yourself")
     known = [n for n in parameters if n not in ("query", "key", "shape", "device")]
-    if missing := [n for n in known if parameters[n].default is Parameter.empty and n not in options]:
-        raise ValueError(f"mask {name!r} needs options {missing}; its options are {known}")
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"mask {name!r} has no {unknown}; its options are {known}")
+    if missing := [n for n in known if parameters[n].default is Parameter.empty and n not in options]:
+        raise ValueError(f"mask {name!r} needs options {missing}; its options are {known}")
 
 
 def static_mask(mask: BlockMaskOf, grid: tuple[int, ...], heads: int, device: torch.device | None) -> BlockMask:
