@@ -24,7 +24,16 @@ from meta_models import without_data
 
 FROZEN = Path(__file__).parent / "frozen"
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("foveal.kernels.ops", "foveal.layers", "foveal.weights", "foveal.zoo", "foveal.zoo.data", "foveal.zoo.video")
+MODULES = (
+    "foveal.kernels.ops",
+    "foveal.layers",
+    "foveal.weights",
+    "foveal.zoo",
+    "foveal.zoo.accelerate",
+    "foveal.zoo.data",
+    "foveal.zoo.sites",
+    "foveal.zoo.video",
+)
 PLACES = r" at 0x[0-9a-f]+|(?<=PosixPath\(').*(?=/weights)"  # of objects in memory, of the checkout on the disk
 OURS = sorted(
     name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("foveal.")

@@ -1,5 +1,7 @@
 """accelerate: every generator attends to what its plan says, text whole, and is itself again without it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from foveal.zoo import accelerate, decelerate, sites
@@ -10,6 +12,9 @@ from generators import GENERATORS, build, run, wan
 from sparse_plans import block_pairs, two_blocks, window_pairs
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "faster-video.md"
 
 
 def masked(pairs_of):
@@ -168,6 +173,7 @@ def test_plans_are_files(tmp_path):
 def test_preset(name):
     plan = as_plan(name)
     assert plan.name == name and "arXiv:" in plan.source
+    assert f"`{name}`" in PAGE.read_text(), "documented"
     assert plan.mask is None or not mask_names() or plan.mask in mask_names()
 
 

@@ -10,17 +10,22 @@ accelerate(pipe, {"window": (6, 16, 16), "stride": (1, 8, 8)}, dense_steps=0.2)
 from .acceleration import Acceleration, accelerate, decelerate
 from .explain import PlanCost, explain
 from .gates import load_gates
+from .measure import Measurement, measure
 from .plan import Plan, read_plan
 from .presets import PRESETS
+from .tune import tune
 
 __all__ = [
     "PRESETS",
     "Acceleration",
+    "Measurement",
     "Plan",
     "PlanCost",
     "accelerate",
     "decelerate",
     "explain",
     "load_gates",
+    "measure",
     "read_plan",
+    "tune",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from inspect import signature
+from inspect import Parameter, signature
 from math import prod
 from typing import Any
 
@@ -70,8 +70,8 @@ def _budget_option(name: str, density: str, budget: float | None) -> dict[str, f
         return {}
     if density == "sparsity":
         return {"sparsity": 1 - budget}
-    if "topk" in density and name == "sparge":
-        return {"topk": budget}
+    if density == "ratio" or name == "sparge":  # shares of the blocks
+        return {"topk" if name == "sparge" else "ratio": budget}
     raise ValueError(
         f"budget={budget} says nothing to mask {name!r}, whose density follows from {density}: use options"
     )
@@ -79,9 +79,13 @@ def _budget_option(name: str, density: str, budget: float | None) -> dict[str, f
 
 def _check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
     parameters = signature(function).parameters
+    if "value" in parameters:
+        raise ValueError(f"mask {name!r} makes keys and values of its own, which a plan cannot hold: call it yourself")
     known = [n for n in parameters if n not in ("query", "key", "shape", "device")]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"mask {name!r} has no {unknown}; its options are {known}")
+    if missing := [n for n in known if parameters[n].default is Parameter.empty and n not in options]:
+        raise ValueError(f"mask {name!r} needs options {missing}; its options are {known}")
 
 
 def static_mask(mask: BlockMaskOf, grid: tuple[int, ...], heads: int, device: torch.device | None) -> BlockMask:

@@ -1,0 +1,225 @@
+"""What a plan keeps and what it saves in a pipeline, measured against the dense model on the same noise."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .acceleration import accelerate, accelerations
+from .plan import Plan
+from .presets import as_plan
+from .recall import Recall
+
+
+@dataclass
+class Run:
+    """One call of a pipeline.
+
+    Attributes:
+        latents: after each step, on the CPU.
+        frames: the result, `[frames, C, H, W]` in 0..1, of the first video or image.
+        seconds: of the call.
+        memory: largest number of bytes on the GPU during the call, None without one.
+    """
+
+    latents: list[Tensor]
+    frames: Tensor
+    seconds: float
+    memory: int | None
+
+
+@dataclass
+class Measurement:
+    """What `measure` found. PSNR is in dB; the yardstick is the dense model with another seed.
+
+    Attributes:
+        plan: what was measured.
+        psnr_by_step, yardstick_by_step: of the latents after each step against the dense ones of the first seed.
+        psnr, yardstick: of the result.
+        recall, worst_head: by site, share of the attention mass that is kept.
+        densities: by site, share of the pairs that are kept.
+        dense: by site, why it was dense in the last step.
+        runs: "dense", "plan" and "other seed".
+    """
+
+    plan: Plan
+    psnr_by_step: list[float]
+    yardstick_by_step: list[float]
+    psnr: float
+    yardstick: float
+    recall: dict[str, float]
+    worst_head: dict[str, float]
+    densities: dict[str, float | None]
+    dense: dict[str, str]
+    runs: dict[str, Run] = field(repr=False)
+
+    @property
+    def speedup(self) -> float:
+        """Ratio of the seconds, dense with the other seed (in which nothing is observed) to plan."""
+        return self.runs["other seed"].seconds / self.runs["plan"].seconds
+
+    def __str__(self) -> str:
+        seconds = {name: run.seconds for name, run in self.runs.items()}
+        lines = [
+            f"plan {self.plan.name}, {self.plan.words if self.plan.of_layer(-1) else 'by layer'}: "
+            f"{seconds['other seed']:.2f} s dense, {seconds['plan']:.2f} s by the plan, {self.speedup:.2f}x",
+            f"drift to dense on the same noise: {self.psnr:.1f} dB (dense with another seed: {self.yardstick:.1f} dB)",
+        ]
+        if (memory := self.runs["plan"].memory) is not None:
+            dense = self.runs["other seed"].memory or 0
+            lines.append(f"peak memory {memory / 2**30:.2f} GiB (dense {dense / 2**30:.2f})")
+        if self.recall:
+            lines.append(f"{'recall':>8} {'worst head':>10} {'density':>8}  site")
+        for path, mean in self.recall.items():
+            density = self.densities[path]
+            shown = "?" if density is None else f"{density:.3f}"
+            lines.append(f"{mean:>8.3f} {self.worst_head[path]:>10.3f} {shown:>8}  {path}")
+        lines += [f"dense: {path}  {reason}" for path, reason in self.dense.items()]
+        return "\n".join(lines)
+
+    def save(self, folder: str | Path) -> None:
+        """Write plan.json, steps.csv, sites.csv and contact_sheet.png (dense, plan, other seed; frames from left)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not callable(self.plan.mask) or "<" not in getattr(self.plan.mask, "__qualname__", "<"):
+            self.plan.save(folder / "plan.json")
+        with (folder / "steps.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", "psnr", "psnr_other_seed"])
+            writer.writerows(zip(range(len(self.psnr_by_step)), self.psnr_by_step, self.yardstick_by_step, strict=True))
+        with (folder / "sites.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["site", "recall", "worst_head", "density"])
+            writer.writerows(
+                [path, self.recall[path], self.worst_head[path], self.densities[path]] for path in self.recall
+            )
+        contact_sheet({name: run.frames for name, run in self.runs.items()}).save(folder / "contact_sheet.png")
+
+
+def measure(
+    pipe: Any,
+    plan: Plan | Mapping[str, Any] | str | Path,
+    *,
+    seeds: tuple[int, int] = (0, 1),
+    recall_steps: int = 3,
+    changes: Mapping[str, Any] | None = None,
+    **call: Any,
+) -> Measurement:
+    """Run a pipeline dense, dense with another seed, and by a plan, and compare. A plan at work is set aside meanwhile.
+
+    Args:
+        pipe: a pipeline of diffusers that takes callback_on_step_end.
+        plan: as `accelerate` takes it.
+        seeds: of the noise that is compared, and of the yardstick.
+        recall_steps: number of steps, spread over the run, in which recall is observed; 0 leaves it out.
+        changes: fields of the plan that are replaced.
+        call: arguments of the pipeline, such as prompt, num_inference_steps, height and width.
+
+    Returns:
+        A `Measurement`: print it, or `save` it.
+
+    Raises:
+        ValueError, TypeError: as `accelerate`; a pipeline whose output has neither frames nor images.
+    """
+    plan = as_plan(plan, **(changes or {}))
+    aside = accelerations(pipe)
+    for one in aside:
+        one.undo()
+    try:
+        steps = int(call.get("num_inference_steps") or 50)
+        observed = {round(i * (steps - 1) / max(recall_steps - 1, 1)) for i in range(recall_steps)}
+        if recall_steps:
+            with Recall(pipe, plan, steps=observed) as recall:
+                dense = run(pipe, seeds[0], call)
+            found = recall.mean, recall.worst, recall.densities
+        else:
+            dense, found = run(pipe, seeds[0], call), ({}, {}, {})
+        other = run(pipe, seeds[1], call)
+        with accelerate(pipe, plan) as acceleration:
+            mine = run(pipe, seeds[0], call)
+            reasons = dict(acceleration.dense)
+    finally:
+        for one in aside:
+            one.install()
+    return Measurement(
+        plan,
+        [psnr(a, b) for a, b in zip(mine.latents, dense.latents, strict=True)],
+        [psnr(a, b) for a, b in zip(other.latents, dense.latents, strict=True)],
+        psnr(mine.frames, dense.frames, 1.0),
+        psnr(other.frames, dense.frames, 1.0),
+        *found,
+        dense=reasons,
+        runs={"dense": dense, "plan": mine, "other seed": other},
+    )
+
+
+def run(pipe: Any, seed: int, call: Mapping[str, Any]) -> Run:
+    """Call a pipeline with the noise of a seed."""
+    latents: list[Tensor] = []
+    on_gpu = torch.cuda.is_available()
+
+    def keep(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        latents.append(values["latents"].detach().float().cpu())
+        return values
+
+    given = {"output_type": "pt"} | dict(call)
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    out = pipe(generator=torch.Generator().manual_seed(seed), callback_on_step_end=keep, **given)
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return Run(latents, _frames(out), seconds, torch.cuda.max_memory_allocated() if on_gpu else None)
+
+
+def _frames(out: Any) -> Tensor:
+    """`[frames, C, H, W]` in 0..1 of a pipeline's output."""
+    result = getattr(out, "frames", None)
+    result = getattr(out, "images", None) if result is None else result
+    if result is None:
+        raise ValueError(f"{type(out).__name__} has neither frames nor images")
+    first = torch.as_tensor(result[0]).detach().float().cpu()
+    return first.clamp(0, 1) if first.dim() == 4 else first[None].clamp(0, 1)
+
+
+def psnr(x: Tensor, reference: Tensor, span: float | None = None) -> float:
+    """Peak signal-to-noise ratio in dB; the peak is the range of the reference when `span` is None. inf when equal."""
+    error = (x - reference).square().mean()
+    span = (reference.max() - reference.min()).item() if span is None else span
+    return float("inf") if error == 0 else (10 * torch.log10(span**2 / error)).item()
+
+
+def contact_sheet(rows: Mapping[str, Tensor], *, columns: int = 8, side: int = 160) -> Any:
+    """A picture of videos `[frames, C, H, W]` below each other under their names, a few frames each."""
+    from PIL import Image, ImageDraw
+
+    band, shown = 18, []
+    for frames in rows.values():
+        count = min(columns, len(frames))
+        picks = [round(i * (len(frames) - 1) / max(count - 1, 1)) for i in range(count)]
+        pictures = []
+        for frame in frames[picks]:
+            frame = frame[:3].expand(3, -1, -1) if len(frame) < 3 else frame[:3]
+            pixels = (frame * 255).round().byte().permute(1, 2, 0).numpy()
+            height, width = pixels.shape[:2]
+            scale = side / max(height, width)
+            size = (max(round(width * scale), 1), max(round(height * scale), 1))
+            pictures.append(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST))
+        shown.append(pictures)
+    width, height = shown[0][0].size
+    sheet = Image.new("RGB", (max(len(x) for x in shown) * (width + 2), len(rows) * (height + band)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, pictures) in enumerate(zip(rows, shown, strict=True)):
+        draw.text((2, i * (height + band) + 3), name, fill="black")
+        for j, picture in enumerate(pictures):
+            sheet.paste(picture, (j * (width + 2), i * (height + band) + band))
+    return sheet
