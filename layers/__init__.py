@@ -1,31 +1,57 @@
 """Attention layers: `nn.Module`s on `[B, *spatial, C]` that own parameters and call `foveal.kernels.ops`."""
 
 from .agent import AgentAttention2d, AgentBranch2d
+from .aggregated import GlobalCosineAttention2d, LengthScaledAttention2d, PixelFocusedAttention2d
 from .base import ProjectedAttention2d
+from .binary import BinaryAttention2d
 from .box_gate import BoxGate
+from .causal import PostSoftmaxCausalAttention2d
+from .dense import DenseAttention2d
+from .efficient import EfficientAttention2d
+from .flow import FlowAttention2d
 from .focused import FocusedLinearAttention2d, FocusedLinearBranch2d
 from .hilo import HiLo
 from .inline import InLineAttention2d, InLineBranch2d
 from .linear import LinearAttention, LocalConcentration
+from .mixing import SparseMlp2d, TokenMlp2d
+from .mixture import HeadRouter, balance_loss
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
+from .partial import PartialAttention2d
 from .routing import BiLevelRoutingAttention2d
+from .shift import Shift2d
+from .triplet import TripletAttention2d
 from .window import WindowAttention2d
 
 __all__ = [
     "AgentAttention2d",
     "AgentBranch2d",
     "BiLevelRoutingAttention2d",
+    "BinaryAttention2d",
     "BoxGate",
+    "DenseAttention2d",
+    "EfficientAttention2d",
+    "FlowAttention2d",
     "FocusedLinearAttention2d",
     "FocusedLinearBranch2d",
+    "GlobalCosineAttention2d",
+    "HeadRouter",
     "HiLo",
     "InLineAttention2d",
     "InLineBranch2d",
+    "LengthScaledAttention2d",
     "LinearAttention",
     "LocalConcentration",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",
+    "PartialAttention2d",
+    "PixelFocusedAttention2d",
+    "PostSoftmaxCausalAttention2d",
     "ProjectedAttention2d",
+    "Shift2d",
+    "SparseMlp2d",
+    "TokenMlp2d",
+    "TripletAttention2d",
     "WindowAttention2d",
+    "balance_loss",
 ]

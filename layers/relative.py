@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.common.symbolic import known
+
 
 def resize_bias_table(table: Tensor, size: Sequence[int]) -> Tensor:
     """Relative position table `[heads, 2h - 1, 2w - 1]` at another size, bicubic; itself when the size is right."""
-    if tuple(table.shape[1:]) == tuple(size):
+    if all(known(old == new) for old, new in zip(table.shape[1:], size, strict=True)):
         return table
     resized = F.interpolate(table[None].float(), size=tuple(size), mode="bicubic", align_corners=False)
     return resized[0].to(table.dtype)

@@ -51,9 +51,17 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
 - Agent, InLine and FLatten models learn positions for one input size, the checkpoint's, or `img_size=`. Images of other
   sizes go through with positions interpolated on the way; `model.set_input_size(...)` and loading interpolate them for
   good, by the authors' rule. Their repositories state no license: the links below lead to the authors' own files.
+- ShiftViT, PartialNet, MoH-ViT, Flowformer and the triplet networks take any size, too, as do SPACH models with
+  convolutions and attention. sMLPNet and SPACH models with MLPs along tokens take the one that `img_size=` says.
+  iLLaMA and BinaryAttention-DeiT learn positions and interpolate them as Agent does.
+- BinaryAttention-DeiT computes what 1-bit queries and keys and 8-bit weights and values would, by products of floats:
+  it costs more than DeiT, and is there to have its results. `timm.create_model("moh_vit_s_80", skip_heads=True)` computes
+  heads for the tokens that take them alone: 4 % less time at 224x224 on one CPU core, 16 % at 448x448. Such a model
+  waits for the device in each block, so graphs cannot hold it.
 - `impl=` chooses the attention kernels (see [Operations](operations.md)). A model takes the arguments of its layout
-  (`Swin`, `NAT`, `PVT`, `PVTv2`, `CSWin`, `DeiT`, `Isotropic` in `foveal.zoo.hosts`) and of its family's attention
-  (`foveal.zoo.backbones`): `timm.create_model("agent_swin_t", num_agents=(9, 9, 25, 25), drop_path_rate=0.1)`.
+  (`Swin`, `NAT`, `PVT`, `PVTv2`, `CSWin`, `DeiT`, `Isotropic`, `Spach` in `foveal.zoo.hosts`) and of its family's
+  attention (`foveal.zoo.backbones`), as in
+  `timm.create_model("agent_swin_t", num_agents=(9, 9, 25, 25), drop_path_rate=0.1)`.
 - `torch.compile(fullgraph=True)`, `torch.export` and `torch.onnx.export(dynamo=True)` work, the latter two with dynamic
   batches and image sizes: `dynamic_shapes=({0: AUTO, 2: AUTO, 3: AUTO},)`, `AUTO = torch.export.Dim.AUTO`. Logits of
   onnxruntime are tested. Programs of ViT-rpb and `biformer_stl_nchw` keep their size. TorchScript refuses (tracing

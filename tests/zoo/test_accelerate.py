@@ -13,7 +13,6 @@ from sparse_plans import block_pairs, two_blocks, window_pairs
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention
 
-
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "faster-video.md"
 
 

@@ -35,6 +35,9 @@ PARAMETERS = {  # of the official code
     "flatten_cswin_t": 21_201_768,
     "flatten_cswin_s": 35_451_752,
     "flatten_cswin_b": 74_867_032,
+    "binary_deit_b.edwardchasel_in1k_384": 87_178_024,
+    "illama_b.techmonsterwang_in22k_ft_in1k_384": 86_794_216,
+    "illama_l.techmonsterwang_in22k_ft_in1k_384": 310_834_152,
 }
 HEADS = {
     **{f"agent_cswin_{x}": [2, 4, 8, 16] for x in "ts"},
@@ -49,6 +52,15 @@ HEADS = {
     **{f"inline_pvt_{x}": [2, 4, 10, 16] for x in "tsmb"},
     **{f"flatten_pvt_{x}": [1, 2, 5, 8] for x in "tsmb"},
     **{f"biformer_{x}": [3, 6, 12, 8] for x in ("stl", "stl_nchw")},
+    "flowformer_cv": [12],
+    **{f"moh_vit_s_{x}": [3, 6, 12, 24] for x in (80, 75)},
+    **{f"moh_vit_b_{x}": LARGE_SWIN for x in (75, 50)},
+    **{f"illama_{x}": [n] for x, n in zip("tsbl", (3, 6, 12, 16), strict=True)},
+    **{f"binary_deit_{x}": [n] for x, n in zip("tsb", (3, 6, 12), strict=True)},
+    **{f"spach_{x}_attn": [n] for x, n in zip(("xxs", "xs", "s"), (6, 12, 16), strict=True)},
+    **{f"spach_ms_{x}_attn": [n] for x, n in zip(("xxs", "xs", "s"), (1, 2, 3), strict=True)},
+    **{f"spach_ms_{x}_hybrid": [n] for x, n in zip(("xs", "s"), (3, 4), strict=True)},
+    **{f"partialnet_{x}": [4] for x in ("t0", "t1", "t2", "s", "m", "l")},
 }
 
 
@@ -103,3 +115,33 @@ def test_stripes(name, size, split):
 def test_agent_blocks(name, blocks):
     model = create_without_data(name)
     assert [type(b.attn).__name__ for b in model.blocks].count("AgentAttention2d") == blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "shared", "routed"),
+    [
+        ("moh_vit_s_80", [3, 6, 3, 8], [0, 6, 12]),
+        ("moh_vit_s_75", [3, 6, 3, 4], [0, 6, 12]),
+        ("moh_vit_b_75", [4, 8, 4, 5], [0, 8, 16]),
+        ("moh_vit_b_50", [2, 4], [2, 4, 6, 8]),
+    ],
+)
+def test_mixtures_of_heads(name, shared, routed):
+    model = timm.create_model(name, device="meta")
+    assert per_stage(model, "shared") == shared and per_stage(model, "routed") == routed
+    assert per_stage(model, "pool")[:3] == [8, 4, 2]
+
+
+@pytest.mark.parametrize("name", ["shiftvit_light_t", "shiftvit_r2_s", "shiftvit_r4_b"])
+def test_shifted_channels(name):
+    divisions = 16 if name.endswith("_b") else 12
+    assert per_stage(timm.create_model(name, device="meta"), "divisions") == [divisions]
+
+
+@pytest.mark.parametrize("name", ["triplet_resnet18", "triplet_resnet50", "triplet_mobilenetv2"])
+def test_gates_of_another_tag_have_smaller_kernels(name):
+    def side(model: str) -> int:
+        gates = [m for m in timm.create_model(model, device="meta").modules() if type(m).__name__ == "PlaneGate"]
+        return gates[0].spatial.conv.kernel_size[0]
+
+    assert [side(name), side(f"{name}.landskape_k3_in1k")] == [7, 3]
