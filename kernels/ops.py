@@ -16,12 +16,14 @@ from .neighborhood import (
     na3d,
     sharded_neighborhood_attention,
 )
+from .scored import attention_statistics, scaled_attention, scored_attention
 from .tools.explain import explain
 from .window import relative_bias, window_attention
 
 __all__ = [
     "BlockMask",
     "agent_attention",
+    "attention_statistics",
     "biased_attention",
     "block_sparse_attention",
     "explain",
@@ -33,6 +35,8 @@ __all__ = [
     "na3d",
     "relative_bias",
     "routing_attention2d",
+    "scaled_attention",
+    "scored_attention",
     "sharded_neighborhood_attention",
     "window_attention",
 ]

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from inspect import signature
 from numbers import Real
-from typing import Any, ParamSpec, TypeVar
+from types import NoneType, UnionType
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -143,6 +144,9 @@ def _find_check(annotation: Any) -> Check:
         return lambda name, x, first: None if x is None else check(name, x, first)
     if isinstance(annotation, type):
         return partial(_check_class, annotation)
+    if isinstance(annotation, UnionType) and len(of := [x for x in get_args(annotation) if x is not NoneType]) == 1:
+        of_class = _find_check(of[0])
+        return lambda name, x, first: None if x is None else of_class(name, x, first)
     raise TypeError(f"nothing is known of arguments that are {annotation}: common/arguments.py needs a check")
 
 

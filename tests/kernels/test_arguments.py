@@ -11,6 +11,7 @@ from foveal.kernels import ops
 from foveal.kernels.common.arguments import operator
 from foveal.kernels.common.calling import Impl, Mask, PerAxis, PerHead
 from foveal.kernels.ops import BlockMask
+from foveal.kernels.scored import ColumnMask, Score, Softmax
 from foveal.kernels.tools.explain import _operators, explain
 from operator_calls import CALLS, lists, mask, qkv
 from torch import Tensor
@@ -47,6 +48,8 @@ WRONG: dict[Any, dict[str, Any]] = {
     Sequence[int]: {"number": 2, "text": "22", "array": np.ones(2, int), "inside": (2, None)},
     torch.dtype: {"text": "float8_e4m3fn", "type": float},
     Impl: {"unknown": "cuda", "number": 1, "list": ["torch"]},
+    Score: {"tensor": torch.ones(2), "text": "softmax", "class": Softmax},
+    ColumnMask: {"tensor": torch.ones(1, 1, 4).long(), "text": "causal"},
     BlockMask: {"tuple": tuple(mask()), "tensor": torch.ones(4, 4), "number": 1},
 }
 NAMES = [name for name in CALLS if name in ops.__all__]
@@ -88,7 +91,8 @@ def wrong_calls(name: str) -> Iterator[tuple[str, str, dict]]:
 
 
 def test_every_operator_is_asked():
-    without_calls = {"BlockMask", "explain", "masks", "sharded_neighborhood_attention"}
+    without_calls = {"BlockMask", "attention_statistics", "explain", "scaled_attention"}
+    without_calls |= {"masks", "sharded_neighborhood_attention"}
     assert set(ops.__all__) - without_calls == set(CALLS)
     assert set(_operators()) <= set(CALLS)
 

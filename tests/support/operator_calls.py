@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from foveal.kernels.ops import BlockMask
+from foveal.kernels.scored import Softmax
 from torch import Tensor
 
 
@@ -50,6 +51,7 @@ CALLS: dict[str, Callable[[], dict]] = {
         qkv(4, 4) | {"agent": grid(3), "agent_bias": torch.zeros(2, 3, 16), "query_bias": torch.zeros(2, 16, 3)}
     ),
     "biased_attention": lambda: qkv(4, 4) | {name: torch.randn(2, 16, 3) for name in ("query_factor", "key_factor")},
+    "scored_attention": lambda: qkv(4, 4) | {"score": Softmax(), "order": torch.randperm(16)},
     "merge_attentions": lambda: {"outs": [grid(4), grid(4)], "lses": [grid(4)[..., 0], grid(4)[..., 0]]},
     "relative_bias": lambda: {"table": torch.zeros(2, 3, 5), "window": (2, 3)},
 }
