@@ -97,6 +97,7 @@ def unspecialised(values: tuple[int, ...]) -> tuple[int, ...]:
 
     Triton makes other machine code where an integer is divisible by 16: lengths of grids gain nothing by it, and
     kernels would be compiled again for images of another size. A one stays one, and folds away an axis of length 1.
+    `do_not_specialize_on_alignment` of `triton.jit` does not reach into tuples (3.8).
     """
     return tuple(2 * n - 1 for n in values)
 

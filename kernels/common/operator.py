@@ -128,12 +128,12 @@ class Operator:
             ValueError: an unknown name.
             NotImplementedError: the implementation asked for cannot take the call; the message says why.
         """
-        if impl not in ("auto", *self.modules):
+        if impl == "auto" and (query.device.type != "cuda" or "triton" not in self.modules):
+            return "torch"
+        if impl != "auto" and impl not in self.modules:
             raise ValueError(f"impl={impl!r} must be one of {('auto', *self.modules)}")
         if impl in ("torch", "reference"):
             return impl
-        if impl == "auto" and (query.device.type != "cuda" or "triton" not in self.modules):
-            return "torch"
         why = self.unsupported_reasons(query, key, value, call)["triton"]
         if why is not None and impl == "triton":
             raise NotImplementedError(f"impl='triton' cannot take this call: {why}")

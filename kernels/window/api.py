@@ -79,8 +79,9 @@ def window_attention(
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
         NotImplementedError: `impl` cannot take this call; the message says why.
     """
-    geometry = {"window": window, "shift": shift, "halo": halo}
-    call = make_call(query, key, value, **geometry, bias=bias, scale=scale, return_lse=return_lse)
+    call = make_call(
+        query, key, value, window=window, shift=shift, halo=halo, bias=bias, scale=scale, return_lse=return_lse
+    )
     out, lse = window_operator(query, key, value, call, impl=impl)
     return (out, lse) if return_lse else out
 
