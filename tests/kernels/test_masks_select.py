@@ -318,3 +318,19 @@ X, CROSS = torch.zeros(1, 6, 8, 2, 4), torch.zeros(1, 5, 8, 2, 4)
 def test_errors_name_the_argument_and_its_value(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+@pytest.mark.parametrize("shape", GRIDS, ids=str)
+def test_queries_of_a_block_share_the_list_of_their_mean(shape):
+    query, key = normal(1, *shape, 2, 4), normal(1, *shape, 2, 4, seed=1)
+    rank = len(shape)
+    scores = masks.box_scores(query, key, query_block=3, key_block=2)
+    own = own_blocks(shape, (3,) * rank, (2,) * rank)
+    expected = masks.keep(scores.masked_fill(own, torch.inf), rule="topk", topk=3) | own
+    for mask in (
+        masks.moba(query, key, topk=3, block=2, query_block=3),
+        masks.vmoba(query, key, topk=3, block=2, query_block=3),
+    ):
+        assert torch.equal(kept(mask, scores.shape[-1]), expected)
+    near = masks.longheads(query, key, topk=3, block=2, query_block=3)
+    assert (kept(near, scores.shape[-1]) | ~own).all() and near.kv_num.min() >= 3
