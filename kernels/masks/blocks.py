@@ -121,15 +121,15 @@ def spread_blocks(x: Tensor, shape: Sequence[int], block: Sequence[int]) -> Tens
 def to_mask(
     kept: Tensor,
     *,
-    query_block: Sequence[int],
-    key_block: Sequence[int],
+    query_block: int | Sequence[int],
+    key_block: int | Sequence[int],
     most: int | None = None,
 ) -> BlockMask:
     """Write kept pairs of blocks down as lists in ascending order.
 
     Args:
         kept: bool `[B or 1, heads or 1, query blocks, key blocks]`; leading dimensions may be left out.
-        query_block, key_block: tokens of a block along each axis.
+        query_block, key_block: tokens of a block along each axis; one number for a grid of one axis.
         most: width of the lists, which no row may exceed: it is not checked on a device, further pairs would be lost.
             None: all key blocks, so that the width never depends on values.
     """
@@ -143,7 +143,8 @@ def to_mask(
         lists = numbers.topk(most, dim=-1, largest=False, sorted=True).values
     lists = lists.clamp(max=count - 1)  # ignored entries are numbers of blocks, too
     kv_num = kept.sum(-1, dtype=torch.int32).clamp(max=most)
-    return BlockMask(tuple(query_block), tuple(key_block), kv_num, lists.contiguous())
+    lengths = [(x,) if isinstance(x, int) else tuple(x) for x in (query_block, key_block)]
+    return BlockMask(lengths[0], lengths[1], kv_num, lists.contiguous())
 
 
 def static_mask(

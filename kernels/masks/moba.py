@@ -30,8 +30,9 @@ def moba(
         block: tokens of a chunk along each axis.
         query_block: tokens along each axis of a block of queries that share one list, by their mean query. 1 is the
             published selection; blocks run several times faster.
-        causal: one axis and single queries: only the chunks before the own one are listed, at most topk - 1, as lists
-            cannot order the tokens of the own chunk. Merge with `na1d(window=block, stride=block, causal=True)` by log-sum-exps.
+        causal: one axis and single queries. Only the chunks before the own one are listed, at most topk - 1, as lists
+            cannot order the tokens of the own chunk. Merge with `na1d(window=block, stride=block, causal=True)` by
+            log-sum-exps.
 
     Raises:
         ValueError, TypeError: an argument outside what is accepted.
