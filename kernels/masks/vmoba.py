@@ -117,6 +117,7 @@ def vmoba(
     if threshold is not None:
         kept = _beyond_threshold(gate, own, threshold, scope) | own
         return to_mask(kept, query_block=query_block, key_block=block)
+    assert topk is not None
     gate = gate.masked_fill(own, torch.inf)
     if scope == "query_head":
         most = topk + most_own(query_block, block) - 1

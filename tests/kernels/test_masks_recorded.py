@@ -149,7 +149,8 @@ def test_sparge(case, arrays):
     query, key = spread_blocks(case["seed"], case["H"], case["L"], case["D"], case["amp"])
     given = case["kwargs"]
     options = {"mass": given["cdfthreshd"], "topk": given.get("topk"), "sink": given.get("attention_sink", False)}
-    mask = masks.sparge(query.half(), key.half(), similarity=given["simthreshd1"], own=False, **options)
+    options |= {"similarity": given["simthreshd1"], "causal": given.get("is_causal", False)}
+    mask = masks.sparge(query.half(), key.half(), own=False, **options)
     holds(arrays, f"sparge/{case['name']}/map", kept(mask, case["map_shape"][-1]), case, "map_shape")
 
 

@@ -273,6 +273,7 @@ X, CROSS = torch.zeros(1, 6, 8, 2, 4), torch.zeros(1, 5, 8, 2, 4)
         (call("bsa", X, X, share=0.0), "share=0.0"),
         (call("sla", X, X, ratio=0.0), "ratio=0.0"),
         (call("sparge", X, X, mass=0.5, topk=0.5), "give one of them"),
+        (call("sparge", X, X, causal=True), "causal=True needs one axis"),
         (call("moba", X, X, causal=True), "causal=True needs one axis"),
         (call("moba", X, X, topk=0), "topk=0 must be at least 1"),
         (call("vmoba", X, X, block=2), "give one of them"),
