@@ -6,6 +6,7 @@ from .base import ProjectedAttention2d
 from .binary import BinaryAttention2d
 from .box_gate import BoxGate
 from .causal import PostSoftmaxCausalAttention2d
+from .connectivity import LearnedConnectivity
 from .dense import DenseAttention2d
 from .efficient import EfficientAttention2d
 from .flow import FlowAttention2d
@@ -38,6 +39,7 @@ __all__ = [
     "HiLo",
     "InLineAttention2d",
     "InLineBranch2d",
+    "LearnedConnectivity",
     "LengthScaledAttention2d",
     "LinearAttention",
     "LocalConcentration",

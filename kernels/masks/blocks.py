@@ -121,15 +121,15 @@ def spread_blocks(x: Tensor, shape: Sequence[int], block: Sequence[int]) -> Tens
 def to_mask(
     kept: Tensor,
     *,
-    query_block: Sequence[int],
-    key_block: Sequence[int],
+    query_block: int | Sequence[int],
+    key_block: int | Sequence[int],
     most: int | None = None,
 ) -> BlockMask:
     """Write kept pairs of blocks down as lists in ascending order.
 
     Args:
         kept: bool `[B or 1, heads or 1, query blocks, key blocks]`; leading dimensions may be left out.
-        query_block, key_block: tokens of a block along each axis.
+        query_block, key_block: tokens of a block along each axis; one number for a grid of one axis.
         most: width of the lists, which no row may exceed: it is not checked on a device, further pairs would be lost.
             None: all key blocks, so that the width never depends on values.
     """
@@ -143,7 +143,8 @@ def to_mask(
         lists = numbers.topk(most, dim=-1, largest=False, sorted=True).values
     lists = lists.clamp(max=count - 1)  # ignored entries are numbers of blocks, too
     kv_num = kept.sum(-1, dtype=torch.int32).clamp(max=most)
-    return BlockMask(tuple(query_block), tuple(key_block), kv_num, lists.contiguous())
+    lengths = [(x,) if isinstance(x, int) else tuple(x) for x in (query_block, key_block)]
+    return BlockMask(lengths[0], lengths[1], kv_num, lists.contiguous())
 
 
 def static_mask(
@@ -194,12 +195,24 @@ def density(mask: BlockMask, shape: Sequence[int], key_shape: Sequence[int] | No
 # Static relations
 
 
-def cover(relation: Tensor, query_block: int, key_block: int) -> Tensor:
-    """Pairs of blocks along one axis in which a query sees a key: bool `[n, m]` of tokens to bool of blocks."""
-    n, m = relation.shape
-    rows, columns = -(-n // query_block), -(-m // key_block)
-    relation = pad(relation, [0, columns * key_block - m, 0, rows * query_block - n])
-    return relation.view(rows, query_block, columns, key_block).any(3).any(1)
+def differences(n: int, query_block: int, key_block: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Smallest and largest difference, key less query, of the tokens of pairs of blocks along an axis of n tokens:
+    int64 `[query blocks, key blocks]` each. All differences between them occur."""
+    first_query, last_query = block_ends(n, query_block, device)
+    first_key, last_key = block_ends(n, key_block, device)
+    return first_key - last_query[:, None], last_key - first_query[:, None]
+
+
+def block_ends(n: int, block: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """First and last token of the blocks of an axis of n tokens."""
+    first = torch.arange(0, n, block, device=device)
+    return first, (first + block).clamp(max=n) - 1
+
+
+def nearer(n: int, reach: int, query_block: int, key_block: int, device: torch.device | None = None) -> Tensor:
+    """Pairs of blocks along an axis in which some query is less than `reach` away from some key, bool."""
+    least, most = differences(n, query_block, key_block, device)
+    return (least < reach) & (most > -reach)
 
 
 def outer_and(relations: Sequence[Tensor]) -> Tensor:

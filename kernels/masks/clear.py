@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..block_sparse.mask import BlockMask
 from ..common.calling import PerAxis
-from .blocks import block_lengths, block_tokens, cover, cut_into_blocks, product_mask
+from .blocks import block_lengths, block_tokens, cut_into_blocks, nearer, product_mask
 from .registry import published
 
 
@@ -36,10 +36,7 @@ def clear(
     if radius < 1:
         raise ValueError(f"radius={radius!r} must be at least 1 token: a query sees itself")
     block = block_lengths("block", block, len(shape))
-    relations = []
-    for n, b in zip(shape, block, strict=True):
-        place = torch.arange(n)
-        relations.append(cover((place[:, None] - place).abs() < radius, b, b))
+    relations = [nearer(n, radius, b, b) for n, b in zip(shape, block, strict=True)]
 
     def nearest(queries: list[Tensor], keys: list[Tensor]) -> Tensor:
         """Whether the nearest two tokens of two blocks see each other."""

@@ -6,7 +6,7 @@ import torch
 
 from ..block_sparse.mask import BlockMask
 from ..common.calling import PerAxis, per_axis
-from .blocks import block_lengths, cover, outer_and, static_mask
+from .blocks import block_ends, block_lengths, differences, nearer, outer_and, static_mask
 from .registry import published
 
 
@@ -42,17 +42,13 @@ def duo(
         raise ValueError(
             f"recent={recent!r} must be at least 1, and causal={causal} needs one axis, shape={tuple(shape)}"
         )
-    places = [torch.arange(n) for n in shape]
-    near = [(x[:, None] - x).abs() < span for x, span in zip(places, spans, strict=True)]
-    ends = [sink, *(len(x) for x in places[1:])]
-    start = [(x[:, None] >= 0) & (x < end) for x, end in zip(places, ends, strict=True)]
-    if causal:
-        before = places[0] <= places[0][:, None]
-        near[0], start[0] = near[0] & before, start[0] & before
-    lift = [[cover(x, b, b) for x, b in zip(part, block, strict=True)] for part in (near, start)]
-    streaming = outer_and(lift[0]) | outer_and(lift[1])
+    near = [nearer(n, span, b, b) for n, span, b in zip(shape, spans, block, strict=True)]
+    streaming, start = outer_and(near), block_ends(shape[0], block[0])[0] < sink
+    streaming = streaming | start.repeat_interleave(streaming.shape[1] // len(start))
     everything = torch.ones_like(streaming)
     if causal:
-        everything = cover(places[0] <= places[0][:, None], block[0], block[0])
+        least, most = differences(shape[0], block[0], block[0])
+        everything = least <= 0
+        streaming = everything & (start | (most > -spans[0]))
     kept = torch.stack([everything if flag else streaming for flag in retrieval])
     return static_mask(kept, block, block, device)

@@ -6,7 +6,7 @@ import torch
 
 from ..block_sparse.mask import BlockMask
 from ..common.calling import PerAxis
-from .blocks import block_lengths, cover, product_mask
+from .blocks import block_ends, block_lengths, product_mask
 from .registry import published
 
 
@@ -37,9 +37,10 @@ def freeswim(
     block = block_lengths("block", block, len(shape))
     relations = []
     for n, d, b in zip(shape, half, block, strict=True):
-        place = torch.arange(n)
-        d = n if d is None else d
-        centre = place.clamp(min=d).clamp(max=n - 1 - d) if 2 * d < n else place
-        seen = (centre[:, None] - place).abs() <= d if 2 * d < n else torch.ones(n, n, dtype=torch.bool)
-        relations.append(cover(seen, b, b))
+        first, last = block_ends(n, b)
+        if d is None or 2 * d >= n:
+            relations.append(torch.ones(len(first), len(first), dtype=torch.bool))
+            continue
+        low, high = (x.clamp(min=d).clamp(max=n - 1 - d)[:, None] for x in (first, last))  # centres of windows
+        relations.append((first <= high + d) & (last >= low - d))
     return product_mask(relations, query_block=block, key_block=block, device=device)

@@ -6,7 +6,7 @@ import torch
 
 from ..block_sparse.mask import BlockMask
 from ..common.calling import PerAxis
-from .blocks import block_lengths, cover, product_mask
+from .blocks import block_lengths, differences, product_mask
 from .registry import published
 
 
@@ -43,7 +43,9 @@ def grid_offsets(
     block = block_lengths("block", block, len(shape))
     relations = []
     for n, step, some, b in zip(shape, stride, offsets, block, strict=True):
-        place = torch.arange(n)
-        gap = (place - place[:, None]) % (step or 1)
-        relations.append(cover(torch.isin(gap, torch.tensor([x % (step or 1) for x in some])), b, b))
+        least, most = differences(n, b, b)
+        seen, step = torch.zeros_like(least, dtype=torch.bool), step or 1
+        for offset in some:  # whether a multiple of the stride lies between
+            seen |= (most - offset).div(step, rounding_mode="floor") * step >= least - offset
+        relations.append(seen)
     return product_mask(relations, query_block=block, key_block=block, device=device)

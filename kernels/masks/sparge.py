@@ -30,6 +30,7 @@ def sparge(
     query_block: PerAxis[int] = 128,
     key_block: PerAxis[int] = 64,
     short_kept: bool = True,
+    causal: bool = False,
     own: bool = True,
 ) -> BlockMask:
     """SpargeAttn's selection: of the softmax of mean query times mean key the highest blocks whose sum stays within
@@ -47,6 +48,8 @@ def sparge(
         query_block, key_block: tokens of a block along each axis.
         short_kept: treat short blocks at the border as not alike, as the official code does; better False where many
             blocks are short.
+        causal: one axis: drop blocks of keys that begin behind the block of queries. Tokens inside the others are not
+            ordered by lists.
         own: keep the own blocks besides; False is the published selection.
 
     Raises:
@@ -55,6 +58,8 @@ def sparge(
     if mass is not None and topk is not None:
         raise ValueError(f"mass={mass!r} and topk={topk!r}: give one of them")
     query_block, key_block = check_blocks(query, key, query_block, key_block)
+    if causal and (len(query_block) != 1 or query.shape[1] != key.shape[1]):
+        raise ValueError(f"causal=True needs one axis, the same for queries and keys; query.shape={tuple(query.shape)}")
     alike = []
     for x, block in ((query, query_block), (key, key_block)):
         whole = block_tokens(x.shape[1:-2], block, x.device) == block_tokens(block, block, x.device)
@@ -62,16 +67,21 @@ def sparge(
     alike[1] = alike[1].repeat_interleave(query.shape[-2] // key.shape[-2], dim=1)
     scores = pair_scores(block_means(query, query_block), block_means(key, key_block), scale=query.shape[-1] ** -0.5)
     columns = alike[1][:, :, None]
-    scores = scores.masked_fill(~columns, -torch.inf)
-    always = ~columns | ~alike[0][..., None]
+    always, allowed = ~columns | ~alike[0][..., None], columns
+    if causal:
+        last, first = (torch.arange(n, device=query.device) for n in scores.shape[-2:])
+        past = first * key_block[0] < (last[:, None] + 1) * query_block[0]
+        allowed = columns & past
+    scores = scores.masked_fill(~allowed, -torch.inf)
     if sink:
         always = always | (torch.arange(scores.shape[-1], device=scores.device) == 0)
     if (near := own_or_none(query, key, query_block, key_block, own)) is not None:
         always = always | near
     if mass is None:
         number = max(1, int((0.5 if topk is None else topk) * scores.shape[-1]))
-        kept = keep(scores, rule="topk", topk=number, allowed=columns, always=always)
+        kept = keep(scores, rule="topk", topk=number, allowed=allowed, always=always)
     else:
         weights = scores.softmax(-1).nan_to_num(0)  # rows without similar keys
-        kept = keep(weights, rule="mass", mass=mass, mass_crossing=False, allowed=columns, always=always)
+        kept = keep(weights, rule="mass", mass=mass, mass_crossing=False, allowed=allowed, always=always)
+    kept = kept & past if causal else kept
     return to_mask(kept, query_block=query_block, key_block=key_block)

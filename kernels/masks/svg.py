@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..block_sparse.mask import BlockMask
 from ..common.calling import without_autocast
-from .blocks import check_query_key, cover, outer_and, static_mask, to_mask
+from .blocks import check_query_key, nearer, outer_and, static_mask, to_mask
 from .registry import published
 
 Head = Literal["spatial", "temporal"]
@@ -37,8 +37,7 @@ def _pairs(
     frames, tokens = shape
     reach = _reach(shape, width, head, round_to)
     if head == "temporal":
-        place = torch.arange(tokens, device=device)
-        inside = cover((place[:, None] - place).abs() < reach, block, block)
+        inside = nearer(tokens, reach, block, block, device)
         return outer_and([torch.ones(frames, frames, dtype=torch.bool, device=device), inside])
     starts = torch.arange(0, tokens, block, device=device)
     first = (torch.arange(frames, device=device)[:, None] * tokens + starts).flatten()

@@ -86,10 +86,17 @@ mask = masks.plan_mask(masks.HeadPlan.from_json(plan.to_json()), (5, 12, 20), la
 
 `foveal.zoo.tasks.video_metrics.attention_mass_recall(query, key, mask=mask)` measures any mask in the same way.
 
-## A mask that learns
+## Masks that learn
 
 `foveal.layers.BoxGate` is SeerAttention's gate on grids: `gate.loss(query, key)` teaches it the map of the
 attention around it, which stays frozen, and `gate.mask(query, key, topk=16)` chooses blocks.
+`foveal.layers.LearnedConnectivity` is Sparsifiner's predictor for image grids of one size: `forward` is trained to
+resemble the attention's map, and `mask(query, key, share=0.25)` lists single keys.
+
+## Not here
+
+SEA (arXiv:2310.01777) needs a network of its own per layer and a teacher; SpargeAttn's second stage and skipped softmax
+tiles (BLASST) are decided inside a kernel, not by a mask.
 """
 
 

@@ -203,18 +203,25 @@ def test_a_pyramid_of_single_tokens_is_dense():
     torch.testing.assert_close(out, dense.transpose(1, 2), atol=1e-12, rtol=0)
 
 
-class NoWaiting(TorchDispatchMode):
-    """Refuses operators whose result depends on values, and keeps the size of the largest tensor."""
+class Sizes(TorchDispatchMode):
+    """Keeps the size of the largest tensor."""
 
     largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ not in SYNCS, f"{func} waits for the device"
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, torch.Tensor):
                 self.largest = max(self.largest, x.numel())
         return out
+
+
+class NoWaiting(Sizes):
+    """Refuses operators whose result depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in SYNCS, f"{func} waits for the device"
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 DYNAMIC = [name for name, entry in ENTRIES.items() if entry.dynamic]
@@ -259,6 +266,27 @@ def test_dynamic_masks_have_no_size_of_tokens_squared(name, monkeypatch):
     with NoWaiting() as mode:
         make(name, grid, {**row.options, **blocks}, tensors)
     assert mode.largest <= tokens**2 / 8
+
+
+LONG = {  # one axis of very many tokens
+    "clear": {"radius": 300},
+    "duo": {"recent": 300, "sink": 64},
+    "freeswim": {"half": (300,)},
+    "grid_offsets": {"stride": (1024,)},
+    "moa": {"alpha": 4096.0},
+    "nabla_prior": {"window": 9},
+    "power": {},
+    "s2": {"heads": 4, "stride": 4},
+    "s2_causal": {"heads": 4, "stride": 8, "local": 4},
+    "s2_relative": {"stride": 8, "local": 4},
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_static_masks_of_long_sequences_stay_small(name):
+    with Sizes() as mode:
+        masks.REGISTRY[name].function((1 << 17,), block=256, **LONG[name])
+    assert mode.largest <= 8 * 512**2
 
 
 @pytest.mark.slow

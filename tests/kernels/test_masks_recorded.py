@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from foveal.kernels import masks
-from foveal.kernels.masks.blocks import cut_into_blocks, own_blocks
+from foveal.kernels.masks.blocks import block_tokens, cut_into_blocks, own_blocks
 from foveal.kernels.masks.psa import psa_importance, psa_levels
 from foveal.kernels.masks.select import pair_scores
 from foveal.kernels.ops import block_sparse_attention, merge_attentions, na1d
 from mask_lists import kept
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
+SIZES = "variable_block_sizes"
 CASES = json.loads((GOLDENS / "masks.json").read_text())
 
 
@@ -148,7 +149,8 @@ def test_sparge(case, arrays):
     query, key = spread_blocks(case["seed"], case["H"], case["L"], case["D"], case["amp"])
     given = case["kwargs"]
     options = {"mass": given["cdfthreshd"], "topk": given.get("topk"), "sink": given.get("attention_sink", False)}
-    mask = masks.sparge(query.half(), key.half(), similarity=given["simthreshd1"], own=False, **options)
+    options |= {"similarity": given["simthreshd1"], "causal": given.get("is_causal", False)}
+    mask = masks.sparge(query.half(), key.half(), own=False, **options)
     holds(arrays, f"sparge/{case['name']}/map", kept(mask, case["map_shape"][-1]), case, "map_shape")
 
 
@@ -156,6 +158,16 @@ def test_vsa(arrays):
     means = [torch.from_numpy(arrays[f"vsa_select/{x}_mean"]).transpose(1, 2) for x in "qk"]
     selected = masks.keep(pair_scores(*means, scale=0.125), rule="topk", topk=3)
     assert torch.equal(selected, bits(arrays["vsa_select/mask"], (1, 2, 6, 6)))
+
+
+@pytest.mark.parametrize(("shape", "block"), [((21, 30, 52), (4, 4, 4)), ((3, 10, 12), (4, 8, 8))], ids=str)
+def test_cubes(shape, block, arrays):
+    name = "vsa_tiles/" + "_t".join("x".join(map(str, x)) for x in (shape, block))
+    number = torch.arange(prod(shape)).view(1, *shape, 1, 1)
+    tokens, exists = cut_into_blocks(number, block)
+    recorded = {x: torch.from_numpy(arrays[f"{name}/{x}"].astype(np.int64)) for x in ("tile_partition_indices", SIZES)}
+    assert torch.equal(tokens[0, exists, 0, 0], recorded["tile_partition_indices"])
+    assert torch.equal(exists.sum(1), recorded[SIZES]) and torch.equal(block_tokens(shape, block), recorded[SIZES])
 
 
 def test_bsa():

@@ -8,7 +8,6 @@ from foveal.kernels import masks
 from foveal.kernels.masks.blocks import (
     block_means,
     block_tokens,
-    cover,
     cut_into_blocks,
     density,
     own_blocks,
@@ -147,11 +146,6 @@ def test_relations_along_axes_make_the_mask_of_their_product():
     fine = product_mask(relations, query_block=(1, 1), key_block=(1, 1))
     dense = (relations[0][:, None, :, None] & relations[1][None, :, None, :]).reshape(35, 35)
     assert torch.equal(kept(fine, 35)[0, 0], dense)
-    lifted = product_mask([cover(x, 2, 3) for x in relations], query_block=(2, 2), key_block=(3, 3))
-    by_block = torch.zeros(12, 6, dtype=torch.bool)
-    for i, j in dense.nonzero().tolist():
-        by_block[owners((5, 7), (2, 2))[i], owners((5, 7), (3, 3))[j]] = True
-    assert torch.equal(kept(lifted, 6)[0, 0], by_block)
 
 
 @pytest.mark.parametrize("shape", GRIDS, ids=str)
@@ -273,6 +267,7 @@ X, CROSS = torch.zeros(1, 6, 8, 2, 4), torch.zeros(1, 5, 8, 2, 4)
         (call("bsa", X, X, share=0.0), "share=0.0"),
         (call("sla", X, X, ratio=0.0), "ratio=0.0"),
         (call("sparge", X, X, mass=0.5, topk=0.5), "give one of them"),
+        (call("sparge", X, X, causal=True), "causal=True needs one axis"),
         (call("moba", X, X, causal=True), "causal=True needs one axis"),
         (call("moba", X, X, topk=0), "topk=0 must be at least 1"),
         (call("vmoba", X, X, block=2), "give one of them"),
@@ -318,3 +313,53 @@ X, CROSS = torch.zeros(1, 6, 8, 2, 4), torch.zeros(1, 5, 8, 2, 4)
 def test_errors_name_the_argument_and_its_value(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+@pytest.mark.parametrize("shape", GRIDS, ids=str)
+def test_queries_of_a_block_share_the_list_of_their_mean(shape):
+    query, key = normal(1, *shape, 2, 4), normal(1, *shape, 2, 4, seed=1)
+    rank = len(shape)
+    scores = masks.box_scores(query, key, query_block=3, key_block=2)
+    own = own_blocks(shape, (3,) * rank, (2,) * rank)
+    expected = masks.keep(scores.masked_fill(own, torch.inf), rule="topk", topk=3) | own
+    for mask in (
+        masks.moba(query, key, topk=3, block=2, query_block=3),
+        masks.vmoba(query, key, topk=3, block=2, query_block=3),
+    ):
+        assert torch.equal(kept(mask, scores.shape[-1]), expected)
+    near = masks.longheads(query, key, topk=3, block=2, query_block=3)
+    assert (kept(near, scores.shape[-1]) | ~own).all() and near.kv_num.min() >= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("clear", {"radius": 3}),
+        ("freeswim", {"half": (1, 3)}),
+        ("freeswim", {"half": (None, 2)}),
+        ("duo", {"recent": (2, 3), "sink": 2}),
+        ("grid_offsets", {"stride": (None, 4), "offsets": ((0,), (0, 3))}),
+        ("grid_offsets", {"stride": (3, 5), "offsets": ((0, 1), (-1, 0))}),
+    ],
+)
+@pytest.mark.parametrize("block", [(2, 3), (3, 4), (5, 1)])
+def test_blocks_are_kept_where_a_query_sees_a_key(name, options, block):
+    shape = (7, 11)
+    fine = kept(getattr(masks, name)(shape, block=1, **options), 77)[0, 0]
+    owner = owners(shape, block)
+    expected = torch.zeros(int(owner.max()) + 1, int(owner.max()) + 1, dtype=torch.bool)
+    for i, j in fine.nonzero().tolist():
+        expected[owner[i], owner[j]] = True
+    assert torch.equal(kept(getattr(masks, name)(shape, block=block, **options), len(expected))[0, 0], expected)
+
+
+def test_streaming_heads_with_order_keep_the_blocks_that_are_seen():
+    options = {"recent": 5, "sink": 2, "causal": True, "retrieval": (False, True)}
+    fine = kept(masks.duo((23,), block=1, **options), 23)[0]
+    place = torch.arange(23)
+    past = place <= place[:, None]
+    assert torch.equal(fine[0], past & ((place < 2) | (place[:, None] - place < 5))) and torch.equal(fine[1], past)
+    expected = torch.zeros(2, 6, 6, dtype=torch.bool)
+    for head, i, j in fine.nonzero().tolist():
+        expected[head, i // 4, j // 4] = True
+    assert torch.equal(kept(masks.duo((23,), block=4, **options), 6)[0], expected)
