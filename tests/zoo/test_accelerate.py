@@ -12,6 +12,8 @@ from foveal.zoo import accelerate, decelerate, sites
 from foveal.zoo.accelerate import PRESETS, Plan, load_gates, read_plan
 from foveal.zoo.accelerate.masks import density, mask_names
 from foveal.zoo.accelerate.presets import as_plan
+from foveal.zoo.video import Segments, perturbed_heads
+from foveal.zoo.video.segments import segmented
 from generators import GENERATORS, build, run, wan
 from sparse_plans import block_pairs, two_blocks, window_pairs
 from torch._dynamo.testing import CompileCounter
@@ -182,6 +184,26 @@ def test_caches_across_steps_stay_usable():
         assert torch.equal(run(model, inputs), expected)
     model.disable_cache()
     assert torch.equal(run(model, inputs), plain)
+
+
+@pytest.mark.parametrize("name", ["videodit", "videodit joint"])
+def test_guidance_and_segments_of_videodit_go_along(name):
+    model, inputs = build(name)
+    processors = dict(model.attn_processors)
+    with accelerate(model, {"window": 3}):
+        expected = run(model, inputs)
+        with perturbed_heads(model, {1: [0]}, strength=0.0):
+            torch.testing.assert_close(run(model, inputs), expected)
+        with perturbed_heads(model, {1: [0]}, strength=0.7):
+            assert not torch.allclose(run(model, inputs), expected)
+        with segmented(model, Segments((3,), (5,))):
+            torch.testing.assert_close(run(model, inputs), run(model, inputs))
+        assert torch.equal(run(model, inputs), expected)
+    with segmented(model, Segments((1, 2), (2, 3))):
+        plain = run(model, inputs)
+        with accelerate(model, {"window": 99}):
+            torch.testing.assert_close(run(model, inputs), plain)
+    assert all(a is b for a, b in zip(processors.values(), model.attn_processors.values(), strict=True))
 
 
 @pytest.mark.slow

@@ -65,10 +65,13 @@ def attend(call: Call, following: Following) -> Tensor:
 def split(call: Call, choice: Choice) -> tuple[tuple[int, int], Tensor | None, Tensor | None, Tensor | None] | None:
     """First query of the grid and end, keys and values of other tokens (None without any), and which of those count.
 
-    None where queries and keys are not the grid's, or a mask hides tokens of the grid.
+    None where queries and keys are not those of the grid (segments of a video attend one by one), or a mask hides some
+    of its tokens.
     """
     operation = call.operation
-    main = operation.main
+    main, tokens = operation.main, prod(choice.grid)
+    if call.query.shape[1] < tokens or call.key.shape[1] < tokens:
+        return None
     if main is None or (call.mask is not None and not call.site.mask_hides_text_only) or call.causal:
         return None
     queries = choice.layout.spans(call.site, operation.queries, call.query.shape[1])[main]

@@ -144,8 +144,13 @@ class InterceptedProcessor:
     """
 
     def __init__(self, site: Site, inner: Any, may_skip: bool):
-        self.site, self.inner, self.may_skip = site, inner, may_skip
+        self.site, self.may_skip = site, may_skip
         self.links: tuple[Link, ...] = ()
+        self.stand_for(inner)
+
+    def stand_for(self, inner: Any) -> None:
+        """Run another processor from now on."""
+        self.inner = inner
         self.native = copy.copy(inner) if hasattr(inner, "_attention_backend") else inner
         if self.native is not inner:
             from diffusers.models.attention_dispatch import AttentionBackendName
