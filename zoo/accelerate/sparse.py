@@ -1,4 +1,4 @@
-"""Sparse attention at a site: tokens of the grid by a window or block lists, all other tokens seen by everybody.
+"""Sparse attention at a site: tokens of the grid by a window or block lists, all other tokens visible to every query.
 
 Queries that are not on the grid (text, images that condition) attend to everything, by the model's own attention.
 """
@@ -83,7 +83,7 @@ def split(call: Call, choice: Choice) -> tuple[tuple[int, int], Tensor | None, T
 
 
 def _visible(call: Call, row: int, first: int, end: int) -> Tensor | None:
-    """Which keys outside of the grid count, bool `[B, keys]`: those that the first query of the grid sees."""
+    """Visible keys outside of the grid, bool `[B, keys]`: those of the first query of the grid."""
     if call.mask is None:
         return None
     mask = call.mask[:, 0, row if call.mask.shape[2] > 1 else 0]  # [B or 1, keys]
