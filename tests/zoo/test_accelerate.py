@@ -1,19 +1,26 @@
 """accelerate: every generator attends to what its plan says, text whole, and is itself again without it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from foveal.zoo import accelerate, decelerate, sites
 from foveal.zoo.accelerate import PRESETS, Plan, load_gates, read_plan
 from foveal.zoo.accelerate.masks import density, mask_names
 from foveal.zoo.accelerate.presets import as_plan
+from foveal.zoo.video import Segments, perturbed_heads
+from foveal.zoo.video.segments import segmented
 from generators import GENERATORS, build, run, wan
 from sparse_plans import block_pairs, two_blocks, window_pairs
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "faster-video.md"
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
 
 def masked(pairs_of):
@@ -154,6 +161,59 @@ def test_gradients():
         assert block.attn1.to_q.weight.grad.abs().sum() > 0
 
 
+def test_checkpointing_recomputes_the_same():
+    model, inputs = build("wan")
+    grads = []
+    with accelerate(model, {"window": 2}):
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.train().enable_gradient_checkpointing()
+            model(**inputs).sample.square().mean().backward()
+            grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            model.zero_grad()
+    assert all(torch.equal(grads[1][name], grad) for name, grad in grads[0].items())
+
+
+def test_caches_across_steps_stay_usable():
+    model, inputs = build("wan")
+    with accelerate(model, {"window": 3}):
+        expected = run(model, inputs)
+    plain = run(model, inputs)
+    model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
+    with accelerate(model, {"window": 3}), model.cache_context("cond"):
+        assert torch.equal(run(model, inputs), expected)
+    model.disable_cache()
+    assert torch.equal(run(model, inputs), plain)
+
+
+@pytest.mark.parametrize("name", ["videodit", "videodit joint"])
+def test_guidance_and_segments_of_videodit_go_along(name):
+    model, inputs = build(name)
+    processors = dict(model.attn_processors)
+    with accelerate(model, {"window": 3}):
+        expected = run(model, inputs)
+        with perturbed_heads(model, {1: [0]}, strength=0.0):
+            torch.testing.assert_close(run(model, inputs), expected)
+        with perturbed_heads(model, {1: [0]}, strength=0.7):
+            assert not torch.allclose(run(model, inputs), expected)
+        with segmented(model, Segments((3,), (5,))):
+            torch.testing.assert_close(run(model, inputs), run(model, inputs))
+        assert torch.equal(run(model, inputs), expected)
+    with segmented(model, Segments((1, 2), (2, 3))):
+        plain = run(model, inputs)
+        with accelerate(model, {"window": 99}):
+            torch.testing.assert_close(run(model, inputs), plain)
+    assert all(a is b for a, b in zip(processors.values(), model.attn_processors.values(), strict=True))
+
+
+@pytest.mark.slow
+def test_ulysses():
+    path = os.pathsep.join([str(SUPPORT), *sys.path])
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(SUPPORT / "ulysses_ranks.py")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path})
+    assert done.stdout.count("equal") == 2, done.stderr[-2000:]
+
+
 def test_plans_are_files(tmp_path):
     plan = Plan(window=(6, None, 16), stride=(1, 8, 8), dense_steps=(0.2, 1), layers={3: "dense"}, name="mine")
     plan.save(tmp_path / "plan.json")
@@ -266,6 +326,10 @@ def test_compiled_blocks(name, plan):
     start = inputs["timestep"]
     with accelerate(model, plan):
         expected = run(model, inputs)
+    torch._dynamo.reset()
+    whole = torch.compile(model, backend="eager")
+    with accelerate(whole, plan), torch.no_grad():
+        torch.testing.assert_close(whole(**inputs, return_dict=False)[0], expected)
     torch._dynamo.reset()
     alone, counter = CompileCounter(), CompileCounter()
     model.compile_repeated_blocks(fullgraph=True, backend=alone)

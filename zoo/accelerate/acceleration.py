@@ -70,7 +70,7 @@ class Acceleration:
         return attend(call, following)
 
     def choose(self, site: Site, layout: Layout, moment: Moment) -> Choice | None:
-        """What a site does in a forward; None is dense. The reason is noted."""
+        """Choose sparse attention for a site in a forward, or None for dense, whose reason is noted."""
         found = self.choice(site, layout)
         if isinstance(found, Choice) and not self.plan.is_sparse(moment.step, moment.total, moment.noise):
             found = f"dense_steps={self.plan.dense_steps}, noise={self.plan.noise}: step {moment.step}"
@@ -85,7 +85,7 @@ class Acceleration:
         return found
 
     def choice(self, site: Site, layout: Layout) -> Choice | str:
-        """What a site does with the tokens of a layout in steps that are sparse, or why it is dense."""
+        """Return the sparse attention of a site for a layout, in steps that are not dense, or the reason for dense."""
         key = (site.path, layout.grid, tuple(sorted(layout.counts.items())), layout.why, layout.masked, layout.device)
         if key not in self._choices:
             if len(self._choices) > 16 * len(self.sites):  # many sizes in one process
@@ -141,7 +141,7 @@ class Acceleration:
         lines = [
             f"{names}: plan {self.plan.name}, {self.plan.words if self.plan.of_layer(-1) else 'by layer'}",
             f"dense: first steps {first}, last steps {last}, layers {sorted(self.dense_layers)}; "
-            "text and conditions are seen by everybody; "
+            "text and conditions are visible to all tokens; "
             f"{len(self.every) - len(self.sites)} other attentions are untouched",
         ]
         if not (self.sparse or self.dense):

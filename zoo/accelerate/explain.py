@@ -1,4 +1,4 @@
-"""What a plan costs and saves in a generator, from shapes alone, before anything runs."""
+"""Cost of a plan in a generator and its saving, from shapes alone, before anything runs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SiteCost:
 
     Attributes:
         site: the attention.
-        words: what its queries see.
+        words: visible keys of its queries, in a few words.
         reason: why it is dense, empty where it is sparse.
         density: share of the pairs of the grid's tokens that are kept; None if only the data tell.
         dense_flops, flops: of its two products, dense and by the plan.
@@ -71,7 +71,7 @@ class SiteCost:
 
 @dataclass(frozen=True)
 class PlanCost:
-    """What `explain` found. Shares and bounds are of FLOPs; kernels that differ in speed change what is measured.
+    """Result of `explain`. Shares and bounds are of FLOPs; kernels that differ in speed change what is measured.
 
     Attributes:
         model: class of the generator.

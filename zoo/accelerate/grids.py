@@ -1,4 +1,4 @@
-"""Sparse attention of tokens on a grid without a model around: what plug-ins of other programs call."""
+"""Sparse attention of tokens on a grid without a model around, for plug-ins of other programs."""
 
 from __future__ import annotations
 

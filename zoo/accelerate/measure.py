@@ -1,4 +1,4 @@
-"""What a plan keeps and what it saves in a pipeline, measured against the dense model on the same noise."""
+"""Quality and time of a plan in a pipeline, measured against the dense model on the same noise."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Run:
 
 @dataclass
 class Measurement:
-    """What `measure` found. PSNR is in dB; the yardstick is the dense model with another seed.
+    """Result of `measure`. PSNR is in dB; the yardstick is the dense model with another seed.
 
     Attributes:
-        plan: what was measured.
+        plan: the measured plan.
         psnr_by_step, yardstick_by_step: of the latents after each step against the dense ones of the first seed.
         psnr, yardstick: of the result.
         recall, worst_head: by site, share of the attention mass that is kept.

@@ -36,7 +36,7 @@ class Plan:
         min_tokens: fewest tokens of the grid for which attention is sparse.
         layers: per layer, a mapping with some of window, stride, dilation, mask, options, budget, flat and gated that
             replaces them, or "dense".
-        name, source: what it is called and where its settings come from.
+        name, source: title, and origin of the settings.
 
     Raises:
         ValueError, TypeError: a value outside of what is accepted; the message names it.
@@ -92,11 +92,11 @@ class Plan:
 
     @property
     def needs_time(self) -> bool:
-        """Whether the timestep matters."""
+        """True if the timestep matters."""
         return self.noise is not None or any(self.dense_first_and_last)
 
     def is_sparse(self, step: int | None, total: int | None, noise: float | None) -> bool:
-        """Whether a step is one with sparse attention.
+        """Return True if attention is sparse in a step.
 
         Raises:
             ValueError: shares of a run whose number of steps is unknown.
@@ -127,7 +127,7 @@ class Plan:
 
     @property
     def words(self) -> str:
-        """What queries see, in a few words."""
+        """Visible keys of a query, in a few words."""
         if self.window is None:
             mask = self.mask if isinstance(self.mask, str) else getattr(self.mask, "__name__", "a function")
             rest = dict(self.options) | ({} if self.budget is None else {"budget": self.budget})
@@ -190,7 +190,7 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def is_per_head(sizes: Any) -> bool:
-    """Whether sizes are a list of one entry per head."""
+    """Return True if sizes are a list of one entry per head."""
     return isinstance(sizes, Sequence) and not isinstance(sizes, str) and isinstance(sizes[0], Sequence)
 
 

@@ -1,4 +1,4 @@
-"""Sparse attention at a site: tokens of the grid by a window or block lists, all other tokens seen by everybody.
+"""Sparse attention at a site: tokens of the grid by a window or block lists, all other tokens visible to every query.
 
 Queries that are not on the grid (text, images that condition) attend to everything, by the model's own attention.
 """
@@ -65,10 +65,13 @@ def attend(call: Call, following: Following) -> Tensor:
 def split(call: Call, choice: Choice) -> tuple[tuple[int, int], Tensor | None, Tensor | None, Tensor | None] | None:
     """First query of the grid and end, keys and values of other tokens (None without any), and which of those count.
 
-    None where queries and keys are not the grid's, or a mask hides tokens of the grid.
+    None where queries and keys are not those of the grid (segments of a video attend one by one), or a mask hides some
+    of its tokens.
     """
     operation = call.operation
-    main = operation.main
+    main, tokens = operation.main, prod(choice.grid)
+    if call.query.shape[1] < tokens or call.key.shape[1] < tokens:
+        return None
     if main is None or (call.mask is not None and not call.site.mask_hides_text_only) or call.causal:
         return None
     queries = choice.layout.spans(call.site, operation.queries, call.query.shape[1])[main]
@@ -80,7 +83,7 @@ def split(call: Call, choice: Choice) -> tuple[tuple[int, int], Tensor | None, T
 
 
 def _visible(call: Call, row: int, first: int, end: int) -> Tensor | None:
-    """Which keys outside of the grid count, bool `[B, keys]`: those that the first query of the grid sees."""
+    """Visible keys outside of the grid, bool `[B, keys]`: those of the first query of the grid."""
     if call.mask is None:
         return None
     mask = call.mask[:, 0, row if call.mask.shape[2] > 1 else 0]  # [B or 1, keys]

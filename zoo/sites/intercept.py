@@ -40,7 +40,7 @@ class Call:
         mask: bool or additive, broadcastable to `[B, heads, queries, keys]`, or None.
         scale: factor on query . key; head_dim ** -0.5 when None.
         causal, dropout: as `scaled_dot_product_attention` takes them.
-        plan: what `Interception.plan` returned for the site before this forward.
+        plan: result of `Interception.plan` for the site before this forward.
         hidden_states: input of the site, `[B, tokens, channels]`, those of text that is projected apart not among them.
     """
 
@@ -81,7 +81,7 @@ Attend = Callable[[Call, Following], Tensor]
 
 
 class Link:
-    """What one interception does at one site; its plan is set before every forward, None makes it absent."""
+    """One interception at one site; its plan is set before every forward, None makes it absent."""
 
     def __init__(self, attend: Attend, owner: bool, heads: tuple[int, ...] | None):
         self.attend, self.owner, self.heads = attend, owner, heads
@@ -139,13 +139,18 @@ class InterceptedProcessor:
     Attributes:
         site: whose processor it is.
         inner: the processor that it stands for; its backend and its parallelism are read and set through this one.
-        links: what is done to the operation, in order.
+        links: interceptions of the operation, in order.
         may_skip: whether the processor may run without the operation.
     """
 
     def __init__(self, site: Site, inner: Any, may_skip: bool):
-        self.site, self.inner, self.may_skip = site, inner, may_skip
+        self.site, self.may_skip = site, may_skip
         self.links: tuple[Link, ...] = ()
+        self.stand_for(inner)
+
+    def stand_for(self, inner: Any) -> None:
+        """Run another processor from now on."""
+        self.inner = inner
         self.native = copy.copy(inner) if hasattr(inner, "_attention_backend") else inner
         if self.native is not inner:
             from diffusers.models.attention_dispatch import AttentionBackendName
@@ -386,7 +391,7 @@ class Interception:
         self._recorders.append((model, recorder))
 
     def moment(self, component: str, arguments: dict[str, Any]) -> Moment:
-        """When a forward of a model happens.
+        """Return the moment of a forward of a model.
 
         Raises:
             ValueError: the schedule asks for branches, and nothing tells them.

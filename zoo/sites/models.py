@@ -388,12 +388,12 @@ def _site(model: Any, known: Model, attention: Attention, name: str, layer: int,
 
 
 def _only_cross(model: nn.Module, name: str) -> bool:
-    """Whether the block of a UNet's first attention attends to text there as well."""
+    """Return True if the block of a UNet attends to text in its first attention as well."""
     return bool(getattr(model.get_submodule(name.rpartition(".")[0]), "only_cross_attention", False))
 
 
 def _level(name: str, levels: int) -> int:
-    """How often the latents were halved at an attention of a UNet."""
+    """Number of times the latents were halved at an attention of a UNet."""
     place, number = name.split(".")[:2]
     if place == "mid_block":
         return levels - 1

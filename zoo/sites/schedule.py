@@ -20,12 +20,12 @@ BRANCHES = ("cond", "uncond")
 
 @dataclass(frozen=True)
 class Moment:
-    """When a forward happens.
+    """Moment of a forward.
 
     Attributes:
-        step: number of the denoising step, from 0 on; None when nobody asked.
+        step: number of the denoising step, from 0 on; None when it was not read.
         total: steps of the run; None when unknown.
-        noise: level of the noise in 0..1, of training timesteps for models that are not flows; None when nobody asked.
+        noise: level of the noise in 0..1, of training timesteps for models that are not flows; None when it was not read.
         rows: batch entries of each branch of guidance, "cond" and "uncond"; a branch that is not there is missing.
             None when unknown.
     """
@@ -38,7 +38,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Where and when something is done.
+    """Steps, layers, heads and branches in which an interception acts.
 
     Attributes:
         steps: first step and end (half-open), integers or fractions of the run in 0..1 as floats; None is open.
@@ -70,11 +70,11 @@ class Schedule:
 
     @property
     def needs_time(self) -> bool:
-        """Whether the timestep has to be read."""
+        """True if the timestep has to be read."""
         return self.steps is not None or self.noise is not None
 
     def active(self, moment: Moment) -> bool:
-        """Whether the step and the noise level of a forward are inside.
+        """Return True if the step and the noise level of a forward are inside.
 
         Raises:
             ValueError: a fraction of steps, or a step from the end, of a run whose number of steps is unknown.
@@ -152,7 +152,7 @@ class Clock:
 
 @dataclass
 class Context:
-    """What a pipeline says of a call by `cache_context`: the name of the branch and, in some, the step."""
+    """Facts of a call that a pipeline gives by `cache_context`: the name of the branch and, in some, the step."""
 
     name: str
     details: dict[str, Any]

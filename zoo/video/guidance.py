@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sites.intercept import InterceptedProcessor
 from .attention import VideoAttention, VideoAttnProcessor
 from .pattern import Text
 
@@ -72,7 +73,8 @@ def processors(transformer: Any, wrap: Callable[[str, VideoAttnProcessor], Video
     Raises:
         TypeError: a processor with a `__call__` of its own is to be wrapped, which knows nothing of `see` and `read`.
     """
-    before = dict(transformer.attn_processors)
+    outer = transformer.attn_processors.items()  # of which some stand for another while they are intercepted
+    before = {name: x.inner if isinstance(x, InterceptedProcessor) else x for name, x in outer}
     after = {name: wrap(name, processor) for name, processor in before.items()}
     for name, processor in before.items():
         if after[name] is not processor and type(processor).__call__ is not VideoAttnProcessor.__call__:
@@ -80,11 +82,22 @@ def processors(transformer: Any, wrap: Callable[[str, VideoAttnProcessor], Video
                 f"{name} is a {type(processor).__name__}, which has a __call__ of its own; guidance needs a "
                 "VideoAttnProcessor that overrides see, read or cross only"
             )
-    transformer.set_attn_processor(after)
+    _set(transformer, after)
     try:
         yield
     finally:
-        transformer.set_attn_processor(dict(before))
+        _set(transformer, before)
+
+
+def _set(transformer: Any, processors: Mapping[str, VideoAttnProcessor]) -> None:
+    """Set processors, inside of those that intercept them."""
+    outer = dict(transformer.attn_processors)
+    for name, processor in processors.items():
+        if isinstance(outer[name], InterceptedProcessor):
+            outer[name].stand_for(processor)
+    transformer.set_attn_processor(
+        {name: x if isinstance(x, InterceptedProcessor) else processors[name] for name, x in outer.items()}
+    )
 
 
 def self_attention_names(transformer: Any) -> list[str]:
