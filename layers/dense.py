@@ -11,8 +11,8 @@ class DenseAttention2d(ProjectedAttention2d):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Tokens `[B, N, heads, d]` to `[B, N, dim]`."""
-        heads_first = (t.transpose(1, 2) for t in (query, key, value))  # [B, heads, N, d]
-        return F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(2)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [B, heads, N, d]
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
     def attention_macs(self, shape: tuple[int, int]) -> int:
         """Multiply-accumulates of the attention for one image; `shape` is H and W, or tokens and dim."""

@@ -55,9 +55,9 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
   convolutions and attention. sMLPNet and SPACH models with MLPs along tokens take the one that `img_size=` says.
   iLLaMA and BinaryAttention-DeiT learn positions and interpolate them as Agent does.
 - BinaryAttention-DeiT computes what 1-bit queries and keys and 8-bit weights and values would, by products of floats:
-  it costs more than DeiT, and is there to have its results. `timm.create_model("moh_vit_s_80", skip_heads=True)` computes
-  heads for the tokens that take them alone: 4 % less time at 224x224 on one CPU core, 16 % at 448x448. Such a model
-  waits for the device in each block, so graphs cannot hold it.
+  it costs more than DeiT, and is there to have its results.
+- `timm.create_model("moh_vit_s_80", skip_heads=True)` computes heads for the tokens that take them alone: 4 % less time
+  at 224x224 on one CPU core, 16 % at 448x448. Such a model waits for the device in each block; graphs cannot hold it.
 - `impl=` chooses the attention kernels (see [Operations](operations.md)). A model takes the arguments of its layout
   (`Swin`, `NAT`, `PVT`, `PVTv2`, `CSWin`, `DeiT`, `Isotropic`, `Spach` in `foveal.zoo.hosts`) and of its family's
   attention (`foveal.zoo.backbones`), as in
