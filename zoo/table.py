@@ -51,13 +51,14 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
 - Agent, InLine and FLatten models learn positions for one input size, the checkpoint's, or `img_size=`. Images of other
   sizes go through with positions interpolated on the way; `model.set_input_size(...)` and loading interpolate them for
   good, by the authors' rule. Their repositories state no license: the links below lead to the authors' own files.
-- ShiftViT, PartialNet, MoH-ViT, Flowformer and the triplet networks take any size, too, as do SPACH models with
-  convolutions and attention. sMLPNet and SPACH models with MLPs along tokens take the one that `img_size=` says.
-  iLLaMA and BinaryAttention-DeiT learn positions and interpolate them as Agent does.
+- ShiftViT, PartialNet, MoH-ViT, Flowformer, residual attention networks and the triplet networks take any size, too, as
+  do SPACH models with convolutions and attention. sMLPNet, NiNformer and SPACH models with MLPs along tokens take
+  the one that `img_size=` says. iLLaMA, BinaryAttention-DeiT and minimal ViTs learn positions and interpolate them as
+  Agent does.
 - BinaryAttention-DeiT computes what 1-bit queries and keys and 8-bit weights and values would, by products of floats:
   it costs more than DeiT, and is there to have its results.
-- `timm.create_model("moh_vit_s_80", skip_heads=True)` computes heads for their own tokens: 4 % less time at 224x224
-  on a CPU core, 16 % at 448x448. Such a model waits for the device in each block, so graphs cannot hold it.
+- `timm.create_model("moh_vit_s_80", skip_heads=True)` computes heads for the tokens that take them alone: 4 % less time
+  at 224x224 on one CPU core, 16 % at 448x448. Such a model waits for the device in each block; graphs cannot hold it.
 - `impl=` chooses the attention kernels (see [Operations](operations.md)). A model takes the arguments of its layout
   (`Swin`, `NAT`, `PVT`, `PVTv2`, `CSWin`, `DeiT`, `Isotropic`, `Spach` in `foveal.zoo.hosts`) and of its family's
   attention (`foveal.zoo.backbones`), as in
@@ -155,6 +156,9 @@ def family(module: str) -> str:
     rows.sort(key=lambda ranked: ranked[:2])
     title = (sys.modules[module].__doc__ or module).splitlines()[0].rstrip(".")
     lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ALIGNMENT, *(cells for *_, cells in rows))]
+    if not rows:
+        names = ", ".join(f"`{name}`" for name in models if not name.startswith("test_"))
+        lines = [f"No weights are published. Models: {names}."]
     return "\n".join([f"## {title}", "", *lines, ""])
 
 

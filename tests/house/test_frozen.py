@@ -95,7 +95,7 @@ def config_keys() -> dict:
 def state_dict_keys() -> dict:
     """Keys of each model but the largest with numbers as `#`, and a digest of all keys and shapes."""
     surface = {}
-    for name in (name for name in OURS if not name.endswith(("_b", "_l", "_384"))):
+    for name in (name for name in OURS if not name.endswith(("_b", "_l", "_384")) and "_b_" not in name):
         with without_data():
             state = timm.create_model(name).state_dict()
         listing = "\n".join(f"{key} {tuple(value.shape)}" for key, value in state.items())
