@@ -258,7 +258,7 @@ class Control:
             call = edit.qkv(call, plan)
         terms = plain_terms(batch)
         for edit, plan in plans:
-            terms = edit.maps(terms, call, plan)
+            terms = edit.edit_terms(terms, call, plan)
         observed = [(edit, plan, x) for edit, plan in plans if (x := edit.columns(call, plan)) is not None]
         widened = _widen(call, [x for *_, x in observed])
         owners = [(edit, plan) for edit, plan in plans if edit.owner]

@@ -56,7 +56,7 @@ class Context:
 class Edit:
     """Something that is done to attention; subclasses override what they need.
 
-    An operation runs in this order: `qkv` of every edit, `maps` of every edit, the attention itself (by the one edit
+    An operation runs in this order: `qkv` of every edit, `edit_terms` of every edit, the attention itself (by the one edit
     that owns it), `read` of the observed columns, `out` of every edit.
 
     Attributes:
@@ -103,7 +103,7 @@ class Edit:
         """The operation with other queries, keys or values."""
         return call
 
-    def maps(self, terms: list[Term], call: Call, plan: Any) -> list[Term]:
+    def edit_terms(self, terms: list[Term], call: Call, plan: Any) -> list[Term]:
         """The terms of the maps, edited."""
         return terms
 

@@ -71,7 +71,7 @@ class Reweight(Edit):
         chosen = chosen.repeat_interleave(call.query.shape[0] // context.rows.batch, dim=0)
         return with_bias(call, chosen, factor.log()[:, None, None])
 
-    def maps(self, terms: list[Term], call: Call, plan: tuple) -> list[Term]:
+    def edit_terms(self, terms: list[Term], call: Call, plan: tuple) -> list[Term]:
         context, rows = plan
         if self.normalize or (factor := self._factor(call, context)) is None:
             return terms

@@ -26,6 +26,8 @@ class Sharpen(Edit):
         words: words of the regions, for attention to text; None for attention of the grid to itself.
         strength: factor; 0 is neutral.
         fade: factor by the noise level in 0..1.
+        parity: whether the share of a region over a whole video is divided by the frames once more, as in the official
+            code of VideoGrain.
         where, schedule, guidance: sites, steps and rows.
 
     Raises:
@@ -39,6 +41,7 @@ class Sharpen(Edit):
         *,
         strength: float = 1.0,
         fade: Callable[[float], float] | None = None,
+        parity: bool = False,
         where: Where | None = None,
         schedule: Schedule | None = None,
         guidance: str = "cond",
@@ -48,6 +51,7 @@ class Sharpen(Edit):
         if words is not None and len(words) != len(regions):
             raise ValueError(f"words={tuple(words)} must be one for each of the {len(regions)} regions")
         self.regions, self.strength, self.fade, self.cross = regions, strength, fade, words is not None
+        self.parity = parity
         self.words = tuple(words or ())
         kinds = ("cross", "joint") if self.cross else ("self", "joint")
         self.where, self.schedule, self.guidance = where or Where(kinds=kinds), schedule or Schedule(), guidance
@@ -77,8 +81,20 @@ class Sharpen(Edit):
         on[list(rows)] = 1
         on = on.repeat_interleave(call.query.shape[0] // context.rows.batch)[:, None, None]
         changed = torch.zeros(call.query.shape[1], device=device)
-        changed[queries[0] : queries[1]] = now * (1 - shares @ shares.mean(0))
+        changed[queries[0] : queries[1]] = now * self.sizes(shares, grid)
         return sharpen(call, mine, theirs, changed[:, None] * on)
+
+    def sizes(self, shares: Tensor, grid: Sequence[int]) -> Tensor:
+        """1 minus the share of the grid that each token's region takes; of its frame in attention to text.
+
+        Args:
+            shares: membership of the grid's tokens, `[tokens, regions]`.
+            grid: of the tokens.
+        """
+        frames = grid[0] if len(grid) == 3 else 1
+        by_frame = shares.unflatten(0, (frames if self.cross else 1, -1))
+        taken = by_frame.mean(1, keepdim=True) / (frames if self.parity and not self.cross else 1)
+        return 1 - (by_frame * taken).sum(-1).flatten()
 
 
 def sharpen(call: Call, mine: Tensor, theirs: Tensor, strength: Tensor) -> Call:

@@ -48,7 +48,7 @@ class Transfer(Edit):
         rows = context.rows
         return (right, self.keep(step), rows.of(self.source, self.guidance), rows.of(self.target, self.guidance))
 
-    def maps(self, terms: list[Term], call: Call, plan: tuple) -> list[Term]:
+    def edit_terms(self, terms: list[Term], call: Call, plan: tuple) -> list[Term]:
         right, keep, source, target = plan
         tokens = call.key.shape[1]
         for factor in (right, keep):
