@@ -8,7 +8,7 @@ print(control.report())
 """
 
 from ..sites import Schedule
-from . import edits
+from . import edits, recipes
 from .control import Control, explain
 from .edit import Context, Edit
 from .rows import Rows
@@ -25,6 +25,7 @@ __all__ = [
     "cross_times",
     "edits",
     "explain",
+    "recipes",
     "refinement_map",
     "replacement_map",
     "word_tokens",

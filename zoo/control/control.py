@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +34,7 @@ class _Interception(Interception):
         context = recorder.now if isinstance(recorder, ContextRecorder) else None
         batch = next(len(x) for x in arguments.values() if isinstance(x, Tensor | list) and len(x))
         guided = None if self.pipe is None else getattr(self.pipe, "do_classifier_free_guidance", None)
-        parts = branch_rows(context, batch, guided)
+        parts = {"cond": slice(0, batch)} if self.control.only_cond else branch_rows(context, batch, guided)
         if parts is None and guided:
             raise ValueError(
                 f"the pipeline guides, but a batch of {batch} does not hold cond and uncond rows equally often"
@@ -96,6 +97,7 @@ class Control:
         sites: attentions of the generator.
         words: token numbers by name.
         grid: tokens of the last forward, along (t, h, w) or (h, w).
+        at: pipeline and tensors of the callback that runs.
 
     Raises:
         ValueError, TypeError: an edit that the generator cannot serve; the message names it. Nothing is changed then.
@@ -122,6 +124,7 @@ class Control:
         self._sites: dict[str, list[Edit]] = {}
         self._interception: _Interception | None = None
         self._handles: list[Any] = []
+        self.only_cond, self.at = False, (None, {})
         self._last: tuple[int, float] = (0, 0.0)
         self.rows = Rows(0)
         self.grid: tuple[int, ...] | None = None
@@ -254,34 +257,7 @@ class Control:
                 f"{call.site.path} attends with {call.query.shape[0]} sequences, not a multiple of the batch of "
                 f"{batch}: its rows cannot be told apart"
             )
-        for edit, plan in plans:
-            call = edit.qkv(call, plan)
-        terms = plain_terms(batch)
-        for edit, plan in plans:
-            terms = edit.edit_terms(terms, call, plan)
-        observed = [(edit, plan, x) for edit, plan in plans if (x := edit.columns(call, plan)) is not None]
-        widened = _widen(call, [x for *_, x in observed])
-        owners = [(edit, plan) for edit, plan in plans if edit.owner]
-
-        def attend(part: Call, rows: Sequence[int]) -> Tensor:
-            if not owners:
-                return following(part)
-            (edit, plan), *others = owners
-            for other, other_plan in others:
-                plan = edit.join(plan, other, other_plan)  # type: ignore[attr-defined]
-            return edit.attend(part, plan, rows, following)
-
-        out = run(terms, widened, attend, batch)
-        if not torch.compiler.is_compiling():
-            self._note(call, widened, sum(len(term.write) for term in terms) * call.query.shape[0] // batch)
-        first = size = call.value.shape[-1]
-        for edit, plan, x in observed:
-            edit.read(call, plan, out[..., first : first + x.shape[-1]])
-            first += x.shape[-1]
-        out = out[..., :size]
-        for edit, plan in plans:
-            out = edit.out(call, plan, out)
-        return out
+        return attend_edited(call, batch, plans, following, self._note)
 
     def _note(self, call: Call, widened: Call, rows: int) -> None:
         seen = self.seen[call.site.path]
@@ -292,10 +268,20 @@ class Control:
     def callback(self, pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """For `callback_on_step_end` of a pipeline: edits of the latents, in order."""
         total = getattr(pipe, "num_timesteps", None) or self.total_steps
+        self.at = (pipe, kwargs)
         if "latents" in kwargs:
             for edit in self.edits:
                 kwargs["latents"] = edit.latents(step, total, kwargs["latents"], self)
         return kwargs
+
+    @contextmanager
+    def conditional(self) -> Iterator[None]:
+        """Inside, the generator is called with conditional rows alone, whatever its pipeline does."""
+        before, self.only_cond = self.only_cond, True
+        try:
+            yield
+        finally:
+            self.only_cond = before
 
     def same_noise(self, seed: int = 0, device: str | torch.device = "cpu") -> list[torch.Generator]:
         """Generators of equal noise for every branch, for `generator=` of a pipeline."""
@@ -304,6 +290,52 @@ class Control:
     def report(self) -> str:
         """Which edit ran where and in which steps, and what it cost over the model's own attention."""
         return "\n".join(_lines(self)) or "nothing has run yet"
+
+
+def attend_edited(
+    call: Call,
+    batch: int,
+    plans: Sequence[tuple[Edit, Any]],
+    following: Following,
+    note: Callable[[Call, Call, int], None] | None = None,
+) -> Tensor:
+    """An operation with edits.
+
+    Args:
+        call: the operation.
+        batch: rows of the forward; the operation may hold several sequences of each.
+        plans: edits with their plans, in order.
+        following: attends.
+        note: is told of the operation, what is attended to, and the rows of it.
+    """
+    for edit, plan in plans:
+        call = edit.qkv(call, plan)
+    terms = plain_terms(batch)
+    for edit, plan in plans:
+        terms = edit.edit_terms(terms, call, plan)
+    observed = [(edit, plan, x) for edit, plan in plans if (x := edit.columns(call, plan)) is not None]
+    widened = _widen(call, [x for *_, x in observed])
+    owners = [(edit, plan) for edit, plan in plans if edit.owner]
+
+    def attend(part: Call, rows: Sequence[int]) -> Tensor:
+        if not owners:
+            return following(part)
+        (edit, plan), *others = owners
+        for other, other_plan in others:
+            plan = edit.join(plan, other, other_plan)  # type: ignore[attr-defined]
+        return edit.attend(part, plan, rows, following)
+
+    out = run(terms, widened, attend, batch)
+    if note is not None and not torch.compiler.is_compiling():
+        note(call, widened, sum(len(term.write) for term in terms) * call.query.shape[0] // batch)
+    first = size = call.value.shape[-1]
+    for edit, plan, x in observed:
+        edit.read(call, plan, out[..., first : first + x.shape[-1]])
+        first += x.shape[-1]
+    out = out[..., :size]
+    for edit, plan in plans:
+        out = edit.out(call, plan, out)
+    return out
 
 
 def _widen(call: Call, columns: list[Tensor]) -> Call:

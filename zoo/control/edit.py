@@ -56,8 +56,8 @@ class Context:
 class Edit:
     """Something that is done to attention; subclasses override what they need.
 
-    An operation runs in this order: `qkv` of every edit, `edit_terms` of every edit, the attention itself (by the one edit
-    that owns it), `read` of the observed columns, `out` of every edit.
+    An operation runs in this order: `qkv` of every edit, `edit_terms` of every edit, the attention itself (by the one
+    edit that owns it), `read` of the observed columns, `out` of every edit.
 
     Attributes:
         where, schedule: sites and steps; `guidance`: rows of "cond", "uncond" or "both".

@@ -2,12 +2,14 @@
 
 from .blend import Blend, blend, blend_masks
 from .contexts import Contexts
+from .dim_keys import DimKeys
 from .emphasize import Emphasize
 from .extend import Extend
-from .features import BlendFeatures, fuse
+from .features import BlendFeatures, fuse_features
 from .fuse import Fuse, compose_regions
 from .importance import importance
 from .key_mean import KeyMean
+from .latent_loss import LatentLoss
 from .merge_tokens import MergeTokens
 from .mixed_resolution import Foveation, foveate, mixed_attention
 from .overwrite import overwrite_logits
@@ -31,6 +33,7 @@ __all__ = [
     "BlendFeatures",
     "Contexts",
     "CopySpatialPositions",
+    "DimKeys",
     "Emphasize",
     "Extend",
     "FirstFrame",
@@ -40,6 +43,7 @@ __all__ = [
     "Keep",
     "Kept",
     "KeyMean",
+    "LatentLoss",
     "Members",
     "MergeTokens",
     "Perturb",
@@ -61,7 +65,7 @@ __all__ = [
     "blend_masks",
     "compose_regions",
     "foveate",
-    "fuse",
+    "fuse_features",
     "gather_map",
     "importance",
     "mixed_attention",

@@ -13,7 +13,7 @@ from ...sites.models import models_of
 from ..edit import Context, Edit
 
 
-def fuse(h: Tensor, mask: Tensor, reference: Tensor, *, clamp: bool = True) -> Tensor:
+def fuse_features(h: Tensor, mask: Tensor, reference: Tensor, *, clamp: bool = True) -> Tensor:
     """`h m + reference (1 - m)` with the mask `[B or 1, 1, H, W]` resized to `h [B, C, h, w]`, bicubic.
 
     Args:
@@ -72,7 +72,7 @@ class BlendFeatures(Edit):
             rows = (list(control.rows.of(name, self.guidance)) for name in (self.source, self.target))
             source, target = rows
             h = h.clone()
-            h[target] = fuse(h[target], self.mask.to(h.device), h[source])
+            h[target] = fuse_features(h[target], self.mask.to(h.device), h[source])
             return ((h, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": h})
 
         return [module.register_forward_pre_hook(before, with_kwargs=True) for module in self._modules(control)]

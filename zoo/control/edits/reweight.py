@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class Reweight(Edit):
         weights: word of the Control → factor; 1 is neutral.
         branch: name of the prompt; all when None.
         normalize: whether rows of the map sum to 1 again, by `log c` on the logits (c > 0).
-        rows: queries that are edited: "all", or "image" for those of the grid alone.
+        both: in joint attention, whether words' queries count the grid's keys by their factor, too, and other text
+            tokens keep their maps (DiTCtrl).
         where, schedule, guidance: sites, steps and rows.
 
     Raises:
@@ -34,13 +36,16 @@ class Reweight(Edit):
         *,
         branch: str | None = None,
         normalize: bool = False,
+        both: bool = False,
         where: Where | None = None,
         schedule: Schedule | None = None,
         guidance: str = "cond",
     ):
         if normalize and min(weights.values(), default=1) <= 0:
             raise ValueError(f"weights={dict(weights)} must be above 0 when rows are normalized")
-        self.weights, self.branch, self.normalize = dict(weights), branch, normalize
+        if both and normalize:
+            raise ValueError("both=True is for maps that are not normalized again, normalize=True")
+        self.weights, self.branch, self.normalize, self.both = dict(weights), branch, normalize, both
         self.where, self.schedule = where or Where(kinds=("cross", "joint")), schedule or Schedule()
         self.guidance, self.words = guidance, tuple(weights)
         self.branches = () if branch is None else (branch,)
@@ -77,3 +82,30 @@ class Reweight(Edit):
             return terms
         mine, others = take(terms, rows)
         return others + [term.times(factor) for term in mine]
+
+    def out(self, call: Call, plan: tuple, out: Tensor) -> Tensor:
+        context, rows = plan
+        text, grid = context.span(call, "text", keys=False), context.span(call, "image", keys=True)
+        if not self.both or text is None or grid is None:
+            return out
+        index = torch.tensor(rows, device=out.device)
+        mask = call.mask
+        if mask is not None and mask.dim() >= 3 and mask.shape[0] == call.query.shape[0]:
+            mask = mask[index]
+        part = replace(call, query=call.query[index], key=call.key[index], value=call.value[index], mask=mask)
+        out = out.clone()
+        out[index, text[0] : text[1]] = self._queries(part, slice(*text), part.value)
+        for word, weight in self.weights.items():
+            value = part.value.clone()
+            value[:, grid[0] : grid[1]] *= weight
+            for token in context.words[word]:
+                at = text[0] + token
+                out[index, at : at + 1] = self._queries(part, slice(at, at + 1), value)
+        return out
+
+    def _queries(self, call: Call, tokens: slice, value: Tensor) -> Tensor:
+        """Plain attention of some queries."""
+        mask = call.mask
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., tokens, :]
+        return replace(call, query=call.query[:, tokens], value=value, mask=mask).dense()

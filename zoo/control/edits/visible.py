@@ -15,7 +15,7 @@ from ..edit import Context, Edit
 from ..regions import to_grid
 from ..where import Where
 
-RULES = ("all", "none", "own", "region", "background", "region+background")
+RULES = ("all", "none", "own", "region", "inside", "background", "region+background")
 MOST_GROUPS = 64  # beyond, pieces of queries with their biases cost less than as many calls
 PIECE = 256
 
@@ -70,7 +70,8 @@ def relate(
     Args:
         queries, keys: of an operation.
         rules: (query's stream, key's stream) → "all", "none", "own" (the same member), "region" (a region in common),
-            "background" (queries in no region), or "region+background" (either). A pair that is missing is "none".
+            "inside" (keys in any region), "background" (queries in no region), or "region+background" (a region in
+            common, or queries in none). A pair that is missing is "none".
         weights: pair of streams → factor on its probabilities, as its logarithm on the logits.
         fractional: whether "region" weighs by the shares in common, else it is visible where there are any.
 
@@ -94,6 +95,7 @@ def relate(
         "none": no,
         "own": torch.where(own, yes, no),
         "region": shared,
+        "inside": torch.where((keys.regions > 0).any(1), yes, no),
         "background": torch.where(nowhere, yes, no),
         "region+background": torch.where(nowhere, yes, shared),
     }
@@ -120,6 +122,7 @@ class Visible(Edit):
         regions: masks `[regions, height, width]` or `[regions, frames, height, width]`, bool or shares in 0..1.
         words: word of the Control for each region; their tokens are the stream "entity".
         weights, fractional: see `relate`.
+        branch: name of the prompt; all when None.
         where, schedule, guidance: sites, steps and rows.
 
     Raises:
@@ -136,6 +139,7 @@ class Visible(Edit):
         *,
         weights: Mapping[tuple[str, str], float] | None = None,
         fractional: bool = False,
+        branch: str | None = None,
         where: Where | None = None,
         schedule: Schedule | None = None,
         guidance: str = "cond",
@@ -148,19 +152,19 @@ class Visible(Edit):
         self.rules, self.regions, self.words = dict(rules), regions, tuple(words)
         self.weights, self.fractional = dict(weights or {}), fractional
         self.where, self.schedule = where or Where(), schedule or Schedule()
-        self.guidance = guidance
+        self.guidance, self.branch, self.branches = guidance, branch, () if branch is None else (branch,)
         self._found: dict[tuple, Groups] = {}
 
     def plan(self, context: Context) -> Any:
         if all(rule == "all" for rule in self.rules.values()) and not self.weights:
             return None
-        return [(self, context)], context.rows.of(None, self.guidance)
+        return [(self, context)], context.rows.of(self.branch, self.guidance)
 
     def join(self, plan: Any, other: Any, other_plan: Any) -> Any:
         """Both plans as one."""
         (found, rows), (more, other_rows) = plan, other_plan
         if rows != other_rows:
-            raise ValueError(f"{self} and {other} must be for the same guidance to meet at one site")
+            raise ValueError(f"{self} and {other} must be for the same rows to meet at one site")
         return [*found, *more], rows
 
     def _members(self, call: Call, context: Context, *, keys: bool) -> Members:
