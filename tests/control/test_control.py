@@ -1,0 +1,194 @@
+"""Control: edits compose on the values, touch their rows, sites and steps alone, and leave without a trace."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from foveal.zoo import sites
+from foveal.zoo.control import Control, Rows, Schedule, Where, edits, explain
+from foveal.zoo.control.edit import Edit
+from foveal.zoo.control.edits.word_mask import resize
+from foveal.zoo.control.terms import apply_right, compose
+from generators import build, run
+
+BRANCHES = ("source", "target")
+
+
+class MapEdit(Edit):
+    """Edits explicit maps, the formulation that the terms are checked against."""
+
+    owner = True
+    where = Where(kinds=("cross",))
+
+    def __init__(self, change):
+        self.change = change
+
+    def attend(self, call, plan, rows, following):
+        query, key = call.query.transpose(1, 2), call.key.transpose(1, 2)
+        maps = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)  # [B, h, N, M]
+        return (self.change(maps) @ call.value.transpose(1, 2)).transpose(1, 2)
+
+
+def toy(name="sd unet", batch=2):
+    return build(name, batch=batch)
+
+
+def test_terms_equal_explicit_maps():
+    """Refinement by a schedule of words, then reweighting: two rows more, the same as on the maps."""
+    model, inputs = toy()
+    tokens = inputs["encoder_hidden_states"].shape[1]
+    generator = torch.Generator().manual_seed(1)
+    right = torch.rand(tokens, tokens, generator=generator).double()
+    alpha, times = torch.rand(2, tokens, generator=generator).double()
+    weight = torch.ones(tokens).double()
+    weight[2] = 3
+
+    def change(maps):
+        source, target = maps
+        edited = times * (source @ right * alpha + (1 - alpha) * target) + (1 - times) * target
+        return torch.stack([source, edited * weight])
+
+    expected_edit = MapEdit(change)
+    factor, keep = edits.alignment(right, alpha, times.expand(3, -1))
+    mine = [edits.Transfer(factor, keep), edits.Reweight({"word": 3.0}, branch="target")]
+    with Control(model, expected_edit, total_steps=2):
+        expected = run(model, inputs)
+    with Control(model, mine, branches=BRANCHES, words={"word": [2]}, total_steps=2) as control:
+        out = run(model, inputs)
+    assert (out - expected).abs().max() < 1e-12 * expected.abs().max()
+    assert torch.equal(out[0], run(model, inputs)[0]) and "rows 2 → 3" in control.report()
+
+
+@pytest.mark.parametrize("first", [None, torch.rand(4), torch.rand(4, 4)])
+@pytest.mark.parametrize("second", [None, torch.rand(4), torch.rand(4, 4)])
+def test_factors_compose(first, second):
+    value = torch.rand(1, 4, 2, 3)
+    together = apply_right(compose(first, second), value)
+    assert torch.allclose(together, apply_right(first, apply_right(second, value)))
+
+
+@pytest.mark.parametrize("name", ["sd unet", "sdxl unet", "sd3", "flux", "wan", "cogvideox", "videodit joint", "qwen"])
+def test_equal_branches_share_and_source_rows_stay(name):
+    model, inputs = toy(name)
+    plain = run(model, inputs)
+    with Control(model, edits.Share("qkv", "image"), branches=BRANCHES) as control:
+        out = run(model, inputs)
+    assert torch.equal(out[0], plain[0]) and not torch.equal(out[1], plain[1])
+    assert control.seen and torch.equal(run(model, inputs), plain)
+
+
+def test_steps_layers_and_scales_choose():
+    model, inputs = toy()
+    share = edits.Share("qk", where=Where(kinds=("self",), scales=(2,)), schedule=Schedule(steps=(1, 2)))
+    with Control(model, share, branches=BRANCHES, total_steps=3) as control:
+        for step in range(3):
+            run(model, inputs | {"timestep": inputs["timestep"] - 100 * step})
+    chosen = [s for s in sites.find(model) if s.kind == "self" and s.level == 1]
+    assert set(control.seen) == {s.path for s in chosen} and chosen
+    assert all(seen.edits == {str(share): {1}} for seen in control.seen.values())
+    assert "steps (1, 2)" in explain(control) and "no map" in explain(control)
+
+
+def test_rows_by_name():
+    rows = Rows(8, ("a", "b"), {"uncond": slice(0, 4), "cond": slice(4, 8)})
+    assert rows.of("b") == (6, 7) and rows.of("a", "both") == (0, 1, 4, 5) and rows.of(None, "uncond") == (0, 1, 2, 3)
+    assert Rows(4, ("a", "b")).of("b") == (2, 3) and Rows(4, (), {"uncond": slice(0, 4)}).of() == ()
+    with pytest.raises(ValueError, match="same number of rows"):
+        Rows(3, ("a", "b"))
+    with pytest.raises(ValueError, match="branch='c'"):
+        rows.of("c")
+
+
+def test_controls_stack_and_leave_after_errors():
+    model, inputs = toy("flux kontext", 2)
+    found = sites.find(model)
+    before, plain = [site.module.processor for site in found], run(model, inputs)
+    first, second = edits.KeyMean("reference", delta=1.3), edits.Share("qk", "image")
+    with Control(model, first, second, branches=BRANCHES):
+        listed = run(model, inputs)
+    with Control(model, first), Control(model, second, branches=BRANCHES):
+        nested = run(model, inputs)
+    assert torch.equal(listed, nested) and not torch.equal(listed, plain)
+
+    class Fails(Edit):
+        def out(self, call, plan, out):
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"), Control(model, Fails()):
+        run(model, inputs)
+    assert all(a is b.module.processor for a, b in zip(before, found, strict=True))
+    assert torch.equal(run(model, inputs), plain) and not model._forward_pre_hooks
+
+
+BAD = {
+    "unknown branch": (lambda: [edits.Share(source="a", to="target")], {}, "uses the branches"),
+    "unknown word": (lambda: [edits.Reweight({"dog": 2.0})], {}, r"uses the words \['dog'\]"),
+    "maps": (lambda: [edits.SelfMaps()], {}, "maps='allow'"),
+    "two owners": (lambda: [edits.MergeTokens(0.2), edits.Extend()], {}, "both own the attention"),
+    "no site": (lambda: [edits.Temperature(2.0, where=Where(kinds=("joint",)))], {}, "has no site"),
+    "tokenizer": (lambda: [], {"words": {"dog": ("a dog", "dog")}}, "tokenizer of .* is not known"),
+    "reference": (lambda: [edits.KeyMean("reference", delta=2.0)], {}, "keys of the stream 'reference'"),
+    "twice": (lambda: [], {"branches": ("source", "source")}, "different names"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    make, options, message = BAD[case]
+    model, inputs = toy()
+    plain = run(model, inputs)
+    with pytest.raises(ValueError, match=message):
+        Control(model, make(), **({"branches": BRANCHES} | options)).install()
+    assert torch.equal(run(model, inputs), plain)
+
+
+def test_a_batch_without_the_branches_and_a_later_adapter_are_named():
+    model, inputs = toy(batch=3)
+    with (
+        pytest.raises(ValueError, match="give the pipeline 2 prompts"),
+        Control(model, edits.Share(), branches=BRANCHES),
+    ):
+        run(model, inputs)
+    model, inputs = toy()
+    with Control(model, edits.Share(), branches=BRANCHES):
+        model.set_attn_processor(AttnProcessor2_0())
+        with pytest.raises(RuntimeError, match="remove the interception first"):
+            run(model, inputs)
+    with pytest.raises(TypeError, match="edits must be edits"):
+        Control(model, "share")
+
+
+@pytest.mark.parametrize("name", ["sd unet", "sd3", "flux", "cogvideox", "wan"])
+def test_observed_words_are_columns_of_the_map(name):
+    model, inputs = toy(name)
+    seen = []
+
+    class Maps(Edit):
+        def plan(self, context):
+            return context
+
+        def out(self, call, plan, out):
+            text, image = plan.span(call, "text", keys=True), plan.span(call, "image", keys=False)
+            if text is not None and image is not None:
+                query, key = call.query.transpose(1, 2), call.key.transpose(1, 2)
+                maps = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+                words = maps[:, :, image[0] : image[1], [text[0] + 1, text[0] + 3]].sum(-1).mean(1)
+                grid = plan.layout.grid_of(plan.site)
+                seen.append(words.unflatten(-1, grid))
+            return out
+
+    mask = edits.WordMask("word")
+    with Control(model, Maps(), mask, words={"word": [1, 3]}):
+        run(model, inputs)
+    largest = max((x.shape for x in seen), key=lambda shape: shape.numel())
+    expected = torch.stack([resize(x[:, None].float(), largest[1:])[:, 0] for x in seen]).mean(0)
+    assert torch.allclose(mask.maps[:, 0], expected, atol=1e-6) and mask.value.dtype == torch.bool
+
+
+def test_gradients_flow_into_observed_words():
+    model, inputs = toy()
+    mask = edits.WordMask("word")
+    latents = inputs["sample"].clone().requires_grad_()
+    with Control(model, mask, words={"word": [1]}):
+        model(**inputs | {"sample": latents})
+    (gradient,) = torch.autograd.grad(mask.maps.sum(), latents)
+    assert gradient.abs().max() > 0
