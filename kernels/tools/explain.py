@@ -144,12 +144,12 @@ def _operator_arguments(words: Sequence[str]) -> dict:
     return {name: v[0] if len(v) == 1 else tuple(v) for name, v in values.items()}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Explain a call given on the command line; its device need not be there."""
+def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m foveal.kernels.tools.explain") -> None:
+    """Explain a call given on the command line; its device need not be there. `prog` is the command's name in help."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     parser = argparse.ArgumentParser(
-        prog="python -m foveal.kernels.tools.explain",
+        prog=prog,
         description="Which implementation a call takes, and what it costs.",
         epilog="Every other --name with its values is an argument of the operator: --window 7 --causal True False",
     )

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import foveal.cli
 import pytest
 import timm
 import torch
+import typer
 from hydra import compose, initialize_config_module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +59,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 
     @functools.wraps(create_model)
     def without_download(model, *, pretrained=False, **kwargs):
-        return create_model(model, pretrained=pretrained and model == PACKAGED, **kwargs)
+        here = model == PACKAGED or model.startswith("local-dir:")
+        return create_model(model, pretrained=pretrained and here, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", without_download)
     monkeypatch.chdir(tmp_path)
@@ -85,6 +88,8 @@ def test_training_commands_compose():
     wrong, composed = [], 0
     for page in PAGES:
         for words in commands(page):
+            if words[:2] == ["foveal", "train"]:
+                words = ["foveal-train", *words[2:]]
             train = next((i for i, word in enumerate(words) if word in ("foveal-train", "train.py")), None)
             if train is None:
                 continue
@@ -109,6 +114,21 @@ def first_of_sweep(override: str) -> str:
     if value.startswith("{"):
         return f"{key}={value[: value.index('}') + 1]}"
     return f"{key}={value.split(',')[0]}"
+
+
+def test_commands_take_these_options():
+    app, parsed = typer.main.get_command(foveal.cli.app), 0
+    for page in PAGES:
+        for words in commands(page):
+            if words[:1] != ["foveal"] or "…" in words:
+                continue
+            command, rest = app, words[1:]
+            while hasattr(command, "commands"):
+                assert rest and rest[0] in command.commands, f"{name(page)}: {' '.join(words)}"
+                command, rest = command.commands[rest[0]], rest[1:]
+            command.make_context(words[1], list(rest))  # raises for options that are not there
+            parsed += 1
+    assert parsed > 15
 
 
 def test_modules_of_commands_exist():

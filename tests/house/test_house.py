@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "layers": {"kernels"},
     "weights": set(),
     "zoo": {"layers", "kernels", "weights"},
+    "cli": {"zoo", "layers", "kernels", "weights", "train"},
     "configs": set(),
 }
 LAZILY = {"triton", "matplotlib", "rich"}  # what kernels may use beside torch, never on import

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -142,6 +143,8 @@ class ImageData(SeededData):
         num_classes: classes of the targets.
         img_size: pixels a side that the model gets.
         classes: their names; None: their numbers.
+        balanced: draw training images so that every class comes as often as the others: with replacement, in each
+            epoch as many as there are.
         batch_size, seed, shuffle, num_workers: see `SeededData`.
 
     Attributes:
@@ -157,6 +160,7 @@ class ImageData(SeededData):
         num_classes: int,
         img_size: int,
         classes: ClassTable | None = None,
+        balanced: bool = False,
         seed: int = 0,
         shuffle: bool = True,
         num_workers: int | None = 0,
@@ -174,11 +178,32 @@ class ImageData(SeededData):
             raise ValueError(f"data.img_size={img_size!r} must be a number of pixels, at least 1")
         self.classes = classes or ClassTable(tuple(str(i) for i in range(num_classes)))
         self.unreadable: dict[str, dict[str, str]] = {}
+        self.balanced = balanced
 
     @property
     def class_names(self) -> list[str]:
         """By label."""
         return list(self.classes.names)
+
+    @property
+    def train_labels(self) -> list[int] | None:
+        """Labels of the training images in their order; None: they are not known before images are read."""
+        return None
+
+    @property
+    def class_counts(self) -> list[int] | None:
+        """Training images of each class; None: they are not known."""
+        labels = self.train_labels
+        return None if labels is None else np.bincount(labels, minlength=self.num_classes).tolist()
+
+    def _sampler(self, split: str, **options: Any) -> EpochSampler:
+        weights = None
+        if self.balanced and options["shuffle"]:
+            labels = self.train_labels
+            if labels is None:
+                raise ValueError("data.balanced=true: these data do not know how many images a class has")
+            weights = 1.0 / np.bincount(labels, minlength=self.num_classes)[labels]
+        return super()._sampler(split, weights=weights, **options)
 
     @property
     def spec(self) -> DataSpec:

@@ -50,7 +50,7 @@ class Digits(ImageData):
     """Grey digits `[B, 1, img_size, img_size]`, ten classes.
 
     Args:
-        batch_size, seed, shuffle, num_workers: see `ImageData`.
+        batch_size, balanced, seed, shuffle, num_workers: see `ImageData`.
         img_size: pixels a side after bicubic resizing.
         augment: turn (±12°), shift (±8 %), scale (0.85 to 1.15) and shear (±8°) training images at random.
     """
@@ -61,6 +61,7 @@ class Digits(ImageData):
         batch_size: int = 64,
         img_size: int = 32,
         augment: bool = True,
+        balanced: bool = False,
         seed: int = 0,
         shuffle: bool = True,
         num_workers: int | None = 0,
@@ -71,6 +72,7 @@ class Digits(ImageData):
             std=STD,
             num_classes=10,
             img_size=img_size,
+            balanced=balanced,
             seed=seed,
             shuffle=shuffle,
             num_workers=num_workers,
@@ -80,6 +82,10 @@ class Digits(ImageData):
     @property
     def preprocessing(self) -> dict[str, Any]:
         return super().preprocessing | {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"}
+
+    @property
+    def train_labels(self) -> list[int]:
+        return split_digits()["train"][1]
 
     def setup(self, stage: str | None = None) -> None:
         if self.datasets:

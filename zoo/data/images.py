@@ -305,7 +305,7 @@ class ImageFolder(TransformedImages):
         val_fraction: of each class, above 0 and below 1, where neither a folder nor the table says it.
         split_seed: of that choice, which goes by the names of the files: it stays when others come.
         train_transform, eval_transform, augment: see `TransformedImages`.
-        batch_size, img_size, mean, std, seed, shuffle, num_workers: see `ImageData`.
+        batch_size, img_size, mean, std, balanced, seed, shuffle, num_workers: see `ImageData`.
 
     Raises:
         ValueError: no root, no images in folders of classes, a split with a class that training does not have, another
@@ -329,6 +329,7 @@ class ImageFolder(TransformedImages):
         train_transform: Mapping[str, Any] | None = None,
         eval_transform: Mapping[str, Any] | None = None,
         augment: bool = True,
+        balanced: bool = False,
         seed: int = 0,
         shuffle: bool = True,
         num_workers: int | None = None,
@@ -365,6 +366,7 @@ class ImageFolder(TransformedImages):
             train_transform=train_transform,
             eval_transform=eval_transform,
             augment=augment,
+            balanced=balanced,
             seed=seed,
             shuffle=shuffle,
             num_workers=num_workers,
@@ -373,6 +375,10 @@ class ImageFolder(TransformedImages):
     @property
     def for_record(self) -> dict[str, Any]:
         return {"class_names": [name.replace("${", r"\${") for name in self.class_names]}  # no interpolation
+
+    @property
+    def train_labels(self) -> list[int]:
+        return [self.classes.labels[name] for _, name in self.listing.images["train"]]
 
     def setup(self, stage: str | None = None) -> None:
         if self.datasets:

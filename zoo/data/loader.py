@@ -82,9 +82,21 @@ class EpochSampler(Sampler):
         shuffle: training order or file order.
         seed: of the run.
         rank, world: which share of how many.
+        weights: of the items, `[size]`: with `shuffle`, an epoch draws them with replacement in proportion to these.
     """
 
-    def __init__(self, size: int, *, batch_size: int, shuffle: bool, seed: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        weights: np.ndarray | None = None,
+    ):
+        self.chances = None if weights is None else weights / weights.sum()
         self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed
         self.rank, self.world = rank, world
         self.epoch, self.skip_batches = 0, 0
@@ -104,7 +116,11 @@ class EpochSampler(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int | None]]:
         if self.shuffle:
-            order = np.random.default_rng(mix_seed(self.seed, self.epoch)).permutation(self.size)
+            draw = np.random.default_rng(mix_seed(self.seed, self.epoch))
+            if self.chances is None:
+                order = draw.permutation(self.size)
+            else:
+                order = draw.choice(self.size, self.size, p=self.chances)
         else:
             order = np.arange(self.size)
         mine = order[self.rank :: self.world][: len(self)]

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.scheduler import create_scheduler_v2
@@ -24,9 +23,11 @@ from ..data.foreign import reason
 from ..data.loader import PADDING, seeded
 from ..data.names import say, unknown_name
 from ._base import Task
+from .losses import ClassLoss, balanced_weights, check_loss
 from .model import make_model
 from .optim import check_optimizer
 from .portable import describe_model
+from .tuning import check_tuning, freeze_statistics, merge_lora, set_trainable, tune
 
 Batch = tuple[Tensor, Tensor]
 SCHEDULERS = ("constant", "cosine", "multistep", "poly", "rsqrt", "step", "tanh", "wsd")
@@ -73,6 +74,13 @@ class ClassificationTask(Task):
         lr_batch: batch size that `optimizer.lr` and the scheduler's `warmup_lr` and `min_lr` are for; they grow in
             proportion to the batch of all devices. None: they are taken as they are.
         label_smoothing: 0 to 1.
+        loss: "ce", "bce" or "focal"; see `losses.ClassLoss`.
+        focal_gamma: of the focal loss.
+        class_weights: one for each class; "balanced": in inverse proportion to its training images; None: all 1.
+        tuning: "full", "probe" (the classifier alone; no gradients of the others are computed) or "lora"; see
+            `tuning.tune`.
+        unfreeze_epoch: with "probe", the epoch, from 0, at which everything begins to train.
+        lora: with "lora", `rank`, `alpha`, `dropout`, `targets`.
         mixup: arguments of `timm.data.Mixup` (`mixup_alpha`, `cutmix_alpha`, `prob`, `switch_prob`, `mode`); None: off.
         compile: `enabled`, `mode` and `fullgraph` for `torch.compile` of each repeated block.
         seed: of the run.
@@ -95,11 +103,19 @@ class ClassificationTask(Task):
         scheduler: Mapping[str, Any] | None = None,
         lr_batch: int | None = None,
         label_smoothing: float = 0.0,
+        loss: str = "ce",
+        focal_gamma: float = 2.0,
+        class_weights: str | Sequence[float] | None = None,
+        tuning: str = "full",
+        unfreeze_epoch: int | None = None,
+        lora: Mapping[str, Any] | None = None,
         mixup: Mapping[str, Any] | None = None,
         compile: Mapping[str, Any] | None = None,
         seed: int = 0,
     ):
         _check_names(model["name"], optimizer, (scheduler or {}).get("sched", "cosine"))
+        check_loss(loss, focal_gamma, class_weights, num_classes)
+        check_tuning(tuning, unfreeze_epoch, lora)
         metrics: dict[str, Metric] = {}
         for split in ("val", "test"):
             metrics[f"{split}_loss"] = MeanMetric()
@@ -109,6 +125,10 @@ class ClassificationTask(Task):
         self.save_hyperparameters()
         self.model_cfg, self.num_classes, self.in_chans, self.img_size = dict(model), num_classes, in_chans, img_size
         self.lr_batch, self.label_smoothing = lr_batch, label_smoothing
+        self.tuning, self.unfreeze_epoch, self.lora = tuning, unfreeze_epoch, dict(lora or {})
+        self.class_weights = class_weights
+        given = None if class_weights in (None, "balanced") else list(class_weights)
+        self.loss = ClassLoss(loss, num_classes, gamma=focal_gamma, weights=given, smoothing=label_smoothing)
         self.mixup, self._padded = None, False
         if mixup:
             try:
@@ -119,10 +139,11 @@ class ClassificationTask(Task):
                 raise ValueError(f"task.mixup={dict(mixup)} does not work: {reason(error)}") from error
 
     def setup(self, stage: str) -> None:
-        """Check what data and mixup have to agree on, and keep the names of the classes.
+        """Check what data, devices and options have to agree on, and keep the names of the classes.
 
         Raises:
-            ValueError: batches of an odd size, which cannot be mixed in pairs.
+            ValueError: batches of an odd size, which cannot be mixed in pairs; balanced weights of data that do not
+                know how many images a class has; unfreezing on several devices.
         """
         data = getattr(self.trainer, "datamodule", None)
         self._padded = not getattr(data, "shuffle", True)
@@ -133,14 +154,47 @@ class ClassificationTask(Task):
         if stage == "fit" and self.mixup is not None and batch is not None and batch % 2:
             raise ValueError(f"data.batch_size={batch} must be even with task.mixup, which mixes images in pairs")
 
+        if stage == "fit" and self.class_weights == "balanced":
+            counts = getattr(data, "class_counts", None)
+            if counts is None:
+                raise ValueError("task.class_weights=balanced: these data do not know how many images a class has")
+            self.loss.weights = torch.tensor(balanced_weights(counts))
+        if stage == "fit" and self.unfreeze_epoch is not None and self.trainer.world_size > 1:
+            raise ValueError(
+                f"task.unfreeze_epoch={self.unfreeze_epoch} works on one device: gradients that begin later are not "
+                "summed over several; train twice, and begin with model.name=local-dir:FOLDER"
+            )
+
     def make_model(self) -> nn.Module:
-        return make_model(
+        model = make_model(
             self.model_cfg,
             num_classes=self.num_classes,
             in_chans=self.in_chans,
             img_size=self.img_size,
             pretrained=self.model_cfg.get("pretrained", False),
         )
+        return tune(model, self.tuning, self.lora)
+
+    def configure_optimizers(self):
+        if self.unfreeze_epoch is None:
+            return super().configure_optimizers()
+        assert self.model is not None
+        set_trainable(self.model, "full")  # the optimizer holds all, and passes over those without a gradient
+        made = super().configure_optimizers()
+        set_trainable(self.model, self.tuning)
+        return made
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.tuning != "probe":
+            return
+        assert self.model is not None
+        frozen = self.unfreeze_epoch is None or self.current_epoch < self.unfreeze_epoch
+        if frozen:
+            freeze_statistics(self.model)
+        else:
+            set_trainable(self.model, "full")
+            self.model.train()
 
     def on_fit_start(self) -> None:
         """Weights that were trained on other pixels than the data give are worse than they need to be."""
@@ -179,10 +233,9 @@ class ClassificationTask(Task):
 
     def training_loss(self, batch: Batch) -> Tensor:
         images, targets = batch
-        if self.mixup is None:
-            return F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing, ignore_index=PADDING)
-        images, targets = self._mix(images, targets)
-        return F.cross_entropy(self(images), targets)
+        if self.mixup is not None:
+            images, targets = self._mix(images, targets)
+        return self.loss(self(images), targets)
 
     def evaluate(self, split: str, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the logits `[B, num_classes]`, which the report draws."""
@@ -190,7 +243,7 @@ class ClassificationTask(Task):
         logits = self(images)
         real = targets != PADDING
         if real.any():
-            loss = F.cross_entropy(logits[real], targets[real])
+            loss = self.loss(logits[real], targets[real], plain=True)
             self.metrics[f"{split}_loss"].update(loss, weight=real.sum())  # pyright: ignore
             for name, metric in self.metrics.items():
                 if name.startswith(f"{split}_acc"):
@@ -231,4 +284,6 @@ class ClassificationTask(Task):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        if self.tuning == "lora":
+            checkpoint["state_dict_ema"] = merge_lora(checkpoint["state_dict_ema"], self.lora)
         describe_model(self, checkpoint)

@@ -29,7 +29,8 @@ from ..data.names import unknown_name
 from .console import tell
 
 PACKAGE = Path(__file__).resolve().parents[2]
-HOUSES = ("kernels", "layers", "weights", "zoo", "train.py")  # a checkout holds more: .venv, build, scripts of users
+# a checkout holds more: .venv, build, scripts of users
+HOUSES = ("cli", "kernels", "layers", "weights", "zoo", "train.py")
 OURS = (ValueError, TypeError, FileNotFoundError, ImportError, NotImplementedError)
 # of these the path and the system's reason say it all, whoever ran into them
 OF_FILES = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG})

@@ -60,11 +60,21 @@ def export_run(run: Path, folder: Path, *, container: str | None = None, force: 
     return folder
 
 
-def trained_model(run: Path, *, container: str | None = None) -> nn.Module:
-    """The model of a run, in evaluation mode; arguments and errors as for `export_run`."""
+def read_run(run: Path, *, container: str | None = None) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The model of a run, in evaluation mode, and its description; arguments and errors as for `export_run`.
+
+    Returns:
+        The model; and `architecture`, `model_args`, `num_classes`, `label_names` and `pretrained_cfg` (preprocessing).
+    """
     checkpoint = checkpoint_of(run)
     data = read(checkpoint)
-    return _build(_config(data, checkpoint), parameters(data, container, checkpoint), checkpoint)
+    config = _config(data, checkpoint)
+    return _build(config, parameters(data, container, checkpoint), checkpoint), config
+
+
+def trained_model(run: Path, *, container: str | None = None) -> nn.Module:
+    """The model of a run, in evaluation mode; arguments and errors as for `export_run`."""
+    return read_run(run, container=container)[0]
 
 
 def checkpoint_of(run: Path) -> Path:

@@ -26,12 +26,13 @@ def save_figure(figure, path: Path) -> Path:
     return path
 
 
-def plot_curves(rows: Sequence[dict[str, float]], *, path: Path) -> Path:
+def plot_curves(rows: Sequence[dict[str, float]], *, path: Path, loss: str = "Cross-entropy") -> Path:
     """Draws loss, validation accuracy and learning rate over the epochs.
 
     Args:
         rows: one dict an epoch with `epoch`, `train/loss`, `val/loss`, `val/acc1`, `lr`; missing values are skipped.
         path: where the PNG goes.
+        loss: what it is, for the title.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -44,14 +45,14 @@ def plot_curves(rows: Sequence[dict[str, float]], *, path: Path) -> Path:
 
     with rc_context(FONT):
         figure = Figure(figsize=(10, 3.1), dpi=160, layout="constrained")
-        loss, accuracy, rate = figure.subplots(1, 3)
-        draw(loss, "train/loss", color=TRAIN, label="training (augmented)")
-        draw(loss, "val/loss", color=VAL, label="validation")
-        loss.set(title="Cross-entropy", ylabel="nats", yscale="log")
-        loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        loss.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        loss.yaxis.set_minor_formatter(NullFormatter())
-        loss.legend(frameon=False)
+        losses, accuracy, rate = figure.subplots(1, 3)
+        draw(losses, "train/loss", color=TRAIN, label="training (augmented)")
+        draw(losses, "val/loss", color=VAL, label="validation")
+        losses.set(title=loss, ylabel="nats", yscale="log")
+        losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        losses.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        losses.yaxis.set_minor_formatter(NullFormatter())
+        losses.legend(frameon=False)
         draw(accuracy, "val/acc1", color=VAL)
         accuracy.set(title="Validation accuracy", ylabel="top-1")
         accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -59,7 +60,7 @@ def plot_curves(rows: Sequence[dict[str, float]], *, path: Path) -> Path:
         draw(rate, "lr", color=MUTED)
         rate.set(title="Learning rate at the end of the epoch", ylim=(0, None))
         rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        for ax in (loss, accuracy, rate):
+        for ax in (losses, accuracy, rate):
             ax.set_xlabel("epoch")
             ax.grid(alpha=0.25, linewidth=0.6)
             ax.spines[["top", "right"]].set_visible(False)
@@ -167,6 +168,40 @@ def plot_predictions(
             ax.spines[:].set(visible=True, color="#dee2e6" if right else WRONG, linewidth=0.6 if right else 2.0)
         shown = "no mistakes among them" if not wrong else f"{wrong} mistake{'s' * (wrong > 1)} first"
         figure.suptitle(f"Test accuracy {100 * accuracy:.2f} %; {len(images)} test images, {shown}", fontweight="bold")
+        return save_figure(figure, path)
+
+
+def plot_sheet(images: Tensor, *, titles: Sequence[str], title: str, path: Path) -> Path:
+    """Draws a contact sheet: images in rows of at most ten, each under its title.
+
+    Args:
+        images: `[N, C, H, W]` in 0..1 with 1 or 3 channels.
+        titles: N.
+        title: of the sheet; "" for none.
+        path: where the PNG goes.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    columns = min(10, len(images))
+    rows = -(-len(images) // columns)
+    room = WIDEST_CELL - 0.15
+    with rc_context(FONT):
+        wrapped = [_wrapped(" ".join(text.split()), room, size=8, bold=False, lines=3) for text in titles]
+        widest = max(_inches(line, size=8, bold=False) for lines in wrapped for line in lines)
+        cell, lines = max(CELL, widest + 0.15), max(map(len, wrapped))
+        height = rows * (cell + 0.08 + lines * 0.12) + (0.4 if title else 0.1)
+        figure = Figure(figsize=(max(columns * cell, 3.0), height), dpi=160, layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for ax in axes:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        for ax, image, lines in zip(axes, images, wrapped, strict=False):
+            ax.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+            ax.set_title("\n".join(lines), fontsize=8, pad=3)
+            ax.spines[:].set(visible=True, color="#dee2e6", linewidth=0.6)
+        if title:
+            figure.suptitle(title, fontweight="bold")
         return save_figure(figure, path)
 
 

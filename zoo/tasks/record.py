@@ -156,6 +156,18 @@ def _save(starts: list[dict[str, Any]], run_dir: Path) -> None:
         path.write_text(json.dumps(starts, indent=2) + "\n", encoding="utf-8")
 
 
+def _next_steps(run_dir: Path, shown: str) -> list[str]:
+    """Commands that use what a run made; `shown` is its folder as a shell takes it."""
+    if (run_dir / "pipeline" / "model_index.json").is_file():
+        return [f"  foveal sample {shown} clips.gif"]
+    if (run_dir / "per_class.csv").is_file() and (run_dir / "checkpoints" / "last.ckpt").is_file():
+        return [
+            f"  foveal predict {shown} IMAGES --csv names.csv --sheet sheet.png",
+            f"  foveal export {shown} FOLDER        (timm and the Hugging Face hub; FILE.onnx, FILE.pt2)",
+        ]
+    return []
+
+
 @rank_zero_only
 def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
     """Prints the numbers of the test (or of validation) and where the pictures are."""
@@ -178,6 +190,8 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
     names = (
         "curves.png",
         "predictions.png",
+        "confusion.png",
+        "per_class.csv",
         "receptive_field.png",
         "samples.gif",
         "samples.png",
@@ -191,3 +205,5 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
     for name in names:
         if (run_dir / name).exists():
             console().print(str(shown / name))
+    for line in _next_steps(run_dir, shlex.quote(str(shown))):
+        say(line, lead="next")

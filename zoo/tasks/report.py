@@ -1,4 +1,4 @@
-"""The report a run leaves in its folder: `metrics.csv`, learning curves, predictions, receptive field."""
+"""The report a run leaves in its folder: `metrics.csv`, learning curves, predictions, confusion, receptive field."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from torch import Tensor
 from ...kernels.neighborhood.plot import plot_composed_receptive_field
 from ..data.loader import PADDING
 from .checkpoint import replacing
+from .confusion import count_confusion, write_confusion
 from .plots import first_stage, plot_curves, plot_predictions
 
 MOST_MISTAKES, MOST_IMAGES = 24, 60
+LOSS_TITLES = {"ce": "Cross-entropy", "bce": "Binary cross-entropy", "focal": "Focal loss"}
 UNREADABLE = "unreadable.csv"  # of a run: images that do not count
 
 
@@ -91,8 +93,8 @@ class MetricTable(Callback):
 
 
 class Report(MetricTable):
-    """Writes `metrics.csv` (a row an epoch), `curves.png`, `predictions.png` and `receptive_field.png`, and if images
-    could not be read `unreadable.csv`.
+    """Writes `metrics.csv` (a row an epoch), `curves.png`, `predictions.png`, `confusion.png`, `confusion.csv`,
+    `per_class.csv` and `receptive_field.png`, and if images could not be read `unreadable.csv`.
 
     Args:
         dirpath: the run's folder.
@@ -101,6 +103,7 @@ class Report(MetricTable):
     def __init__(self, dirpath: str):
         super().__init__(dirpath)
         self._mistakes, self._right = _Sample(MOST_MISTAKES), _Sample(MOST_IMAGES)
+        self._confusion: Tensor | None = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
@@ -126,10 +129,11 @@ class Report(MetricTable):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.rows:
-            plot_curves(self.rows, path=self.dirpath / "curves.png")
+            loss = LOSS_TITLES[getattr(getattr(pl_module, "loss", None), "name", "ce")]
+            plot_curves(self.rows, loss=loss, path=self.dirpath / "curves.png")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mistakes, self._right = _Sample(MOST_MISTAKES), _Sample(MOST_IMAGES)
+        self._mistakes, self._right, self._confusion = _Sample(MOST_MISTAKES), _Sample(MOST_IMAGES), None
         size, dtype = trainer.datamodule.img_size, next(pl_module.parameters()).dtype  # pyright: ignore
         image = torch.zeros(1, pl_module.in_chans, size, size, device=pl_module.device, dtype=dtype)  # pyright: ignore
         found = first_stage(pl_module.model, image)  # pyright: ignore - on every rank: sharded weights meet in forward
@@ -147,12 +151,16 @@ class Report(MetricTable):
     ) -> None:
         images, targets = batch
         predicted = outputs.argmax(dim=1)
+        real = targets != PADDING
+        counts = count_confusion(targets[real], predicted[real], outputs.shape[1])
+        self._confusion = counts if self._confusion is None else self._confusion + counts
         for image, target, guess in zip(images, targets.tolist(), predicted.tolist(), strict=True):
             if target != PADDING:
                 (self._right if target == guess else self._mistakes).offer((image.cpu(), target, guess))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._list_unreadable(trainer)
+        self._write_confusion(trainer)
         shown = (self._mistakes.items + self._right.items)[:MOST_IMAGES]
         if not trainer.is_global_zero or not shown:
             return
@@ -165,6 +173,16 @@ class Report(MetricTable):
             accuracy=float(trainer.callback_metrics["test/acc1"]),
             path=self.dirpath / "predictions.png",
         )
+
+    def _write_confusion(self, trainer: Trainer) -> None:
+        """Counts of all ranks, as tables and a picture."""
+        counts = self._confusion
+        if counts is None:
+            return
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        if trainer.is_global_zero and int(counts.sum()):
+            write_confusion(counts.cpu(), trainer.datamodule.class_names, self.dirpath)  # pyright: ignore
 
 
 def _values(trainer: Trainer, group: str) -> dict[str, float]:

@@ -1,0 +1,5 @@
+"""`python -m foveal.cli` is the command `foveal`."""
+
+from .app import main
+
+main()

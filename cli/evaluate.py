@@ -1,0 +1,76 @@
+"""`foveal eval`: accuracy of a model on a folder of images."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import (
+    AsJson,
+    BatchSize,
+    Container,
+    Device,
+    ImgSize,
+    Model,
+    Workers,
+    mistakes,
+    new_folder,
+    open_source,
+    pick_device,
+    pick_workers,
+    print_json,
+    print_rows,
+    tell_files,
+)  # fmt: skip
+
+MOST_ROWS = 50  # classes of the printed table
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Argument(metavar="FOLDER", help="CLASS/*.jpg, or test/, val/ or train/ of such.")],
+    split: Annotated[str | None, typer.Option(help="train, val or test; by default test, else val.")] = None,
+    labels: Annotated[str | None, typer.Option(help="A .csv file with the columns file and label.")] = None,
+    img_size: ImgSize = None,
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    device: Device = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for tables and pictures [runs/eval/DATE_TIME].")] = None,
+    container: Container = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on images whose classes are known.
+
+    Example: foveal eval runs/mine/2026-01-31_12-00-00 photos/test
+
+    Prints accuracy and a table per class; writes summary.json, per_class.csv, confusion.csv, confusion.png and
+    predictions.csv.
+    """
+    with mistakes():
+        opened = open_source(model, img_size=img_size, container=container)
+        from ..zoo.inference.evaluate import evaluate as measure
+        from ..zoo.inference.evaluate import list_labelled
+        from ..zoo.tasks.confusion import per_class
+
+        images = list_labelled(data, split=split, labels=labels)
+        count = pick_workers(workers, len(images))
+        found = measure(opened, images, batch_size=batch_size, num_workers=count, device=pick_device(device))
+        written = found.write(new_folder(out, "eval"))
+        if as_json:
+            print_json(found.summary)
+            return
+        rows = [row for row in per_class(found.confusion, found.class_names) if row["images"]]
+        table = [["class", "images", "recall", "precision", "most often taken for"]]
+        for row in rows[:MOST_ROWS]:
+            shares = ["–" if row[key] is None else f"{100 * row[key]:.1f} %" for key in ("recall", "precision")]
+            taken = f"{row['taken_for']} ({row['mistakes']})" if row["mistakes"] else ""
+            table.append([str(row["class"]), str(row["images"]), *shares, taken])
+        print_rows(table, right=(1, 2, 3))
+        if len(rows) > MOST_ROWS:
+            typer.echo(f"… and {len(rows) - MOST_ROWS} more classes in per_class.csv")
+        told = found.summary
+        line = f"top-1 {told['top1']:.2f} %  top-5 {told['top5']:.2f} %  mean of classes {told['per_class']:.2f} %"
+        typer.echo(f"\n{line}  loss {told['loss']:.4f}  {told['num_images']} images at {told['img_size']} pixels")
+        if told["unreadable"]:
+            typer.echo(f"{told['unreadable']} images could not be read and do not count: unreadable.csv")
+        tell_files(written)

@@ -1,0 +1,71 @@
+"""`foveal predict`: classes of images."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import (
+    AsJson,
+    BatchSize,
+    Container,
+    Device,
+    ImgSize,
+    Model,
+    Workers,
+    mistakes,
+    open_source,
+    pick_device,
+    pick_workers,
+    print_json,
+    print_rows,
+    tell_files,
+)  # fmt: skip
+
+MOST_ROWS = 50  # images of the printed table when a file has them all
+
+
+def predict(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Files, or folders of them.")],
+    topk: Annotated[int, typer.Option("--topk", "-k", help="Classes of each image.")] = 1,
+    csv: Annotated[Path | None, typer.Option(help="Write a table: file, prediction, probability, ….")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Draw the first images with their classes: a .png file.")] = None,
+    img_size: ImgSize = None,
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    device: Device = None,
+    container: Container = None,
+    as_json: AsJson = False,
+) -> None:
+    """Name the classes of images.
+
+    Example: foveal predict flowers photos/ --topk 3 --csv names.csv --sheet sheet.png
+
+    --json prints [{"file": …, "top": [{"label": …, "name": …, "probability": …}]}].
+    """
+    with mistakes():
+        from ..zoo.inference.files import find_images
+
+        paths = find_images(images)
+        opened = open_source(model, img_size=img_size, container=container)
+        from ..zoo.inference import predict as shelf
+        from ..zoo.inference.predict import write_predictions, write_sheet
+
+        count = pick_workers(workers, len(paths))
+        made = shelf(opened, paths, topk=topk, batch_size=batch_size, num_workers=count, device=pick_device(device))
+        written = [write_predictions(made, csv)] if csv else []
+        written += [write_sheet(made, sheet)] if sheet else []
+        if as_json:
+            print_json([prediction.as_dict for prediction in made])
+            return
+        shown = made[:MOST_ROWS] if csv else made
+        table = [["file", *[cell for _ in range(min(topk, opened.num_classes)) for cell in ("class", "p")]]]
+        for prediction in shown:
+            cells = [cell for _, name, share in prediction.top for cell in (name, f"{share:.3f}")]
+            row = [str(prediction.path), *(cells or [f"cannot be read: {prediction.error}"])]
+            table.append(row + [""] * (len(table[0]) - len(row)))
+        print_rows(table)
+        if len(made) > len(shown):
+            typer.echo(f"… and {len(made) - len(shown)} more in {csv}")
+        tell_files(written)
