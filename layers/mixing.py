@@ -42,7 +42,7 @@ class TokenMlp2d(Mlp):
     ):
         tokens = grid_size[0] * grid_size[1]
         super().__init__(tokens, int(tokens * ratio), act_layer=act_layer, drop=drop, device=device, dtype=dtype)
-        self.dim, self.grid_size = dim, tuple(grid_size)
+        self.dim, self.grid_size = dim, (grid_size[0], grid_size[1])
 
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:
         """Nothing for the grid that the layer is learnt for; raises ValueError for another."""
@@ -77,7 +77,7 @@ class SparseMlp2d(nn.Module):
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.dim, self.grid_size = dim, tuple(grid_size)
+        self.dim, self.grid_size = dim, (grid_size[0], grid_size[1])
         rows, columns = grid_size
         self.norm = nn.BatchNorm2d(dim, **dd)
         self.act = act_layer()

@@ -9,7 +9,7 @@ from functools import partial
 from torch import nn
 
 from ...layers.focused import FocusedLinearAttention2d, FocusedLinearBranch2d
-from ..builder import Model, register_family
+from ..builder import DIGITS_CFG, Model, register_family
 from ..conversion import Conversion, positions, window_table
 from ..hosts import PVT, CSWin, Place, PVTv2, Swin
 
@@ -37,6 +37,14 @@ CSWIN = partial(CSWin, attn=focused, layer=FocusedLinearBranch2d)
 DEEP = {"depths": (2, 2, 18, 2), "linear_blocks": (2, 2, 0, 0)}
 BASE_HEADS = {"num_heads": (4, 8, 16, 32)}
 TEST_PVT = {"embed_dims": (16, 24), "depths": (2, 1), "num_heads": (1, 2), "mlp_ratios": (2, 3)}
+PICO = {
+    "img_size": 32,
+    "embed_dim": 24,
+    "depths": (1, 2, 1),
+    "num_heads": (1, 2, 4),
+    "linear_blocks": (1, 1, 1),
+    "window": 4,
+}
 MODELS = {
     "flatten_pvt_t": Model("FLatten-PVT-Tiny, trained with drop path 0.1.", PVT_, {"depths": (2, 2, 2, 2)}),
     "flatten_pvt_s": Model("FLatten-PVT-Small; no weights are published.", PVT_, {"depths": (3, 4, 6, 3)}),
@@ -75,6 +83,7 @@ MODELS = {
         CSWIN,
         {**BASE_HEADS, "embed_dim": 96, "depths": (3, 6, 29, 2), "linear_blocks": (3, 6, 0, 0)},
     ),
+    "flatten_swin_pico": Model("Three stages for 32x32 single-channel images (handwritten digits).", SWIN, PICO),
     "test_flatten_pvt": Model("FLatten-PVT for tests.", PVT_, TEST_PVT),
     "test_flatten_pvtv2": Model("FLatten-PVTv2 for tests.", PVTV2, TEST_PVT),
     "test_flatten_swin": Model(
@@ -100,6 +109,6 @@ register_family(
     MODELS,
     conversion=CONVERSION,
     cfg={"fixed_input_size": True, "crop_mode": "squash", "paper_ids": "arXiv:2308.00442"},
-    cfgs={"flatten_swin_b.leap_in1k_384": {"crop_pct": 1.0}},
+    cfgs={"flatten_swin_b.leap_in1k_384": {"crop_pct": 1.0}, "flatten_swin_pico.untrained": DIGITS_CFG},
     leaves=(FocusedLinearAttention2d, FocusedLinearBranch2d),
 )

@@ -9,7 +9,7 @@ from functools import partial
 from torch import nn
 
 from ...layers.inline import InLineAttention2d, InLineBranch2d
-from ..builder import Model, register_family
+from ..builder import DIGITS_CFG, Model, register_family
 from ..conversion import Conversion, positions, window_table
 from ..hosts import PVT, CSWin, DeiT, Place, Swin
 
@@ -38,6 +38,14 @@ TINY = {"depths": (2, 2, 6, 2), "inline_blocks": (2, 2, 6, 0)}
 SMALL = {"depths": (2, 2, 18, 2), "inline_blocks": (2, 2, 0, 0)}
 BASE = {"embed_dim": 128, "num_heads": (4, 8, 16, 32), "depths": (2, 2, 18, 2), "inline_blocks": (2, 2, 2, 0)}
 CSWIN_SMALL = {"depths": (3, 6, 29, 2), "inline_blocks": (3, 6, 0, 0)}
+PICO = {
+    "img_size": 32,
+    "embed_dim": 24,
+    "depths": (1, 2, 1),
+    "num_heads": (1, 2, 4),
+    "inline_blocks": (1, 1, 1),
+    "window": 4,
+}
 MODELS = {
     "inline_deit_t": Model("InLine-DeiT-Tiny.", DEIT, {"embed_dim": 192, "num_heads": 6}),
     "inline_deit_s": Model("InLine-DeiT-Small, for 288x288 images.", DEIT, {"embed_dim": 320, "num_heads": 10}),
@@ -60,6 +68,7 @@ MODELS = {
         CSWIN,
         {**CSWIN_SMALL, "embed_dim": 96, "num_heads": (4, 8, 16, 32)},
     ),
+    "inline_swin_pico": Model("Three stages for 32x32 single-channel images (handwritten digits).", SWIN, PICO),
     "test_inline_deit": Model("InLine-DeiT for tests.", DEIT, {"embed_dim": 32, "depth": 3, "num_heads": 2}),
     "test_inline_pvt": Model(
         "InLine-PVT for tests.",
@@ -89,5 +98,6 @@ register_family(
     MODELS,
     conversion=CONVERSION,
     cfg={"fixed_input_size": True, "crop_mode": "squash", "paper_ids": "arXiv:2412.06590"},
+    cfgs={"inline_swin_pico.untrained": DIGITS_CFG},
     leaves=(InLineAttention2d, InLineBranch2d),
 )
