@@ -13,6 +13,7 @@ from .focused import FocusedLinearAttention2d, FocusedLinearBranch2d
 from .hilo import HiLo
 from .inline import InLineAttention2d, InLineBranch2d
 from .linear import LinearAttention, LocalConcentration
+from .minimal import MinimalAttention
 from .mixing import SparseMlp2d, TokenMlp2d
 from .mixture import HeadRouter, balance_loss
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
@@ -41,6 +42,7 @@ __all__ = [
     "LengthScaledAttention2d",
     "LinearAttention",
     "LocalConcentration",
+    "MinimalAttention",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",
