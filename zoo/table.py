@@ -52,8 +52,9 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
   sizes go through with positions interpolated on the way; `model.set_input_size(...)` and loading interpolate them for
   good, by the authors' rule. Their repositories state no licence: the links below lead to the authors' own files.
 - ShiftViT, PartialNet, MoH-ViT, Flowformer, residual attention networks and the triplet networks take any size, too, as
-  do SPACH models with convolutions and attention. sMLPNet and SPACH models with MLPs along tokens take the one that `img_size=` says.
-  iLLaMA and BinaryAttention-DeiT learn positions and interpolate them as Agent does.
+  do SPACH models with convolutions and attention. sMLPNet, NiNformer and SPACH models with MLPs along tokens take
+  the one that `img_size=` says. iLLaMA, BinaryAttention-DeiT and minimal ViTs learn positions and interpolate them as
+  Agent does.
 - BinaryAttention-DeiT computes what 1-bit queries and keys and 8-bit weights and values would, by products of floats:
   it costs more than DeiT, and is there to have its results.
 - `timm.create_model("moh_vit_s_80", skip_heads=True)` computes heads for their own tokens: 4 % less time at 224x224
@@ -155,6 +156,9 @@ def family(module: str) -> str:
     rows.sort(key=lambda ranked: ranked[:2])
     title = (sys.modules[module].__doc__ or module).splitlines()[0].rstrip(".")
     lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ALIGNMENT, *(cells for *_, cells in rows))]
+    if not rows:
+        names = ", ".join(f"`{name}`" for name in models if not name.startswith("test_"))
+        lines = [f"No weights are published. Models: {names}."]
     return "\n".join([f"## {title}", "", *lines, ""])
 
 

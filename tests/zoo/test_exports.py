@@ -7,7 +7,13 @@ import torch
 
 # ViT-rpb and MLPs along tokens are made for one size. Regions of the nchw BiFormer depend on it in a way that binds the
 # graph to it.
-ONE_SIZE = ("test_natten_vitrpb", "test_biformer_stl_nchw", "test_smlpnet", "test_spach_ms_mlp")
+ONE_SIZE = (
+    "test_natten_vitrpb",
+    "test_biformer_stl_nchw",
+    "test_smlpnet",
+    "test_spach_ms_mlp",
+    "test_ninformer",
+)
 ANY_SIZE = sorted(
     name for name in timm.list_models("test_*")
     if timm.models.model_entrypoint(name).__module__.startswith("foveal.") and name not in ONE_SIZE
