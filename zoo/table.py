@@ -50,7 +50,7 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
   the share of low-frequency heads.
 - Agent, InLine and FLatten models learn positions for one input size, the checkpoint's, or `img_size=`. Images of other
   sizes go through with positions interpolated on the way; `model.set_input_size(...)` and loading interpolate them for
-  good, by the authors' rule. Their repositories state no licence: the links below lead to the authors' own files.
+  good, by the authors' rule. Their repositories state no license: the links below lead to the authors' own files.
 - ShiftViT, PartialNet, MoH-ViT, Flowformer, residual attention networks and the triplet networks take any size, too, as
   do SPACH models with convolutions and attention. sMLPNet, NiNformer and SPACH models with MLPs along tokens take
   the one that `img_size=` says. iLLaMA, BinaryAttention-DeiT and minimal ViTs learn positions and interpolate them as
