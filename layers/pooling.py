@@ -204,8 +204,7 @@ class BagHead(nn.Module):
             raise ValueError(f"branches={branches} must be positive and mask_ratio={mask_ratio} in [0, 1]")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.mask_top, self.mask_ratio = mask_top, mask_ratio
-        self.dimreduction = nn.Module()
-        self.dimreduction.fc1 = nn.Linear(dim, inner, bias=False, **dd)
+        self.dimreduction = nn.ModuleDict({"fc1": nn.Linear(dim, inner, bias=False, **dd)})
         self.attention = GatedAttention(inner, hidden, branches, **dd)
         self.classifier = nn.ModuleList(_Linear(inner, num_classes, **dd) for _ in range(branches))
         self.Slide_classifier = _Linear(inner, num_classes, **dd)
@@ -243,7 +242,7 @@ class BagHead(nn.Module):
 
     def branches(self, tokens: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the branches `[B, branches, classes]` and the bags `[B, classes]`, weights `[B, branches, N]`."""
-        hidden = self.dimreduction.fc1(tokens).relu()
+        hidden = self.dimreduction["fc1"](tokens).relu()
         logits = self.attention(hidden)
         if mask is not None:
             logits = logits.masked_fill(~mask[:, None], -torch.inf)

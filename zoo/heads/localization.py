@@ -56,7 +56,7 @@ class SpatialTokenViT(nn.Module):
                 f"{type(vit).__name__} has no {', '.join(missing) or 'single class token'}; expected timm's ViT"
             )
         for name in parts:
-            setattr(self, name, getattr(vit, name))
+            setattr(self, name, getattr(vit, name))  # parameters and modules keep their names
         if not 0 <= scaled <= len(self.blocks):
             raise ValueError(f"scaled={scaled} must lie in [0, blocks={len(self.blocks)}]")
         dim, like = self.cls_token.shape[-1], self.cls_token
@@ -81,7 +81,7 @@ class SpatialTokenViT(nn.Module):
         """Images `[B, C, H, W]` to logits and maps."""
         x = self.patch_embed(images)
         batch = len(x)
-        x = torch.cat([self.cls_token.expand(batch, -1, -1), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(batch, -1, -1), x], dim=1) + self.pos_embed  # pyright: ignore
         x = torch.cat([x, (self.loc_token + self.loc_embed).expand(batch, -1, -1)], dim=1)
         factors = []
         for index, block in enumerate(self.blocks):
@@ -139,5 +139,5 @@ def box_of(found: Tensor, *, threshold: float = 0.35, size: tuple[int, int] | No
         return 0, 0, found.shape[1], found.shape[0]
     parts, _ = label(((found - found.min()) / span > threshold).cpu().numpy())
     largest = torch.from_numpy(parts).flatten().bincount()[1:].argmax().item()
-    rows, columns = find_objects(parts)[largest]
+    rows, columns = find_objects(parts)[largest]  # pyright: ignore[reportGeneralTypeIssues]
     return columns.start, rows.start, columns.stop, rows.stop
