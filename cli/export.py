@@ -52,6 +52,11 @@ def export(
             from .. import zoo  # noqa: F401
             from ..zoo.tasks.export import export_run
 
+            if not Path(model).exists() or (Path(model) / "config.json").is_file():
+                fail(
+                    f"{model} is neither a run nor a checkpoint, of which folders for timm are made; of any model "
+                    "OUT.onnx and OUT.pt2 can be written"
+                )
             export_run(Path(model), out, container=container, force=force)
             hint = f'timm.create_model("local-dir:{out}", pretrained=True)'
             print_json({"path": str(out), "format": "timm"}) if as_json else typer.echo(f"{out}: {hint}")

@@ -15,9 +15,8 @@ from ..layers.neighborhood import NeighborhoodAttention2d
 from ..layers.relative import RelativeAttention2d
 from ..weights import bundled_manifest, lookup
 
-INTRO = """# Image models
-
-Importing `foveal.zoo` adds these models to timm. Everything timm does with its own models works with them:
+TITLE = "# Image models\n"
+INTRO = """Importing `foveal.zoo` adds these models to timm. Everything timm does with its own models works with them:
 
 ```python
 import timm, torch
@@ -143,8 +142,8 @@ def row(name: str) -> list[str]:
     return [architecture, tag, f"{params / 1e6:.2f}", f"{macs / 1e9:.2f}", size, top1, entry.license, source]
 
 
-def family(module: str) -> str:
-    """Heading and table of the models of one module of the zoo: layout by layout, small to large."""
+def rows_of(module: str) -> list[list[str]]:
+    """Table rows of the checkpoints of one module of the zoo: layout by layout, small to large."""
     released, models = bundled_manifest().entries, sys.modules[module].MODELS
     layouts = [model.build for model in models.values()]
     rows = []
@@ -154,18 +153,47 @@ def family(module: str) -> str:
                 cells = row(checkpoint)
                 rows.append((layouts.index(model.build), float(cells[3]), cells))
     rows.sort(key=lambda ranked: ranked[:2])
-    title = (sys.modules[module].__doc__ or module).splitlines()[0].rstrip(".")
-    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ALIGNMENT, *(cells for *_, cells in rows))]
+    return [cells for *_, cells in rows]
+
+
+def title_of(module: str) -> str:
+    """First line of the docstring of a module, which is the heading of its models."""
+    return (sys.modules[module].__doc__ or module).splitlines()[0].rstrip(".")
+
+
+def family(module: str, rows: list[list[str]]) -> str:
+    """Heading and table of the models of one module of the zoo."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ALIGNMENT, *rows)]
     if not rows:
-        names = ", ".join(f"`{name}`" for name in models if not name.startswith("test_"))
+        names = ", ".join(f"`{name}`" for name in sys.modules[module].MODELS if not name.startswith("test_"))
         lines = [f"No weights are published. Models: {names}."]
-    return "\n".join([f"## {title}", "", *lines, ""])
+    return "\n".join([f"## {title_of(module)}", "", *lines, ""])
+
+
+def _span(values: list[float], digits: int) -> str:
+    """Least and greatest value of a column."""
+    least, most = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return least if least == most else f"{least} – {most}"
+
+
+def overview(tables: dict[str, list[list[str]]]) -> str:
+    """A row a family that has released checkpoints: what it is, how many, their sizes and accuracies."""
+    lines = ["| family | models | checkpoints | params (M) | GMACs | top-1 (%) |", "|---|---|--:|--:|--:|--:|"]
+    for module, rows in tables.items():
+        if rows:
+            accuracies = [float(cells[5]) for cells in rows if cells[5]]
+            params, macs = ([float(cells[i]) for cells in rows] for i in (2, 3))
+            name, about = module.rpartition(".")[2], title_of(module).partition(": ")
+            spans = [_span(params, 1), _span(macs, 1), _span(accuracies, 1) if accuracies else ""]
+            lines.append(f"| {about[2] or about[0]} | `{name}_*` | {len(rows)} | {' | '.join(spans)} |")
+    return "\n".join([*lines, ""])
 
 
 def markdown() -> str:
     """The whole page."""
     modules = sorted({model_entrypoint(name).__module__ for name in our_models()})
-    return "\n".join([INTRO, *(family(module) for module in modules)])
+    tables = {module: rows_of(module) for module in modules}
+    return "\n".join([TITLE, overview(tables), INTRO, *(family(module, rows) for module, rows in tables.items())])
 
 
 if __name__ == "__main__":

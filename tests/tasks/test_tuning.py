@@ -184,8 +184,7 @@ def test_a_run_with_adapters_leaves_plain_weights(tmp_path):
 def test_the_suggested_rate_is_where_the_loss_falls_fastest():
     rates = [1e-5 * 10 ** (i / 20) for i in range(81)]  # to 1e-1
     losses = [2 - 1.5 / (1 + (3e-3 / rate) ** 2) for rate in rates]  # falls fastest at 3e-3, over the logarithm
-    assert suggest(rates, losses) == pytest.approx(3e-3, rel=2.0)
-    assert suggest(rates, losses) >= 3e-3  # the average lags
+    assert suggest(rates, losses) == pytest.approx(3e-3, rel=0.13)  # a step of the search
     assert suggest(rates, [1 + rate for rate in rates]) is None
 
 

@@ -29,8 +29,8 @@ def _masks() -> Any:
 
 
 def mask_names() -> list[str]:
-    """Names of the masks that are there."""
-    return sorted(registry())
+    """Names of the masks that need the grid or queries and keys alone, as a plan has no more."""
+    return sorted(name for name, entry in registry().items() if entry.alone)
 
 
 def resolve(
@@ -47,9 +47,9 @@ def resolve(
         mask = getattr(import_module(module), name)
     if isinstance(mask, str):
         known = registry()
-        if mask not in known:
+        if mask not in known or not known[mask].alone:
             raise ValueError(
-                f"mask={mask!r} must be one of {sorted(known)}, a function (query, key, grid) -> BlockMask, or "
+                f"mask={mask!r} must be one of {mask_names()}, a function (query, key, grid) -> BlockMask, or "
                 '"package.module:name"'
             )
         entry = known[mask]

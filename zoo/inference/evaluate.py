@@ -181,10 +181,8 @@ def evaluate(
         device: that the model runs on.
 
     Raises:
-        ValueError: no image can be read, classes that the model does not know, or a model of several labels.
+        ValueError: no image can be read, or classes that the model does not know.
     """
-    if opened.multi_label:
-        raise ValueError(f"{opened.source} is multi-label: folders of classes name one class for each image only")
     names, numbers = number_classes([name for _, name in images], opened)
     paths, targets = [path for path, _ in images], torch.tensor([numbers[name] for _, name in images])
     opened.model.to(device)

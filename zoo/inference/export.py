@@ -49,7 +49,7 @@ class Exported:
 def _about(opened: OpenedModel) -> dict[str, str]:
     """Names of classes and preprocessing, as JSON by name, for the file."""
     images = {key: value for key, value in opened.preprocessing.items() if value is not None}
-    facts = {"preprocessing": images, "multi_label": opened.multi_label}
+    facts: dict[str, Any] = {"preprocessing": images}
     if opened.class_names:
         facts["class_names"] = list(opened.class_names)
     return {key: json.dumps(value) for key, value in facts.items()}

@@ -34,14 +34,12 @@ class OpenedModel:
         class_names: by class number; None: not known.
         preprocessing: `input_size` `(C, H, W)`, `mean`, `std`, `crop_pct`, `crop_mode`, `interpolation`, as in timm's
             `pretrained_cfg`.
-        multi_label: several classes may be right, each with a probability of its own.
     """
 
     model: nn.Module
     source: str
     class_names: tuple[str, ...] | None
     preprocessing: Mapping[str, Any]
-    multi_label: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -76,9 +74,8 @@ class OpenedModel:
 
     @torch.inference_mode()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        """`[B, C, H, W]` → `[B, num_classes]` in float32, of sum 1 unless `multi_label`."""
-        logits = self.model(images).float()
-        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
+        """`[B, C, H, W]` → `[B, num_classes]` in float32, of sum 1."""
+        return self.model(images).float().softmax(-1)
 
     def resized(self, img_size: int | None) -> OpenedModel:
         """This model on images of other pixels a side; one made for a size is set to it, positions interpolated.
@@ -130,7 +127,7 @@ def _of_timm(name: str, source: str) -> OpenedModel:
         raise ValueError(f"{source} has no classifier: it gives features, and no classes can be predicted")
     names = cfg.get("label_names")
     names = tuple(map(str, names)) if names else _imagenet_names(model)
-    return OpenedModel(model, source, names, resolve_model_data_config(model), bool(cfg.get("multi_label")))
+    return OpenedModel(model, source, names, resolve_model_data_config(model))
 
 
 def open_model(source: str | Path, *, img_size: int | None = None, container: str | None = None) -> OpenedModel:
@@ -155,7 +152,7 @@ def open_model(source: str | Path, *, img_size: int | None = None, container: st
         names, images = config.get("label_names"), dict(config.get("pretrained_cfg") or {})
         preprocessing = {**resolve_model_data_config(model), **images}
         names = tuple(map(str, names)) if names else None
-        opened = OpenedModel(model, str(source), names, preprocessing, bool(images.get("multi_label")))
+        opened = OpenedModel(model, str(source), names, preprocessing)
     elif "/" in str(source) and not str(source).startswith(REMOTE):
         raise WeightsError(f"{source} does not exist; expected a run, a checkpoint, an exported folder or a timm model")
     else:

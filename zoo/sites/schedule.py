@@ -25,7 +25,7 @@ class Moment:
     Attributes:
         step: number of the denoising step, from 0 on; None when it was not read.
         total: steps of the run; None when unknown.
-        noise: level of the noise in 0..1, of training timesteps for models that are not flows; None if it was not read.
+        noise: level of the noise in 0..1, of training timesteps for models that are not flows; None if not read.
         rows: batch entries of each branch of guidance, "cond" and "uncond"; a branch that is not there is missing.
             None when unknown.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,23 @@ from .confusion import write_csv
 from .console import say
 from .plots import FONT, MUTED, TRAIN, VAL, save_figure
 
-SMOOTHING = 0.9  # of the moving average of the loss, without the bias of its start
+SMOOTHING = 0.8  # of the moving average of the loss, without the bias of its start
 DIVERGED = 4.0  # times the least loss, from which the search ends
 EDGE = 5  # points at either end in which a slope is noise
 
 
-def smooth(losses: Sequence[float]) -> list[float]:
+def _follow(losses: Iterable[float]) -> list[float]:
     """Exponential moving average, each value divided by the weight that it has seen."""
     average, made = 0.0, []
     for number, loss in enumerate(losses, 1):
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
         made.append(average / (1 - SMOOTHING**number))
     return made
+
+
+def smooth(losses: Sequence[float]) -> list[float]:
+    """Mean of the moving averages from both ends: one alone would lag, and show the fall at a rate that is too high."""
+    return [(a + b) / 2 for a, b in zip(_follow(losses), reversed(_follow(reversed(losses))), strict=True)]
 
 
 def suggest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
@@ -94,6 +99,7 @@ class LearningRateFinder(Callback):
     def _plot(self, rates: Sequence[float], losses: Sequence[float], found: float | None) -> None:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
         with rc_context(FONT):
             figure = Figure(figsize=(6, 3.4), dpi=160, layout="constrained")
@@ -103,6 +109,8 @@ class LearningRateFinder(Callback):
             if found:
                 ax.axvline(found, color=VAL, linewidth=1.2, label=f"falls fastest at {found:.1e}")
             ax.set(xscale="log", xlabel="learning rate", ylabel="training loss", title="Learning rate search")
+            ax.xaxis.set_major_formatter(FormatStrFormatter("%.0e"))
+            ax.xaxis.set_minor_formatter(NullFormatter())
             ax.grid(alpha=0.25, linewidth=0.6)
             ax.spines[["top", "right"]].set_visible(False)
             ax.legend(frameon=False)
