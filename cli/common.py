@@ -52,6 +52,8 @@ def mistakes() -> Iterator[None]:
         from ..zoo.tasks.explain import explain
 
         sentence = explain(error)
+        if sentence is None and isinstance(error, OSError) and error.filename:
+            sentence = f"{error.filename} cannot be used: {error.strerror}"
         if sentence is None:
             raise
         fail(sentence, error)

@@ -112,7 +112,7 @@ def _export(
     if path.exists() and not force:
         raise WeightsError(f"cannot write {path}: it exists; pass --force (force=True) to replace it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    refused = ""
+    refused, last = "", None
     for free in FREE if dynamic is None else (dynamic,):
         auto = torch.export.Dim.AUTO
         shapes = _shapes(opened, free)

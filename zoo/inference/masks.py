@@ -96,7 +96,7 @@ def draw_mask(name: str, shape: Sequence[int], path: Path, **options: Any) -> fl
         figure = Figure(
             figsize=(3.6 + 1.7 * columns, max(3.4, 1.9 * rows * max(ratio, 0.2) + 0.7)), dpi=160, layout="constrained"
         )
-        left, right = figure.subfigures(1, 2, width_ratios=(3.6, 1.7 * columns))
+        left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(3.6, 1.7 * columns))[0]
         ax = left.subplots()
         ax.imshow(seen.numpy(), cmap=ListedColormap([HIDDEN, VISIBLE]), vmin=0, vmax=1, interpolation="nearest")
         ax.set(title=f"{seen.shape[0]}×{seen.shape[1]} blocks", xlabel="block of keys", ylabel="block of queries")

@@ -43,7 +43,7 @@ class OpenedModel:
 
     @property
     def num_classes(self) -> int:
-        return self.model.num_classes
+        return int(self.model.num_classes)  # pyright: ignore[reportArgumentType]
 
     @property
     def img_size(self) -> int:
