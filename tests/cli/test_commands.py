@@ -11,6 +11,7 @@ import torch
 from foveal.cli import app
 from foveal.zoo.data.digits import split_digits
 from foveal.zoo.inference.attention import attention_layers, token_attention
+from foveal.zoo.inference.evaluate import number_classes
 from foveal.zoo.inference.source import open_model
 from foveal.zoo.tasks.confusion import count_confusion, per_class, plot_confusion
 from PIL import Image
@@ -90,6 +91,21 @@ def test_eval_at_another_size_and_of_a_split(named, digits, tmp_path):
     found = foveal_("eval", named, tmp_path / "data", "--img-size", 48, "--out", tmp_path / "out")
     assert "40 images at 48 pixels" in found.stdout
     assert "no folder for the split 'test'" in refused("eval", named, tmp_path / "data", "--split", "test")
+
+
+def test_eval_by_a_table_and_by_the_order_of_folders(named, digits, tmp_path):
+    files = sorted(digits.glob("*/*.png"))[:6]
+    rows = [f"{path.relative_to(digits)},{path.parent.name}" for path in files]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,label", *rows]) + "\n")
+    arguments = ("--labels", tmp_path / "labels.csv", "--json", "--out", tmp_path / "out")
+    assert json.loads(foveal_("eval", named, digits, *arguments).stdout)["num_images"] == 6
+    assert "does not exist" in refused("eval", named, digits, "--labels", "nowhere.csv")
+    # a model without names numbers as many folders as it has classes in natural order
+    opened = open_model(MODEL)
+    names, numbers = number_classes([f"digit {i}" for i in (10, 2, 1, 3, 4, 5, 6, 7, 8, 9)], opened)
+    assert names[0] == "digit 1" and numbers["digit 10"] == 9
+    with pytest.raises(ValueError, match="classes that natten_dinat_pico does not have: ant"):
+        number_classes(["ant", "bee"], opened)
 
 
 def test_eval_refuses_classes_that_the_model_does_not_have(named, digits, tmp_path):
