@@ -177,15 +177,16 @@ def _span(values: list[float], digits: int) -> str:
 
 
 def overview(tables: dict[str, list[list[str]]]) -> str:
-    """A row a family that has released checkpoints: what it is, how many, their sizes and accuracies."""
-    lines = ["| family | models | checkpoints | params (M) | GMACs | top-1 (%) |", "|---|---|--:|--:|--:|--:|"]
+    """A row a family that has released checkpoints: what it is, how many, their sizes, and accuracies on ImageNet."""
+    lines = ["| family | models | checkpoints | params (M) | GMACs | ImageNet top-1 (%) |", "|---|---|--:|--:|--:|--:|"]
     for module, rows in tables.items():
         if rows:
-            accuracies = [float(cells[5]) for cells in rows if cells[5]]
+            accuracies = [float(cells[5]) for cells in rows if cells[5] and "digits" not in cells[1]]
             params, macs = ([float(cells[i]) for cells in rows] for i in (2, 3))
             name, about = module.rpartition(".")[2], title_of(module).partition(": ")
             spans = [_span(params, 1), _span(macs, 1), _span(accuracies, 1) if accuracies else ""]
-            lines.append(f"| {about[2] or about[0]} | `{name}_*` | {len(rows)} | {' | '.join(spans)} |")
+            text = f"**{about[0]}**: {about[2]}" if about[2] else about[0]
+            lines.append(f"| {text} | `{name}_*` | {len(rows)} | {' | '.join(spans)} |")
     return "\n".join([*lines, ""])
 
 
