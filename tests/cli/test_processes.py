@@ -79,4 +79,5 @@ def test_from_images_to_a_model_in_use(model, tmp_path):
     metadata = onnxruntime.InferenceSession(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
     assert "seven" in json.loads(metadata["class_names"])
     made = json.loads(process("export", "flowers", "model.pt2", "--json", cwd=tmp_path).stdout)
-    assert made["dynamic"] == "size" and made["difference"] < 1e-4
+    # at 32 pixels the last stage is a single window, and the program is guarded to keep it one
+    assert made["dynamic"] == "batch" and made["difference"] < 1e-4

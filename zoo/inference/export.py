@@ -80,8 +80,7 @@ def _compare(run: Run, opened: OpenedModel, shapes: list[tuple[int, ...]]) -> fl
     for shape in shapes:
         images = _images(shape)
         with torch.no_grad():
-            expected = opened.model(images)
-        found = run(images)
+            expected, found = opened.model(images), run(images)
         difference = float((found - expected).abs().max())
         allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
         if found.shape != expected.shape or not difference <= allowed:
