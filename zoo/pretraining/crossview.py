@@ -68,6 +68,9 @@ class CrossViewCompletion(nn.Module):
         norm_pix_loss: targets are patches normalized one by one.
     """
 
+    enc_pos_embed: Tensor
+    dec_pos_embed: Tensor
+
     def __init__(
         self,
         *,
