@@ -56,8 +56,10 @@ class AllToKeyAttention(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.region = num_heads, region
         self.sim_alpha, self.sim_beta = nn.Parameter(torch.ones(1, **dd)), nn.Parameter(torch.zeros(1, **dd))
-        for name in ("q", "k", "v", "q2", "k2", "v2", "fusion1", "fusion2"):
-            setattr(self, name, nn.Conv2d(channels, channels, 1, **dd))
+        point = lambda: nn.Conv2d(channels, channels, 1, **dd)  # noqa: E731
+        self.q, self.k, self.v = point(), point(), point()
+        self.q2, self.k2, self.v2 = point(), point(), point()
+        self.fusion1, self.fusion2 = point(), point()
 
     def distributed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention to one key per region, of `[B, heads, regions, R, d]`."""

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from ..common.arguments import operator
 from ..common.calling import IMPLEMENTATIONS, Impl, Mask, triton_obstacle, without_autocast
-from . import chunked, reference
-from .call import make_call
+from ..common.operator import PLAIN, Public
+from . import chunked, cost, reference
+from .call import ScoredCall, make_call
 from .columns import ColumnMask
 from .score import CLASSES, Score
-
-__all__ = ["choose", "obstacles", "scored_attention"]
 
 UNFUSED = "scored attention has no fused kernel"
 
@@ -27,23 +26,29 @@ class Options(TypedDict, total=False):
     impl: Impl
 
 
-def obstacles(query: Tensor, value: Tensor | None = None) -> dict[str, str | None]:
-    """For every implementation, why it cannot take a call, or None."""
-    return {"triton": triton_obstacle(query, value) or UNFUSED, "torch": None, "reference": None}
+class Unfused:
+    """The choice of implementation, as a declared operator makes it, where no score has a fused kernel."""
+
+    def unsupported_reasons(self, query: Tensor, key: Tensor, value: Tensor, call: ScoredCall) -> dict[str, str | None]:
+        """For every implementation, why it cannot take a call, or None."""
+        return {"triton": triton_obstacle(query, value) or UNFUSED, "torch": None, "reference": None}
+
+    def select_impl(self, query: Tensor, key: Tensor, value: Tensor, call: ScoredCall, impl: Impl = "auto") -> str:
+        """Name of the implementation of a call; an explicit request is kept or refused, never replaced.
+
+        Raises:
+            ValueError: an unknown name.
+            NotImplementedError: there is no such kernel.
+        """
+        if impl not in ("auto", *IMPLEMENTATIONS):
+            raise ValueError(f"impl={impl!r} must be one of {('auto', *IMPLEMENTATIONS)}")
+        if impl == "triton":
+            why = self.unsupported_reasons(query, key, value, call)["triton"]
+            raise NotImplementedError(f"impl='triton' cannot take this call: {why}")
+        return "torch" if impl == "auto" else impl
 
 
-def choose(query: Tensor, impl: Impl = "auto", value: Tensor | None = None) -> str:
-    """Name of the implementation that serves a call; an explicit request is kept or refused, never replaced.
-
-    Raises:
-        ValueError: an unknown name.
-        NotImplementedError: there is no such kernel.
-    """
-    if impl not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"impl={impl!r} must be one of {('auto', *IMPLEMENTATIONS)}")
-    if impl == "triton":
-        raise NotImplementedError(f"impl='triton' cannot take this call: {obstacles(query, value)['triton']}")
-    return "torch" if impl == "auto" else impl
+UNFUSED_OPERATOR = Unfused()
 
 
 @overload
@@ -97,7 +102,7 @@ def scored_attention(
             (class F4): ask for "torch" to accept that.
     """
     call = make_call(query, key, value, score=score, mask=mask, order=order, scale=scale)
-    chosen = choose(query, impl, value)
+    chosen = UNFUSED_OPERATOR.select_impl(query, key, value, call, impl)
     if impl == "auto" and query.device.type == "cuda" and score.fusibility == "F4":
         raise NotImplementedError(f"{type(score).__name__} is of class F4, {CLASSES['F4']}; ask for it by impl='torch'")
     if return_lse and not score.has_lse:
@@ -125,3 +130,6 @@ def _in_order(query, key, value, call, attend) -> tuple[Tensor, Tensor | None]:
     back = torch.empty_like(call.order).scatter_(0, call.order, torch.arange(q.shape[1], device=call.order.device))
     out = out[:, back].reshape(*query.shape[:-1], out.shape[-1])
     return out, None if lse is None else lse[:, back].reshape(query.shape[:-1])
+
+
+PLAIN["scored_attention"] = Public(UNFUSED_OPERATOR, make_call, cost.summarize)  # pyright: ignore[reportArgumentType]

@@ -6,23 +6,16 @@ from math import prod
 
 from torch import Tensor
 
+from .call import ScoredCall
 from .chunked import chunk_rows
-from .columns import ColumnMask
-from .score import CLASSES, Score
+from .score import CLASSES
 
 
 def summarize(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    impl: str | None,
-    score: Score,
-    mask: ColumnMask | None = None,
-    order: Tensor | None = None,
-    scale: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, call: ScoredCall, impl: str | None
 ) -> dict[str, int | float | str]:
     """Quantities of a call for `explain`: the score, its class, pairs, products and the logits in memory."""
+    score = call.score
     batch, heads = query.shape[0], query.shape[-2]
     queries, keys = prod(query.shape[1:-2]), prod(key.shape[1:-2])
     pairs = batch * heads * queries * keys

@@ -137,7 +137,8 @@ def box_of(found: Tensor, *, threshold: float = 0.35, size: tuple[int, int] | No
     span = found.max() - found.min()
     if span <= 0:
         return 0, 0, found.shape[1], found.shape[0]
-    parts, _ = label(((found - found.min()) / span > threshold).cpu().numpy())
+    found_parts: Any = label(((found - found.min()) / span > threshold).cpu().numpy())
+    parts = found_parts[0]
     largest = torch.from_numpy(parts).flatten().bincount()[1:].argmax().item()
-    rows, columns = find_objects(parts)[largest]  # pyright: ignore[reportGeneralTypeIssues]
+    rows, columns = find_objects(parts)[largest]
     return columns.start, rows.start, columns.stop, rows.stop

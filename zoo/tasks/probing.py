@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ..data.loader import PADDING
 from ..heads.attach import attach_head, predict_by_neighbors
+from ._base import Task
 from .classification import Batch, ClassificationTask
 from .model import make_model
 
@@ -64,6 +65,9 @@ class ProbingTask(ClassificationTask):
             )
             self.metrics[f"{split}_knn"].update(votes[known], batch[1][known])  # pyright: ignore
         return super().evaluate(split, batch, batch_idx)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        Task.on_save_checkpoint(self, checkpoint)  # no model of timm can be built from a trunk and a head
 
     @torch.no_grad()
     def _mean_feature(self, images: Tensor) -> Tensor:

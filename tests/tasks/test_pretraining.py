@@ -1,0 +1,49 @@
+"""The pre-training task: each objective and masking runs and learns, a teacher follows, wrong options are refused."""
+
+import pytest
+import torch
+from foveal import train
+from train_helpers import configure
+
+SHORT = (
+    "task=pretraining",
+    "callbacks=pretraining",
+    "logger=none",
+    "metric=val/loss",
+    "metric_mode=min",
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=3",
+    "trainer.limit_val_batches=1",
+    "task.vit={patch_size:8,embed_dim:16,depth:1,num_heads:2,decoder_embed_dim:16,decoder_depth:1,decoder_num_heads:2}",
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("task.masking=green",),
+        ("task.masking=hard", "task.loss_prediction=true", "task.teacher_decay=0.5"),
+        ("task.objective=positions", "task.ratio=0.5"),
+    ],
+)
+def test_objectives(options, tmp_path):
+    trainer, task, data = train.build(configure(tmp_path, *SHORT, *options, tiny=False))
+    task.configure_model()
+    before = {n: p.clone() for n, p in task.model.named_parameters()}
+    trainer.fit(task, datamodule=data)
+    moved = [n for n, p in task.model.named_parameters() if not p.equal(before[n])]
+    assert any(n.startswith("student.blocks") for n in moved) and not any("pos_embed" in n for n in moved)
+    assert any(n.startswith("teacher.") for n in moved) == ("task.masking=hard" in options)
+    assert torch.isfinite(trainer.callback_metrics["val/loss"])
+    assert ("val/accuracy" in trainer.callback_metrics) == ("task.objective=positions" in options)
+    if task.loss_prediction:
+        assert -1 <= trainer.callback_metrics["val/rank"] <= 1
+    names = set(task.trunk_state_dict())
+    assert {"cls_token", "norm.weight", "blocks.0.attn.qkv.weight"} <= names
+    assert not any("decoder" in n or "mask" in n for n in names)
+
+
+@pytest.mark.parametrize("wrong", ["task.objective=words", "task.masking=pink", "task.masking=hard"])
+def test_wrong_options(wrong, tmp_path):
+    with pytest.raises(Exception, match=wrong.split("=")[0]):
+        train.build(configure(tmp_path, *SHORT, wrong, tiny=False))

@@ -1,0 +1,122 @@
+"""Two photographs that ship with scikit-learn, as pairs of degraded and whole crops."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from .base import SeededData
+from .loader import PADDING, SeededDataset, mix_seed, seeded
+from .spec import DataSpec
+
+Degradation = Literal["bicubic", "noise"]
+
+
+class Pairs(Dataset):
+    """A photograph `[3, H, W]` in [0, 1], degraded and whole: random crops, or all of it.
+
+    Args:
+        photo: the whole photograph.
+        crop: pixels a side of a whole crop.
+        scale: of the degradation "bicubic".
+        degrade: "bicubic" (smaller by scale), or "noise" of standard deviation `noise`.
+        count: random crops of an epoch, turned and flipped; None for the photograph itself.
+    """
+
+    def __init__(self, photo: Tensor, *, crop: int, scale: int, degrade: Degradation, noise: float, count: int | None):
+        self.photo, self.crop, self.count = photo, crop, count
+        self.scale, self.degrade, self.noise = scale, degrade, noise
+
+    def __len__(self) -> int:
+        return 1 if self.count is None else self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        whole = self.photo
+        if self.count is None:
+            height, width = (n - n % self.scale for n in whole.shape[1:])
+            whole = whole[:, :height, :width]
+        else:
+            top, left = (int(torch.randint(n - self.crop + 1, ())) for n in whole.shape[1:])
+            whole = whole[:, top : top + self.crop, left : left + self.crop]
+            whole = whole.rot90(int(torch.randint(4, ())), (1, 2))
+            whole = whole.flip(2) if torch.rand(()) < 0.5 else whole
+        if self.degrade == "noise":
+            return (whole + self.noise * torch.randn(whole.shape)).contiguous(), whole.contiguous()
+        size = (whole.shape[1] // self.scale, whole.shape[2] // self.scale)
+        small = F.interpolate(whole[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+        return small, whole.contiguous()
+
+
+class SeededPairs(SeededDataset):
+    """Pairs whose crops and noise depend on (seed, epoch, index) only; the third entry is PADDING in one that fills."""
+
+    def __getitem__(self, key: tuple[int, int | None]) -> Any:
+        index, epoch = key
+        with seeded(mix_seed(self.seed, epoch or 0, index)):
+            pair = self.dataset[index]
+        return *pair, PADDING if epoch is None else 0
+
+
+class Photos(SeededData):
+    """Crops of scikit-learn's china to train on; flower to test on, 427 x 640 pixels, a part of it for validation.
+
+    Args:
+        crop: pixels a side of a whole crop, a multiple of scale.
+        scale: 2, 3 or 4 with degrade "bicubic", 1 with "noise".
+        degrade: "bicubic" or "noise".
+        noise: standard deviation, of pixels in [0, 1].
+        epoch_crops: random crops of an epoch.
+        batch_size, seed, shuffle, num_workers: as in `SeededData`.
+
+    Raises:
+        ValueError: options that do not fit together.
+    """
+
+    seeded_dataset = SeededPairs
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 8,
+        crop: int = 48,
+        scale: int = 2,
+        degrade: Degradation = "bicubic",
+        noise: float = 25 / 255,
+        epoch_crops: int = 400,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_workers: int | None = 0,
+    ):
+        super().__init__(batch_size=batch_size, seed=seed, shuffle=shuffle, num_workers=num_workers)
+        if degrade not in ("bicubic", "noise") or (scale == 1) != (degrade == "noise") or scale not in (1, 2, 3, 4):
+            raise ValueError(
+                f"data.degrade={degrade!r} must be 'bicubic' with data.scale={scale} 2, 3 or 4, or 'noise' with 1"
+            )
+        if crop % scale or not 8 <= crop <= 427:
+            raise ValueError(f"data.crop={crop} must be a multiple of data.scale={scale} from 8 to 427")
+        self.scale, self.options = scale, {"crop": crop, "scale": scale, "degrade": degrade, "noise": noise}
+        self.epoch_crops = epoch_crops
+
+    @property
+    def spec(self) -> DataSpec:
+        size = self.options["crop"] // self.scale
+        return DataSpec(3, (size, size))
+
+    @property
+    def for_task(self) -> dict[str, Any]:
+        return {"scale": self.scale, "in_chans": 3}
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.datasets:
+            return
+        from sklearn.datasets import load_sample_images
+
+        china, flower = (torch.from_numpy(np.array(x)).permute(2, 0, 1) / 255 for x in load_sample_images().images)
+        self.datasets["train"] = Pairs(china, count=self.epoch_crops, **self.options)
+        self.datasets["val"] = Pairs(flower[:, 100:292, 200:456], count=None, **self.options)
+        self.datasets["test"] = Pairs(flower, count=None, **self.options)
