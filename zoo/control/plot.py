@@ -62,7 +62,7 @@ def overlay(image: Any, maps: Mapping[str, Tensor], path: str | Path) -> Path:
         plane = (found[0] if found.dim() == 3 else found).float()
         axis.imshow(picture)
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-        axis.imshow(plane, cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear")
+        axis.imshow(plane.numpy(), cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear")
         axis.set_title(f"{word}, {float(plane.min()):.3f} to {float(plane.max()):.3f}")
     for axis in axes[0]:
         axis.set_axis_off()
