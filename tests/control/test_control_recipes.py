@@ -29,7 +29,7 @@ PROMPTS = {"tokenizer": StubTokenizer(), "steps": 10, "length": 7, "self_scales"
 
 @dataclass
 class Row:
-    """How a recipe is held to the contract.
+    """Settings of a recipe in the contract.
 
     Attributes:
         active, neutral: make its edits; no neutral setting when None.

@@ -116,7 +116,7 @@ class WordMask(Edit):
 
     @property
     def masks(self) -> Tensor:
-        """Where the scores exceed the threshold, bool `[rows, *grid]`."""
+        """Masks of scores above the threshold, bool `[rows, *grid]`."""
         return self.scores > self.threshold
 
     @property
