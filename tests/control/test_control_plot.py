@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from foveal.zoo.control import Control, edits
-from foveal.zoo.control.plot import heatmap, overlay
+from foveal.zoo.control import Control, edits, heatmap
+from foveal.zoo.control.plot import overlay
 from generators import build, run
 from stub_tokenizer import StubTokenizer
 
