@@ -6,5 +6,6 @@ It needs torch and timm only; tasks, data and video models are imported on their
 from . import backbones
 from .accelerate import accelerate, decelerate
 from .adapters import use_kernels
+from .control import Control
 
-__all__ = ["accelerate", "backbones", "decelerate", "use_kernels"]
+__all__ = ["Control", "accelerate", "backbones", "decelerate", "use_kernels"]

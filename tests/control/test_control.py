@@ -9,6 +9,7 @@ from foveal.zoo.control.edit import Edit
 from foveal.zoo.control.edits.word_mask import resize
 from foveal.zoo.control.terms import apply_right, compose
 from generators import build, run
+from torch._dynamo.testing import CompileCounterWithBackend
 
 BRANCHES = ("source", "target")
 
@@ -86,6 +87,21 @@ def test_steps_layers_and_scales_choose():
     assert set(control.seen) == {s.path for s in chosen} and chosen
     assert all(seen.edits == {str(share): {1}} for seen in control.seen.values())
     assert "steps (1, 2)" in explain(control) and "no map" in explain(control)
+
+
+def test_steps_of_a_compiled_model_are_two_graphs():
+    """One with the edit, one without; the step number is read outside."""
+    model, inputs = toy("sd3")
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    for block in model.transformer_blocks:
+        block.attn.compile(backend=counter)
+    found = [edits.KeyMean("text", delta=1.2), edits.Share("q"), edits.Perturb(0.5)]
+    for edit in found:
+        edit.schedule = Schedule(steps=(0, 3))
+    with Control(model, found, branches=BRANCHES, total_steps=6):
+        outs = [run(model, inputs | {"timestep": inputs["timestep"] - 10 * step}) for step in range(6)]
+    assert counter.frame_count <= 2 * len(model.transformer_blocks) and not torch.equal(outs[0], outs[4])
 
 
 def test_rows_by_name():

@@ -25,6 +25,7 @@ from foveal.zoo.control.rows import Rows
 from foveal.zoo.control.terms import apply_right
 from foveal.zoo.control.words import cross_times, refinement_map, replacement_map, word_tokens
 from foveal.zoo.sites import Call, Layout, Moment, Operation, Site
+from stub_tokenizer import PIECES, StubTokenizer
 from torch.nn.functional import layer_norm, linear
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "control"
@@ -64,25 +65,6 @@ def close(x, y, tolerance=1e-12):
     assert error <= tolerance * scale, f"{error} of {scale}"
 
 
-PIECES = {"tiger": "ti ger", "leopard": "leo par d", "riding": "ri ding", "robot": "ro bot", "grass": "gra ss"}
-PIECES = {word: pieces.split() for word, pieces in PIECES.items()}
-VOCABULARY = [
-    *("<s>", "</s>", "photo", "a", "of", "cat", "dog", "ti", "ger", "leo", "par", "d", "ri", "ding", "on", "bike"),
-    *("silver", "ro", "bot", "the", "gra", "ss", "red"),
-]
-
-
-class Stub:
-    """The tokenizer of the recordings: words of given pieces."""
-
-    def encode(self, text):
-        pieces = [piece for word in text.split(" ") for piece in PIECES.get(word, [word])]
-        return [0, *map(VOCABULARY.index, pieces), 1]
-
-    def decode(self, ids):
-        return VOCABULARY[ids[0]]
-
-
 REPLACE = [
     ("a photo of a cat on the grass", "a photo of a dog on the grass"),
     ("a cat riding a bike", "a tiger riding a bike"),
@@ -99,7 +81,7 @@ REFINE = [
 
 
 def test_alignments_of_prompt_to_prompt():
-    g, stub = golden("unet_p2p_mappers"), Stub()
+    g, stub = golden("unet_p2p_mappers"), StubTokenizer()
     for number, pair in enumerate(REPLACE):
         assert torch.equal(replacement_map(stub, *pair, align="official", length=24), g[f"replace_{number}"])
     for number, pair in enumerate(REFINE):
@@ -114,7 +96,7 @@ def test_alignments_of_prompt_to_prompt():
 @pytest.mark.parametrize("pair", REPLACE)
 def test_words_align_after_a_swap_of_unequal_words(pair):
     """A swapped word's columns sum to p/q; all others are one-hot at the same word, end to end, padding to padding."""
-    stub = Stub()
+    stub = StubTokenizer()
     matrix = replacement_map(stub, *pair, length=24)
     owner = [[n for n, word in enumerate(p.split()) for _ in PIECES.get(word, [word])] for p in pair]
     ends, ids = [len(x) + 1 for x in owner], [stub.encode(p) for p in pair]

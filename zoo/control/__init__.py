@@ -11,6 +11,7 @@ from ..sites import Schedule
 from . import edits, recipes
 from .control import Control, explain
 from .edit import Context, Edit
+from .heatmap import heatmap
 from .rows import Rows
 from .where import Where
 from .words import cross_times, refinement_map, replacement_map, word_tokens
@@ -25,6 +26,7 @@ __all__ = [
     "cross_times",
     "edits",
     "explain",
+    "heatmap",
     "recipes",
     "refinement_map",
     "replacement_map",

@@ -179,7 +179,7 @@ class Control:
 
     @property
     def installed(self) -> bool:
-        """Whether it is at work."""
+        """True while the Control is at work."""
         return self._interception is not None
 
     def install(self) -> Control:
@@ -288,7 +288,7 @@ class Control:
         return [torch.Generator(device).manual_seed(seed) for _ in self.branches or ("",)]
 
     def report(self) -> str:
-        """Which edit ran where and in which steps, and what it cost over the model's own attention."""
+        """Edits by site and step, with rows, FLOPs and bytes over the model's own attention."""
         return "\n".join(_lines(self)) or "nothing has run yet"
 
 
@@ -392,7 +392,7 @@ def _ranges(steps: set[int]) -> str:
 
 
 def explain(control: Control) -> str:
-    """Where each edit of a Control will work, and why it makes maps where it does, before anything runs."""
+    """Sites, steps and rows of each edit of a Control before anything runs, and why it makes maps where it does."""
     lines = []
     for edit in control.edits:
         sites = edit.sites(control.sites)

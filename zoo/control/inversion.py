@@ -18,7 +18,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class Inversion:
-    """What reproduces an image.
+    """Latents, noises and embeddings that reproduce an image.
 
     Attributes:
         latents: from the image to noise, one entry more than steps.
@@ -47,7 +47,7 @@ class Inversion:
 
     @staticmethod
     def load(path: str) -> Inversion:
-        """What `save` wrote."""
+        """The inversion that `save` wrote."""
         from safetensors import safe_open
 
         parts: dict[str, dict[int, Tensor]] = {"latents": {}, "noises": {}, "embeddings": {}}

@@ -35,7 +35,7 @@ class Term:
 
     @property
     def plain(self) -> bool:
-        """Whether it is the model's own map."""
+        """True for the model's own map."""
         return self.write == self.read and self.right is None and isinstance(self.weight, float) and self.weight == 1
 
     def times(self, right: Tensor | None = None, weight: float | Tensor = 1.0) -> Term:

@@ -1,4 +1,4 @@
-"""Where an edit works: sites by kind, place in the model, scale relative to the latents, and layer."""
+"""Choice of the sites of an edit: by kind, place in the model, scale relative to the latents, and layer."""
 
 from __future__ import annotations
 

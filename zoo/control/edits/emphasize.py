@@ -30,7 +30,7 @@ class Emphasize(Edit):
         guidance: str = "cond",
     ):
         self.amount, self.words, self.branch = amount, (word,), branch
-        self.where, self.schedule = where or Where(kinds=("cross",)), schedule or Schedule()
+        self.where, self.schedule = where or Where(kinds=("cross", "joint")), schedule or Schedule()
         self.guidance, self.branches = guidance, () if branch is None else (branch,)
 
     def plan(self, context: Context) -> tuple | None:

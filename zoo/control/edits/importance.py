@@ -1,4 +1,4 @@
-"""Where latents depend on a word: gradients with respect to its observed map."""
+"""Dependence of latents on a word: gradients with respect to its observed map."""
 
 from __future__ import annotations
 

@@ -80,7 +80,8 @@ class MergeTokens(Edit):
         merged = {name: merging.merge(x.flatten(2)).unflatten(2, sizes[name]) for name, x in parts.items()}
         mask = None
         if self.log_size:
-            ones = torch.zeros(len(merging.merged), len(destinations), 1, device=call.query.device)
+            dtype = torch.promote_types(call.query.dtype, torch.float32)
+            ones = torch.zeros(len(merging.merged), len(destinations), 1, device=call.query.device, dtype=dtype)
             joined = ones.new_ones(merging.target.shape)
             count = ones.new_ones(len(ones), len(merging))
             first = merging.kept.shape[1]

@@ -95,7 +95,8 @@ class FirstFrame(Edit):
             raise ValueError(f"{context.site.path} does not attend over a whole video; give frames=")
         if self.frames is not None and context.rows.batch % self.frames:
             raise ValueError(f"a batch of {context.rows.batch} does not hold whole videos of frames={self.frames}")
-        return None if self.frames == 1 or (self.frames is None and grid[0] == 1) else context
+        alone = self.frames == 1 or (self.frames is None and grid is not None and grid[0] == 1)
+        return None if alone else context
 
     def qkv(self, call: Call, plan: Context) -> Call:
         if self.frames is not None:

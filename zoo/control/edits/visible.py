@@ -1,4 +1,4 @@
-"""Which tokens see which: streams and regions, as lists of keys for groups of queries that see the same."""
+"""Visibility between streams and regions of tokens, as lists of keys for groups of queries that see the same."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class Members:
-    """What tokens are.
+    """Streams and regions of tokens.
 
     Attributes:
         streams: name of the stream of each token.

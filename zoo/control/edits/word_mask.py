@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class WordMask(Edit):
         smooth: size and sigma of a Gaussian, before normalizing.
         pool: size of a maximum over neighbors, before normalizing.
         grid: tokens of the maps; the largest grid seen when None, others are interpolated.
-        union: names of more branches whose masks are added to `value`.
+        layers: numbers of the layers that are observed; all when None.
         where, schedule, guidance: sites, steps and rows.
 
     Attributes:
@@ -46,6 +46,7 @@ class WordMask(Edit):
         smooth: tuple[int, float] | None = None,
         pool: int = 1,
         grid: tuple[int, ...] | None = None,
+        layers: Collection[int] | None = None,
         where: Where | None = None,
         schedule: Schedule | None = None,
         guidance: str = "cond",
@@ -54,7 +55,7 @@ class WordMask(Edit):
             raise ValueError("a WordMask needs words of the Control")
         self.words, self.branch, self.branches = words, branch, () if branch is None else (branch,)
         self.threshold, self.normalize, self.smooth, self.pool = threshold, normalize, smooth, pool
-        self.where, self.schedule = where or Where(kinds=("cross", "joint")), schedule or Schedule()
+        self.where, self.schedule = where or Where(kinds=("cross", "joint"), layers=layers), schedule or Schedule()
         self.grid, self.guidance = grid, guidance
         self.begin()
 
@@ -116,7 +117,7 @@ class WordMask(Edit):
 
     @property
     def masks(self) -> Tensor:
-        """Where the scores exceed the threshold, bool `[rows, *grid]`."""
+        """Masks of scores above the threshold, bool `[rows, *grid]`."""
         return self.scores > self.threshold
 
     @property

@@ -11,7 +11,7 @@ WEIGHT = 1e-2
 
 @recipe(
     "Break-A-Scene, losses",
-    "arXiv:2305.16311, google/break-a-scene@b142cf2",
+    "google/break-a-scene@b142cf2",
     "exact",
     hosts="Stable Diffusion, in training",
     needs="one image with masks",

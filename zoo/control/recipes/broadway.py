@@ -26,7 +26,7 @@ def bands(maps: Tensor, tau: int) -> tuple[Tensor, Tensor]:
 
 @recipe(
     "BroadWay / ByTheWay",
-    "arXiv:2410.06241, Bujiazi/ByTheWay@1ae7294",
+    "Bujiazi/ByTheWay@1ae7294",
     "exact",
     hosts="AnimateDiff, VideoCrafter2: temporal attention of up blocks, first 20 % of steps",
     needs="the map of the corresponding module of the first up block",

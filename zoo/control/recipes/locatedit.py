@@ -12,7 +12,7 @@ WEIGHT = 15.0  # of the words that differ, on the map
 
 @recipe(
     "LOCATEdit",
-    "arXiv:2503.21541, LOCATEdit/LOCATEdit@bf5510d",
+    "LOCATEdit/LOCATEdit@bf5510d",
     "exact",
     hosts="Stable Diffusion with an IP-Adapter",
     needs="self-attention maps at 32 x 32",

@@ -17,10 +17,11 @@ def bank_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
 @recipe(
     "Parts2Whole, shared self-attention",
     "huanngzh/Parts2Whole@e217655",
-    "exact",
+    "partial",
     hosts="Stable Diffusion with a reference UNet",
-    needs="a trained reference UNet; here references are branches",
+    needs="a trained reference UNet",
     cost="keys of the parts more",
+    missing="nothing; the reference UNet is left out, references are branches of the one UNet here",
 )
 def parts2whole(parts: dict[str, Tensor]) -> list:
     """Edits for a Control whose branches are the parts and "target"; conditional rows alone.

@@ -14,7 +14,7 @@ RULES = {("image", "entity"): "region", ("image", "text"): "all"}
 
 @recipe(
     "PFB-Diff",
-    "arXiv:2306.16894, CMACH508/PFB-Diff@a60a4b8",
+    "CMACH508/PFB-Diff@a60a4b8",
     "exact",
     hosts="Stable Diffusion",
     needs="a mask; the source by inversion",

@@ -12,7 +12,7 @@ RULES = {("image", "entity"): "region", ("image", "text"): "all"}
 
 @recipe(
     "PrimeComposer",
-    "arXiv:2403.05053, CodeGoat24/PrimeComposer@ff602b2",
+    "CodeGoat24/PrimeComposer@ff602b2",
     "exact",
     hosts="Stable Diffusion 2.1",
     needs="a segmented object, both images by inversion",

@@ -9,7 +9,7 @@ from ..swapping import blend_words, swap_words
 
 @recipe(
     "Prompt-to-Prompt",
-    "arXiv:2208.01626",
+    "arXiv:2208.01626, google/prompt-to-prompt@9c472e4",
     "exact",
     hosts="UNets with cross-attention",
     needs="two prompts, one noise",

@@ -18,7 +18,7 @@ def discs(centers: Sequence[tuple[float, float]], size: tuple[int, int], radius:
 
 @recipe(
     "SpaceTime attention",
-    "arXiv:2304.03869, UCSB-NLP-Chang/Diffusion-SpaceTime-Attn@7641998",
+    "UCSB-NLP-Chang/Diffusion-SpaceTime-Attn@7641998",
     "exact",
     hosts="Stable Diffusion",
     needs="encoded texts and centers of objects, guidance in one batch",

@@ -33,12 +33,15 @@ def balance(step: int, *, rate: float, size: float = 5.0) -> tuple[float, float]
 @recipe(
     "UnifyEdit",
     "arXiv:2504.05594",
-    "exact",
+    "partial",
     hosts="Stable Diffusion",
     needs="null-text inversion, a mask, two branches; maps='allow'",
     cost="one evaluation with gradients in half of the steps; self maps up to 32 x 32",
+    missing="the form of the cross-attention loss (a square of the sum here; its gradient is normalized)",
 )
-def unifyedit(word: str, mask: Tensor, *, kind: str = "color", until: float = 0.5, most: int = 1024) -> list:
+def unifyedit(
+    word: str, mask: Tensor, *, kind: str = "color", until: float = 0.5, most: int = 1024, scale: int = 4
+) -> list:
     """Edits for a Control with branches=("source", "target") and maps="allow".
 
     Args:
@@ -47,9 +50,10 @@ def unifyedit(word: str, mask: Tensor, *, kind: str = "color", until: float = 0.
         kind: of the edit, a key of `RATES`.
         until: fraction of the steps that are optimized.
         most: tokens of the largest self-attention map; the paper takes all of them.
+        scale: latent pixels per token of the word's maps.
     """
     self_maps = SelfMaps(most=most)
-    words = WordMask(word, branch="target", where=Where(kinds=("cross",), scales=(4,)))
+    words = WordMask(word, branch="target", where=Where(kinds=("cross",), scales=(scale,)))
 
     def losses() -> tuple[Tensor, Tensor]:
         structure = torch.stack([self_loss(*maps.chunk(2)) for maps in self_maps.found.values()]).sum()

@@ -11,7 +11,7 @@ SCALES = (2, 4, 8, 16, 32)  # 32 x 32 tokens of Stable Diffusion and smaller
 
 @recipe(
     "Video-P2P",
-    "arXiv:2303.04761, dvlab-research/Video-P2P@ecd7f91",
+    "dvlab-research/Video-P2P@ecd7f91",
     "exact",
     hosts="image UNets with frames in the batch",
     needs="one-shot tuning, null-text inversion",

@@ -17,7 +17,7 @@ def fade(noise: float) -> float:
 
 @recipe(
     "VideoGrain, modulated attention",
-    "arXiv:2502.17258, knightyxp/VideoGrain@ab9e226",
+    "knightyxp/VideoGrain@ab9e226",
     "exact",
     hosts="UNets and transformers with text",
     needs="masks and words of regions",
