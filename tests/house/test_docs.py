@@ -31,6 +31,10 @@ SHRUNKEN = {  # what a block says -> what runs here
         '"b", in_channels=16': '"nano", in_channels=16',
         "torch.randn(1, 16, 5, 30, 52)": "torch.randn(1, 16, 4, 8, 8)",
     },
+    "docs/steer.md": {
+        "from diffusers import StableDiffusionPipeline": "from tiny_pipeline import TinyPipeline",
+        'StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")': "TinyPipeline()",
+    },
     "README.md": {"torch.randn(1, 8, 28, 28, 2, 32)": "torch.randn(1, 4, 9, 9, 2, 32)"},
 }
 PACKAGED = "natten_dinat_pico"  # its weights are in the wheel; others are built without
