@@ -78,7 +78,7 @@ def sharded_cases(rank: int, size: int, count: int) -> list[tuple[Case, int, tup
     raise AssertionError("cases are endless")
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_random_cases(ranks, rank, size):
     for i, (case, axis, lengths) in enumerate(sharded_cases(rank, size, 16)):
