@@ -32,7 +32,7 @@ def axis_offsets(length: int, pooled: int, step: int, native: int, device: torch
 
 
 class LengthScaledAttention2d(nn.Module):
-    """What TransNeXt's attentions on `[B, H, W, dim]` share (arXiv:2311.17132, sections 3.2 and 3.3).
+    """Base of TransNeXt's attentions on `[B, H, W, dim]` (arXiv:2311.17132, sections 3.2 and 3.3).
 
     Queries and keys have length 1; a query gets a learnt embedding, a learnt temperature and the logarithm of the
     number of keys that it sees. Biases are a network's, of offsets on a logarithmic scale. With a router heads are

@@ -26,6 +26,11 @@ class BlockSparseCall:
     scale: float
     additional_mask: Tensor | None = None  # bool [B, tokens]
 
+    @property
+    def additional(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Additional keys, their values, and which are visible."""
+        return self.additional_keys, self.additional_values, self.additional_mask
+
 
 def make_call(
     query: Tensor,

@@ -43,12 +43,8 @@ def attend(
     call: BlockSparseCall,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and log-sum-exp `[B, *spatial, heads]`; see `api`."""
-    mask, scale, additional_keys, additional_values = (
-        call.mask,
-        call.scale,
-        call.additional_keys,
-        call.additional_values,
-    )
+    mask, scale = call.mask, call.scale
+    additional_keys, additional_values, additional_mask = call.additional
     (batch, *shape, heads, d), (*_, key_heads, width) = query.shape, value.shape
     key_shape, device = key.shape[1:-2], query.device
     lists = key_heads if mask.kv_idx.shape[1] == 1 else heads  # a unit: a box of the queries that share a list and keys
@@ -94,8 +90,8 @@ def attend(
             for x in (additional_keys, additional_values)
         )
         to_additional = added.new_zeros(units, extra)
-        if call.additional_mask is not None:
-            shown = call.additional_mask.flatten().index_select(0, entry * extra + token)
+        if additional_mask is not None:
+            shown = additional_mask.flatten().index_select(0, entry * extra + token)
             ek, ev = (torch.where(shown[:, None], x, 0) for x in (ek, ev))  # zero times NaN is NaN
             to_additional = torch.where(shown.view(units, extra), to_additional, -math.inf)
         k, v = torch.cat([k, ek.view(units, extra, d)], 1), torch.cat([v, ev.view(units, extra, width)], 1)

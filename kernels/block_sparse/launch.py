@@ -72,7 +72,7 @@ def _flags(mask: BlockMask) -> dict:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
-    mask, additional_keys, additional_values = call.mask, call.additional_keys, call.additional_values
+    mask, (additional_keys, additional_values, additional_mask) = call.mask, call.additional
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
     batch, heads, widths = query.shape[0], query.shape[-2], (key.shape[-1], value.shape[-1])
     out = torch.empty(*query.shape[:-1], widths[1], dtype=query.dtype, device=query.device)
@@ -98,7 +98,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) ->
             *_optional(mask),
             tuple(mask.kv_idx.shape[:2]),
             most,
-            *extra_arguments(query, additional_keys, additional_values, call.additional_mask),
+            *extra_arguments(query, additional_keys, additional_values, additional_mask),
             padded(shape, 1),
             padded(key_shape, 1),
             heads,
@@ -107,7 +107,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) ->
             GROUP=heads // key.shape[-2],
             EXTRA_KEYS=EXTRA_KEYS,
             EXTRA=additional_keys is not None,
-            EXTRA_MASK=call.additional_mask is not None,
+            EXTRA_MASK=additional_mask is not None,
             **_flags(mask),
             **constants(config, mask.query_block, mask.key_block, widths, precision(query)),
         )
@@ -125,12 +125,8 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, additional_keys and additional_values, contiguous; None for those not given."""
     (out, lse), (grad_out, grad_lse) = outputs, gradients
-    mask, scale, additional_keys, additional_values = (
-        call.mask,
-        call.scale,
-        call.additional_keys,
-        call.additional_values,
-    )
+    mask, scale = call.mask, call.scale
+    additional_keys, additional_values, additional_mask = call.additional
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
     batch, heads, key_heads, widths = query.shape[0], query.shape[-2], key.shape[-2], (key.shape[-1], value.shape[-1])
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=query.device) for x in (query, key, value))
@@ -166,7 +162,7 @@ def backward(
             *_optional(mask),
             lists,
             most,
-            *extra_arguments(query, additional_keys, additional_values, call.additional_mask),
+            *extra_arguments(query, additional_keys, additional_values, additional_mask),
             padded(shape, 1),
             padded(key_shape, 1),
             heads,
@@ -174,7 +170,7 @@ def backward(
             scale,
             EXTRA_KEYS=EXTRA_KEYS,
             EXTRA=additional_keys is not None,
-            EXTRA_MASK=call.additional_mask is not None,
+            EXTRA_MASK=additional_mask is not None,
             **common,
             **constants(config, *blocks, widths, precision(query)),
         )

@@ -35,12 +35,8 @@ def attend(
     call: BlockSparseCall,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api`."""
-    mask, scale, additional_keys, additional_values = (
-        call.mask,
-        call.scale,
-        call.additional_keys,
-        call.additional_values,
-    )
+    mask, scale = call.mask, call.scale
+    additional_keys, additional_values, additional_mask = call.additional
     heads, query_shape, key_shape = query.shape[-2], query.shape[1:-2], key.shape[1:-2]
     accumulate = torch.promote_types(query.dtype, torch.float32)
 
@@ -52,8 +48,8 @@ def attend(
     logits = (q @ k.transpose(-1, -2) * scale + bias).masked_fill(bias == float("-inf"), float("-inf"))
     if additional_keys is not None and additional_values is not None:
         visible = torch.ones(additional_keys.shape[:2], dtype=torch.bool, device=query.device)
-        if call.additional_mask is not None:  # masked tokens may hold anything
-            visible = call.additional_mask
+        if additional_mask is not None:  # masked tokens may hold anything
+            visible = additional_mask
         ek, ev = (x.masked_fill(~visible[..., None, None], 0) for x in (additional_keys, additional_values))
         to_additional = q @ flat(ek).transpose(-1, -2) * scale
         logits = torch.cat([logits, to_additional.masked_fill(~visible[:, None, None], float("-inf"))], dim=-1)

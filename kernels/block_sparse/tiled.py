@@ -42,8 +42,7 @@ def attend(
     """
     if exporting():
         return gathered.attend(query, key, value, call)
-    tensors = call.additional_keys, call.additional_values, call.additional_mask
-    return _Attention.apply(query, key, value, *tensors, *call.mask[:7], call.scale)
+    return _Attention.apply(query, key, value, *call.additional, *call.mask[:7], call.scale)
 
 
 class _Operands(NamedTuple):

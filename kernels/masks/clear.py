@@ -39,7 +39,7 @@ def clear(
     relations = [nearer(n, radius, b, b) for n, b in zip(shape, block, strict=True)]
 
     def nearest(queries: list[Tensor], keys: list[Tensor]) -> Tensor:
-        """Whether the nearest two tokens of two blocks see each other."""
+        """Return whether the nearest two tokens of two blocks see each other."""
         gaps = [((q - k).abs() * b - b + 1).clamp(min=0) for q, k, b in zip(queries, keys, block, strict=True)]
         return torch.stack([gap * gap for gap in gaps]).sum(0) < radius * radius
 

@@ -32,7 +32,7 @@ class Entry:
 
     @property
     def alone(self) -> bool:
-        """Whether queries and keys, or the grid, are all it needs and a `BlockMask` all it gives."""
+        """Return whether the mask needs queries and keys or the grid alone, and gives a `BlockMask` alone."""
         needed = [p.name for p in signature(self.function).parameters.values() if p.default is p.empty]
         return needed[:3] != ["query", "key", "value"] and "bias" not in needed
 

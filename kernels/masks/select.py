@@ -292,7 +292,7 @@ def static_boxes(shape: Sequence[int], block: PerAxis[int], pattern: str, **opti
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """What some heads of some layers do in a range of steps.
+    """Mask of some heads of some layers in a range of steps.
 
     Attributes:
         mask: name of a static mask of `foveal.kernels.masks`, or "dense".
@@ -316,14 +316,14 @@ class HeadChoice:
             raise ValueError(f"steps={self.steps!r} must be two shares, 0 <= first < last <= 1")
 
     def holds(self, layer: int, head: int, step: float) -> bool:
-        """Whether the choice is about a head of a layer at a share of the steps."""
+        """Return whether the choice is about a head of a layer at a share of the steps."""
         within = self.steps[0] <= step < self.steps[1]
         return within and all(x is None or n in x for x, n in ((self.layers, layer), (self.heads, head)))
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Which static mask each head of each layer takes at which steps; the first choice that holds counts.
+    """Static masks by head, layer and step; the first choice that holds counts.
 
     Heads without a choice are dense. A plan is JSON: `HeadPlan.from_json(plan.to_json()) == plan`.
     """
@@ -331,7 +331,7 @@ class HeadPlan:
     choices: tuple[HeadChoice, ...] = ()
 
     def choice(self, layer: int, head: int, step: float = 0.0) -> HeadChoice:
-        """What a head does at a share of the steps, in [0, 1)."""
+        """Choice of a head at a share of the steps, in [0, 1)."""
         return next((x for x in self.choices if x.holds(layer, head, step)), HeadChoice("dense"))
 
     def to_json(self) -> str:

@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 
-class Options(TypedDict, total=False):
-    """Keyword arguments of `na1d`, `na2d` and `na3d` but for `return_lse`, for type checkers."""
+class SharedOptions(TypedDict, total=False):
+    """Keyword arguments of every neighborhood attention but for `return_lse`, for type checkers."""
 
     window: Required[PerHead[int]]
     stride: PerHead[int]
@@ -47,9 +47,14 @@ class Options(TypedDict, total=False):
     additional_keys: Tensor | None
     additional_values: Tensor | None
     additional_mask: Mask | None
+    impl: Impl
+
+
+class Options(SharedOptions, total=False):
+    """Those of `na1d`, `na2d` and `na3d`."""
+
     grid: Sequence[int] | None
     qk_dtype: torch.dtype | None
-    impl: Impl
 
 
 def _attend(

@@ -30,6 +30,11 @@ class NeighborhoodCall:
     additional_values: Tensor | None = None
     additional_mask: Tensor | None = None
 
+    @property
+    def additional(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Additional keys, their values, and which are visible."""
+        return self.additional_keys, self.additional_values, self.additional_mask
+
 
 def _flops(query: Tensor, key: Tensor, value: Tensor, call: NeighborhoodCall) -> tuple[int, int]:
     (batch, *_, heads, head_dim), extra = (

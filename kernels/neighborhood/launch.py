@@ -171,11 +171,7 @@ def forward(
     With a `factor`, float32 `[B, heads]`, query, key and extra key are e4m3 numbers whose products it multiplies.
     """
     axes, scale, bias = call.axes, call.scale, call.bias
-    additional_keys, additional_values, additional_mask = (
-        call.additional_keys,
-        call.additional_values,
-        call.additional_mask,
-    )
+    additional_keys, additional_values, additional_mask = call.additional
     rank, (batch, heads), widths = len(axes), (query.shape[0], query.shape[-2]), (key.shape[-1], value.shape[-1])
     out = torch.empty(*query.shape[:-1], widths[1], dtype=value.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
@@ -225,11 +221,7 @@ def backward(
     """Gradients of query, key, value, bias and additional keys and values, contiguous; None where not given."""
     (out, lse), (grad_out, grad_lse) = outputs, gradients
     axes, scale, bias = call.axes, call.scale, call.bias
-    additional_keys, additional_values, additional_mask = (
-        call.additional_keys,
-        call.additional_values,
-        call.additional_mask,
-    )
+    additional_keys, additional_values, additional_mask = call.additional
     rank, (batch, heads), key_heads = len(axes), (query.shape[0], query.shape[-2]), key.shape[-2]
     widths, device = (key.shape[-1], value.shape[-1]), query.device
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, key, value))

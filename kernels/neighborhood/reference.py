@@ -15,11 +15,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value dim]` and natural log-sum-exp `[B, *spatial, heads]`; see `api.na2d`."""
     axes, scale, bias = call.axes, call.scale, call.bias
-    additional_keys, additional_values, additional_mask = (
-        call.additional_keys,
-        call.additional_values,
-        call.additional_mask,
-    )
+    additional_keys, additional_values, additional_mask = call.additional
     groups = query.shape[-2] // key.shape[-2]
     tokens = slice(1, 1 + len(axes))
     accumulate = torch.promote_types(query.dtype, torch.float32)

@@ -8,7 +8,7 @@ fetched go back to the owners, who add them in order of rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, Required, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Required, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from ..common.calling import (
     is_integer,
     wants_gradient,
 )
-from .api import dispatch, na3d
+from .api import SharedOptions, dispatch, na3d
 from .call import neighborhood as operator
 from .geometry import Axis
 from .heads import KINDS, attend_groups, check_bias, head_groups, per_head
@@ -36,22 +36,12 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class Options(TypedDict, total=False):
+class Options(SharedOptions, total=False):
     """Keyword arguments of `sharded_neighborhood_attention` but for `return_lse`, for type checkers."""
 
     mesh: Required[DeviceMesh | ProcessGroup]
     axis: int
     lengths: Sequence[int] | None
-    window: Required[PerHead[int]]
-    stride: PerHead[int]
-    dilation: PerHead[int]
-    causal: PerHead[bool]
-    bias: Tensor | None
-    scale: float | None
-    additional_keys: Tensor | None
-    additional_values: Tensor | None
-    additional_mask: Mask | None
-    impl: Impl
 
 
 @overload

@@ -299,11 +299,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value dim]` and log-sum-exp `[B, *spatial, heads]`."""
     axes, scale, bias = call.axes, call.scale, call.bias
-    additional_keys, additional_values, additional_mask = (
-        call.additional_keys,
-        call.additional_values,
-        call.additional_mask,
-    )
+    additional_keys, additional_values, additional_mask = call.additional
     plan = _make_plan(query, key, value, additional_keys, axes)
     rows = _prepare(query, key, value, additional_keys, additional_values, additional_mask)
     accumulate = _accumulate(query)
@@ -343,11 +339,7 @@ def backward(
     (out, lse), (grad_out, grad_lse) = outputs, gradients
     assert lse is not None
     axes, scale, bias = call.axes, call.scale, call.bias
-    additional_keys, additional_values, additional_mask = (
-        call.additional_keys,
-        call.additional_values,
-        call.additional_mask,
-    )
+    additional_keys, additional_values, additional_mask = call.additional
     plan = _make_plan(query, key, value, additional_keys, axes)
     rows = _prepare(query, key, value, additional_keys, additional_values, additional_mask)
     accumulate, width = lse.dtype, value.shape[-1]

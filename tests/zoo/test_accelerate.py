@@ -233,7 +233,7 @@ def test_preset(name):
     plan = as_plan(name)
     assert plan.name == name and "arXiv:" in plan.source
     assert f"`{name}`" in PAGE.read_text(), "documented"
-    assert plan.mask is None or not mask_names() or plan.mask in mask_names()
+    assert plan.mask is None or plan.mask in mask_names()
 
 
 WRONG = {
@@ -288,7 +288,6 @@ def test_gates_are_loaded(tmp_path):
         load_gates(model, {f"blocks.{i}.to_gate_compress.weight": torch.zeros(3, 3) for i in range(2)})
 
 
-@pytest.mark.skipif(not mask_names(), reason="foveal.kernels.masks is not there")
 def test_gated_vsa_adds_the_coarse_branch():
     model, inputs = build("wan")
     dim = model.blocks[0].attn1.to_q.in_features
@@ -303,7 +302,6 @@ def test_gated_vsa_adds_the_coarse_branch():
         assert not torch.equal(run(model, inputs), alone)
 
 
-@pytest.mark.skipif(not mask_names(), reason="foveal.kernels.masks is not there")
 @pytest.mark.parametrize(
     ("mask", "options"),
     [("sta", {"tile": 2, "window": 1}), ("clear", {"radius": 1, "block": 2}), ("vsa", {"block": 2, "sparsity": 0.6})],

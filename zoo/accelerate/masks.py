@@ -11,26 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.masks import REGISTRY
 from ...kernels.ops import BlockMask
 
 BlockMaskOf = Callable[[Tensor, Tensor, tuple[int, ...]], BlockMask]  # of query, key and grid
 
 
-def registry() -> Mapping[str, Any]:
-    """Entries of `foveal.kernels.masks` by name; none in an installation without them."""
-    try:
-        return import_module("...kernels.masks.registry", __package__).REGISTRY if _masks() else {}
-    except ModuleNotFoundError:
-        return {}
-
-
-def _masks() -> Any:
-    return import_module("...kernels.masks", __package__)  # registers them
-
-
 def mask_names() -> list[str]:
     """Names of the masks that need the grid or queries and keys alone, as a plan has no more."""
-    return sorted(name for name, entry in registry().items() if entry.alone)
+    return sorted(name for name, entry in REGISTRY.items() if entry.alone)
 
 
 def resolve(
@@ -46,13 +35,12 @@ def resolve(
         module, _, name = mask.partition(":")
         mask = getattr(import_module(module), name)
     if isinstance(mask, str):
-        known = registry()
-        if mask not in known or not known[mask].alone:
+        if mask not in REGISTRY or not REGISTRY[mask].alone:
             raise ValueError(
                 f"mask={mask!r} must be one of {mask_names()}, a function (query, key, grid) -> BlockMask, or "
                 '"package.module:name"'
             )
-        entry = known[mask]
+        entry = REGISTRY[mask]
         function = entry.function
         given |= _budget_option(mask, entry.density, budget)
         _check_options(mask, function, given)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.masks import vsa_coarse
 from ...kernels.ops import BlockMask, block_sparse_attention, na1d, na2d, na3d
 from ..sites import Call, Layout
 from ..sites.intercept import Following
@@ -125,11 +126,8 @@ def _by_lists(
 
 def _coarse(call: Call, choice: Choice, query: Tensor, key: Tensor, value: Tensor, tokens: slice) -> Tensor:
     """The coarse branch of VSA, gated per channel by a projection of the site's input."""
-    from importlib import import_module
-
     assert choice.gate is not None and call.hidden_states is not None
     projection, block = choice.gate
-    vsa_coarse = import_module("...kernels.masks", __package__).vsa_coarse
     coarse = vsa_coarse(query, key, value, block=block, scale=call.scale).flatten(1, len(choice.grid))
     gate = projection(call.hidden_states[:, tokens]).unflatten(-1, coarse.shape[-2:])
     return gate * coarse

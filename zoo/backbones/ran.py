@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..builder import DIGITS_CFG, Model, register_family
 from ..hosts.base import NumberedHost
-from ..hosts.gated import MapBlocks, init_convolutions
+from ..hosts.gated import ConvolutionalBackbone, MapBlocks
 
 
 class Unit(nn.Module):
@@ -103,7 +103,7 @@ class MapNormAct(BatchNormAct2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class ResidualAttentionNet(NumberedHost):
+class ResidualAttentionNet(ConvolutionalBackbone, NumberedHost):
     """Residual attention network for images of any size.
 
     Args:
@@ -162,12 +162,6 @@ class ResidualAttentionNet(NumberedHost):
         )
         self.proj_drop = nn.Dropout(proj_drop_rate)
         self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """As in `Backbone`, and convolutions by what they hand on (arXiv:1502.01852)."""
-        super().init_weights(needs_reset)
-        init_convolutions(self)
 
     def _enter(self, index: int, x: Tensor) -> Tensor:
         return self.maxpool(self.norm1(self.conv1(x))).permute(0, 2, 3, 1) if index == 0 else x

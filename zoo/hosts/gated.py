@@ -32,11 +32,16 @@ class ChannelsFirst(nn.Module):
         return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def init_convolutions(model: nn.Module) -> None:
-    """Normal weights of all convolutions, whose spread follows from what they hand on (arXiv:1502.01852)."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+class ConvolutionalBackbone(Backbone):
+    """A backbone whose convolutions have normal weights, spread by what they hand on (arXiv:1502.01852)."""
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """As in `Backbone`, then all convolutions."""
+        super().init_weights(needs_reset)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 class MapBlocks(Blocks):
@@ -46,7 +51,7 @@ class MapBlocks(Blocks):
         return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class GatedResNet(NumberedHost):
+class GatedResNet(ConvolutionalBackbone, NumberedHost):
     """ResNet with a gate at the end of each residual branch, for images of any size.
 
     Args:
@@ -118,14 +123,7 @@ class GatedResNet(NumberedHost):
             stage_norms=False,
             dd=dd,
         )
-        self.norm = nn.Identity()
         self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """As in `Backbone`, and convolutions by what they hand on (arXiv:1502.01852)."""
-        super().init_weights(needs_reset)
-        init_convolutions(self)
 
     def _enter(self, index: int, x: Tensor) -> Tensor:
         if index > 0:
@@ -139,7 +137,7 @@ class GatedResNet(NumberedHost):
         return {"stem": r"^(?:conv|bn)1", "blocks": r"^layer(\d+)" if coarse else fine}
 
 
-class GatedMobileNetV2(Backbone):
+class GatedMobileNetV2(ConvolutionalBackbone):
     """MobileNetV2 with a gate at the end of each block, for images of any size.
 
     Args:
@@ -198,14 +196,7 @@ class GatedMobileNetV2(Backbone):
             stage_norms=False,
             dd=dd,
         )
-        self.norm = nn.Identity()
         self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """As in `Backbone`, and convolutions by what they hand on (arXiv:1502.01852)."""
-        super().init_weights(needs_reset)
-        init_convolutions(self)
 
     def _enter(self, index: int, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1) if index == 0 else x

@@ -33,7 +33,7 @@ class Restorer(nn.Module):
         self.scale = scale
 
     def residual(self, x: Tensor, **options: Tensor) -> Tensor:
-        """What is added to the enlarged input, `[B, C, scale * H, scale * W]`."""
+        """Addition to the enlarged input, `[B, C, scale * H, scale * W]`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, **options: Tensor) -> Tensor:
