@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 Impl = Literal["auto", "triton", "torch", "reference"]
 T = TypeVar("T")
@@ -216,7 +215,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def tracing() -> bool:
     """Return whether tensors made now may be fake or symbolic: then nothing is kept between calls."""
-    return torch.compiler.is_compiling() or len(_get_current_dispatch_mode_stack()) > 0
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_plain_call() -> bool:

@@ -21,6 +21,8 @@ def _follows(condition) -> bool:
 
 def known(condition) -> bool:
     """Return whether a condition holds; in a graph that must not be bound, whether for all values of symbols."""
+    if condition is True or condition is False:
+        return condition
     return _follows(condition) if tracing() and not torch.compiler.is_dynamo_compiling() else bool(condition)
 
 

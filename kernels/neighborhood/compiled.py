@@ -13,10 +13,9 @@ __all__ = ["attend", "backward", "forward"]
 
 def forward(query: Tensor, key: Tensor, value: Tensor, call: NeighborhoodCall) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp."""
-    found = None
     if dense.serves(call.axes, query, key, value, call.bias, call.additional_keys):
-        found = dense.forward(query, key, value, axes=call.axes, scale=call.scale)
-    return tiled.forward(query, key, value, call) if found is None else found
+        return dense.forward(query, key, value, axes=call.axes, scale=call.scale, bias=call.bias)
+    return tiled.forward(query, key, value, call)
 
 
 def backward(
@@ -29,7 +28,8 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, bias, additional_keys and additional_values; see `tiled.backward`."""
-    if dense.serves(call.axes, query, key, value, call.bias, call.additional_keys) and not gradients[1].any():
+    small = call.bias is None and dense.serves(call.axes, query, key, value, None, call.additional_keys)
+    if small and not gradients[1].any():
         out, lse = outputs
         grads = dense.backward(query, key, value, out, lse, gradients[0], axes=call.axes, scale=call.scale)
         return *grads, None, None, None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from foveal.kernels.common import calling
-from foveal.kernels.neighborhood import dense, make_axes, tiled, tiled_plan
+from foveal.kernels.neighborhood import api, dense, make_axes, tiled, tiled_plan
 from foveal.kernels.neighborhood.heads import head_groups
 from foveal.kernels.neighborhood.tiled import SMALL_BYTES
 from foveal.kernels.ops import na1d, na2d, na3d
@@ -266,6 +266,47 @@ def test_a_bad_number_stays_in_its_neighborhood_of_a_small_map(name, bad):
     tensors[name][1, 1, 2] = bad
     with_lse, _ = na2d(**tensors, window=5, impl="torch", return_lse=True)
     torch.testing.assert_close(na2d(**tensors, window=5, impl="torch"), with_lse, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "shape, options",
+    [
+        ((14, 14), {"window": 7}),
+        ((9, 12), {"window": (5, 7), "causal": (True, False), "stride": (2, 1)}),
+        ((12, 20), {"window": (5, 7), "dilation": 2}),
+        ((20, 20), {"window": 11}),
+    ],
+)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_a_bias_without_gradient_is_part_of_the_mask_of_a_small_map(shape, options, kind, monkeypatch):
+    reference = api.dispatch
+    monkeypatch.setattr(api, "dispatch", None)  # nothing but dense attention computes the calls under test
+    axes = make_axes(shape, **options)
+    query, key, value = torch.randn(3, 2, *shape, 4, 8, requires_grad=True).unbind()
+    bias = torch.randn(4, *[2 * a.window - 1 for a in axes]).to(kind)
+    out = na2d(query, key[..., :2, :], value[..., :2, :], bias=bias, **options)
+    wide = [x.double() for x in (query, key[..., :2, :], value[..., :2, :])]
+    call = {"axes": axes, "scale": None, "bias": bias.double(), "additional_keys": None, "additional_values": None}
+    expected, _ = reference(*wide, **call, impl="reference")
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, (query, key, value), grad)
+    for x, y in zip(found, torch.autograd.grad(expected, (query, key, value), grad.double()), strict=True):
+        torch.testing.assert_close(x, y.to(x.dtype), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_bad_bias_of_a_small_map(bad):
+    query, key, value = torch.randn(3, 1, 9, 9, 2, 8).unbind()
+    bias = torch.randn(2, 9, 9)
+    bias[1, 0, 4] = bad
+    expected = na2d(query, key, value, window=5, bias=bias, impl="reference")
+    torch.testing.assert_close(na2d(query, key, value, window=5, bias=bias), expected, equal_nan=True)
+
+
+def test_a_wider_bias_is_not_rounded_in_the_mask_of_a_small_map():
+    query, key, value = torch.randn(3, 1, 9, 9, 2, 8).unbind()
+    assert not dense.serves(make_axes((9, 9), window=5), query, key, value, torch.randn(2, 9, 9).double(), None)
 
 
 def test_a_bad_number_stays_in_its_dilation_group():
