@@ -23,6 +23,7 @@ from ..common.calling import (
     check_additional,
     check_grids,
     is_integer,
+    on_grid,
     wants_gradient,
 )
 from .api import SharedOptions, dispatch, na3d
@@ -42,6 +43,7 @@ class Options(SharedOptions, total=False):
     mesh: Required[DeviceMesh | ProcessGroup]
     axis: int
     lengths: Sequence[int] | None
+    grid: Sequence[int] | None
 
 
 @overload
@@ -60,6 +62,7 @@ def sharded_neighborhood_attention(
     mesh: DeviceMesh | ProcessGroup,
     axis: int = 0,
     lengths: Sequence[int] | None = None,
+    grid: Sequence[int] | None = None,
     window: PerHead[int],
     stride: PerHead[int] = 1,
     dilation: PerHead[int] = 1,
@@ -87,6 +90,8 @@ def sharded_neighborhood_attention(
         lengths: tokens of every rank's piece along it. When None the ranks tell each other, which makes the host wait,
             and compare their arguments, so that all of them refuse what does not fit. When given, nothing is compared:
             a call that differs between ranks hangs or fails in the communication.
+        grid: tokens of this rank's piece along each spatial axis, for flat pieces `[B, tokens, heads, head_dim]`;
+            outputs are flat then, too.
         window, stride, dilation, causal: of the whole grid, also per head; see `na2d`.
         bias, additional_keys, additional_values, additional_mask: as in `na2d`, the same on every rank. Their gradients
             are those of this rank's queries; the sum over ranks is that of one process.
@@ -109,11 +114,12 @@ def sharded_neighborhood_attention(
     }
     given = {"bias": bias, "scale": scale, **extra, "impl": impl}
     if lengths is None:
-        lengths = _agree(group, query, key, value, axis, neighborhood, given)
+        lengths = _agree(group, query, key, value, grid, axis, neighborhood, given)
     else:
-        _describe(query, key, value, axis, neighborhood, given)
+        _describe(query, key, value, grid, axis, neighborhood, given)
         if not isinstance(lengths, Sequence) or not all(map(is_integer, lengths)):
             raise TypeError(f"lengths={lengths!r} must be a list or tuple of integers, one for each rank")
+    query, key, value = _unflatten(query, key, value, grid)
     rank, lengths = dist.get_rank(group), tuple(lengths)
     if len(lengths) != dist.get_world_size(group) or lengths[rank] != query.shape[1 + axis]:
         raise ValueError(
@@ -138,6 +144,8 @@ def sharded_neighborhood_attention(
         return _attend_parts(query, key, value, dim=1 + axis, shard=shards[rank], group=group, attend=attend_part)
 
     out, lse = attend_groups(groups, attend, query, key, value, bias, additional_keys, additional_values)
+    if grid is not None:
+        out, lse = out.flatten(1, len(grid)), None if lse is None else lse.flatten(1, len(grid))
     return out if lse is None or not return_lse else (out, lse)
 
 
@@ -180,9 +188,24 @@ def _process_group(mesh: DeviceMesh | ProcessGroup) -> ProcessGroup:
     return mesh
 
 
-def _describe(query: Tensor, key: Tensor, value: Tensor, axis: int, neighborhood: dict, rest: dict) -> dict:
+def _unflatten(query: Tensor, key: Tensor, value: Tensor, grid: Sequence[int] | None) -> list[Tensor]:
+    """The three on the grid of this rank's piece."""
+    rank = len(grid) if isinstance(grid, Sequence) else 0
+    return [on_grid(name, x, rank, grid) for name, x in (("query", query), ("key", key), ("value", value))]
+
+
+def _describe(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: Sequence[int] | None,
+    axis: int,
+    neighborhood: dict,
+    rest: dict,
+) -> dict:
     """Facts that must be the same on every rank, by name, of arguments that one rank can take."""
     check_arguments(na3d, query, key, value, **neighborhood, **rest)
+    query, key, value = _unflatten(query, key, value, grid)
     rank = query.dim() - 3
     if not 1 <= rank <= 3:
         raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, 1 to 3 spatial axes, heads, head_dim]")
@@ -208,13 +231,22 @@ def _describe(query: Tensor, key: Tensor, value: Tensor, axis: int, neighborhood
     return {"axis": axis, **same, **shapes, "scale": scale, "whether key or value requires a gradient": trains}
 
 
-def _agree(group: ProcessGroup, query: Tensor, key: Tensor, value: Tensor, axis: int, neighborhood, rest) -> list[int]:
+def _agree(
+    group: ProcessGroup,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: Sequence[int] | None,
+    axis: int,
+    neighborhood,
+    rest,
+) -> list[int]:
     """The lengths of all pieces. If any rank refuses its arguments, or they differ, every rank raises."""
     mine: dict = {"length": 0, "error": None, "same": {}}
     error = None
     try:
-        mine["same"] = _describe(query, key, value, axis, neighborhood, rest)
-        mine["length"] = query.shape[1 + axis]
+        mine["same"] = _describe(query, key, value, grid, axis, neighborhood, rest)
+        mine["length"] = query.shape[1 + axis] if grid is None else grid[axis]
     except (TypeError, ValueError, NotImplementedError) as refused:
         error, mine["error"] = refused, str(refused)
     ranks: list[dict] = [{}] * dist.get_world_size(group)

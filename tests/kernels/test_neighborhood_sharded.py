@@ -272,6 +272,13 @@ def test_meshes_of_one_dimension(ranks):
         assert kind == "ValueError" and "must have one dimension" in message
 
 
+def test_flat_pieces(ranks):
+    for agreed, told, (out, lse) in ranks("attend_flat", CLIP, 0, (2, 2, 1)):
+        assert all(
+            torch.equal(x[0], out.flatten(1, 3)) and torch.equal(x[1], lse.flatten(1, 3)) for x in (agreed, told)
+        )
+
+
 @pytest.mark.parametrize("impl", ["reference", pytest.param("torch", marks=pytest.mark.slow)])
 def test_compiled_whole(ranks, impl):
     found = ranks("attend_compiled", LONG, 0, (14, 16), impl, size=2)
@@ -312,6 +319,12 @@ SAME_ON_EVERY_RANK = {
     "extra": ({"additional_keys": torch.zeros(1, 2, 2, 4)}, "ValueError", "additional_keys and additional_values"),
     "impl": ({"impl": "cuda"}, "ValueError", "impl='cuda'"),
     "triton": ({"impl": "triton"}, "NotImplementedError", "impl='triton' cannot take this call"),
+    "grid of another rank": (
+        {"shape": (1, 24, 2, 4), "grid": (5, 5)},
+        "ValueError",
+        "grid=(5, 5) must hold the 24 tokens",
+    ),
+    "grid": ({"grid": 24}, "TypeError", "grid must be a list or tuple, got int"),
     "mesh": ({"mesh": "cpu"}, "TypeError", "mesh must be a DeviceMesh or a ProcessGroup, got str"),
 }
 DIFFERENT = {

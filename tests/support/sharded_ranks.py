@@ -263,6 +263,20 @@ def attend_on_meshes(groups, case: Case, axis: int, lengths: tuple[int, ...]):
     return *(x.detach() for x in outputs), refusal(groups, [{"mesh": plane}] * len(lengths))
 
 
+def attend_flat(groups, case: Case, axis: int, lengths: tuple[int, ...]):
+    """Output and log-sum-exp of this rank's piece, given and returned without its grid, and on it."""
+    inputs = _pieces(case, axis, lengths, dist.get_rank(), torch.float64)
+    options = dict(case.options, mesh=groups[len(lengths)], axis=axis, return_lse=True)
+    grid = inputs["query"].shape[1:-2]
+    flat = inputs | {name: inputs[name].flatten(1, -3) for name in ("query", "key", "value")}
+    results = [
+        sharded_neighborhood_attention(**flat, **options, grid=grid),
+        sharded_neighborhood_attention(**flat, **options, grid=grid, lengths=lengths),
+        sharded_neighborhood_attention(**inputs, **options),
+    ]
+    return [[x.detach() for x in outputs] for outputs in results]
+
+
 def refusal(groups, changes: list[dict]) -> tuple[str, str]:
     """Type and message of what a call raises that this rank makes with changes of its own to a right one."""
     change = dict(changes[dist.get_rank()])
