@@ -313,6 +313,28 @@ def test_frames_are_turned_as_the_file_says(tmp_path, degrees, flip):
     assert difference.mean() < 20, difference.mean()  # another turn has 80 and more
 
 
+@pytest.mark.parametrize("degrees", [0, 90])
+@pytest.mark.parametrize("aspect, shown", [("16/9", (32, 64)), ("1/2", (64, 36))])
+def test_pixels_that_are_not_square_are_stretched(tmp_path, aspect, shown, degrees):
+    path, stored = tmp_path / "anamorphic.mp4", np.zeros((32, 36, 3), dtype=np.uint8)
+    stored[:16] = 250  # bright above
+    with av.open(str(path), "w") as container:
+        options = {"crf": "10", "x264-params": f"sar={aspect}"}
+        stream = container.add_stream("libx264", rate=10, options=options)
+        stream.width, stream.height, stream.pix_fmt = 36, 32, "yuv420p"
+        stream.set_display_rotation(degrees)
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(stored, format="rgb24")))
+        container.mux(stream.encode())
+    info = probe(path)
+    shown = shown[::-1] if degrees else shown
+    assert (info.height, info.width) == shown
+    (frame,) = read_clip(path, times=np.array([0.0])).unbind(1)
+    assert frame.shape == (3, *shown)
+    bright = frame[:, :, : shown[1] // 2] if degrees else frame[:, : shown[0] // 2]
+    assert bright.float().mean() > 220 and frame.float().mean() == pytest.approx(125, abs=6)
+
+
 def test_turned_videos_go_to_the_size_of_what_is_shown(tmp_path):
     for name, degrees in (("wide", 0), ("tall", 90)):
         (tmp_path / "train/a").mkdir(parents=True, exist_ok=True)

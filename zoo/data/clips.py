@@ -47,6 +47,8 @@ class VideoInfo:
         seconds: from the first frame to the end of the last.
         height, width: of the frames as they are to be shown.
         turned: whether stored frames are to be transposed, then flipped upside down, then left to right, to be shown.
+        stretched: height and width that stored frames are resized to before they are turned, because their pixels are
+            not square; None where they are.
     """
 
     fps: float
@@ -54,6 +56,7 @@ class VideoInfo:
     height: int
     width: int
     turned: tuple[bool, bool, bool] = (False, False, False)
+    stretched: tuple[int, int] | None = None
 
 
 @contextmanager
@@ -135,9 +138,19 @@ def _orientation(frame: Any) -> tuple[bool, bool, bool]:
     return False, False, False
 
 
-def _upright(frame: Any) -> np.ndarray:
+def _stretched(stream: Any, frame: Any) -> tuple[int, int] | None:
+    """`VideoInfo.stretched` of a frame: the side that is too short grows, so that no pixel is lost."""
+    aspect = float(stream.sample_aspect_ratio or 1)
+    if not 1 / 16 <= aspect <= 16:  # a damaged header
+        return None
+    size = round(frame.height * max(1, 1 / aspect)), round(frame.width * max(1, aspect))
+    return None if size == (frame.height, frame.width) else size
+
+
+def _upright(stream: Any, frame: Any) -> np.ndarray:
     """uint8 RGB `[H, W, 3]` of a frame as it is to be shown."""
-    pixels = frame.to_ndarray(format="rgb24")
+    height, width = _stretched(stream, frame) or (None, None)
+    pixels = frame.to_ndarray(format="rgb24", height=height, width=width)
     transpose, upside_down, mirror = _orientation(frame)
     pixels = pixels.swapaxes(0, 1) if transpose else pixels
     return pixels[:: -1 if upside_down else 1, :: -1 if mirror else 1]
@@ -156,9 +169,10 @@ def probe(path: Path) -> VideoInfo:
         seconds = _seconds(container, stream, fps)
         if frame is None or seconds <= 0:
             raise UnreadableVideo(f"{path} holds no frames")
-        turned, size = _orientation(frame), (frame.height, frame.width)
+        turned, stretched = _orientation(frame), _stretched(stream, frame)
+        size = stretched or (frame.height, frame.width)
         height, width = size[::-1] if turned[0] else size
-        return VideoInfo(fps=fps, seconds=seconds, height=height, width=width, turned=turned)
+        return VideoInfo(fps, seconds, height, width, turned, stretched)
 
 
 class _Frames:
@@ -201,7 +215,7 @@ class _Frames:
 
 
 def read_clip(path: Path, *, times: np.ndarray) -> Tensor:
-    """The frames shown at `times` seconds after the first one, turned as the file says.
+    """The frames shown at `times` seconds after the first one, turned as the file says, with square pixels.
 
     Args:
         path: of the file.
@@ -222,7 +236,7 @@ def read_clip(path: Path, *, times: np.ndarray) -> Tensor:
 
         def show(until: float) -> None:
             while len(shown) < len(times) and times[len(shown)] + slack < until:
-                shown.append(_upright(before))
+                shown.append(_upright(stream, before))
 
         for frame, now in frames.since(times[0] + slack):
             show(now)

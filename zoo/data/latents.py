@@ -145,6 +145,8 @@ class Encoder:
         cut: dict[str, Any] = {"height": height, "width": width}
         if any(info.turned):
             cut["turned"] = info.turned
+        if info.stretched is not None:
+            cut["stretched"] = info.stretched
         file, keys = file_hash(video.path), []
         for times in clip_times(info, self.options, clips=self.clips):
             key = clip_key(file, self.identity, {"times": times, **cut})

@@ -28,7 +28,8 @@ class VideoFolder(VideoData):
     captions: a table with `file_name` (from `root`), `caption` and, if wanted, `split` and `embedding`, a safetensors
     file with the caption's `text` `[L, D]`; or, without a table, text files beside the videos (`0.txt` of `0.mp4`).
 
-    Links to folders are followed; hidden files and folders are left out. Frames are turned as their file says.
+    Links to folders are followed; hidden files and folders are left out. Frames are turned as their file says, and
+    stretched where its pixels are not square.
 
     Files that cannot be opened, or are too short, are left out; how many and which is said once. Those that turn out to
     be undecodable later are replaced by others in training, do not count in evaluation, and are listed at the end.
