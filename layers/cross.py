@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.common.calling import resolve_scale
+
 
 def rollout_row(
     queries: Sequence[Tensor], keys: Sequence[Tensor], *, row: int = 0, scale: float | None = None
@@ -29,10 +31,10 @@ def rollout_row(
     """
     if len(queries) != len(keys) or not queries:
         raise ValueError(f"{len(queries)} queries and {len(keys)} keys; expected one of each per layer")
-    batch, _, tokens, dim = queries[0].shape
+    batch, _, tokens, _ = queries[0].shape
     found = F.one_hot(torch.tensor(row), tokens).to(queries[0]).expand(batch, tokens)
     for q, k in zip(reversed(queries), reversed(keys), strict=True):
-        weights = (q @ k.mT * (dim**-0.5 if scale is None else scale)).softmax(-1).mean(1)
+        weights = (q @ k.mT * resolve_scale(q, scale)).softmax(-1).mean(1)
         found = (torch.einsum("bn,bnm->bm", found, weights) + found) / 2
     return found
 

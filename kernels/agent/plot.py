@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.calling import resolve_scale
+
 TITLES = ("softmax attention", "the query's agents", "what its first agent gathers", "agent attention")
 
 
@@ -28,7 +30,7 @@ def attention_maps(
         softmax attention over keys `[H, W]`, the query's weights over agents `[agents]`, the weights over keys
         `[H, W]` of the agent that weighs most, and agent attention over keys `[H, W]`.
     """
-    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = resolve_scale(query, scale)
     keys, own = key.flatten(0, 1), query[token]
     dense = (keys @ own * factor).softmax(0)
     weights = (agent @ own * factor).softmax(0)

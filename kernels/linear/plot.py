@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.calling import resolve_scale
+
 TITLES = ("softmax attention", "linear, ReLU features", "linear, centred")
 CAPTIONS = ("sharp: exponentials", "even: products of features", "of both signs")
 
@@ -26,7 +28,7 @@ def attention_maps(
     Returns:
         softmax attention, linear attention with ReLU and a normaliser, and centred linear attention, `[H, W]` each.
     """
-    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = resolve_scale(query, scale)
     keys, own = key.flatten(0, 1), query[token]
     dense = (keys @ own * factor).softmax(0)
     products = keys.relu() @ own.relu()

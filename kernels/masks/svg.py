@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..block_sparse.mask import BlockMask
-from ..common.calling import without_autocast
+from ..common.calling import resolve_scale, without_autocast
 from .blocks import check_query_key, nearer, outer_and, static_mask, to_mask
 from .registry import published
 
@@ -123,7 +123,7 @@ def svg_online(
     k, v = (x.flatten(1, 2).to(dtype).repeat_interleave(group, dim=-2).transpose(1, 2) for x in (key, value))
     with without_autocast(query.device):
         q = query.flatten(1, 2)[:, rows].to(dtype).transpose(1, 2)  # [B, heads, samples, d]
-        logits = q @ k.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        logits = q @ k.mT * resolve_scale(query, scale)
         dense, *sparse = (logits.masked_fill(~seen, -torch.inf).softmax(-1) @ v for seen in (near | True, near, inside))
     errors = [(x - dense).square().mean((-2, -1)) for x in sparse]
     spatial = (errors[0] <= errors[1])[..., None, None]  # [B, heads, 1, 1]

@@ -193,9 +193,10 @@ def _frames(out: Any) -> Tensor:
 
 def psnr(x: Tensor, reference: Tensor, span: float | None = None) -> float:
     """Peak signal-to-noise ratio in dB; the peak is the range of the reference when `span` is None. inf when equal."""
-    error = (x - reference).square().mean()
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     span = (reference.max() - reference.min()).item() if span is None else span
-    return float("inf") if error == 0 else (10 * torch.log10(span**2 / error)).item()
+    return peak_signal_noise_ratio(x, reference, data_range=span).item()
 
 
 def contact_sheet(rows: Mapping[str, Tensor], *, columns: int = 8, side: int = 160) -> Any:

@@ -19,7 +19,7 @@ from ..conversion import Conversion, positions
 from ..hosts.base import Host, stage_grids
 from ..hosts.blocks import Blocks, equally_long
 from ..hosts.deit import LayerNorm1e6
-from ..hosts.patches import CompletedPatchConv2d
+from ..hosts.patches import PatchConv
 from ..hosts.pvt import add_positions
 
 torch.fx.wrap("add_positions")  # it asks for shapes
@@ -61,17 +61,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.gamma * self.mlp(self.norm2(x)))
-
-
-class PatchConv(nn.Module):
-    """Convolution of whole patches of `[B, C, H, W]` into `[B, H / side, W / side, dim]`, rounded up."""
-
-    def __init__(self, in_chans: int, dim: int, side: int, *, device=None, dtype=None):
-        super().__init__()
-        self.proj = CompletedPatchConv2d(in_chans, dim, side, stride=side, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).permute(0, 2, 3, 1)
 
 
 class Flowformer(Host):

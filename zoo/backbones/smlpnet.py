@@ -15,7 +15,7 @@ from ..builder import DIGITS_CFG, Model, register_family
 from ..conversion import Conversion, Target
 from ..hosts.base import ListedBackbone, stage_grids
 from ..hosts.blocks import Blocks
-from ..hosts.patches import CompletedPatchConv2d
+from ..hosts.patches import PatchConv
 
 
 class LocalMixing(nn.Module):
@@ -58,18 +58,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.sparse(self.local(x)))
         return x + self.drop_path(self.mlp(self.norm(x)))
-
-
-class PatchConv(nn.Module):
-    """Convolution of whole patches into `[B, H, W, dim]`, from images or from such a map."""
-
-    def __init__(self, in_chans: int, dim: int, side: int, *, images: bool, device=None, dtype=None):
-        super().__init__()
-        self.images = images
-        self.proj = CompletedPatchConv2d(in_chans, dim, side, stride=side, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x if self.images else x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class MapBatchNorm(nn.BatchNorm2d):
@@ -134,8 +122,8 @@ class sMLPNet(ListedBackbone):
                 **dd,
             )
 
-        stem = PatchConv(in_chans, embed_dim, 4, images=True, **dd)
-        merges = (PatchConv(a, b, 2, images=False, **dd) for a, b in pairwise(channels))
+        stem = PatchConv(in_chans, embed_dim, 4, bias=False, **dd)
+        merges = (PatchConv(a, b, 2, bias=False, nhwc=True, **dd) for a, b in pairwise(channels))
         self.downsample_layers = nn.ModuleList([stem, *merges])
         self.stages = nn.Sequential(*(Blocks(*(make_block(i) for _ in range(n))) for i, n in enumerate(depths)))
         self._build_head(

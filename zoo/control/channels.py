@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...kernels.common.calling import resolve_scale
 from ...kernels.ops import BlockMask, block_sparse_attention
 from ..sites import Call
 
@@ -17,7 +18,7 @@ CHUNK = 1024  # queries whose logits are made at a time
 
 def scale_of(call: Call) -> float:
     """Factor on query . key of an operation."""
-    return call.query.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
+    return resolve_scale(call.query, call.scale)
 
 
 def with_bias(call: Call, query_factor: Tensor, key_factor: Tensor, strength: Tensor | float = 1.0) -> Call:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from .. import restoration
 from ..data.loader import PADDING
@@ -40,13 +40,19 @@ def psnr(found: Tensor, target: Tensor, *, border: int = 0) -> Tensor:
         border: pixels to leave out on each side.
     """
     found, target = (_cut((x.clamp(0, 1) * 255).round() / 255, border) for x in (found, target))
-    return -10 * (found - target).square().mean((1, 2, 3)).clamp_min(1e-12).log10()
+    return _psnr(found, target)
 
 
 def psnr_luma(found: Tensor, target: Tensor, *, border: int = 0) -> Tensor:
     """The same of the luma of images that are rounded first, as super-resolution is measured."""
     found, target = (_cut(luma((x.clamp(0, 1) * 255).round() / 255), border) for x in (found, target))
-    return -10 * (found - target).square().mean((1, 2, 3)).clamp_min(1e-12).log10()
+    return _psnr(found, target)
+
+
+def _psnr(found: Tensor, target: Tensor) -> Tensor:
+    """Of each image; equal ones have 120 dB, so that a mean over images stays finite."""
+    decibels = peak_signal_noise_ratio(found, target, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    return decibels.clamp_max(120)
 
 
 def _cut(x: Tensor, border: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from ...kernels.common.calling import resolve_scale
 from ...kernels.ops import BlockMask, block_sparse_attention, na1d, na2d, na3d
 
 
@@ -286,7 +287,7 @@ def attention_mass_recall(
         raise TypeError(f"mask must be a bool tensor or a BlockMask, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool (True is kept), got {mask.dtype}")
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = resolve_scale(query, scale)
     queries, keys = query.float().transpose(1, 2) * factor, key.float().transpose(1, 2)  # [B, heads, S, d]
     mask = mask.expand(*queries.shape[:3], keys.shape[2])
     kept = queries.new_zeros(queries.shape[:2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ....kernels.common.calling import resolve_scale
 from ....kernels.ops import merge_attentions
 from ..channels import attend_with_lse
 
@@ -29,7 +30,7 @@ def overwrite_logits(
     tokens, heads = query.shape[1:3]
     if logits.shape[1:] != (heads, tokens, len(index)):
         raise ValueError(f"logits of {tuple(logits.shape)} must be [B or 1, {heads}, {tokens}, {len(index)}]")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = resolve_scale(query, scale)
     others = torch.ones(tokens, dtype=torch.bool, device=query.device)
     others[index] = False
     if not len(index):
