@@ -65,12 +65,12 @@ def test_memory_around_the_tensors_is_not_read(name):
         assert got.isfinite().all() and torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(("requires_grad", "dtype"), [(False, torch.float16), (True, torch.float32)])
 @pytest.mark.parametrize("name", DECLARED)
 def test_opcheck(name, requires_grad, dtype):
+    """On one case and one of symbolic lengths: what is checked depends on shapes and dtypes, not on the values."""
     declared = DECLARED[name]
-    for case in (*declared.cases, *declared.sizes[:1]):
+    for case in (declared.cases[-1], *declared.sizes[:1]):
         inputs = declared.matrix.make_inputs(case, dtype)
         inputs = {n: x if x is None else x.detach().requires_grad_(requires_grad) for n, x in inputs.items()}
         tensors = [inputs[n] for n in ("query", "key", "value")]
