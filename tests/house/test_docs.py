@@ -150,3 +150,17 @@ def test_reasons_are_few():
     assert len(reasons) <= 8, "\n".join(reasons)
     assert all(len(reason.split()) >= 4 for reason in reasons), reasons
     assert sys.version_info >= (3, 11)
+
+
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "design.md"], ids=name)
+def test_files_that_newcomers_are_sent_to_exist(page):
+    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
+    named = set(re.findall(rf"`((?:{folders})/[\w./*-]*)`", page.read_text()))
+    assert len(named) > 15
+    assert not sorted(path for path in named if not any(ROOT.glob(path.rstrip("/"))))
+
+
+def test_the_design_names_every_folder_of_kernels():
+    text = (ROOT / "docs" / "design.md").read_text()
+    packages = {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")}
+    assert not sorted(folder for folder in packages if not re.search(rf"`(kernels/)?{folder}/", text))

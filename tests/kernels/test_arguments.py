@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args, get_overloads, get_type_hints
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ import torch
 from foveal.kernels import ops
 from foveal.kernels.common.arguments import operator
 from foveal.kernels.common.calling import Impl, Mask, PerAxis, PerHead
+from foveal.kernels.common.operator import FUNCTIONS, PLAIN
 from foveal.kernels.ops import BlockMask
 from foveal.kernels.scored import ColumnMask, Score, Softmax
 from foveal.kernels.tools.explain import _operators, explain
@@ -178,3 +179,20 @@ def test_an_argument_of_an_unknown_kind_is_no_operator():
         @operator
         def attention(query: Tensor, keys: set[Tensor]) -> Tensor:
             return query
+
+
+@pytest.mark.parametrize("name", sorted(_operators()))
+def test_a_call_and_type_checkers_know_every_option(name):
+    """`explain` makes the call by itself: with another default it would explain another call."""
+    function = getattr(ops, name)
+    options = {n: p for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    of_call = inspect.signature((FUNCTIONS | PLAIN)[name].make_call).parameters
+    ignores_some = any(p.kind is p.VAR_KEYWORD for p in of_call.values())  # which change no implementation and no cost
+    for option in options.keys() - {"impl", "return_lse"}:
+        assert ignores_some if option not in of_call else of_call[option].default == options[option].default, option
+    hints = get_type_hints(function)
+    for overload in get_overloads(inspect.unwrap(function)):
+        (typed,) = get_args(get_type_hints(overload)["options"])
+        expected = {option: hints[option] for option in options.keys() - {"return_lse"}}
+        assert get_type_hints(typed) == expected
+        assert typed.__required_keys__ == {n for n in expected if options[n].default is inspect.Parameter.empty}

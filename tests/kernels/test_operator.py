@@ -11,6 +11,7 @@ import torch
 from foveal.kernels.common.operator import FUNCTIONS, OPERATORS, Operator
 from foveal.kernels.common.schema import codec
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -150,6 +151,19 @@ def test_double_backward_is_refused_by_name(toy):
     out, _ = toy.dispatch("triton", *tensors, Call(AXES, 0.5))
     with pytest.raises(NotImplementedError, match="toy attention has no double backward"):
         torch.autograd.grad(out.sum(), tensors[0], create_graph=True)[0].sum().backward()
+
+
+def test_a_call_that_the_kernels_do_not_take(toy, monkeypatch):
+    """Refused with the reason of the declaration where it is asked for, else in plain PyTorch."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(toy, "unsupported", lambda *arguments: None if arguments[-1].bias is None else "a bias")
+    with FakeTensorMode():
+        query, bias = torch.empty(2, 6, 3, 4, device="cuda"), torch.empty(3, device="cuda")
+    plain, biased = Call(AXES, 0.5), Call(AXES, 0.5, bias)
+    assert [toy.select_impl(query, query, query, call) for call in (plain, biased)] == ["triton", "torch"]
+    assert toy.unsupported_reasons(query, query, query, biased)["triton"] == "a bias"
+    with pytest.raises(NotImplementedError, match="impl='triton' cannot take this call: a bias"):
+        toy.select_impl(query, query, query, biased, "triton")
 
 
 def test_opcheck(toy):

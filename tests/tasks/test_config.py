@@ -102,9 +102,29 @@ def test_averages_warm_up_unless_an_experiment_says_otherwise(name):
     assert ema is None or ema.warmup or ema.decay <= 0.99
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+def expand(name: str) -> list[str]:
+    """`a_{b,c}` as a_b and a_c."""
+    start, braces, rest = name.partition("{")
+    ends, _, tail = rest.partition("}")
+    return [f"{start}{end}{tail}" for end in ends.split(",")] if braces else [name]
+
+
+def test_the_table_of_groups_is_the_disk():
+    """A row that ends with … shows some of the choices, all others show all."""
+    page = (CONFIGS.parent / "docs" / "training.md").read_text().split("| group | choices | is |")[1].split("\n\n")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", page, re.M))
+    assert set(rows) == {path.name for path in CONFIGS.iterdir() if path.is_dir()} - {"__pycache__", "recipe"}
+    for group, row in rows.items():
+        named = {choice for name in re.findall(r"`(.+?)`", row) for choice in expand(name)}
+        there = {path.stem for path in (CONFIGS / group).glob("*.yaml")}
+        assert named <= there if row.endswith("…") else named == there, group
+
+
+@pytest.mark.parametrize("name", ["NAME", *EXPERIMENTS])
 def test_every_experiment_says_command_hardware_and_expected_number(name):
-    header = text(name).split("defaults:")[0]
+    """So does the pattern of CONTRIBUTING.md."""
+    page = (CONFIGS.parent / "CONTRIBUTING.md").read_text() if name == "NAME" else f"```yaml\n{text(name)}"
+    header = page.split("```yaml\n")[1].split("defaults:")[0]
     for entry in ("# Command:", "# Hardware:", "# Expected:"):
         assert entry in header
     assert f"experiment={name}" in header
@@ -190,7 +210,7 @@ def test_sweeps_go_the_way_of_the_monitored_metric(arguments, mode):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_can_be_swept(name):
     config = composed(f"experiment={name}")
-    assert metric_mode(config) == {"val/acc1": "max", "val/psnr": "max", "val/loss": "min"}[config.metric]
+    assert metric_mode(config) == ("min" if config.metric.endswith("loss") else "max")
 
 
 @pytest.mark.parametrize(

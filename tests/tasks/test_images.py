@@ -11,7 +11,7 @@ import yaml
 from foveal import train
 from foveal.zoo.data.loader import PADDING
 from foveal.zoo.tasks import plots
-from foveal.zoo.tasks.classification import fit_ramps
+from foveal.zoo.tasks.epochs import fit_ramps
 from foveal.zoo.tasks.model import make_model
 from image_folders import both, photograph_digits, write, write_damaged
 from train_helpers import configure

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from foveal import train
+from foveal.zoo.data.loader import PADDING
 from train_helpers import configure
 
 SHORT = (
@@ -47,3 +48,19 @@ def test_objectives(options, tmp_path):
 def test_wrong_options(wrong, tmp_path):
     with pytest.raises(Exception, match=wrong.split("=")[0]):
         train.build(configure(tmp_path, *SHORT, wrong, tiny=False))
+
+
+def test_images_that_do_not_count(tmp_path):
+    """Padding of a rank and images that could not be read change no metric, and a batch without images no weight."""
+    _, task, _ = train.build(configure(tmp_path, *SHORT, tiny=False))
+    task.configure_model()
+    task.log = lambda *args, **kwargs: None
+    images, targets = torch.randn(5, 1, 32, 32), torch.tensor([3, 1, 4, PADDING, PADDING])
+    task.evaluate("val", (images, targets), 0)
+    task.evaluate("test", (images[:3], targets[:3]), 0)
+    task.evaluate("test", (images[3:], targets[3:]), 1)
+    val, test = task.metrics["val_loss"], task.metrics["test_loss"]
+    assert val.weight == test.weight == 3 and torch.equal(val.compute(), test.compute())
+    loss = task.training_step((images[:0], targets[:0]), 0)
+    loss.backward()
+    assert loss == 0 and all((p.grad == 0).all() for p in task.parameters() if p.requires_grad)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from foveal import train
 from foveal.zoo.data.loader import PADDING
+from foveal.zoo.tasks import ClassificationTask
 from foveal.zoo.tasks.checkpoint import AtomicCheckpointIO
 from foveal.zoo.tasks.ema import EMA
 from foveal.zoo.tasks.sharding import repeated_blocks
@@ -261,3 +262,27 @@ def test_run_folder_of_a_short_default_run(tmp_path):
     assert {"train/loss", "val/loss", "val/acc1", "val/acc5", "lr"} <= rows[0].keys()
     (start,) = json.loads((run / "environment.json").read_text())
     assert start["packages"]["torch"] == torch.__version__ and start["cpu_cores"] >= 1
+
+
+class Named(ClassificationTask):
+    """Has classes of its own, and nothing to draw."""
+
+    def setup(self, stage):
+        super().setup(stage)
+        self.hparams["class_names"] = [f"class {i}" for i in range(10)]
+
+    def evaluate(self, split, batch, batch_idx):
+        super().evaluate(split, batch, batch_idx)
+
+
+def test_a_task_of_ones_own_names_its_classes_and_need_not_be_drawn(tmp_path):
+    short = (*SHORT, "callbacks=default", "trainer.max_epochs=1", "trainer.limit_val_batches=1")
+    trainer, task, data = train.build(configure(tmp_path, *short, "trainer.limit_test_batches=1"))
+    task.__class__ = Named
+    trainer.fit(task, datamodule=data)
+    trainer.test(task, datamodule=data, verbose=False)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (
+        saved["timm_config"]["label_names"] == saved["hyper_parameters"]["class_names"] == task.hparams["class_names"]
+    )
+    assert (tmp_path / "metrics.csv").exists() and not (tmp_path / "predictions.png").exists()

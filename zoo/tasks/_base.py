@@ -69,7 +69,12 @@ class Task(LightningModule):
         return 1.0
 
     def evaluate(self, split: str, batch: Any, batch_idx: int) -> Any:
-        """Updates the metrics of "val" or "test"; the result is that of `test_step`."""
+        """Updates the metrics of "val" or "test".
+
+        Returns:
+            The result of `test_step`: logits `[B, classes]` of the targets of the batch, of which the report draws
+            mistakes and confusion, or None where there is nothing to draw.
+        """
         self.metrics[f"{split}_loss"].update(self.training_loss(batch), weight=self.weight(batch))  # pyright: ignore
 
     def make_scheduler(self, optimizer: torch.optim.Optimizer, scale: float) -> Any:

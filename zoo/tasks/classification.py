@@ -5,7 +5,6 @@ Random numbers of a training step are those of dropout, drop path and mixup; `Ta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ import timm
 import torch
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
@@ -22,42 +20,21 @@ from torchmetrics.classification import MulticlassAccuracy
 from ..data.foreign import reason
 from ..data.loader import PADDING, seeded
 from ..data.names import say, unknown_name
-from ._base import Task
+from .epochs import EpochTask
 from .losses import ClassLoss, balanced_weights, check_loss
 from .model import make_model
-from .optim import check_optimizer
 from .portable import describe_model
 from .tuning import check_tuning, freeze_statistics, merge_lora, set_trainable, tune
 
 Batch = tuple[Tensor, Tensor]
-SCHEDULERS = ("constant", "cosine", "multistep", "poly", "rsqrt", "step", "tanh", "wsd")
 
 
-def _check_names(model: str, optimizer: Mapping[str, Any], scheduler: str) -> None:
+def _check_name(model: str) -> None:
     if not model.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(model.split(".")[0]):
         raise unknown_name("model.name", model, timm.list_models())
-    check_optimizer(optimizer)
-    if scheduler not in SCHEDULERS:
-        raise unknown_name("task.scheduler.sched", scheduler, SCHEDULERS)
 
 
-def fit_ramps(schedule: Mapping[str, Any], epochs: int) -> dict[str, float]:
-    """Warm-up and cool-down for a run of so many epochs, where they would leave nothing between them.
-
-    Returns:
-        Their epochs, shortened to half of the run together; nothing where they fit.
-    """
-    ramps = {key: schedule.get(key) or 0 for key in ("warmup_epochs", "cooldown_epochs")}
-    total = sum(ramps.values())
-    if total == 0 or total < epochs:
-        return {}
-    shorter = {key: length * epochs / (2 * total) for key, length in ramps.items()}
-    told = ", ".join(f"{key} from {ramps[key]:g} to {length:.3g}" for key, length in shorter.items() if length)
-    say(f"task.scheduler does not fit into trainer.max_epochs={epochs}, and is shortened: {told}")
-    return shorter
-
-
-class ClassificationTask(Task):
+class ClassificationTask(EpochTask):
     """Trains a timm model on `(images [B, C, H, W], targets [B] int64)`.
 
     Args:
@@ -66,13 +43,7 @@ class ClassificationTask(Task):
         num_classes, in_chans: of the data.
         img_size: pixels a side of the data, for models that are made for one size; None: the model's own.
         class_names: of the data, by label; kept in checkpoints under `hyper_parameters`.
-        optimizer: arguments of `timm.optim.create_optimizer_v2`: `opt`, `lr`, `weight_decay`, `layer_decay`, ….
-            The model's `no_weight_decay()` is obeyed.
-        scheduler: arguments of `timm.scheduler.create_scheduler_v2`, in epochs, stepped at every update;
-            `trainer.max_epochs` minus `cooldown_epochs` is its length. Warm-up and cool-down that leave nothing of a
-            short run are shortened to half of it.
-        lr_batch: batch size that `optimizer.lr` and the scheduler's `warmup_lr` and `min_lr` are for; they grow in
-            proportion to the batch of all devices. None: they are taken as they are.
+        optimizer, scheduler, lr_batch: see `EpochTask`. The model's `no_weight_decay()` is obeyed.
         label_smoothing: 0 to 1.
         loss: "ce", "bce" or "focal"; see `losses.ClassLoss`.
         focal_gamma: of the focal loss.
@@ -113,7 +84,7 @@ class ClassificationTask(Task):
         compile: Mapping[str, Any] | None = None,
         seed: int = 0,
     ):
-        _check_names(model["name"], optimizer, (scheduler or {}).get("sched", "cosine"))
+        _check_name(model["name"])
         check_loss(loss, focal_gamma, class_weights, num_classes)
         check_tuning(tuning, unfreeze_epoch, lora)
         metrics: dict[str, Metric] = {}
@@ -121,10 +92,12 @@ class ClassificationTask(Task):
             metrics[f"{split}_loss"] = MeanMetric()
             for k in (1, 5) if num_classes > 5 else (1,):
                 metrics[f"{split}_acc{k}"] = MulticlassAccuracy(num_classes, top_k=k, average="micro")
-        super().__init__(metrics=metrics, optimizer=optimizer, scheduler=scheduler, compile=compile, seed=seed)
+        super().__init__(
+            metrics=metrics, optimizer=optimizer, scheduler=scheduler, lr_batch=lr_batch, compile=compile, seed=seed
+        )
         self.save_hyperparameters()
         self.model_cfg, self.num_classes, self.in_chans, self.img_size = dict(model), num_classes, in_chans, img_size
-        self.lr_batch, self.label_smoothing = lr_batch, label_smoothing
+        self.label_smoothing = label_smoothing
         self.tuning, self.unfreeze_epoch, self.lora = tuning, unfreeze_epoch, dict(lora or {})
         self.class_weights = class_weights
         given = None if class_weights in (None, "balanced") else list(class_weights)
@@ -226,11 +199,6 @@ class ClassificationTask(Task):
         mixed, soft = self.mixup(images[:even], targets[:even])
         return torch.cat([mixed, images[even:]]), torch.cat([soft, alone])
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if len(batch[0]) == 0:  # nothing of the batch could be read
-            return 0.0 * sum(parameter.float().sum() for parameter in self.parameters())  # pyright: ignore
-        return super().training_step(batch, batch_idx)
-
     def training_loss(self, batch: Batch) -> Tensor:
         images, targets = batch
         if self.mixup is not None:
@@ -249,38 +217,6 @@ class ClassificationTask(Task):
                 if name.startswith(f"{split}_acc"):
                     metric.update(logits[real], targets[real])  # pyright: ignore
         return logits
-
-    def _updates_per_epoch(self) -> int:
-        self.trainer.estimated_stepping_batches  # noqa: B018 - makes the loaders, so that the epoch has a length
-        if math.isinf(self.trainer.num_training_batches):
-            raise ValueError("this dataset does not know its length: set trainer.limit_train_batches to a number")
-        return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-
-    def learning_rate_scale(self) -> float:
-        self._updates_per_epoch()  # refuses endless data also without a schedule
-        data = getattr(self.trainer, "datamodule")  # noqa: B009 - set by Trainer.fit
-        batch = data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        return batch / self.lr_batch if self.lr_batch else 1.0
-
-    def make_scheduler(self, optimizer: torch.optim.Optimizer, scale: float) -> Any:
-        schedule, updates = dict(self.scheduler_cfg), self._updates_per_epoch()
-        for key in ("warmup_lr", "min_lr"):
-            if key in schedule:
-                schedule[key] *= scale
-        epochs = self.trainer.max_epochs or -1
-        if epochs < 1:
-            epochs = math.ceil(self.trainer.max_steps / updates)
-        schedule |= fit_ramps(schedule, epochs)
-        length = epochs - schedule.get("cooldown_epochs", 0)
-        options = {"num_epochs": length, "step_on_epochs": False, "updates_per_epoch": updates}
-        try:
-            scheduler, _ = create_scheduler_v2(optimizer, **options, **schedule)
-        except (TypeError, ValueError, AssertionError) as error:
-            raise ValueError(f"task.scheduler={self.scheduler_cfg} does not work: {reason(error)}") from error
-        return scheduler
-
-    def lr_scheduler_step(self, scheduler, metric) -> None:
-        scheduler.step_update(self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

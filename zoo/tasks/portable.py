@@ -32,7 +32,7 @@ def describe_model(task: LightningModule, checkpoint: dict[str, Any]) -> None:
 
     `architecture`, `model_args` and `num_classes` build `task.model`; `label_names` are the classes in the order of the
     outputs; `pretrained_cfg` is the preprocessing of the images that it was evaluated on and, where training began with
-    released weights, their license and origin. Facts that the data module does not know are left out.
+    released weights, their license and origin. Facts that are not known are left out.
     """
     name, pretrained = task.model_cfg["name"], task.model_cfg.get("pretrained")  # pyright: ignore
     data = getattr(task.trainer, "datamodule", None)
@@ -44,5 +44,5 @@ def describe_model(task: LightningModule, checkpoint: dict[str, Any]) -> None:
         "num_classes": task.num_classes,
         "pretrained_cfg": getattr(data, "preprocessing", {}) | origin,
     }
-    names = getattr(data, "class_names", None)
+    names = task.hparams.get("class_names")
     checkpoint[CONFIG] = config | ({"label_names": list(names)} if names else {})

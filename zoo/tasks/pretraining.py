@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
+from ..data.loader import PADDING
 from ..pretraining import (
     DroppedPositions,
     MaskedAutoencoder,
@@ -24,9 +25,7 @@ from ..pretraining import (
     relative_loss,
     visible_count,
 )
-from ._base import Task
-from .classification import ClassificationTask
-from .optim import check_optimizer
+from .epochs import EpochTask
 
 OBJECTIVES = {"pixels": MaskedAutoencoder, "positions": DroppedPositions}
 MASKINGS = ("random", "green", "red", "blue", "purple", "hard")
@@ -41,8 +40,8 @@ class Pretrainer(nn.Module):
         self.teacher = copy.deepcopy(student).requires_grad_(False) if with_teacher else None
 
 
-class PretrainingTask(Task):
-    """Trains a vision transformer on images `(images [B, C, H, W], targets)`, of which it ignores the targets.
+class PretrainingTask(EpochTask):
+    """Trains a vision transformer on `(images [B, C, H, W], targets [B])`; of the targets only `PADDING` matters.
 
     The keys of the trained `student` that timm's `VisionTransformer` has are timm's; `trunk_state_dict` gives those.
 
@@ -55,7 +54,7 @@ class PretrainingTask(Task):
         loss_prediction: pixels only: predict the loss of each patch, too.
         teacher_decay: share of the teacher that stays in a step, for "hard".
         position: positions only: `drop_ratio`, `sigma` (of the first epoch, falling to 0 linearly) and `guided`.
-        optimizer, scheduler, lr_batch, compile, seed: as in `ClassificationTask`.
+        optimizer, scheduler, lr_batch, compile, seed: as in `EpochTask`.
         img_size, in_chans: of the data.
         data: further facts of the data, which do not matter here.
 
@@ -91,20 +90,16 @@ class PretrainingTask(Task):
                 f"task.masking={masking!r}, task.loss_prediction={loss_prediction}, task.objective={objective!r}: "
                 "losses are predicted of pixels, and hard patches by predicted losses"
             )
-        check_optimizer(optimizer)
         names = ["loss"] + ["rank"] * loss_prediction + ["accuracy"] * (objective == "positions")
         metrics: dict[str, Metric] = {f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in names}
-        super().__init__(metrics=metrics, optimizer=optimizer, scheduler=scheduler, compile=compile, seed=seed)
+        super().__init__(
+            metrics=metrics, optimizer=optimizer, scheduler=scheduler, lr_batch=lr_batch, compile=compile, seed=seed
+        )
         self.save_hyperparameters(ignore=["data", *data])
         self.vit_cfg = dict(vit) | {"img_size": img_size, "in_chans": in_chans}
-        self.objective, self.masking, self.ratio, self.lr_batch = objective, masking, ratio, lr_batch
+        self.objective, self.masking, self.ratio = objective, masking, ratio
         self.loss_prediction, self.teacher_decay, self.position = loss_prediction, teacher_decay, dict(position or {})
         self._patterns: Tensor | None = None
-
-    make_scheduler = ClassificationTask.make_scheduler
-    learning_rate_scale = ClassificationTask.learning_rate_scale
-    lr_scheduler_step = ClassificationTask.lr_scheduler_step
-    _updates_per_epoch = ClassificationTask._updates_per_epoch
 
     def make_model(self) -> nn.Module:
         options = {"loss_prediction": self.loss_prediction} if self.objective == "pixels" else {}
@@ -166,10 +161,13 @@ class PretrainingTask(Task):
         return len(batch[0])
 
     def evaluate(self, split: str, batch: Any, batch_idx: int) -> None:
-        found = self.losses(batch[0], torch.Generator().manual_seed(batch_idx))
+        images = batch[0][batch[1] != PADDING]
+        if len(images) == 0:
+            return
+        found = self.losses(images, torch.Generator().manual_seed(batch_idx))
         for name, x in found.items():
             if f"{split}_{name}" in self.metrics:
-                self.metrics[f"{split}_{name}"].update(x, weight=len(batch[0]))  # pyright: ignore
+                self.metrics[f"{split}_{name}"].update(x, weight=len(images))  # pyright: ignore
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.model.teacher is not None:

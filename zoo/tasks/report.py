@@ -149,6 +149,8 @@ class Report(MetricTable):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if outputs is None:
+            return
         images, targets = batch
         predicted = outputs.argmax(dim=1)
         real = targets != PADDING

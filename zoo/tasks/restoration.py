@@ -14,9 +14,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from .. import restoration
 from ..data.loader import PADDING
 from ..data.names import unknown_name
-from ._base import Task
-from .classification import ClassificationTask
-from .optim import check_optimizer
+from .epochs import EpochTask
 
 NETWORKS = {
     "a2n": restoration.A2N,
@@ -67,7 +65,7 @@ def charbonnier(found: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
 LOSSES = {"l1": F.l1_loss, "charbonnier": charbonnier}
 
 
-class RestorationTask(Task):
+class RestorationTask(EpochTask):
     """Trains a network on pairs `(input [B, C, h, w], target [B, C, scale * h, scale * w], number)`.
 
     PSNR is of luma with a border of `scale` pixels cut (`psnr`), and of RGB whole (`psnr_rgb`); `psnr_base` is that of
@@ -77,7 +75,7 @@ class RestorationTask(Task):
         network: `name` ("a2n", "catanet", "region_attention", "shadow_remover") and optional `args`, its arguments.
         loss: "l1" or "charbonnier".
         scale, in_chans: of the data.
-        optimizer, scheduler, lr_batch, compile, seed: as in `ClassificationTask`.
+        optimizer, scheduler, lr_batch, compile, seed: as in `EpochTask`.
 
     Raises:
         ValueError: an unknown network or loss, or arguments that it does not take.
@@ -102,18 +100,13 @@ class RestorationTask(Task):
             raise unknown_name("task.network.name", network.get("name"), NETWORKS)
         if loss not in LOSSES:
             raise unknown_name("task.loss", loss, LOSSES)
-        check_optimizer(optimizer)
         names = ("loss", "psnr", "psnr_rgb", "psnr_base", "ssim")
         metrics: dict[str, Metric] = {f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in names}
-        super().__init__(metrics=metrics, optimizer=optimizer, scheduler=scheduler, compile=compile, seed=seed)
+        super().__init__(
+            metrics=metrics, optimizer=optimizer, scheduler=scheduler, lr_batch=lr_batch, compile=compile, seed=seed
+        )
         self.save_hyperparameters()
         self.network_cfg, self.loss, self.scale, self.in_chans = dict(network), LOSSES[loss], scale, in_chans
-        self.lr_batch = lr_batch
-
-    make_scheduler = ClassificationTask.make_scheduler
-    learning_rate_scale = ClassificationTask.learning_rate_scale
-    lr_scheduler_step = ClassificationTask.lr_scheduler_step
-    _updates_per_epoch = ClassificationTask._updates_per_epoch
 
     def make_model(self) -> nn.Module:
         options = dict(self.network_cfg.get("args") or {})

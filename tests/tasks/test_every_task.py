@@ -1,0 +1,44 @@
+"""What every task promises: a run that was resumed ends with the weights of one that was left alone."""
+
+from pathlib import Path
+
+import pytest
+from foveal import train
+from train_helpers import configure, differences
+
+PRETRAINING = ("callbacks=pretraining", "metric=val/loss", "metric_mode=min")
+OPTIONS = {
+    "classification": (),
+    "probing": ("task.neighbors=3",),
+    "pretraining": (
+        *PRETRAINING,
+        "task.masking=hard",
+        "task.loss_prediction=true",
+        "task.teacher_decay=0.5",
+        "task.vit={patch_size:8,embed_dim:16,depth:1,num_heads:2,decoder_embed_dim:16,decoder_depth:1,decoder_num_heads:2}",
+    ),
+    "restoration": (*PRETRAINING, "data=photos", "data.crop=24", "task.network.args={width:8,up_width:8,depth:1}"),
+    "video": (),  # tests/tasks/test_video.py
+}
+
+
+def fit(run: Path, name: str, steps: int = -1, checkpoint: Path | None = None) -> dict:
+    """State of a task after two epochs of two batches, or after fewer steps of them."""
+    few = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "data.batch_size=8", "logger=none")
+    options = (*few, *OPTIONS[name], "trainer.max_epochs=2", f"++trainer.max_steps={steps}", "task.scheduler=null")
+    tiny = name in ("classification", "probing")  # others have models of their own
+    trainer, task, data = train.build(configure(run, f"task={name}", *options, tiny=tiny))
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    return dict(task.state_dict())
+
+
+def test_every_task_is_here():
+    configs = Path(__file__).resolve().parents[2] / "configs" / "task"
+    assert set(OPTIONS) == {path.stem for path in configs.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "video"])
+def test_a_resumed_run_is_the_same_run(name, tmp_path):
+    whole, begun = fit(tmp_path / "whole", name), fit(tmp_path / "part", name, steps=2)
+    resumed = fit(tmp_path / "part", name, checkpoint=tmp_path / "part" / "checkpoints" / "last.ckpt")
+    assert differences(resumed, whole) == [] != differences(begun, whole)
