@@ -6,7 +6,8 @@ import triton.language as tl
 from ..common.triton.extra import extra_end, extra_view, load_extra_pair
 from ..common.triton.memory import inside, offset
 from ..common.triton.softmax import LN2, LOG2E, softmax_step
-from .tile import box_count, list_of, listed_keys, load_rows, position, view
+from ..neighborhood.tile import describe, load_tile, local
+from .tile import box_count, hide_past_end, list_of, listed_keys, load_rows, part_origin, position, view
 
 
 @triton.jit
@@ -40,7 +41,8 @@ def forward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     EXTRA_KEYS: tl.constexpr, BIAS: tl.constexpr, Q_LEN: tl.constexpr, KV_LEN: tl.constexpr, EXTRA: tl.constexpr,
-    EXTRA_MASK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EXTRA_MASK: tl.constexpr, TILE: tl.constexpr, DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Strides are of `[B, X, Y, Z, heads, head_dim]` (extra: `[B, tokens, heads, head_dim]`), `lists` the leading two
     sizes of the lists, and `GROUP` query heads share a key head."""
@@ -60,15 +62,38 @@ def forward_kernel(
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
-    for c in tl.range(0, total, COLUMNS, num_stages=STAGES):
-        column, see, bias = listed_keys(
-            c, total, idx_ptr, bias_ptr, kv_len_ptr, k_lengths, KEY_BOX, COLUMNS, BIAS, KV_LEN
-        )
-        k = load_rows(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-        s = tl.where(see[None, :], s + bias[None, :] if BIAS else s, float("-inf"))
-        v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, DV, BLOCK_DV)
-        acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
+    if TILE is None:
+        for c in tl.range(0, total, COLUMNS, num_stages=STAGES):
+            column, see, bias = listed_keys(
+                c, total, idx_ptr, bias_ptr, kv_len_ptr, k_lengths, KEY_BOX, COLUMNS, BIAS, KV_LEN
+            )
+            k = load_rows(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            s = tl.where(see[None, :], s + bias[None, :] if BIAS else s, float("-inf"))
+            v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, DV, BLOCK_DV)
+            acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
+    else:
+        PARTS: tl.constexpr = (KEY_BOX[0] * KEY_BOX[1] * KEY_BOX[2]) // COLUMNS
+        k_desc, v_desc = k_ptr, v_ptr
+        if DESCRIPTOR:
+            k_desc = describe(k_ptr, k_sp, k_lengths, D, TILE, BLOCK_D)
+            v_desc = describe(v_ptr, v_sp, k_lengths, DV, TILE, BLOCK_DV)
+        steps = local(TILE)
+        for c in tl.range(0, total // COLUMNS, num_stages=STAGES):
+            first = part_origin(tl.load(idx_ptr + c // PARTS), c % PARTS, k_lengths, KEY_BOX, TILE)
+            k = load_tile(
+                k_ptr, k_desc, first, steps, k_sp, k_strides[5], k_lengths, D, TILE, BLOCK_D, DESCRIPTOR, not EVEN
+            )
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = hide_past_end(s, first, steps, k_lengths, TILE, EVEN)
+            v = load_tile(
+                v_ptr, v_desc, first, steps, v_sp, v_strides[5], k_lengths, DV, TILE, BLOCK_DV, DESCRIPTOR, not EVEN
+            )
+            if BIAS:
+                bias = tl.load(bias_ptr + c // PARTS).to(tl.float32) * LOG2E
+                acc, m, l = softmax_step(acc, m, l, s * factor + bias, v, 1.0, PRECISION)
+            else:
+                acc, m, l = softmax_step(acc, m, l, s, v, factor, PRECISION)
     if EXTRA:
         extra_k_ptr = extra_view(extra_k_ptr, extra_k_strides, batch, head // GROUP)
         extra_v_ptr = extra_view(extra_v_ptr, extra_v_strides, batch, head // GROUP)
