@@ -87,6 +87,14 @@ WHOLE: dict[tuple[Device, Kernel], dict[int, tuple[Size, ...]]] = {
 }
 MIN_BOX = 64  # tokens; tiles of smaller boxes hold several
 
+SKIP_TOKENS = 128  # of a block that a program holds at once, with queries, keys and values of at most `skip_bytes` each
+
+
+def skip_bytes(device: Device) -> int:
+    """Bytes that the vectors of a block may take with `skip_threshold`."""
+    return 16 * 1024 if device == "small" else 32 * 1024
+
+
 forced = Overrides("size", "wide", "whole", "descriptor")
 override = forced.override
 
@@ -146,6 +154,13 @@ def choose(
         size = given
     size = _fitted(size, prod(rows), most * prod(columns))
     return _config(kernel, size, wide)
+
+
+def skipping(rows: tuple[int, ...], columns: tuple[int, ...], *, head_dim: int, wide: bool) -> Config:
+    """Launch parameters of the forward with `skip_threshold`: a tile is a block of queries by a block of keys."""
+    size = Size(tile_length(prod(rows), SKIP_TOKENS), tile_length(prod(columns), SKIP_TOKENS), 4, 2)
+    warps = 8 if size.rows * block_d(head_dim) >= 128 * 128 else 4
+    return _config("forward", size._replace(warps=warps), wide)
 
 
 def _fitted(size: Size, rows: int, columns: int) -> Size:

@@ -1,5 +1,6 @@
 """Launches of the block-sparse kernels; imported, and triton with it, when a kernel first runs."""
 
+import math
 from collections.abc import Sequence
 from math import prod
 
@@ -22,9 +23,10 @@ from ..neighborhood.geometry import Axis
 from ..neighborhood.launch import EXTRA_KEYS, extra_arguments, extra_gradient
 from . import configs
 from .backward import key_kernel, query_kernel
-from .call import BlockSparseCall
+from .call import BlockSparseCall, empty_kept
 from .forward import forward_kernel
 from .mask import BlockMask, boxes, invert
+from .skip import without_skipped
 
 
 def configure(
@@ -109,17 +111,23 @@ def _flags(mask: BlockMask) -> dict:
 
 
 @with_scratch
-def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, value_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
+def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[B, *spatial, heads, value_dim]`, float32 log-sum-exp `[B, *spatial, heads]` and the kept blocks."""
     mask, (additional_keys, additional_values, additional_mask) = call.mask, call.additional
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
     batch, heads, widths = query.shape[0], query.shape[-2], (key.shape[-1], value.shape[-1])
     out = torch.empty(*query.shape[:-1], widths[1], dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+    kept, skip = empty_kept(query, call), call.skip_threshold is not None
     if batch == 0:
-        return out, lse
+        return out, lse, kept
     most = mask.kv_idx.shape[-1]
-    config = configure("forward", call, most, widths, (key, value), (query, key, value, out))
+    tensors = query, key, value, out
+    if skip:
+        sizes = dict(head_dim=max(widths), wide=needs_wide(*tensors))
+        config = configs.skipping(mask.query_block, mask.key_block, **sizes)
+    else:
+        config = configure("forward", call, most, widths, (key, value), tensors)
     even = divides(key_shape, mask.key_block)
     with torch.cuda.device_of(query):
         forward_kernel[(programs(shape, mask.query_block, config.size.rows, batch * heads),)](
@@ -144,6 +152,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) ->
             heads,
             0 if additional_keys is None else additional_keys.shape[1],
             call.scale,
+            kept,
+            math.log2(call.skip_threshold or 1.0),
+            SKIP=skip,
             GROUP=heads // key.shape[-2],
             EXTRA_KEYS=EXTRA_KEYS,
             EXTRA=additional_keys is not None,
@@ -151,7 +162,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) ->
             **_flags(mask),
             **constants(config, mask.query_block, mask.key_block, widths, precision(query), even),
         )
-    return out, lse
+    return out, lse, kept
 
 
 @with_scratch
@@ -165,7 +176,8 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, additional_keys and additional_values, contiguous; None for those not given."""
-    (out, lse), (grad_out, grad_lse) = outputs, gradients
+    (out, lse, kept), (grad_out, grad_lse) = outputs, gradients
+    call = without_skipped(call, kept)
     mask, scale = call.mask, call.scale
     additional_keys, additional_values, additional_mask = call.additional
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
