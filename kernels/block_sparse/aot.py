@@ -86,7 +86,7 @@ def _variants(kernel: configs.Kernel, grid: str, dtype, head_dim: int, device: D
         sizes = dict(head_dim=max(widths), itemsize=dtype.itemsize, device=device)
         possible = dict(whole=not lengths, descriptor=device == "hopper" and "pointers" not in flags)
         if "skip" in flags:
-            config = configs.skipping(own, other, head_dim=max(widths), wide=wide)
+            config = configs.skipping(own, other, wide=wide, **possible)
         else:
             config = configs.choose(kernel, own, other, LISTED, **sizes, wide=wide, **possible)
         fixed = constants(config, query_box, key_box, widths, precision, even="cut" not in flags)

@@ -156,11 +156,18 @@ def choose(
     return _config(kernel, size, wide)
 
 
-def skipping(rows: tuple[int, ...], columns: tuple[int, ...], *, head_dim: int, wide: bool) -> Config:
-    """Launch parameters of the forward with `skip_threshold`: a tile is a block of queries by a block of keys."""
-    size = Size(tile_length(prod(rows), SKIP_TOKENS), tile_length(prod(columns), SKIP_TOKENS), 4, 2)
-    warps = 8 if size.rows * block_d(head_dim) >= 128 * 128 else 4
-    return _config("forward", size._replace(warps=warps), wide)
+def skipping(
+    rows: tuple[int, ...], columns: tuple[int, ...], *, wide: bool, whole: bool = False, descriptor: bool = False
+) -> Config:
+    """Launch parameters of the forward with `skip_threshold`, whose tile is a block of queries by a block of keys.
+
+    Arguments as in `choose`.
+    """
+    sizes = tile_length(prod(rows), SKIP_TOKENS), tile_length(prod(columns), SKIP_TOKENS)
+    config = _config("forward", Size(*sizes, 8 if sizes[0] > 64 else 4, 2), wide)
+    whole, descriptor = (bool(forced.get(name, x)) for name, x in (("whole", whole), ("descriptor", descriptor)))
+    tile = part(columns, config.size.columns) if whole else None
+    return config._replace(tile=tile, descriptor=descriptor and tile is not None)
 
 
 def _fitted(size: Size, rows: int, columns: int) -> Size:

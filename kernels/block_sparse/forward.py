@@ -68,26 +68,47 @@ def forward_kernel(
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
+    k_desc, v_desc, steps = k_ptr, v_ptr, (0, 0, 0)
+    if TILE is not None:
+        steps = local(TILE)
+        if DESCRIPTOR:
+            k_desc = describe(k_ptr, k_sp, k_lengths, D, TILE, BLOCK_D)
+            v_desc = describe(v_ptr, v_sp, k_lengths, DV, TILE, BLOCK_DV)
     if SKIP:
         kept_ptr += ((batch.to(tl.int64) * heads + head) * boxes + box) * most
-        column = tl.arange(0, COLUMNS)
         TOKENS: tl.constexpr = KEY_BOX[0] * KEY_BOX[1] * KEY_BOX[2]
+        column = tl.arange(0, COLUMNS)
         for c in tl.range(0, total // TOKENS, num_stages=STAGES):
             number = tl.load(idx_ptr + c)
-            place = position(number, column, k_lengths, KEY_BOX)
-            see = inside(place, k_lengths) & (column < TOKENS)
+            first = part_origin(number, 0, k_lengths, KEY_BOX, KEY_BOX)
+            tokens = position(number, column, k_lengths, KEY_BOX)
+            see = inside(tokens, k_lengths) & (column < TOKENS)
             if KV_LEN:
                 see &= column < tl.load(kv_len_ptr + number)
-            k = load_rows(k_ptr, offset(place, k_sp), k_strides[5], see, D, BLOCK_D)
+            if TILE is None:
+                k = load_rows(k_ptr, offset(tokens, k_sp), k_strides[5], see, D, BLOCK_D)
+            else:
+                k = load_tile(
+                    k_ptr, k_desc, first, steps, k_sp, k_strides[5], k_lengths, D, TILE, BLOCK_D, DESCRIPTOR, not EVEN
+                )
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
             if BIAS:
                 s += tl.load(bias_ptr + c).to(tl.float32) * LOG2E
-            s = tl.where(see[None, :], s, float("-inf"))
+            if TILE is None:
+                s = tl.where(see[None, :], s, float("-inf"))
+            else:
+                s = hide_past_end(s, first, steps, k_lengths, TILE, EVEN)
             below = (tl.max(s, 1) - m < threshold) | (exists == 0)
             kept = tl.sum(tl.where(below, 0, 1), 0) > 0
             tl.store(kept_ptr + c, kept.to(tl.uint8))
             if kept:
-                v = load_rows(v_ptr, offset(place, v_sp), v_strides[5], see, DV, BLOCK_DV)
+                if TILE is None:
+                    v = load_rows(v_ptr, offset(tokens, v_sp), v_strides[5], see, DV, BLOCK_DV)
+                else:
+                    v = load_tile(
+                        v_ptr, v_desc, first, steps, v_sp, v_strides[5], k_lengths, DV, TILE, BLOCK_DV,
+                        DESCRIPTOR, not EVEN,
+                    )
                 acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
     elif TILE is None:
         for c in tl.range(0, total, COLUMNS, num_stages=STAGES):
@@ -101,11 +122,6 @@ def forward_kernel(
             acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
     else:
         PARTS: tl.constexpr = (KEY_BOX[0] * KEY_BOX[1] * KEY_BOX[2]) // COLUMNS
-        k_desc, v_desc = k_ptr, v_ptr
-        if DESCRIPTOR:
-            k_desc = describe(k_ptr, k_sp, k_lengths, D, TILE, BLOCK_D)
-            v_desc = describe(v_ptr, v_sp, k_lengths, DV, TILE, BLOCK_DV)
-        steps = local(TILE)
         for c in tl.range(0, total // COLUMNS, num_stages=STAGES):
             first = part_origin(tl.load(idx_ptr + c // PARTS), c % PARTS, k_lengths, KEY_BOX, TILE)
             k = load_tile(

@@ -25,7 +25,8 @@ from . import configs
 from .backward import key_kernel, query_kernel
 from .call import BlockSparseCall, empty_kept
 from .forward import forward_kernel
-from .mask import BlockMask, boxes, invert
+from .inverse import invert
+from .mask import BlockMask, boxes
 from .skip import without_skipped
 
 
@@ -43,19 +44,21 @@ def configure(
     """
     mask = call.mask
     length = mask.q_len if kernel == "key" else mask.kv_len
-    whole = length is None and call.scale > 0  # the maximum of scaled logits is that of logits, scaled
     blocks = (mask.key_block, mask.query_block) if kernel == "key" else (mask.query_block, mask.key_block)
-    config = configs.choose(
-        kernel,
-        *blocks,
-        most,
-        head_dim=max(widths),
-        itemsize=walked[0].element_size(),
-        device=device_class(walked[0].device),
-        wide=needs_wide(*tensors),
-        whole=whole,
-        descriptor=has_descriptors(walked[0].device),
-    )
+    common: dict = dict(wide=needs_wide(*tensors), descriptor=has_descriptors(walked[0].device))
+    if kernel == "forward" and call.skip_threshold is not None:
+        config = configs.skipping(*blocks, **common, whole=length is None)
+    else:
+        config = configs.choose(
+            kernel,
+            *blocks,
+            most,
+            **common,
+            head_dim=max(widths),
+            itemsize=walked[0].element_size(),
+            device=device_class(walked[0].device),
+            whole=length is None and call.scale > 0,  # then the maximum of scaled logits is that of logits, scaled
+        )
     return config._replace(descriptor=config.descriptor and aligned(*walked))
 
 
@@ -123,11 +126,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) ->
         return out, lse, kept
     most = mask.kv_idx.shape[-1]
     tensors = query, key, value, out
-    if skip:
-        sizes = dict(head_dim=max(widths), wide=needs_wide(*tensors))
-        config = configs.skipping(mask.query_block, mask.key_block, **sizes)
-    else:
-        config = configure("forward", call, most, widths, (key, value), tensors)
+    config = configure("forward", call, most, widths, (key, value), tensors)
     even = divides(key_shape, mask.key_block)
     with torch.cuda.device_of(query):
         forward_kernel[(programs(shape, mask.query_block, config.size.rows, batch * heads),)](
