@@ -79,7 +79,7 @@ WHOLE: dict[tuple[Device, Kernel], dict[int, tuple[Size, ...]]] = {
     },
     ("hopper", "key"): {64: (Size(64, 64, 4, 2),), 128: (Size(128, 32, 8, 2), Size(64, 32, 4, 2))},
     ("ampere", "forward"): {64: (Size(128, 64, 4, 3), Size(64, 64, 4, 3)), 128: (Size(64, 64, 4, 2),)},
-    ("ampere", "query"): {64: (Size(64, 64, 4, 2),), 128: (Size(64, 32, 4, 2),)},
+    ("ampere", "query"): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 2),)},
     ("ampere", "key"): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 1),)},
     ("small", "forward"): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 1),)},
     ("small", "query"): {64: (Size(32, 32, 4, 1),), 128: (Size(32, 32, 4, 1),)},
