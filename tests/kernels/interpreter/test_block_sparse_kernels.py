@@ -11,6 +11,7 @@ from block_sparse_matrix import TENSORS, Case, cases, check, make_inputs, make_m
 from foveal.kernels.block_sparse import configs, inverse
 from foveal.kernels.block_sparse.configs import Size
 from foveal.kernels.block_sparse.mask import box_of_token, invert, listed
+from foveal.kernels.common.launching import MIN_TILE
 from foveal.kernels.ops import block_sparse_attention, routing_attention2d
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,21 +59,22 @@ def powers_of_two(case: Case) -> Case:
     return replace(case, most=min(case.most, case.key_boxes))
 
 
-@pytest.mark.parametrize("first", range(0, CASES // 2, CHUNK))
+@pytest.mark.parametrize("first", range(0, CASES // 2, 2))
 def test_whole_boxes_match_the_reference(first):
     """Boxes or parts of them by descriptors and by pointers, in grids that they divide or not."""
     found = filter(affordable, map(powers_of_two, cases(10**6, seed=3)))
-    for case in islice(found, first, first + CHUNK):
+    found = (case for case in found if min(prod(case.query_block), prod(case.key_block)) >= MIN_TILE)
+    for case in islice(found, first, first + 2):
         with configs.override(**forced(case), whole=True, descriptor=case.seed % 2 == 0):
             check(case, torch.float32, "triton")
 
 
-@pytest.mark.parametrize("first", range(0, 32, 2))
+@pytest.mark.parametrize("first", range(32))
 def test_skipping_matches_the_reference(first):
     found = (replace(case, skip=True, scale=1.0) for case in cases(10**6, seed=4))
     found = (powers_of_two(case) if case.seed % 2 else case for case in found if case.batch and case.most > 1)
     found = (case for case in found if affordable(case) and threshold(case))
-    for case in islice(found, first, first + 2):
+    for case in islice(found, first, first + 1):
         with configs.override(whole=not (case.q_len or case.kv_len), descriptor=case.seed % 3 == 0):
             check(case, torch.float32, "triton")
 
@@ -84,8 +86,9 @@ def test_big_boxes_keep_the_error_rule():
         check(case, torch.float16, "triton")
 
 
-def test_inverse_lists_are_those_of_a_sort():
-    for lead, query_boxes, key_boxes, most in (((1, 1), 5, 7, 3), ((2, 2), 67, 9, 9), ((1, 2), 3, 1, 1)):
+def test_inverse_lists_are_those_of_a_sort(monkeypatch):
+    monkeypatch.setattr(inverse, "CHUNKS", 3)
+    for lead, query_boxes, key_boxes, most in (((1, 1), 5, 7, 3), ((1, 2), 10, 9, 9), ((2, 1), 2, 1, 1)):
         kv_num = torch.randint(0, most + 1, (*lead, query_boxes), dtype=torch.int32)
         kv_idx = torch.rand(*lead, query_boxes, key_boxes).argsort(-1)[..., :most].int()
         kv_idx = torch.where(listed(kv_num, kv_idx), kv_idx, -(10**6))
