@@ -31,9 +31,9 @@ def count_kernel(num_ptr, idx_ptr, count_ptr, boxes, most, key_boxes, chunk, ENT
     num_ptr += row.to(tl.int64) * boxes
     idx_ptr += row.to(tl.int64) * boxes * most
     count_ptr += (row.to(tl.int64) * tl.num_programs(1) + part) * key_boxes
-    for box in range(part * chunk, tl.minimum(part * chunk + chunk, boxes)):
+    for box in tl.range(part * chunk, tl.minimum(part * chunk + chunk, boxes), num_stages=1):
         num = tl.load(num_ptr + box)
-        for j in range(0, num, ENTRIES):
+        for j in tl.range(0, num, ENTRIES, num_stages=1):
             _, number, counts = listed_entries(idx_ptr, num, j, most, key_boxes, box, ENTRIES)
             tl.atomic_add(count_ptr + number, 1, mask=counts, sem="relaxed")
 
@@ -49,9 +49,9 @@ def place_kernel(num_ptr, idx_ptr, next_ptr, order_ptr, boxes, most, key_boxes, 
     idx_ptr += row.to(tl.int64) * boxes * most
     order_ptr += row.to(tl.int64) * boxes * most
     next_ptr += (row.to(tl.int64) * tl.num_programs(1) + part) * key_boxes
-    for box in range(part * chunk, tl.minimum(part * chunk + chunk, boxes)):
+    for box in tl.range(part * chunk, tl.minimum(part * chunk + chunk, boxes), num_stages=1):
         num = tl.load(num_ptr + box)
-        for j in range(0, num, ENTRIES):
+        for j in tl.range(0, num, ENTRIES, num_stages=1):
             place, number, counts = listed_entries(idx_ptr, num, j, most, key_boxes, box, ENTRIES)
             at = tl.atomic_add(next_ptr + number, 1, mask=counts, sem="relaxed")
             tl.store(order_ptr + at, box * most + place, mask=counts)
@@ -67,9 +67,9 @@ def invert(kv_num: Tensor, kv_idx: Tensor, key_boxes: int) -> tuple[Tensor, Tens
     counts = kv_num.new_zeros(*grid, key_boxes)
     order = kv_idx.new_empty(*lists, boxes * most)
     if order.numel():
-        count_kernel[grid](num, idx, counts, *sizes, ENTRIES=entries, num_stages=1)
+        count_kernel[grid](num, idx, counts, *sizes, ENTRIES=entries)
     starts = torch.nn.functional.pad(counts.sum(1).cumsum(-1), (1, 0)).to(torch.int32)  # [rows, key boxes + 1]
-    after = starts[:, None, :-1] + counts.cumsum(1, dtype=torch.int32) - counts
+    after = (starts[:, None, :-1] + counts.cumsum(1, dtype=torch.int32) - counts).contiguous()
     if order.numel():
-        place_kernel[grid](num, idx, after, order, *sizes, ENTRIES=entries, num_stages=1)
+        place_kernel[grid](num, idx, after, order, *sizes, ENTRIES=entries)
     return starts.view(*lists, -1), order
