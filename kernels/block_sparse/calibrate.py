@@ -1,7 +1,5 @@
 """What a `skip_threshold` skips, and thresholds that skip a given share."""
 
-from __future__ import annotations
-
 import math
 
 import torch
