@@ -4,8 +4,11 @@ from . import masks
 from .agent import agent_attention
 from .block_sparse import (
     BlockMask,
+    SkipCalibration,
     block_sparse_attention,
+    calibrate_skip,
     routing_attention2d,
+    skipped_blocks,
 )
 from .linear import linear_attention
 from .low_rank import biased_attention
@@ -22,10 +25,12 @@ from .window import relative_bias, window_attention
 
 __all__ = [
     "BlockMask",
+    "SkipCalibration",
     "agent_attention",
     "attention_statistics",
     "biased_attention",
     "block_sparse_attention",
+    "calibrate_skip",
     "explain",
     "linear_attention",
     "masks",
@@ -38,5 +43,6 @@ __all__ = [
     "scaled_attention",
     "scored_attention",
     "sharded_neighborhood_attention",
+    "skipped_blocks",
     "window_attention",
 ]

@@ -18,16 +18,20 @@ BOXES = {  # axes of the grid, and a box of queries and of keys
     "4x4": (2, (4, 4), (4, 4)),  # several boxes of keys a tile
     "22x18": (2, (22, 18), (22, 18)),  # tiles that cross boxes
     "4x4x4": (3, (4, 4, 4), (4, 4, 4)),
+    "4x4x8": (3, (4, 4, 8), (4, 4, 8)),  # as many tokens as the longest tiles
 }
 # wide: 64-bit offsets; grouped: two query heads a key head; values: of VALUE_DIM features a head
+# skip: with `skip_threshold`
 FLAGS = ("", "bias, extra, lengths", "wide, grouped", "ones", "values")
+# of whole boxes. cut: the boxes do not divide the grid; pointers: descriptors cannot address the tensors
+WHOLE_FLAGS = ("", "cut, bias, extra", "cut, pointers")
 VALUE_DIM = 256
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
 LISTED = 16  # boxes in a list
 
 
 POINTERS = dict.fromkeys(("lse_ptr", "dlse_ptr", "delta_ptr", "bias_ptr"), "fp32")
-POINTERS |= {"extra_mask_ptr": "u8"}
+POINTERS |= {"extra_mask_ptr": "u8", "kept_ptr": "u8"}
 INTEGERS = ("num_ptr", "idx_ptr", "starts_ptr", "order_ptr", "q_len_ptr", "kv_len_ptr", "extra_ends_ptr")
 POINTERS |= dict.fromkeys(INTEGERS, "i32")
 
@@ -42,7 +46,7 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
             integers[name] = (*outer, 1)
         elif name.endswith("_lengths"):
             integers[name] = (1,) * (3 - rank) + (0,) * rank
-    return source(kernel, dtype, fixed, pointers=POINTERS, integers=integers)
+    return source(kernel, dtype, fixed, pointers=POINTERS, integers=integers, floats=("scale", "threshold"))
 
 
 def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
@@ -57,28 +61,48 @@ def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
         for (table_device, kernel, itemsize), table in configs.SIZES.items():
             if (table_device, itemsize) == (device, dtype.itemsize):
                 for head_dim in table:
-                    for grid in BOXES if head_dim == 64 else ("8x8", "22x18"):
+                    for grid in BOXES if head_dim == 64 else ("8x8", "22x18", "4x4x8"):
                         yield from _variants(kernel, grid, dtype, head_dim, device, precision)
+
+
+def _flags(kernel: configs.Kernel, grid: str, head_dim: int, dtype: torch.dtype, device: Device) -> tuple[str, ...]:
+    """Flags of the variants of one kind of box."""
+    common = FLAGS if head_dim == 64 and grid in ("8x8", "22x18") else FLAGS[:2]
+    if grid not in ("8x8", "4x4x8") or head_dim > 128 or dtype.itemsize > 2:
+        return common
+    room = head_dim * dtype.itemsize * prod(BOXES[grid][2]) <= configs.skip_bytes(device)
+    common += ("skip",) * (kernel == "forward" and room)
+    whole = WHOLE_FLAGS if device == "hopper" else WHOLE_FLAGS[:-1]
+    return (*whole, *common[2:]) if grid == "4x4x8" else (*common, *whole[1:])
 
 
 def _variants(kernel: configs.Kernel, grid: str, dtype, head_dim: int, device: Device, precision: str):
     rank, query_box, key_box = BOXES[grid]
     own, other = (key_box, query_box) if kernel == "key" else (query_box, key_box)
-    for flags in FLAGS if head_dim == 64 and grid in ("8x8", "22x18") else FLAGS[:2]:
-        full, wide, ones = "bias" in flags, "wide" in flags, "ones" in flags
+    for flags in _flags(kernel, grid, head_dim, dtype, device):
+        bias, extra, lengths = ("bias" in flags, "extra" in flags, "lengths" in flags)
+        wide, ones = "wide" in flags, "ones" in flags
         widths = head_dim, VALUE_DIM if "values" in flags else head_dim
         sizes = dict(head_dim=max(widths), itemsize=dtype.itemsize, device=device)
-        config = configs.choose(kernel, own, LISTED * prod(other), **sizes, wide=wide)
-        fixed = constants(config, query_box, key_box, widths, precision)
-        fixed |= dict(GROUP=1 + wide, BIAS=full, Q_LEN=full, KV_LEN=full)
+        possible = dict(whole=not lengths, descriptor=device == "hopper" and "pointers" not in flags)
+        if "skip" in flags:
+            config = configs.skipping(own, other, wide=wide, **possible)
+        else:
+            config = configs.choose(kernel, own, other, LISTED, **sizes, wide=wide, **possible)
+        fixed = constants(config, query_box, key_box, widths, precision, even="cut" not in flags)
+        fixed |= dict(GROUP=1 + wide, BIAS=bias, Q_LEN=lengths, KV_LEN=lengths)
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
+        if kernel == "forward":
+            fixed |= dict(SKIP="skip" in flags)
         if kernel != "key":
-            fixed |= dict(EXTRA=full or ones, EXTRA_KEYS=EXTRA_KEYS, EXTRA_MASK=full)
-            if not full:
+            fixed |= dict(EXTRA=extra or ones, EXTRA_KEYS=EXTRA_KEYS, EXTRA_MASK=extra)
+            if not extra:
                 fixed |= dict(extra_mask_ptr=None, extra_ends_ptr=None)
         if widths[0] == widths[1]:
             fixed |= {"query": dict(dq_strides=None), "key": dict(dv_strides=None)}.get(kernel, {})
-        if not full:
-            fixed |= dict(bias_ptr=None, q_len_ptr=None, kv_len_ptr=None)
+        if not bias:
+            fixed |= dict(bias_ptr=None)
+        if not lengths:
+            fixed |= dict(q_len_ptr=None, kv_len_ptr=None)
         made = _source(KERNELS[kernel], TYPES[dtype], head_dim, rank, fixed, ones)
         yield Variant(kernel, grid, TYPES[dtype], head_dim, flags, config.queries, config.keys, made, options)

@@ -18,6 +18,7 @@ class Options(TypedDict, total=False):
     additional_keys: Tensor | None
     additional_values: Tensor | None
     additional_mask: Mask | None
+    skip_threshold: float | None
     impl: Impl
 
 
@@ -41,6 +42,7 @@ def block_sparse_attention(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     additional_mask: Mask | None = None,
+    skip_threshold: float | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -63,6 +65,11 @@ def block_sparse_attention(
         additional_mask: visible additional tokens, bool `[B, tokens]`, or their number at the start of each batch
             entry, integer `[B]`; all when None. A masked token may hold anything, NaN included, and has a gradient of
             zero.
+        skip_threshold: in [0, 1]; leaves out listed blocks whose weights would be small (skip softmax, BLASST,
+            arXiv:2512.12087). Lists are walked in order with the largest logit so far of every query; a block of keys
+            is skipped where for all queries of the block its largest logit is below the largest so far plus
+            log(skip_threshold). A softmax then lacks at most `skip_threshold` times its largest weight per skipped
+            token. Gradients are those of what is left. None or 0 skips nothing, and `calibrate_skip` finds a value.
         impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "torch"
             or "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
 
@@ -83,6 +90,7 @@ def block_sparse_attention(
         additional_keys=additional_keys,
         additional_values=additional_values,
         additional_mask=additional_mask,
+        skip_threshold=skip_threshold,
     )
-    out, lse = block_sparse(query, key, value, call, impl=impl)
+    out, lse, *_ = block_sparse(query, key, value, call, impl=impl)
     return (out, lse) if return_lse else out

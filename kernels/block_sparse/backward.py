@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 
 from ..common.triton.extra import extra_end, extra_view, load_extra_pair
-from ..common.triton.memory import offset
+from ..common.triton.memory import inside, offset
 from ..common.triton.softmax import LOG2E, key_step, query_step
+from ..neighborhood.tile import describe, load_tile, local, shift
 from .forward import program, rows_of
-from .tile import box_count, list_of, listed_keys, listed_queries, load_rows, view
+from .tile import box_count, hide_past_end, list_of, listed_keys, listed_queries, load_rows, part_origin, view
 
 
 @triton.jit(do_not_specialize=["extra", "most"])
@@ -25,7 +26,8 @@ def query_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     EXTRA_KEYS: tl.constexpr, BIAS: tl.constexpr, Q_LEN: tl.constexpr, KV_LEN: tl.constexpr, EXTRA: tl.constexpr,
-    EXTRA_MASK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EXTRA_MASK: tl.constexpr, TILE: tl.constexpr, DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dQ, and delta for the other kernels. `delta` has the strides of lse, dQ those of out where values are as wide as
     keys: its own are then None. See `forward_kernel`."""
@@ -57,15 +59,37 @@ def query_kernel(
         bias_ptr += entry * most
     factor = scale * LOG2E
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for c in tl.range(0, total, COLUMNS, num_stages=STAGES):
-        column, see, bias = listed_keys(
-            c, total, idx_ptr, bias_ptr, kv_len_ptr, k_lengths, KEY_BOX, COLUMNS, BIAS, KV_LEN
-        )
-        k = load_rows(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
-        v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, DV, BLOCK_DV)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-        s = tl.where(see[None, :], s + bias[None, :] if BIAS else s, float("-inf"))
-        dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
+    if TILE is None:
+        for c in tl.range(0, total, COLUMNS, num_stages=STAGES):
+            column, see, bias = listed_keys(
+                c, total, idx_ptr, bias_ptr, kv_len_ptr, k_lengths, KEY_BOX, COLUMNS, BIAS, KV_LEN
+            )
+            k = load_rows(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
+            v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, DV, BLOCK_DV)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            s = tl.where(see[None, :], s + bias[None, :] if BIAS else s, float("-inf"))
+            dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
+    else:
+        PARTS: tl.constexpr = (KEY_BOX[0] * KEY_BOX[1] * KEY_BOX[2]) // COLUMNS
+        k_desc, v_desc = k_ptr, v_ptr
+        if DESCRIPTOR:
+            k_desc = describe(k_ptr, k_sp, k_lengths, D, TILE, BLOCK_D)
+            v_desc = describe(v_ptr, v_sp, k_lengths, DV, TILE, BLOCK_DV)
+        steps = local(TILE)
+        for c in tl.range(0, total // COLUMNS, num_stages=STAGES):
+            first = part_origin(tl.load(idx_ptr + c // PARTS), c % PARTS, k_lengths, KEY_BOX, TILE)
+            k = load_tile(
+                k_ptr, k_desc, first, steps, k_sp, k_strides[5], k_lengths, D, TILE, BLOCK_D, DESCRIPTOR, not EVEN
+            )
+            v = load_tile(
+                v_ptr, v_desc, first, steps, v_sp, v_strides[5], k_lengths, DV, TILE, BLOCK_DV, DESCRIPTOR, not EVEN
+            )
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = hide_past_end(s, first, steps, k_lengths, TILE, EVEN)
+            base = lse2
+            if BIAS:
+                base -= tl.load(bias_ptr + c // PARTS).to(tl.float32) * LOG2E
+            dq = query_step(dq, q, do, base, delta, s, k, v, factor, PRECISION)
     if EXTRA:
         extra_k_ptr = extra_view(extra_k_ptr, extra_k_strides, batch, head // GROUP)
         extra_v_ptr = extra_view(extra_v_ptr, extra_v_strides, batch, head // GROUP)
@@ -92,7 +116,8 @@ def key_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BIAS: tl.constexpr, Q_LEN: tl.constexpr, KV_LEN: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TILE: tl.constexpr, DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dK and dV of a tile of the keys of a box, over the queries that list it, of every query head that shares the
     key head. Rows are keys and columns queries: tiles are computed transposed. The strides of dV are None where they
@@ -123,19 +148,50 @@ def key_kernel(
         head_bias = bias_ptr
         if BIAS:
             head_bias = bias_ptr + row_of_lists
-        for c in tl.range(0, total, COLUMNS, num_stages=STAGES):
-            column, see, bias = listed_queries(
-                c, total, order_ptr + row_of_lists + first, head_bias, q_len_ptr, q_lengths, most,
-                QUERY_BOX, COLUMNS, BIAS, Q_LEN,
-            )
-            q = load_rows(head_q, offset(column, q_sp), q_strides[5], see, D, BLOCK_D)
-            do = load_rows(head_do, offset(column, do_sp), do_strides[5], see, DV, BLOCK_DV)
-            lse2 = tl.load(head_lse + offset(column, lse_sp), mask=see, other=float("inf")) * LOG2E
-            delta = tl.load(head_delta + offset(column, lse_sp), mask=see, other=0.0)
-            st = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
-            if BIAS:
-                st += bias[None, :]
-            dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, 1.0, PRECISION)
+        if TILE is None:
+            for c in tl.range(0, total, COLUMNS, num_stages=STAGES):
+                column, see, bias = listed_queries(
+                    c, total, order_ptr + row_of_lists + first, head_bias, q_len_ptr, q_lengths, most,
+                    QUERY_BOX, COLUMNS, BIAS, Q_LEN,
+                )
+                q = load_rows(head_q, offset(column, q_sp), q_strides[5], see, D, BLOCK_D)
+                do = load_rows(head_do, offset(column, do_sp), do_strides[5], see, DV, BLOCK_DV)
+                lse2 = tl.load(head_lse + offset(column, lse_sp), mask=see, other=float("inf")) * LOG2E
+                delta = tl.load(head_delta + offset(column, lse_sp), mask=see, other=0.0)
+                st = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
+                if BIAS:
+                    st += bias[None, :]
+                dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, 1.0, PRECISION)
+        else:
+            PARTS: tl.constexpr = (QUERY_BOX[0] * QUERY_BOX[1] * QUERY_BOX[2]) // COLUMNS
+            q_desc, do_desc = head_q, head_do
+            if DESCRIPTOR:
+                q_desc = describe(head_q, q_sp, q_lengths, D, TILE, BLOCK_D)
+                do_desc = describe(head_do, do_sp, q_lengths, DV, TILE, BLOCK_DV)
+            steps = local(TILE)
+            rows = offset(steps, lse_sp)
+            for c in tl.range(0, total // COLUMNS, num_stages=STAGES):
+                named = tl.load(order_ptr + row_of_lists + first + c // PARTS)
+                corner = part_origin(named // most, c % PARTS, q_lengths, QUERY_BOX, TILE)
+                q = load_tile(
+                    head_q, q_desc, corner, steps, q_sp, q_strides[5], q_lengths, D, TILE, BLOCK_D,
+                    DESCRIPTOR, not EVEN,
+                )
+                do = load_tile(
+                    head_do, do_desc, corner, steps, do_sp, do_strides[5], q_lengths, DV, TILE, BLOCK_DV,
+                    DESCRIPTOR, not EVEN,
+                )
+                where = offset(corner, lse_sp) + rows
+                if EVEN:
+                    lse2, delta = tl.load(head_lse + where) * LOG2E, tl.load(head_delta + where)
+                else:  # a query past the end has weights of zero
+                    see = inside(shift(corner, steps), q_lengths)
+                    lse2 = tl.load(head_lse + where, mask=see, other=float("inf")) * LOG2E
+                    delta = tl.load(head_delta + where, mask=see, other=0.0)
+                if BIAS:
+                    lse2 -= tl.load(head_bias + named).to(tl.float32) * LOG2E
+                st = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, factor, PRECISION)
 
     d, value_d = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     dk_ptr, dk_sp = view(dk_ptr, dk_strides, batch, key_head, WIDE)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..common.arguments import ACCEPTED_DTYPES, DTYPES, check_dense
 from ..common.calling import Mask, additional_visibility, check_additional, check_grids, entries, resolve_scale
-from ..common.operator import Operator
+from ..common.launching import block_d, device_class
+from ..common.operator import Operator, output_and_lse
 from . import cost
+from .configs import SKIP_TOKENS, skip_bytes
 from .mask import BlockMask, boxes
 
 
@@ -25,6 +27,7 @@ class BlockSparseCall:
     mask: BlockMask
     scale: float
     additional_mask: Tensor | None = None  # bool [B, tokens]
+    skip_threshold: float | None = None  # in (0, 1]
 
     @property
     def additional(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -42,6 +45,7 @@ def make_call(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     additional_mask: Mask | None = None,
+    skip_threshold: float | None = None,
 ) -> BlockSparseCall:
     """The call of arguments that fit together.
 
@@ -56,7 +60,10 @@ def make_call(
     check_additional(key, value, additional_keys, additional_values)
     mask = mask._replace(query_block=tuple(mask.query_block), key_block=tuple(mask.key_block))
     visible = additional_visibility(additional_mask, additional_keys)
-    return BlockSparseCall(additional_keys, additional_values, mask, resolve_scale(query, scale), visible)
+    if skip_threshold is not None and not 0 <= skip_threshold <= 1:
+        raise ValueError(f"skip_threshold={skip_threshold!r} must be in [0, 1], a share of the largest weight, or None")
+    skip = float(skip_threshold) if skip_threshold else None
+    return BlockSparseCall(additional_keys, additional_values, mask, resolve_scale(query, scale), visible, skip)
 
 
 def _check_blocks(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> tuple[int, int]:
@@ -118,6 +125,27 @@ def _flops(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> 
     return cost.forward_flops(pairs, head_dim, value.shape[-1]), cost.backward_flops(pairs, head_dim, value.shape[-1])
 
 
+def _outputs(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty output, log-sum-exp, and the listed blocks that are not skipped."""
+    return *output_and_lse(query, key, value, call), empty_kept(query, call)
+
+
+def empty_kept(query: Tensor, call: BlockSparseCall) -> Tensor:
+    """Zeros, uint8 `[B, heads, query boxes, most]`; without `skip_threshold` no number at all."""
+    shape = (query.shape[0], query.shape[-2], *call.mask.kv_idx.shape[2:])
+    return query.new_zeros((0,) if call.skip_threshold is None else shape, dtype=torch.uint8)
+
+
+def _unsupported(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> str | None:
+    """Reason of the kernels to refuse a call: with `skip_threshold` a program holds whole blocks."""
+    if call.skip_threshold is None:
+        return None
+    width = block_d(max(query.shape[-1], value.shape[-1])) * query.itemsize
+    tokens = max(prod(call.mask.query_block), prod(call.mask.key_block))
+    most = min(SKIP_TOKENS, skip_bytes(device_class(query.device)) // width)
+    return f"skip_threshold takes blocks of up to {most} tokens here, not {tokens}" if tokens > most else None
+
+
 block_sparse = Operator(
     "block_sparse",
     package=__name__.rpartition(".")[0],
@@ -125,6 +153,9 @@ block_sparse = Operator(
     differentiable=("additional_keys", "additional_values"),
     flops=_flops,
     summarize=cost.summarize,
+    fake=_outputs,
+    flows=(True, True, False),
+    unsupported=_unsupported,
     graph="torch",
     title="block-sparse attention",
 )

@@ -6,7 +6,8 @@ import triton.language as tl
 from ..common.triton.extra import extra_end, extra_view, load_extra_pair
 from ..common.triton.memory import inside, offset
 from ..common.triton.softmax import LN2, LOG2E, softmax_step
-from .tile import box_count, list_of, listed_keys, load_rows, position, view
+from ..neighborhood.tile import describe, load_tile, local
+from .tile import box_count, hide_past_end, list_of, listed_keys, load_rows, part_origin, position, view
 
 
 @triton.jit
@@ -36,14 +37,21 @@ def forward_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr, lse_strides,
     num_ptr, idx_ptr, bias_ptr, q_len_ptr, kv_len_ptr, lists, most,
     extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, extra_ends_ptr,
-    q_lengths, k_lengths, heads, extra, scale,
+    q_lengths, k_lengths, heads, extra, scale, kept_ptr, threshold,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     EXTRA_KEYS: tl.constexpr, BIAS: tl.constexpr, Q_LEN: tl.constexpr, KV_LEN: tl.constexpr, EXTRA: tl.constexpr,
-    EXTRA_MASK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EXTRA_MASK: tl.constexpr, SKIP: tl.constexpr, TILE: tl.constexpr, DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Strides are of `[B, X, Y, Z, heads, head_dim]` (extra: `[B, tokens, heads, head_dim]`), `lists` the leading two
-    sizes of the lists, and `GROUP` query heads share a key head."""
+    sizes of the lists, and `GROUP` query heads share a key head.
+
+    `TILE` is the part of a box of keys that an iteration loads, by a descriptor if `DESCRIPTOR`; without it tiles cross
+    boxes. No box is cut short if `EVEN`. With `SKIP` a tile holds all tokens of a box, and boxes whose logits all lie
+    below `threshold`, base 2, from the largest before are left out; `kept_ptr`, `[B, heads, boxes, most]` zeros, notes
+    those that are not.
+    """
     batch, head, box, boxes, place = program(tl.program_id(0), q_lengths, heads, QUERY_BOX, ROWS)
     row, keep, exists = rows_of(box, place, q_lengths, q_len_ptr, QUERY_BOX, Q_LEN)
     q_ptr, q_sp = view(q_ptr, q_strides, batch, head, WIDE)
@@ -60,15 +68,75 @@ def forward_kernel(
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
-    for c in tl.range(0, total, COLUMNS, num_stages=STAGES):
-        column, see, bias = listed_keys(
-            c, total, idx_ptr, bias_ptr, kv_len_ptr, k_lengths, KEY_BOX, COLUMNS, BIAS, KV_LEN
-        )
-        k = load_rows(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-        s = tl.where(see[None, :], s + bias[None, :] if BIAS else s, float("-inf"))
-        v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, DV, BLOCK_DV)
-        acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
+    k_desc, v_desc, steps = k_ptr, v_ptr, (0, 0, 0)
+    if TILE is not None:
+        steps = local(TILE)
+        if DESCRIPTOR:
+            k_desc = describe(k_ptr, k_sp, k_lengths, D, TILE, BLOCK_D)
+            v_desc = describe(v_ptr, v_sp, k_lengths, DV, TILE, BLOCK_DV)
+    if SKIP:
+        kept_ptr += ((batch.to(tl.int64) * heads + head) * boxes + box) * most
+        TOKENS: tl.constexpr = KEY_BOX[0] * KEY_BOX[1] * KEY_BOX[2]
+        column = tl.arange(0, COLUMNS)
+        for c in tl.range(0, total // TOKENS, num_stages=STAGES):
+            number = tl.load(idx_ptr + c)
+            first = part_origin(number, 0, k_lengths, KEY_BOX, KEY_BOX)
+            tokens = position(number, column, k_lengths, KEY_BOX)
+            see = inside(tokens, k_lengths) & (column < TOKENS)
+            if KV_LEN:
+                see &= column < tl.load(kv_len_ptr + number)
+            if TILE is None:
+                k = load_rows(k_ptr, offset(tokens, k_sp), k_strides[5], see, D, BLOCK_D)
+            else:
+                k = load_tile(
+                    k_ptr, k_desc, first, steps, k_sp, k_strides[5], k_lengths, D, TILE, BLOCK_D, DESCRIPTOR, not EVEN
+                )
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            if BIAS:
+                s += tl.load(bias_ptr + c).to(tl.float32) * LOG2E
+            if TILE is None:
+                s = tl.where(see[None, :], s, float("-inf"))
+            else:
+                s = hide_past_end(s, first, steps, k_lengths, TILE, EVEN)
+            below = (tl.max(s, 1) - m < threshold) | (exists == 0)
+            kept = tl.sum(tl.where(below, 0, 1), 0) > 0
+            tl.store(kept_ptr + c, kept.to(tl.uint8))
+            if kept:
+                if TILE is None:
+                    v = load_rows(v_ptr, offset(tokens, v_sp), v_strides[5], see, DV, BLOCK_DV)
+                else:
+                    v = load_tile(
+                        v_ptr, v_desc, first, steps, v_sp, v_strides[5], k_lengths, DV, TILE, BLOCK_DV,
+                        DESCRIPTOR, not EVEN,
+                    )
+                acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
+    elif TILE is None:
+        for c in tl.range(0, total, COLUMNS, num_stages=STAGES):
+            column, see, bias = listed_keys(
+                c, total, idx_ptr, bias_ptr, kv_len_ptr, k_lengths, KEY_BOX, COLUMNS, BIAS, KV_LEN
+            )
+            k = load_rows(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            s = tl.where(see[None, :], s + bias[None, :] if BIAS else s, float("-inf"))
+            v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, DV, BLOCK_DV)
+            acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
+    else:
+        PARTS: tl.constexpr = (KEY_BOX[0] * KEY_BOX[1] * KEY_BOX[2]) // COLUMNS
+        for c in tl.range(0, total // COLUMNS, num_stages=STAGES):
+            first = part_origin(tl.load(idx_ptr + c // PARTS), c % PARTS, k_lengths, KEY_BOX, TILE)
+            k = load_tile(
+                k_ptr, k_desc, first, steps, k_sp, k_strides[5], k_lengths, D, TILE, BLOCK_D, DESCRIPTOR, not EVEN
+            )
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = hide_past_end(s, first, steps, k_lengths, TILE, EVEN)
+            v = load_tile(
+                v_ptr, v_desc, first, steps, v_sp, v_strides[5], k_lengths, DV, TILE, BLOCK_DV, DESCRIPTOR, not EVEN
+            )
+            if BIAS:
+                bias = tl.load(bias_ptr + c // PARTS).to(tl.float32) * LOG2E
+                acc, m, l = softmax_step(acc, m, l, s * factor + bias, v, 1.0, PRECISION)
+            else:
+                acc, m, l = softmax_step(acc, m, l, s, v, factor, PRECISION)
     if EXTRA:
         extra_k_ptr = extra_view(extra_k_ptr, extra_k_strides, batch, head // GROUP)
         extra_v_ptr = extra_view(extra_v_ptr, extra_v_strides, batch, head // GROUP)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..common.symbolic import ceil_div, known, modulo, ravel, unravel
 from .call import BlockSparseCall
 from .mask import boxes
+from .skip import margins
 
 
 def _tokens(box: Tensor, place: Tensor, shape: Sequence[int], block: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -99,6 +100,17 @@ def attend(
 
     logits = torch.bmm(q * scale, k.mT)
     logits = torch.where(added[:, None] == -math.inf, -math.inf, logits + added[:, None])
+    if call.skip_threshold is not None:
+        entry, of, box, place = numbers(batch, lists, count, t)
+        _, exists = _tokens(box, place, shape, mask.query_block)
+        if mask.q_len is not None:
+            exists = _both(exists, place < mask.q_len.index_select(0, box))
+        exists = None if exists is None else exists.view(units, 1, t)
+        of_block = logits[..., : most * s].reshape(units, group, t, most, s).amax(-1)
+        below = margins(of_block, exists) < math.log(call.skip_threshold)  # [units, group, most]
+        below = below[:, :, None, :, None].expand(-1, -1, t, -1, s).reshape(units, group * t, most * s)
+        main = logits[..., : most * s].masked_fill(below, -math.inf)
+        logits = torch.cat([main, logits[..., most * s :]], -1)
     highest = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(accumulate).min)  # where nothing is visible
     weights = (logits - highest).exp()
     total = weights.sum(-1, keepdim=True)

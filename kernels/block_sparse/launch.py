@@ -1,34 +1,70 @@
 """Launches of the block-sparse kernels; imported, and triton with it, when a kernel first runs."""
 
+import math
 from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
-from ..common.launching import cdiv, device_class, grid_strides, needs_wide, padded, precision, width_constants
+from ..common.launching import (
+    aligned,
+    cdiv,
+    device_class,
+    grid_strides,
+    has_descriptors,
+    needs_wide,
+    padded,
+    precision,
+    width_constants,
+    with_scratch,
+)
 from ..neighborhood.geometry import Axis
 from ..neighborhood.launch import EXTRA_KEYS, extra_arguments, extra_gradient
 from . import configs
 from .backward import key_kernel, query_kernel
-from .call import BlockSparseCall
+from .call import BlockSparseCall, empty_kept
 from .forward import forward_kernel
-from .mask import BlockMask, boxes, invert
+from .inverse import invert
+from .mask import BlockMask, boxes
+from .skip import without_skipped
 
 
 def configure(
-    kernel: configs.Kernel, rows: tuple[int, ...], columns: int, widths: tuple[int, int], tensors: tuple[Tensor, ...]
+    kernel: configs.Kernel,
+    call: BlockSparseCall,
+    most: int,
+    widths: tuple[int, int],
+    walked: tuple[Tensor, Tensor],
+    tensors: tuple[Tensor, ...],
 ) -> configs.Config:
-    """Launch parameters; `tensors` are all that the kernel addresses, `widths` the head dims of keys and of values."""
-    return configs.choose(
-        kernel,
-        rows,
-        columns,
-        head_dim=max(widths),
-        itemsize=tensors[0].element_size(),
-        device=device_class(tensors[0].device),
-        wide=needs_wide(*tensors),
-    )
+    """Launch parameters of a kernel that walks up to `most` boxes of `walked`.
+
+    `tensors` are all that the kernel addresses, `widths` the head dims of keys and of values.
+    """
+    mask = call.mask
+    length = mask.q_len if kernel == "key" else mask.kv_len
+    blocks = (mask.key_block, mask.query_block) if kernel == "key" else (mask.query_block, mask.key_block)
+    common: dict = dict(wide=needs_wide(*tensors), descriptor=has_descriptors(walked[0].device))
+    if kernel == "forward" and call.skip_threshold is not None:
+        config = configs.skipping(*blocks, **common, whole=length is None)
+    else:
+        config = configs.choose(
+            kernel,
+            *blocks,
+            most,
+            **common,
+            head_dim=max(widths),
+            itemsize=walked[0].element_size(),
+            device=device_class(walked[0].device),
+            whole=length is None and call.scale > 0,  # then the maximum of scaled logits is that of logits, scaled
+        )
+    return config._replace(descriptor=config.descriptor and aligned(*walked))
+
+
+def divides(shape: Sequence[int], block: Sequence[int]) -> bool:
+    """Return whether no box of a grid is cut short."""
+    return all(n % b == 0 for n, b in zip(shape, block, strict=True))
 
 
 def constants(
@@ -37,14 +73,21 @@ def constants(
     key_block: tuple[int, ...],
     widths: tuple[int, int],
     precision: str,
+    even: bool,
 ) -> dict:
-    """Compile-time arguments of the kernels that walk lists; `widths` are the head dims of keys and of values."""
+    """Compile-time arguments of the kernels that walk lists.
+
+    `widths` are the head dims of keys and of values; `even` says that no box that is walked is cut short.
+    """
     return dict(
         **width_constants(*widths),
         QUERY_BOX=padded(query_block, 1),
         KEY_BOX=padded(key_block, 1),
         ROWS=config.size.rows,
         COLUMNS=config.size.columns,
+        TILE=config.tile,
+        DESCRIPTOR=config.descriptor,
+        EVEN=even and config.tile is not None,
         WIDE=config.wide,
         PRECISION=precision,
         STAGES=config.size.stages,
@@ -70,17 +113,21 @@ def _flags(mask: BlockMask) -> dict:
     return dict(BIAS=mask.bias is not None, Q_LEN=mask.q_len is not None, KV_LEN=mask.kv_len is not None)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, value_dim]` and float32 log-sum-exp `[B, *spatial, heads]`."""
+@with_scratch
+def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[B, *spatial, heads, value_dim]`, float32 log-sum-exp `[B, *spatial, heads]` and the kept blocks."""
     mask, (additional_keys, additional_values, additional_mask) = call.mask, call.additional
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
     batch, heads, widths = query.shape[0], query.shape[-2], (key.shape[-1], value.shape[-1])
     out = torch.empty(*query.shape[:-1], widths[1], dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+    kept, skip = empty_kept(query, call), call.skip_threshold is not None
     if batch == 0:
-        return out, lse
+        return out, lse, kept
     most = mask.kv_idx.shape[-1]
-    config = configure("forward", mask.query_block, most * prod(mask.key_block), widths, (query, key, value, out))
+    tensors = query, key, value, out
+    config = configure("forward", call, most, widths, (key, value), tensors)
+    even = divides(key_shape, mask.key_block)
     with torch.cuda.device_of(query):
         forward_kernel[(programs(shape, mask.query_block, config.size.rows, batch * heads),)](
             query,
@@ -104,16 +151,20 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) ->
             heads,
             0 if additional_keys is None else additional_keys.shape[1],
             call.scale,
+            kept,
+            math.log2(call.skip_threshold or 1.0),
+            SKIP=skip,
             GROUP=heads // key.shape[-2],
             EXTRA_KEYS=EXTRA_KEYS,
             EXTRA=additional_keys is not None,
             EXTRA_MASK=additional_mask is not None,
             **_flags(mask),
-            **constants(config, mask.query_block, mask.key_block, widths, precision(query)),
+            **constants(config, mask.query_block, mask.key_block, widths, precision(query), even),
         )
-    return out, lse
+    return out, lse, kept
 
 
+@with_scratch
 def backward(
     query: Tensor,
     key: Tensor,
@@ -124,7 +175,8 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, additional_keys and additional_values, contiguous; None for those not given."""
-    (out, lse), (grad_out, grad_lse) = outputs, gradients
+    (out, lse, kept), (grad_out, grad_lse) = outputs, gradients
+    call = without_skipped(call, kept)
     mask, scale = call.mask, call.scale
     additional_keys, additional_values, additional_mask = call.additional
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
@@ -142,7 +194,7 @@ def backward(
     common = dict(GROUP=group, **_flags(mask))
     blocks, tensors = (mask.query_block, mask.key_block), (query, key, value, grad_out, grad_lse, dq, dk, dv)
     with torch.cuda.device_of(query):
-        config = configure("query", mask.query_block, most * prod(mask.key_block), widths, tensors)
+        config = configure("query", call, most, widths, (key, value), tensors)
         query_kernel[(programs(shape, mask.query_block, config.size.rows, batch * heads),)](
             *q,
             *k,
@@ -172,11 +224,10 @@ def backward(
             EXTRA=additional_keys is not None,
             EXTRA_MASK=additional_mask is not None,
             **common,
-            **constants(config, *blocks, widths, precision(query)),
+            **constants(config, *blocks, widths, precision(query), divides(key_shape, mask.key_block)),
         )
         starts, order = mask.inverse or invert(mask.kv_num, mask.kv_idx, prod(boxes(key_shape, mask.key_block)))
-        walked = prod(boxes(shape, mask.query_block)) * prod(mask.query_block)
-        config = configure("key", mask.key_block, walked, widths, tensors)
+        config = configure("key", call, prod(boxes(shape, mask.query_block)), widths, (query, grad_out), tensors)
         key_kernel[(programs(key_shape, mask.key_block, config.size.rows, batch * key_heads),)](
             *q,
             *k,
@@ -199,7 +250,7 @@ def backward(
             key_heads,
             scale,
             **common,
-            **constants(config, *blocks, widths, precision(query)),
+            **constants(config, *blocks, widths, precision(query), divides(shape, mask.query_block)),
         )
         dek = dev = None
         if additional_keys is not None and any(wanted):

@@ -1,5 +1,7 @@
 """Block-sparse attention by its definition: all logits, a dense mask made from the lists, a softmax. Any dtype."""
 
+from math import log
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,29 @@ def dense_bias(mask: BlockMask, query_shape, key_shape, dtype: torch.dtype) -> T
     return bias
 
 
+def skip(logits: Tensor, mask: BlockMask, query_shape, key_shape, threshold: float) -> Tensor:
+    """Logits `[B, heads, queries, keys]` with -inf in the blocks that are skipped, list by list and place by place."""
+    query_box, query_place = box_of_token(query_shape, mask.query_block, logits.device)
+    key_box, _ = box_of_token(key_shape, mask.key_block, logits.device)
+    exists = torch.ones_like(query_box, dtype=torch.bool) if mask.q_len is None else query_place < mask.q_len[query_box]
+    values, hidden = logits.detach(), torch.zeros_like(logits, dtype=torch.bool)
+    for batch in range(logits.shape[0]):
+        for head in range(logits.shape[1]):
+            lists = mask.kv_idx[batch % mask.kv_idx.shape[0], head % mask.kv_idx.shape[1]]
+            numbers = mask.kv_num[batch % mask.kv_num.shape[0], head % mask.kv_num.shape[1]]
+            for box in range(lists.shape[0]):
+                own = ((query_box == box) & exists).nonzero()  # [queries, 1]
+                largest = values.new_full((own.shape[0],), float("-inf"))
+                for number in lists[box, : int(numbers[box])]:
+                    keys = (key_box == number).nonzero()[:, 0]
+                    highest = values[batch, head][own, keys].amax(1)
+                    if (highest - largest < log(threshold)).all():
+                        hidden[batch, head, own, keys] = True
+                    else:
+                        largest = largest.maximum(highest)
+    return logits.masked_fill(hidden, float("-inf"))
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -46,6 +71,8 @@ def attend(
     q, k, v = flat(query), flat(key), flat(value)
     bias = dense_bias(mask, query_shape, key_shape, accumulate)
     logits = (q @ k.transpose(-1, -2) * scale + bias).masked_fill(bias == float("-inf"), float("-inf"))
+    if call.skip_threshold is not None:
+        logits = skip(logits, mask, query_shape, key_shape, call.skip_threshold)
     if additional_keys is not None and additional_values is not None:
         visible = torch.ones(additional_keys.shape[:2], dtype=torch.bool, device=query.device)
         if additional_mask is not None:  # masked tokens may hold anything

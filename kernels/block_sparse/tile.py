@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..common.triton.memory import inside
 from ..common.triton.softmax import LOG2E
+from ..neighborhood.tile import shift
 
 
 @triton.jit
@@ -26,6 +27,32 @@ def position(box, place, lengths, BOX: tl.constexpr):
     y = box // nz % ny * BOX[1] + place // BOX[2] % BOX[1]
     z = box % nz * BOX[2] + place % BOX[2]
     return x, y, z
+
+
+@triton.jit
+def part_origin(box, part, lengths, BOX: tl.constexpr, TILE: tl.constexpr):
+    """Grid coordinates of the first token of a part of a box; parts of `TILE` tokens divide it, in C order."""
+    ny, nz = tl.cdiv(lengths[1], BOX[1]), tl.cdiv(lengths[2], BOX[2])
+    PY: tl.constexpr = BOX[1] // TILE[1]
+    PZ: tl.constexpr = BOX[2] // TILE[2]
+    x = box // (ny * nz) * BOX[0] + part // (PY * PZ) * TILE[0]
+    y = box // nz % ny * BOX[1] + part // PZ % PY * TILE[1]
+    z = box % nz * BOX[2] + part % PZ * TILE[2]
+    return x, y, z
+
+
+@triton.jit
+def hide_past_end(s, first, steps, lengths, TILE: tl.constexpr, EVEN: tl.constexpr):
+    """Logits `[rows, columns]` of the part of a box that begins at `first`, -inf past the end of the grid.
+
+    No part reaches there if `EVEN`; other parts are found by one comparison of numbers, and cost no more.
+    """
+    if EVEN:
+        return s
+    past = (first[0] + TILE[0] > lengths[0]) | (first[1] + TILE[1] > lengths[1]) | (first[2] + TILE[2] > lengths[2])
+    if past:
+        s = tl.where(inside(shift(first, steps), lengths)[None, :], s, float("-inf"))
+    return s
 
 
 @triton.jit

@@ -19,8 +19,9 @@ from torch.nn.functional import pad
 from ..common.calling import without_autocast
 from ..common.symbolic import ceil_div, exporting, known
 from . import gathered
-from .call import BlockSparseCall
-from .mask import BlockMask, boxes
+from .call import BlockSparseCall, empty_kept
+from .mask import BlockMask, boxes, listed
+from .skip import margins, without_skipped
 
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
 LOGIT_BYTES = 1 << 20  # of one dense attention; what a chunk works on should stay in cache
@@ -42,7 +43,7 @@ def attend(
     """
     if exporting():
         return gathered.attend(query, key, value, call)
-    return _Attention.apply(query, key, value, *call.additional, *call.mask[:7], call.scale)
+    return _Attention.apply(query, key, value, *call.additional, *call.mask[:7], call.scale, call.skip_threshold)
 
 
 class _Operands(NamedTuple):
@@ -394,8 +395,55 @@ def _operands(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) 
     )
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor]:
-    """Output `[B, *spatial, heads, value_dim]` and log-sum-exp `[B, *spatial, heads]`."""
+def block_margins(query: Tensor, key: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """Base-2 `skip.margins` of all listed blocks, `[B, heads, query boxes, most]`; anything where none is listed."""
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    operands = _operands(query, key, key, BlockSparseCall(None, None, mask, scale))
+    shape = query.shape[0], query.shape[-2], *mask.kv_idx.shape[2:]
+    found = torch.zeros(shape, dtype=accumulate, device=query.device)
+    for batch, heads in _parts(operands):
+        x = _select(operands, batch, heads)
+        plan = _make_plan(x, (mask.query_block, mask.key_block))
+        above = _margins(plan, x.kv_num, x.kv_idx, x.bias, scale)  # [units, group, most]
+        lists, count, *_ = plan.sizes
+        above = above.view(-1, lists, count, plan.group, shape[-1]).transpose(2, 3).flatten(1, 2)
+        group = shape[1] // key.shape[-2]
+        found[batch, heads.start * group : heads.stop * group] = above
+    return found
+
+
+def _margins(plan: _Plan, kv_num: Tensor, kv_idx: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    units, rows, _ = plan.query.shape
+    accumulate = torch.promote_types(plan.query.dtype, torch.float32)
+    found = torch.zeros(units, plan.group, kv_idx.shape[-1], dtype=accumulate, device=kv_idx.device)
+    for chunk in _chunks(plan, kv_num, kv_idx, bias, 2):
+        k, length = _take(plan.key, None, chunk), chunk.count // plan.key.shape[1]
+        if not length:
+            continue
+        highest = []
+        for part in _row_slices(rows, chunk.count):
+            logits = _logits(plan.query[chunk.units, part].to(accumulate) * (scale * LOG2_E), k, chunk.added)
+            highest.append(logits.unflatten(-1, (length, -1)).amax(-1))
+        of_query = torch.cat(highest, 1).unflatten(1, (plan.group, -1))  # [n, group, tokens, length]
+        exists = plan.query_exists
+        if exists is not None:
+            exists = exists[torch.arange(units, device=exists.device)[chunk.units] % exists.shape[0], None]
+        found[chunk.units, :, :length] = margins(of_query, exists)
+    return found
+
+
+def _kept(query: Tensor, key: Tensor, call: BlockSparseCall) -> Tensor:
+    """Listed blocks that are not skipped, as `call.empty_kept` holds them."""
+    if call.skip_threshold is None:
+        return empty_kept(query, call)
+    below = block_margins(query, key, call.mask, call.scale) < math.log2(call.skip_threshold)
+    return (~below & listed(call.mask.kv_num, call.mask.kv_idx)).to(torch.uint8)
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[B, *spatial, heads, value_dim]`, log-sum-exp `[B, *spatial, heads]` and the blocks that are kept."""
+    kept = _kept(query, key, call)
+    call = without_skipped(call, kept)
     operands, key_heads = _operands(query, key, value, call), key.shape[-2]
     block = call.mask.query_block, call.mask.key_block
     out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
@@ -406,20 +454,21 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) ->
         part_out, part_lse = _forward(plan, x.kv_num, x.kv_idx, x.bias, call.scale)
         _unbox(part_out, _heads(out, *part, key_heads), block[0], plan.group)
         _unbox(part_lse[..., None], _heads(lse[..., None], *part, key_heads), block[0], plan.group)
-    return out, lse
+    return out, lse, kept
 
 
 def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    outputs: tuple[Tensor | None, Tensor] | Sequence[Tensor],
+    outputs: tuple[Tensor | None, Tensor, Tensor] | Sequence[Tensor],
     gradients: Sequence[Tensor],
     call: BlockSparseCall,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, additional keys and values, None where not given; the output is not read."""
-    (_, lse), (grad_out, grad_lse) = outputs, gradients
+    (_, lse, kept), (grad_out, grad_lse) = outputs, gradients
+    call = without_skipped(call, kept)
     operands, key_heads = _operands(query, key, value, call), key.shape[-2]
     block = call.mask.query_block, call.mask.key_block
     grads = [
@@ -448,20 +497,23 @@ class _Attention(torch.autograd.Function):
     """The gradient by `backward`; tensors that a call may lack are None."""
 
     @staticmethod
-    def forward(ctx, query, key, value, additional_keys, additional_values, additional_mask, *mask_and_scale):
-        *mask, ctx.scale = mask_and_scale
+    def forward(ctx, query, key, value, additional_keys, additional_values, additional_mask, *mask_and_numbers):
+        *mask, ctx.scale, ctx.skip_threshold = mask_and_numbers
         ctx.query_block, ctx.key_block, *lists = mask
-        call = BlockSparseCall(additional_keys, additional_values, BlockMask(*mask), ctx.scale, additional_mask)
-        out, lse = forward(query, key, value, call)
-        ctx.save_for_backward(query, key, value, additional_keys, additional_values, additional_mask, lse, *lists)
+        call = BlockSparseCall(
+            additional_keys, additional_values, BlockMask(*mask), ctx.scale, additional_mask, ctx.skip_threshold
+        )
+        out, lse, kept = forward(query, key, value, call)
+        saved = (query, key, value, additional_keys, additional_values, additional_mask, lse, kept)
+        ctx.save_for_backward(*saved, *lists)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        query, key, value, keys, values, visible, lse, *lists = ctx.saved_tensors
+        query, key, value, keys, values, visible, lse, kept, *lists = ctx.saved_tensors
         mask = BlockMask(ctx.query_block, ctx.key_block, *lists)
-        call = BlockSparseCall(keys, values, mask, ctx.scale, visible)
+        call = BlockSparseCall(keys, values, mask, ctx.scale, visible, ctx.skip_threshold)
         with without_autocast(grad_out.device):  # as in the forward
-            grads = backward(query, key, value, (None, lse), (grad_out, grad_lse), call, (True, True))
-        return *grads, *(None,) * 9
+            grads = backward(query, key, value, (None, lse, kept), (grad_out, grad_lse), call, (True, True))
+        return *grads, *(None,) * 10

@@ -3,6 +3,7 @@
 `--cases 800` is the long run.
 """
 
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from random import Random
@@ -29,6 +30,11 @@ CLIP = Case(
     heads=2, key_heads=2, batch=2, head_dim=128,
 )  # fmt: skip
 
+WHOLE = Case(
+    shape=(10, 30, 52), key_shape=(10, 30, 52), query_block=(4, 4, 8), key_block=(4, 4, 8), most=20, per_head=True,
+    heads=2, key_heads=2, head_dim=128, extra=19,
+)  # fmt: skip
+
 
 def test_random_cases_keep_the_error_rule(sweep):
     for case in islice(cases(sweep.stop, seed=5), sweep.start, None):
@@ -45,16 +51,22 @@ def test_head_dims(head_dim, dtype):
     check(Case((24, 40), (24, 40), **BOXES, most=3, head_dim=head_dim), dtype, "triton", device="cuda")
 
 
-@pytest.mark.parametrize("case", [IMAGE, RAGGED, CLIP])
+@pytest.mark.parametrize("case", [IMAGE, RAGGED, CLIP, WHOLE, replace(WHOLE, head_dim=64, bias=True)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes_of_the_models(case, dtype):
     check(case, dtype, "triton", device="cuda")
 
 
-@pytest.mark.parametrize("case", [IMAGE, RAGGED, CLIP])
+@pytest.mark.parametrize("case", [IMAGE, RAGGED, CLIP, WHOLE, replace(WHOLE, skip=True)])
 def test_gradients_are_the_same_bits_every_time(case):
     inputs = make_inputs(case, torch.bfloat16, "cuda")
     assert_same_bits(lambda: run(case, inputs, "triton"), 100)
+
+
+@pytest.mark.parametrize("block", [(4, 4, 4), (4, 4, 8), (3, 5, 4)])
+def test_skipping(block):
+    case = Case((8, 16, 24), (8, 16, 24), block, block, most=6, heads=2, key_heads=1, head_dim=64, skip=True, scale=1.0)
+    check(case, torch.float32, "triton", device="cuda")
 
 
 def test_cuda_takes_the_kernels():

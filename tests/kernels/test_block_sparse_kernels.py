@@ -25,6 +25,17 @@ def test_kernels_compile_without_spills():
     assert all(row.wgmma for row in rows)
 
 
+def test_big_boxes_are_loaded_by_descriptors():
+    select = {"grid": {"4x4x8"}, "head_dim": {128}, "dtype": {"bf16"}, "flags": {""}, "kernel": {"forward", "key"}}
+    rows = kernel_checks.check_report(operators=["block_sparse"], architectures=["sm_90"], select=select)
+    assert len(rows) == 2 and all(row.wgmma and row.tma for row in rows)
+    (loop,) = compile_report.loop_report(
+        operators=["block_sparse"], architectures=["sm_90"], select=select | {"kernel": {"forward"}}
+    )
+    assert loop.products == 2 * 128 * 128 * 128  # each once: two products of 128 queries and 128 keys
+    assert loop.share > 0.6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", compile_report.ARCHITECTURES)
 def test_every_pinned_size_compiles(arch):

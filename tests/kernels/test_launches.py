@@ -5,6 +5,7 @@ from contextvars import copy_context
 import pytest
 import torch
 import triton
+from foveal.kernels.block_sparse import configs as block_sparse
 from foveal.kernels.neighborhood import configs as neighborhood
 from foveal.kernels.ops import (
     BlockMask,
@@ -66,6 +67,16 @@ def call_block_sparse() -> None:
     block_sparse_attention(query, key, value, mask=mask, **additional, impl="triton").sum().backward()
 
 
+def call_block_sparse_whole() -> None:
+    """Boxes that an iteration loads whole, by descriptors; in the second call with `skip_threshold`."""
+    query, key, value = leaves(1, 128, 2, 64)
+    lists = torch.ones(1, 1, 2, dtype=torch.int32), torch.zeros(1, 1, 2, 1, dtype=torch.int32)
+    mask = BlockMask((64,), (64,), *lists).with_inverse((128,))
+    with block_sparse.override(descriptor=True):
+        block_sparse_attention(query, key, value, mask=mask, impl="triton").sum().backward()
+        block_sparse_attention(query.detach(), key.detach(), value, mask=mask, skip_threshold=0.1, impl="triton")
+
+
 def call_agent() -> None:
     token = torch.randn(2, 9, 2, 16, dtype=torch.bfloat16).requires_grad_()
     agent_attention(*leaves(2, 8, 8, 2, 16), token, impl="triton").sum().backward()
@@ -80,7 +91,8 @@ CALLS = {
     "neighborhood, descriptors": (lambda: call_neighborhood(True), {"forward", "query", "key", "bias", "extra"}),
     "neighborhood, e4m3": (call_neighborhood_e4m3, {"forward"}),
     "window": (call_window, {"forward", "window"}),
-    "block_sparse": (call_block_sparse, {"forward", "query", "key", "extra"}),
+    "block_sparse": (call_block_sparse, {"forward", "query", "count", "place", "key", "extra"}),
+    "block_sparse, whole": (call_block_sparse_whole, {"forward", "query", "key"}),
     "agent": (call_agent, {"forward", "query", "key"}),
     "linear": (call_linear, {"state", "apply", "query", "key"}),
 }
@@ -109,6 +121,7 @@ def test_descriptors_find_memory_and_the_allocator_of_the_caller_stays():
         triton.set_allocator(own)
         with launches() as driver:
             call_neighborhood(True)
+            call_block_sparse_whole()
         assert driver.with_scratch == driver.launched
         return own in copy_context().values()
 

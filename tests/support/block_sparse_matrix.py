@@ -8,13 +8,13 @@ A case prints as the call that makes it again, so a failure can be pasted into a
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from random import Random
 
 import operator_matrix
 import torch
-from foveal.kernels.block_sparse import call, reference
+from foveal.kernels.block_sparse import call, reference, tiled
 from foveal.kernels.block_sparse import mask as masks
 from foveal.kernels.block_sparse.call import BlockSparseCall
 from foveal.kernels.ops import BlockMask, block_sparse_attention
@@ -52,12 +52,14 @@ class Case:
     layout: str = "contiguous"
     seed: int = 0
     additional_mask: str = ""  # "mask", "lengths" or none
+    skip: bool = False  # listed blocks, by a threshold far from all of their margins
 
     @property
     def options(self) -> dict:
         """Keyword arguments of the operator other than `impl` and tensors that have gradients."""
         visible = additional_mask(self, torch.device("cpu"))
-        return {"mask": make_mask(self), "scale": self.scale, "additional_mask": visible}
+        skip = {"skip_threshold": threshold(self)} if self.skip else {}
+        return {"mask": make_mask(self), "scale": self.scale, "additional_mask": visible} | skip
 
     @property
     def query_boxes(self) -> int:
@@ -174,6 +176,24 @@ def additional_mask(case: Case, device: torch.device) -> Tensor | None:
     return visible.sum(1) if case.additional_mask == "lengths" else visible
 
 
+@lru_cache
+def threshold(case: Case) -> float | None:
+    """A `skip_threshold` in the widest gap between margins of blocks, so that rounding decides about none.
+
+    None where fewer than two blocks are below earlier ones, or no gap is wide.
+    """
+    inputs, mask = make_inputs(case, torch.float32), make_mask(case)
+    query, key = (inputs[name].detach().double() for name in ("query", "key"))
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    margins = tiled.block_margins(query, key, mask, scale)
+    margins = margins[masks.listed(mask.kv_num, mask.kv_idx).expand(margins.shape)]
+    margins = margins[(margins < 0) & margins.isfinite()].sort().values
+    if len(margins) < 2 or (margins.diff().max()) < 1e-3:
+        return None
+    widest = int(margins.diff().argmax())
+    return 2 ** float(margins[widest : widest + 2].mean())
+
+
 def make_call(case: Case, inputs: Inputs) -> BlockSparseCall:
     """The call of a case."""
     return call.make_call(**inputs, **case.options)
@@ -192,7 +212,8 @@ def run(
     """Forward and backward of the public operator (or of `operator`, e.g. compiled): out, lse and every gradient."""
     mask = make_mask(case, inputs["query"].device) if mask is None else mask
     visible = additional_mask(case, inputs["query"].device)
-    out, lse = operator(**inputs, additional_mask=visible, mask=mask, scale=case.scale, impl=impl)
+    skip = {"skip_threshold": threshold(case)} if case.skip else {}
+    out, lse = operator(**inputs, additional_mask=visible, mask=mask, scale=case.scale, impl=impl, **skip)
     # what is -inf for lack of keys has no gradient
     lse = lse.masked_fill(lse == float("-inf"), 0)
     return gradients(inputs, out, lse, case.seed + 1)

@@ -11,6 +11,7 @@ import linear_matrix
 import neighborhood_matrix
 import window_matrix
 from foveal.kernels import ops
+from foveal.kernels.block_sparse.configs import Size
 from operator_matrix import Inputs
 from torch import Tensor
 
@@ -95,10 +96,12 @@ DECLARED = {
             block_sparse_matrix.Case(
                 (5, 6), (5, 6), (4, 4), (4, 4), 2, extra=3, additional_mask="mask", layout="fused"
             ),
+            block_sparse_matrix.Case((5, 6), (5, 6), (4, 4), (2, 4), 5, full=True, q_len=True, skip=True, scale=1.0),
             block_sparse_matrix.Case(
                 (5, 6), (5, 6), (4, 4), (4, 4), 2, full=True, bias=True, key_heads=1, value_dim=12, extra=3
             ),
         ),
+        forced=dict(size=Size(16, 16, 4, 1), whole=True, descriptor=True),
     ),
     "agent": Declared(
         agent_matrix,

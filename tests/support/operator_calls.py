@@ -37,6 +37,13 @@ def lists() -> dict:
     }
 
 
+def pairs() -> dict:
+    """Query and key of 16 blocks of one token, all of which are listed."""
+    every = torch.arange(16, dtype=torch.int32).expand(1, 1, 16, 16)
+    mask = BlockMask((1, 1), (1, 1), torch.full((1, 1, 16), 16, dtype=torch.int32), every)
+    return {"query": grid(4, 4), "key": grid(4, 4), "mask": mask}
+
+
 def windows() -> dict:
     return qkv(4, 4) | {"window": 2, "bias": torch.zeros(2, 4, 4)}
 
@@ -45,6 +52,8 @@ CALLS: dict[str, Callable[[], dict]] = {
     **{f"na{rank}d": lambda rank=rank: neighborhood(rank) for rank in (1, 2, 3)},
     "block_sparse_attention": lists,
     "routing_attention2d": lambda: qkv(4, 4) | {"regions": 2, "topk": 1},
+    "skipped_blocks": lambda: pairs() | {"skip_threshold": 0.5},
+    "calibrate_skip": pairs,
     "window_attention": windows,
     "linear_attention": lambda: qkv(4, 4),
     "agent_attention": lambda: (

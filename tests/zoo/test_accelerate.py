@@ -248,6 +248,8 @@ WRONG = {
     "unknown layer": ({"window": 3, "dense_layers": [2]}, r"layers=\[2\] must be within the 2 layers"),
     "min_tokens": ({"window": 3, "min_tokens": -1}, "min_tokens=-1 must be"),
     "noise": ({"window": 3, "noise": (1, 0)}, "noise="),
+    "skip of a window": ({"window": 3, "skip_threshold": 0.1}, "skip_threshold=0.1 must be in .*, with a mask"),
+    "skip_threshold": ({"mask": two_blocks, "skip_threshold": 0}, r"skip_threshold=0 must be in \(0, 1\]"),
     "field": ({"windows": 3}, r"a plan has no \['windows'\]"),
     "layer entry": ({"window": 3, "layers": {0: {"steps": 3}}}, r"layers\[0\]="),
     "mask name": ({"mask": "nobody"}, "mask='nobody' must be one of"),
@@ -300,6 +302,18 @@ def test_gated_vsa_adds_the_coarse_branch():
         for block in model.blocks:
             torch.nn.init.eye_(block.attn1.to_gate_compress.weight)
         assert not torch.equal(run(model, inputs), alone)
+
+
+def test_blocks_of_a_mask_are_skipped():
+    model, inputs = build("wan")
+    plan = {"mask": "vsa", "options": {"block": 2, "sparsity": 0.3}}
+    with accelerate(model, plan):
+        masked_only = run(model, inputs)
+    with accelerate(model, plan | {"skip_threshold": 1e-30}):
+        torch.testing.assert_close(run(model, inputs), masked_only)
+    with accelerate(model, plan | {"skip_threshold": 1.0}):
+        assert not torch.allclose(run(model, inputs), masked_only)
+    assert Plan(**plan, skip_threshold=0.5, layers={0: {"window": 3}}).of_layer(0).skip_threshold is None
 
 
 @pytest.mark.parametrize(

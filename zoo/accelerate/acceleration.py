@@ -107,7 +107,7 @@ class Acceleration:
             return f"the model was given {layout.masked}"
         if prod(grid) < plan.min_tokens:
             return f"{prod(grid):,} tokens < min_tokens={plan.min_tokens:,}"
-        if plan.budget == 1:
+        if plan.budget == 1 and plan.skip_threshold is None:
             return "budget=1"
         if plan.mask is None:
             window = fit_window(plan, grid, site.axes)
@@ -117,9 +117,9 @@ class Acceleration:
         lists = None
         if static:
             lists = static_mask(mask, (prod(grid),) if plan.flat else grid, site.heads, layout.device)
-            if gate is None and density(lists, grid) == 1:
+            if gate is None and plan.skip_threshold is None and density(lists, grid) == 1:
                 return "the mask covers the grid"
-        return Choice(layout, grid, None, mask, lists, plan.flat, gate)
+        return Choice(layout, grid, None, mask, lists, plan.flat, gate, plan.skip_threshold)
 
     def install(self) -> Acceleration:
         self.interception.install()

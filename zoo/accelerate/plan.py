@@ -11,7 +11,8 @@ from typing import Any
 from ..sites.schedule import Bound, check_bound, step_number
 
 Sizes = tuple[int | None, ...]
-RULE = ("window", "stride", "dilation", "mask", "options", "budget", "flat", "gated")  # fields that layers may override
+# fields that layers may override
+RULE = ("window", "stride", "dilation", "mask", "options", "budget", "flat", "gated", "skip_threshold")
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,15 @@ class Plan:
         budget: share of the keys that a query sees, in (0, 1], for masks that take one; 1 is dense.
         flat: the mask is given tokens as one sequence in raster order, `[B, tokens, heads, head_dim]`.
         gated: add the coarse branch of VSA by the `to_gate_compress` of each layer (`load_gates`).
+        skip_threshold: in (0, 1], leaves out blocks of a mask whose weights are below this share of the largest (skip
+            softmax, see `foveal.kernels.ops.block_sparse_attention`); None for none.
         dense_steps: steps that stay dense: the first ones, or (first ones, last ones), integers or shares of the run
             in 0..1 as floats.
         dense_layers: layers that stay dense, negative ones from the last.
         noise: lowest and highest level of the noise in 0..1 between which attention is sparse; all when None.
         min_tokens: fewest tokens of the grid for which attention is sparse.
-        layers: per layer, a mapping with some of window, stride, dilation, mask, options, budget, flat and gated that
-            replaces them, or "dense".
+        layers: per layer, a mapping with some of window, stride, dilation, mask, options, budget, flat, gated and
+            skip_threshold that replaces them, or "dense".
         name, source: title, and origin of the settings.
 
     Raises:
@@ -50,6 +53,7 @@ class Plan:
     budget: float | None = None
     flat: bool = False
     gated: bool = False
+    skip_threshold: float | None = None
     dense_steps: Bound | tuple[Bound, Bound] = 0
     dense_layers: Sequence[int] = ()
     noise: tuple[float, float] | None = None
@@ -69,6 +73,10 @@ class Plan:
             check_sizes(name, getattr(self, name), whole=name == "window")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(f"budget={self.budget!r} must be in (0, 1]")
+        if self.skip_threshold is not None and (self.window is not None or not 0 < self.skip_threshold <= 1):
+            raise ValueError(
+                f"skip_threshold={self.skip_threshold!r} must be in (0, 1], with a mask instead of a window"
+            )
         for bound in self.dense_first_and_last:
             check_bound("dense_steps", bound)
             if bound is None or bound < 0:
@@ -120,7 +128,7 @@ class Plan:
             return None
         changes = dict(entry)
         if "window" in changes:
-            changes.setdefault("mask", None)
+            changes = {"mask": None, "skip_threshold": None} | changes
         if "mask" in changes and changes["mask"] is not None:
             changes.setdefault("window", None)
         return replace(self, **changes, layers={}) if changes else replace(self, layers={})
@@ -130,7 +138,8 @@ class Plan:
         """Visible keys of a query, in a few words."""
         if self.window is None:
             mask = self.mask if isinstance(self.mask, str) else getattr(self.mask, "__name__", "a function")
-            rest = dict(self.options) | ({} if self.budget is None else {"budget": self.budget})
+            rest = {"budget": self.budget, "skip_threshold": self.skip_threshold}
+            rest = dict(self.options) | {name: value for name, value in rest.items() if value is not None}
             return f"mask {mask}" + "".join(f" {name}={value}" for name, value in rest.items())
         text = f"window {_by_axis(self.window)}"
         for name in ("stride", "dilation"):

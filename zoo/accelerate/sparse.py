@@ -33,6 +33,7 @@ class Choice:
         lists: of a mask that looks at the grid alone.
         flat: see `Plan`.
         gate: weights of the coarse branch of VSA, and its cube; None without.
+        skip_threshold: see `Plan`.
     """
 
     layout: Layout
@@ -42,6 +43,7 @@ class Choice:
     lists: BlockMask | None = None
     flat: bool = False
     gate: tuple[nn.Linear, Any] | None = None
+    skip_threshold: float | None = None
 
 
 def attend(call: Call, following: Following) -> Tensor:
@@ -117,11 +119,11 @@ def _by_lists(
     call: Call, choice: Choice, query: Tensor, key: Tensor, value: Tensor, additional: dict[str, Tensor | None]
 ) -> Tensor:
     mask, rank = block_lists(choice, query, key), len(choice.grid)
+    options: dict[str, Any] = dict(mask=mask, scale=call.scale, skip_threshold=choice.skip_threshold, **additional)
     if len(mask.query_block) == rank:
-        return block_sparse_attention(query, key, value, mask=mask, scale=call.scale, **additional)
+        return block_sparse_attention(query, key, value, **options)
     query, key, value = (x.flatten(1, rank) for x in (query, key, value))
-    out = block_sparse_attention(query, key, value, mask=mask, scale=call.scale, **additional)
-    return out.unflatten(1, choice.grid)
+    return block_sparse_attention(query, key, value, **options).unflatten(1, choice.grid)
 
 
 def _coarse(call: Call, choice: Choice, query: Tensor, key: Tensor, value: Tensor, tokens: slice) -> Tensor:

@@ -7,21 +7,25 @@ from random import Random
 
 import pytest
 import torch
-from block_sparse_matrix import TENSORS, Case, cases, check, make_inputs, make_mask, run
-from foveal.kernels.block_sparse import configs
+from block_sparse_matrix import TENSORS, Case, cases, check, make_inputs, make_mask, run, threshold
+from foveal.kernels.block_sparse import configs, inverse
 from foveal.kernels.block_sparse.configs import Size
-from foveal.kernels.block_sparse.mask import box_of_token
+from foveal.kernels.block_sparse.mask import box_of_token, invert, listed
+from foveal.kernels.common.launching import MIN_TILE
 from foveal.kernels.ops import block_sparse_attention, routing_attention2d
 from torch.utils.flop_counter import FlopCounterMode
 
 QUICK = (  # by default; all others are slow
     "test_random_cases_match_the_reference[0]",
+    "test_whole_boxes_match_the_reference[0]",
+    "test_skipping_matches_the_reference[0]",
+    "test_inverse_lists",
     "test_empty_lists",
     "test_what_is_not_listed",
     "test_flops",
 )
 CASES = 160
-CHUNK = 5
+CHUNK = 3
 SIZES = [Size(rows, columns, 4, 1) for rows, columns in ((16, 16), (32, 16), (16, 32), (32, 32), (64, 32), (64, 64))]
 
 
@@ -45,6 +49,53 @@ def test_random_cases_match_the_reference(first):
     for case in affordable_cases(seed=1)[first : first + CHUNK]:
         with configs.override(**forced(case)):
             check(case, torch.float32, "triton")
+
+
+def powers_of_two(case: Case) -> Case:
+    """The case with boxes and a scale that allow an iteration to load whole boxes."""
+    sides = [tuple(1 << (n.bit_length() - 1) for n in block) for block in (case.query_block, case.key_block)]
+    scale = abs(case.scale) or None if case.scale else None
+    case = replace(case, query_block=sides[0], key_block=sides[1], scale=scale, q_len=False, kv_len=False)
+    return replace(case, most=min(case.most, case.key_boxes))
+
+
+@pytest.mark.parametrize("first", range(0, CASES // 2, 2))
+def test_whole_boxes_match_the_reference(first):
+    """Boxes or parts of them by descriptors and by pointers, in grids that they divide or not."""
+    found = filter(affordable, map(powers_of_two, cases(10**6, seed=3)))
+    found = (case for case in found if min(prod(case.query_block), prod(case.key_block)) >= MIN_TILE)
+    for case in islice(found, first, first + 2):
+        with configs.override(**forced(case), whole=True, descriptor=case.seed % 2 == 0):
+            check(case, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("first", range(32))
+def test_skipping_matches_the_reference(first):
+    found = (replace(case, skip=True, scale=1.0) for case in cases(10**6, seed=4))
+    found = (powers_of_two(case) if case.seed % 2 else case for case in found if case.batch and case.most > 1)
+    found = (case for case in found if affordable(case) and threshold(case))
+    for case in islice(found, first, first + 1):
+        with configs.override(whole=not (case.q_len or case.kv_len), descriptor=case.seed % 3 == 0):
+            check(case, torch.float32, "triton")
+
+
+def test_big_boxes_keep_the_error_rule():
+    """The launches that users get: boxes of 64 and 128 tokens in half precision, whole and cut."""
+    even = Case((8, 8, 8), (8, 4, 8), (4, 4, 8), (4, 4, 4), most=2, heads=2, key_heads=1, head_dim=64)
+    for case in (even, replace(even, shape=(5, 7, 9), bias=True, extra=2), replace(even, key_block=(4, 4, 8), most=1)):
+        check(case, torch.float16, "triton")
+
+
+def test_inverse_lists_are_those_of_a_sort(monkeypatch):
+    monkeypatch.setattr(inverse, "CHUNKS", 3)
+    for lead, query_boxes, key_boxes, most in (((1, 1), 5, 7, 3), ((1, 2), 10, 9, 9), ((2, 1), 2, 1, 1)):
+        kv_num = torch.randint(0, most + 1, (*lead, query_boxes), dtype=torch.int32)
+        kv_idx = torch.rand(*lead, query_boxes, key_boxes).argsort(-1)[..., :most].int()
+        kv_idx = torch.where(listed(kv_num, kv_idx), kv_idx, -(10**6))
+        (starts, order), (expected, entries) = (f(kv_num, kv_idx, key_boxes) for f in (inverse.invert, invert))
+        assert torch.equal(starts, expected)
+        counts = torch.arange(order.shape[-1]) < starts[..., -1:]
+        assert torch.equal(order[counts], entries[counts])
 
 
 def test_half_precision_keeps_the_error_rule():

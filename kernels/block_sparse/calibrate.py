@@ -1,0 +1,63 @@
+"""What a `skip_threshold` skips, and thresholds that skip a given share."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..common.arguments import operator
+from .call import make_call
+from .mask import BlockMask, listed
+from .skip import SkipCalibration, fit
+from .tiled import block_margins
+
+
+def _margins(query: Tensor, key: Tensor, mask: BlockMask, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Natural `skip.margins` and which of them are of listed blocks, `[B, heads, query blocks, most]` each."""
+    call = make_call(query, key, key, mask=mask, scale=scale)
+    with torch.no_grad():
+        above = block_margins(query, key, call.mask, call.scale) * math.log(2)
+    return above, listed(mask.kv_num, mask.kv_idx).expand(above.shape)
+
+
+@operator
+def skipped_blocks(
+    query: Tensor, key: Tensor, *, mask: BlockMask, skip_threshold: float, scale: float | None = None
+) -> Tensor:
+    """Listed blocks that `block_sparse_attention` skips with a `skip_threshold`.
+
+    Args:
+        query, key, mask, scale: as in `block_sparse_attention`.
+        skip_threshold: in [0, 1].
+
+    Returns:
+        bool `[B, heads, query blocks, most]`, False where no block is listed.
+
+    Raises:
+        ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
+    """
+    if not 0 <= skip_threshold <= 1:
+        raise ValueError(f"skip_threshold={skip_threshold!r} must be in [0, 1]")
+    above, of_list = _margins(query, key, mask, scale)
+    return of_list & (above < (math.log(skip_threshold) if skip_threshold else -math.inf))
+
+
+@operator
+def calibrate_skip(query: Tensor, key: Tensor, *, mask: BlockMask, scale: float | None = None) -> SkipCalibration:
+    """Thresholds of skip softmax by the share of the listed blocks that they skip, fitted to a query and a key.
+
+    The form is that of NVIDIA's Model Optimizer, threshold = a * exp(b * sparsity) / keys, fitted to logarithms. It
+    carries over to grids of other lengths as far as thresholds fall with the number of keys (BLASST, arXiv:2512.12087).
+
+    Args:
+        query, key, mask, scale: as in `block_sparse_attention`; those of a layer of the model, at a typical step.
+
+    Returns:
+        the fit, whose `threshold(sparsity, keys)` is a `skip_threshold`.
+
+    Raises:
+        ValueError: too few blocks are below earlier ones for a line.
+        ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
+    """
+    above, of_list = _margins(query, key, mask, scale)
+    return fit(above[of_list], math.prod(key.shape[1:-2]))
