@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
@@ -125,7 +125,7 @@ def ragged_attention(
             raise ValueError(f"{name}.shape={tuple(x.shape)} must have one row for each entry")
 
     def attend(group: Group, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        given = {name: _of_group(name, option, group, *tensors[:2]) for name, option in options.items()}
+        given = options_of(group, options, *tensors[:2])
         if return_lse:
             return operator(*tensors, **given, return_lse=True)
         return operator(*tensors, **given), None
@@ -134,8 +134,11 @@ def ragged_attention(
     return (packed.restore(out), packed.restore(lse)) if return_lse else packed.restore(out)
 
 
-def _of_group(name: str, option: Any, group: Group, query: Tensor, key: Tensor) -> Any:
-    """An option as the entries of a group have it."""
-    if name in OF_ENTRIES and isinstance(option, Tensor):
-        return take_members(option, group.members)
-    return option(query, key) if callable(option) else option
+def options_of(group: Group, options: Mapping[str, Any], query: Tensor, key: Tensor) -> dict[str, Any]:
+    """Options of an operator as the entries of a group have them."""
+    given = {}
+    for name, option in options.items():
+        if name in OF_ENTRIES and isinstance(option, Tensor):
+            option = take_members(option, group.members)
+        given[name] = option(query, key) if callable(option) else option
+    return given

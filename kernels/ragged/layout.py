@@ -108,13 +108,19 @@ class Order(NamedTuple):
     inverse: Tensor | None
 
 
-@lru_cache(maxsize=256)
-def find_groups(sizes: tuple[Size, ...], key_sizes: tuple[Size, ...]) -> tuple[Group, ...]:
-    """Groups of entries with equal grids, in the order of their first members; entries without queries are in none."""
+def _find_groups(sizes: tuple[Size, ...], key_sizes: tuple[Size, ...]) -> tuple[Group, ...]:
     found: dict[tuple[Size, Size], list[int]] = {}
     for i, pair in enumerate(zip(sizes, key_sizes, strict=True)):
         found.setdefault(pair, []).append(i)
     return tuple(Group(*pair, tuple(members)) for pair, members in found.items() if prod(pair[0]))
+
+
+_kept_groups = lru_cache(maxsize=256)(_find_groups)
+
+
+def find_groups(sizes: tuple[Size, ...], key_sizes: tuple[Size, ...]) -> tuple[Group, ...]:
+    """Groups of entries with equal grids, in the order of their first members; entries without queries are in none."""
+    return _find_groups(sizes, key_sizes) if tracing() else _kept_groups(sizes, key_sizes)
 
 
 def _find_order(sizes: tuple[Size, ...], groups: tuple[Group, ...], device: torch.device) -> Order:

@@ -127,12 +127,29 @@ def _sum(weights: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
     return total.to(x.dtype)
 
 
-class _Logits(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """A sum of products of two tensors, linear in each."""
+
+    @classmethod
+    def tangent(cls, ctx: Any, *tangents: Tensor | None) -> Tensor:
+        """Derivative along tangents of the two tensors."""
+        first, second = ctx.saved_tensors
+        parts = [cls.apply(x, second, ctx.near) for x in tangents[:1] if x is not None]
+        parts += [cls.apply(first, x, ctx.near) for x in tangents[1:2] if x is not None]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+class _Logits(_Product):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, near: Neighbors) -> Tensor:
         ctx.save_for_backward(query, key)
+        ctx.save_for_forward(query, key)
         ctx.near = near
         return _dot(query, key, near)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        return _Logits.tangent(ctx, *tangents)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
@@ -140,12 +157,17 @@ class _Logits(torch.autograd.Function):
         return _Weighted.apply(grads[0], key, ctx.near), _Spread.apply(grads[0], query, ctx.near), None
 
 
-class _Weighted(torch.autograd.Function):
+class _Weighted(_Product):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, value: Tensor, near: Neighbors) -> Tensor:
         ctx.save_for_backward(weights, value)
+        ctx.save_for_forward(weights, value)
         ctx.near = near
         return _sum(weights.masked_fill(~near.visible, 0), value, near.keys)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        return _Weighted.tangent(ctx, *tangents)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
@@ -153,19 +175,29 @@ class _Weighted(torch.autograd.Function):
         return _Logits.apply(grads[0], value, ctx.near), _Spread.apply(weights, grads[0], ctx.near), None
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(_Product):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, x: Tensor, near: Neighbors) -> Tensor:
         ctx.save_for_backward(weights, x)
+        ctx.save_for_forward(weights, x)
         ctx.near = near
         place = (near.queries * weights.shape[-1] + near.slots).flatten()
         of_queries = weights.flatten(1).index_select(1, place).unflatten(1, near.queries.shape)
         return _sum(of_queries.masked_fill(~near.listed, 0), x, near.queries)
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        return _Spread.tangent(ctx, *tangents)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         weights, x = ctx.saved_tensors
         return _Logits.apply(x, grads[0], ctx.near), _Weighted.apply(weights, grads[0], ctx.near), None
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`[B, heads, *spatial, d]` as `[B * heads, T, d]`."""
+    return x.flatten(0, 1).flatten(1, -2)
 
 
 def logits(query: Tensor, key: Tensor, axes: tuple[Axis, ...], bias: Tensor | None = None) -> Tensor:
@@ -180,7 +212,7 @@ def logits(query: Tensor, key: Tensor, axes: tuple[Axis, ...], bias: Tensor | No
         `[B, heads, *spatial, prod(window)]`, keys in C order of the window; -inf in slots that a causal window lacks.
     """
     near = neighbors(axes, query.device)
-    found = _Logits.apply(*(x.flatten(0, 1).flatten(1, -2) for x in (query, key)), near)
+    found = _Logits.apply(_flat(query), _flat(key), near)
     found = found.unflatten(0, query.shape[:2])
     if bias is not None:
         found = found + bias.to(found.dtype).flatten(1)[:, near.offsets]
@@ -201,10 +233,13 @@ def weighted(weights: Tensor, value: Tensor, axes: tuple[Axis, ...]) -> Tensor:
         `[B, heads, *spatial, value_dim]`.
     """
     near = neighbors(axes, value.device)
-    flat = (x.flatten(0, 1).flatten(1, -2) for x in (weights, value))
-    return _Weighted.apply(*flat, near).unflatten(0, value.shape[:2]).unflatten(2, value.shape[2:-1])
+    return (
+        _Weighted.apply(_flat(weights), _flat(value), near)
+        .unflatten(0, value.shape[:2])
+        .unflatten(2, value.shape[2:-1])
+    )
 
 
 def count(axes: tuple[Axis, ...]) -> int:
     """Keys in a window."""
-    return prod(axis.window for axis in axes)
+    return prod([axis.window for axis in axes])

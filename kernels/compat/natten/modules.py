@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ...common.calling import PerAxis, per_axis
 from . import pairs
-from .functional import OPERATORS
+from .functional import neighborhood_attention
 
 
 class NeighborhoodAttention(nn.Module):
@@ -96,18 +96,9 @@ class NeighborhoodAttention(nn.Module):
             x = x.narrow(axis, 0, n)
         return self.proj_drop(self.proj(x))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return OPERATORS[self.rank](
-            query,
-            key,
-            value,
-            window=self.kernel_size,
-            stride=self.stride,
-            dilation=self.dilation,
-            causal=self.is_causal,
-            bias=self.rpb,
-            scale=self.scale,
-        )
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
+        given = {"kernel_size": self.kernel_size, "dilation": self.dilation, "is_causal": self.is_causal}
+        return neighborhood_attention(query, key, value, stride=self.stride, rpb=self.rpb, scale=self.scale, **given)
 
     def _attend_dropped(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (x.movedim(-2, 1) for x in (query * self.scale, key, value))
