@@ -235,6 +235,27 @@ def test_looked_at_without_gradients():
     assert grad.abs().sum() > 0
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def test_in_other_autograd_functions():
+    """Their graph is made in C++, where nobody asks for what the weights are."""
+    query, key, value, bias = randn(1, 2, 4, 4, 3), randn(1, 2, 4, 4, 3), randn(1, 2, 4, 4, 3), randn(2, 5, 5)
+    attn, plain = (pairs.qk(2, query, key, 3, rpb=bias) for _ in range(2))
+    outs = [pairs.av(2, x.softmax(-1), value, 3) for x in (Doubled.apply(attn), 2 * plain.clone())]
+    grads = [torch.autograd.grad(x.square().sum(), (query, key, value, bias)) for x in outs]
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert torch.autograd.gradcheck(lambda q, k: pairs.qk(2, q, k, 3), (query, key))
+
+
 def test_compiled_pairs():
     query, key, value = (torch.randn(1, 2, 6, 6, 4, requires_grad=True) for _ in range(3))
 

@@ -7,7 +7,8 @@ With `keys[t, o]` the o-th key of query t there are three sums,
     spread   [k]    = sum over (t, o) with keys[t, o] = k of weights[t, o] x[t]
 
 and the gradients of each are the other two, so all can be differentiated any number of times. `spread` reads from a
-list of the queries of every key and adds in its order: nothing is added atomically.
+list of the queries of every key and adds in its order: nothing is added atomically. Graphs of `torch.compile`, which
+take no function with a forward derivative, have PyTorch's own gradients instead.
 """
 
 from __future__ import annotations
@@ -127,6 +128,10 @@ def _sum(weights: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
     return total.to(x.dtype)
 
 
+def _mix(weights: Tensor, value: Tensor, near: Neighbors) -> Tensor:
+    return _sum(weights.masked_fill(~near.visible, 0), value, near.keys)
+
+
 class _Product(torch.autograd.Function):
     """A sum of products of two tensors, linear in each."""
 
@@ -163,7 +168,7 @@ class _Weighted(_Product):
         ctx.save_for_backward(weights, value)
         ctx.save_for_forward(weights, value)
         ctx.near = near
-        return _sum(weights.masked_fill(~near.visible, 0), value, near.keys)
+        return _mix(weights, value, near)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -212,7 +217,7 @@ def logits(query: Tensor, key: Tensor, axes: tuple[Axis, ...], bias: Tensor | No
         `[B, heads, *spatial, prod(window)]`, keys in C order of the window; -inf in slots that a causal window lacks.
     """
     near = neighbors(axes, query.device)
-    found = _Logits.apply(_flat(query), _flat(key), near)
+    found = (_dot if torch.compiler.is_compiling() else _Logits.apply)(_flat(query), _flat(key), near)
     found = found.unflatten(0, query.shape[:2])
     if bias is not None:
         found = found + bias.to(found.dtype).flatten(1)[:, near.offsets]
@@ -233,11 +238,8 @@ def weighted(weights: Tensor, value: Tensor, axes: tuple[Axis, ...]) -> Tensor:
         `[B, heads, *spatial, value_dim]`.
     """
     near = neighbors(axes, value.device)
-    return (
-        _Weighted.apply(_flat(weights), _flat(value), near)
-        .unflatten(0, value.shape[:2])
-        .unflatten(2, value.shape[2:-1])
-    )
+    found = (_mix if torch.compiler.is_compiling() else _Weighted.apply)(_flat(weights), _flat(value), near)
+    return found.unflatten(0, value.shape[:2]).unflatten(2, value.shape[2:-1])
 
 
 def count(axes: tuple[Axis, ...]) -> int:

@@ -37,9 +37,11 @@ METADATA = {  # what is known of weights that are not computed
     Tensor.is_floating_point,
     Tensor.__len__,
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "itemsize")),
-    *(getattr(Tensor, name).__get__ for name in ("is_cpu", "is_cuda", "is_meta", "is_nested", "is_sparse")),
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("is_cpu", "is_cuda", "is_meta", "is_nested", "is_sparse", "requires_grad")
+    ),
 }
-REQUIRES_GRAD = Tensor.requires_grad.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class Recipe:
     @property
     def tensors(self) -> list[Tensor]:
         return [x for x in (self.query, self.key, self.bias, self.additional_keys) if x is not None]
+
+    def of(self, tensors: Sequence[Tensor]) -> Recipe:
+        """The same recipe of other tensors, which stand in the order of `tensors`."""
+        given = iter(tensors)
+        names = ("query", "key", "bias", "additional_keys")
+        return replace(self, **{name: None if getattr(self, name) is None else next(given) for name in names})
 
     def weights(self) -> Tensor:
         found = gathered.logits(self.query, self.key, self.axes, self.bias)
@@ -77,6 +85,28 @@ def _versions(tensors: Sequence[Tensor]) -> list[int | None]:
     return [None if x.is_inference() else x._version for x in tensors]
 
 
+class _Placeholder(torch.autograd.Function):
+    """NaN in the shape of weights, with their gradient: for functions in C++ and for another `torch.autograd.Function`,
+    whose graph knows nothing of Python's subclasses."""
+
+    @staticmethod
+    def forward(ctx: Any, recipe: Recipe, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.recipe = recipe
+        width = gathered.count(recipe.axes)
+        width += 0 if recipe.additional_keys is None else recipe.additional_keys.shape[2]
+        return recipe.query.new_full((), torch.nan).expand(*recipe.query.shape[:-1], width)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        tensors = [x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            weights = ctx.recipe.of(tensors).weights()
+        wanted = [x for x in tensors if x.requires_grad]
+        found = iter(torch.autograd.grad(weights, wanted, grads[0]))
+        return None, *(next(found) if x.requires_grad else None for x in tensors)
+
+
 class DeferredWeights(Tensor):
     """Attention weights `[B, heads, *spatial, keys]` that are computed when somebody asks for more than a softmax."""
 
@@ -87,10 +117,7 @@ class DeferredWeights(Tensor):
 
     @staticmethod
     def make(recipe: Recipe) -> DeferredWeights:
-        width = gathered.count(recipe.axes)
-        width += 0 if recipe.additional_keys is None else recipe.additional_keys.shape[2]
-        data = recipe.query.detach().new_empty(()).expand(*recipe.query.shape[:-1], width)
-        self = torch.Tensor._make_subclass(DeferredWeights, data)
+        self = _Placeholder.apply(recipe, *recipe.tensors).as_subclass(DeferredWeights)
         self.recipe, self.computed = recipe, None
         self.records, self.versions = torch.is_grad_enabled(), _versions(recipe.tensors)
         return self
@@ -122,13 +149,11 @@ class DeferredWeights(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if first is not None and first.computed is None:
-            if func == REQUIRES_GRAD:  # a new object each time
-                return first.records and any(x.requires_grad for x in first.recipe.tensors)
-            if first.records == torch.is_grad_enabled() and is_plain_call():
-                found = _deferred(func, first, args, kwargs)
-                if found is not None:
-                    return found
+        deferred = first is not None and first.computed is None and first.records == torch.is_grad_enabled()
+        if first is not None and deferred and is_plain_call():
+            found = _deferred(func, first, args, kwargs)
+            if found is not None:
+                return found
         given: Any = tree_map_only(DeferredWeights, DeferredWeights.compute, (args, kwargs))
         return func(*given[0], **given[1])
 
