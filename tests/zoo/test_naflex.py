@@ -65,8 +65,8 @@ def test_every_image_as_if_alone(model, form):
 def test_trained_by_the_loader(model):
     """Two steps on batches of timm's loader lower the loss, and sizes differ in a batch."""
     loader = create_naflex_loader(
-        Pictures(8), patch_size=8, max_seq_len=64, batch_size=8, num_workers=0, device=torch.device("cpu"), pin_memory=False,
-        persistent_workers=False,
+        Pictures(8), patch_size=8, max_seq_len=64, batch_size=8, num_workers=0, device=torch.device("cpu"),
+        pin_memory=False, persistent_workers=False,
     )  # fmt: skip
     batch, target = next(iter(loader))
     wrapped = NaFlexModel(model)
