@@ -1,8 +1,8 @@
 """Images of unequal sizes, and batches of timm's NaFlex loader, for backbones on maps.
 
-NaFlex (arXiv:2307.06304, `timm.data.create_naflex_loader`) hands out patches with coordinates. Backbones with
-convolutions take images instead, of any size: patches are put together again, images of one size go through the model
-as one batch, and nothing is padded or resized.
+NaFlex (arXiv:2502.14786, section 2; `timm.data.create_naflex_loader`) hands out patches with coordinates. Backbones
+with convolutions take images instead, of any size: patches are put together again, images of one size go through the
+model as one batch, and nothing is padded or resized.
 """
 
 from collections.abc import Callable, Mapping, Sequence

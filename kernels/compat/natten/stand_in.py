@@ -12,7 +12,6 @@ from typing import Any, cast
 
 from ...common.calling import per_axis
 from . import functional, settings
-from .geometry import check_axes
 from .orders import RELEASES, as_version, find_release, functions_of, modules_of
 
 NAME = "natten"
@@ -117,11 +116,11 @@ def _make_modules(release: str) -> dict[str, ModuleType]:
         content["functional"] |= switches
         content |= {f"natten{rank}d": classes for rank in (1, 2, 3)}
     else:
-        checks = {"check_all_args": _check_all_args(release), "check_axes": check_axes}
+        checks = {"check_all_args": _check_all_args(release)}
         content |= {"context": switches | contexts, "types": _types(), "utils": checks, "utils.checks": checks}
     if (0, 17) <= version < (0, 20):
         content |= {f"na{rank}d": classes for rank in (1, 2, 3)}
-        content["utils"] |= {"get_device_cc": settings.get_device_cc}
+        content["utils"] = checks | {"get_device_cc": settings.get_device_cc}
     if version >= (0, 20):
         content["modules"] = dict(classes)
         public = ("na1d", "na2d", "na3d", "attention", "merge_attentions")
