@@ -19,12 +19,14 @@ from .neighborhood import (
     na3d,
     sharded_neighborhood_attention,
 )
+from .ragged import RaggedLayout, ragged_attention
 from .scored import attention_statistics, scaled_attention, scored_attention
 from .tools.explain import explain
 from .window import relative_bias, window_attention
 
 __all__ = [
     "BlockMask",
+    "RaggedLayout",
     "SkipCalibration",
     "agent_attention",
     "attention_statistics",
@@ -38,6 +40,7 @@ __all__ = [
     "na1d",
     "na2d",
     "na3d",
+    "ragged_attention",
     "relative_bias",
     "routing_attention2d",
     "scaled_attention",

@@ -21,6 +21,9 @@ from torch.utils._pytree import tree_map_only
 from ..common.arguments import check_arguments
 from ..common.calling import Impl
 from ..common.operator import FUNCTIONS, PLAIN
+from ..ragged.api import options_of
+from ..ragged.groups import attend_groups
+from ..ragged.layout import Group, RaggedLayout, find_groups, find_order
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def explain(
         query, key, value: as the operator takes them. Only shape, strides, dtype and device are looked at, so tensors
             without data will do: on the meta device, or under `FakeTensorMode` to ask about a device that is not there.
         impl: as the operator takes it. An implementation that cannot take the call is reported, not raised.
-        **arguments: the keyword arguments of the operator.
+        **arguments: the keyword arguments of the operator. With `sizes`, and `key_sizes`, query, key and value are
+            packed tokens of a ragged batch, as for `ragged_attention`: costs of its batches are added.
 
     Returns:
         An `Explanation`; print it for a summary.
@@ -107,6 +111,8 @@ def explain(
         ValueError: an unknown operator or implementation.
         ValueError, TypeError: arguments that the operator itself would refuse.
     """
+    if "sizes" in arguments:
+        return _explain_ragged(operator, query, key, value, impl=impl, **arguments)
     name, function = _find(operator)
     choice = "impl" in inspect.signature(function).parameters
     check_arguments(function, query, key, value, **arguments, **({"impl": impl} if choice else {}))
@@ -122,6 +128,46 @@ def explain(
     chosen = None if reasons.get(impl) else declared.select_impl(query, key, value, checked, impl)
     cost = {} if summarize is None else summarize(query, key, value, checked, chosen)
     return Explanation(name, call, chosen, reasons, cost)
+
+
+def _explain_ragged(
+    operator: Callable | str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    sizes: RaggedLayout | Sequence,
+    key_sizes: RaggedLayout | Sequence | None = None,
+    **arguments,
+) -> Explanation:
+    """The sum of the dense batches that `ragged_attention` makes, and of the tokens that it gathers for them."""
+    layout = RaggedLayout.of(sizes)
+    key_layout = layout if key_sizes is None else RaggedLayout.of(key_sizes)
+    parts: list[Explanation] = []
+
+    def attend(group: Group, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        given = options_of(group, arguments, *tensors[:2])
+        parts.append(explain(operator, *tensors, **given))
+        out = tensors[0].new_empty(*tensors[0].shape[:-1], tensors[2].shape[-1])
+        return out, out[..., 0]
+
+    with torch.no_grad():
+        attend_groups(attend, query, key, value, layout, key_layout)
+    if not parts:
+        raise ValueError(f"sizes={list(layout.sizes)} must have an entry with tokens")
+    cost: dict[str, int | float | str] = {"entries": len(layout), "batches": len(parts)}
+    gathered = find_order(layout.sizes, find_groups(layout.sizes, key_layout.sizes), query.device).tokens is not None
+    moved = (query, key, value, query[..., :1].expand(*query.shape[:-1], value.shape[-1]))  # the output, too
+    cost["gathered_bytes"] = 2 * sum(x.numel() * x.element_size() for x in moved) if gathered else 0
+    for name in parts[0].cost:  # ratios of one batch say nothing of all
+        found = [part.cost.get(name) for part in parts]
+        if name.endswith(("flops", "bytes", "pairs")) and all(isinstance(x, (int, float)) for x in found):
+            cost[name] = sum(x for x in found if isinstance(x, (int, float)))
+    reasons = {name: next((p.reasons[name] for p in parts if p.reasons[name]), None) for name in parts[0].reasons}
+    impls = {part.impl for part in parts}
+    call = f"a ragged batch {tuple(query.shape)} {str(query.dtype).removeprefix('torch.')} on {query.device}"
+    chosen = impls.pop() if len(impls) == 1 else ", ".join(sorted(map(str, impls)))
+    return Explanation(parts[0].operator, call, chosen, reasons, cost)
 
 
 def _operator_arguments(words: Sequence[str]) -> dict:

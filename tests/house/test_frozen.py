@@ -25,6 +25,7 @@ from meta_models import without_data
 FROZEN = Path(__file__).parent / "frozen"
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
+    "foveal.kernels.compat.natten",
     "foveal.kernels.ops",
     "foveal.layers",
     "foveal.weights",

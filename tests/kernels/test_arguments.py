@@ -93,7 +93,7 @@ def wrong_calls(name: str) -> Iterator[tuple[str, str, dict]]:
 
 def test_every_operator_is_asked():
     without_calls = {"BlockMask", "SkipCalibration", "attention_statistics", "explain", "scaled_attention"}
-    without_calls |= {"masks", "sharded_neighborhood_attention"}
+    without_calls |= {"RaggedLayout", "masks", "ragged_attention", "sharded_neighborhood_attention"}
     assert set(ops.__all__) - without_calls == set(CALLS)
     assert set(_operators()) <= set(CALLS)
 

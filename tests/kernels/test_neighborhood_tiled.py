@@ -1,11 +1,8 @@
 """The tiled path against the fp64 reference and NATTEN's recordings, and what it promises besides values."""
 
-import json
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from foveal.kernels.common import calling
@@ -28,12 +25,10 @@ from neighborhood_matrix import (
     masked_cases,
     run,
 )
+from recorded_natten import RECORDED, RECORDED_BIAS, assert_recorded, recorded_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
-RECORDED = [c for c in json.loads((GOLDENS / "neighborhood.json").read_text())["configs"] if "out_keys" in c]
-RECORDED_BIAS = json.loads((GOLDENS / "neighborhood_rpb.json").read_text())["configs"]
 PLAIN = Case((13, 11), (5, 3), (1, 1), (2, 3), (False, False), heads=4, key_heads=2, bias=True, extra=3)
 MASKED = replace(PLAIN, batch=2, value_dim=5, additional_mask="mask", seed=3)
 WHOLE = Case((5, 14), (5, 7), (1, 3), (1, 2), (False, False), batch=2, heads=2, bias=True)
@@ -125,20 +120,6 @@ def test_flattened_tokens_of_one_projection(operator):
 def test_random_cases_in_half_precision(rank, dtype):
     for case in cases(rank, 60, seed=1):
         check(case, dtype, "torch")
-
-
-def recorded_inputs(config, *more: tuple[int, ...]) -> list[torch.Tensor]:
-    random = np.random.RandomState(config["seed"])
-    arrays = [random.standard_normal((4, config["tokens"], 2, 8)), *(random.standard_normal(size) for size in more)]
-    arrays = [np.clip(np.round(x * 16) / 16, -3.9375, 3.9375) for x in arrays]
-    grids = [torch.from_numpy(x).reshape(1, *config["shape"], 2, 8) for x in arrays[0]]
-    return [*grids, *(torch.from_numpy(x) for x in arrays[1:])]
-
-
-def assert_recorded(got: torch.Tensor, path: str, key: str) -> None:
-    with np.load(GOLDENS / path) as file:
-        expected = torch.from_numpy(file[key]).double()
-    torch.testing.assert_close(got.detach().reshape(expected.shape), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])

@@ -1,0 +1,1 @@
+"""Other packages' calls on our operators, one package a folder."""
