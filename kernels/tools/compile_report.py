@@ -17,18 +17,35 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 from .. import ops  # noqa: F401 - declares all operators
+from ..common.launching import Device
 from ..common.operator import OPERATORS as DECLARED
 from . import sass
 
 OPERATORS = tuple(sorted(name for name, operator in DECLARED.items() if "triton" in operator.modules))
-ARCHITECTURES = {  # shared memory a program may have, in bytes, and which table of sizes the device takes
-    "sm_80": (163 * 1024, "ampere"),
-    "sm_89": (99 * 1024, "small"),
-    "sm_90": (227 * 1024, "hopper"),
-    "sm_100": (227 * 1024, "hopper"),
-    "gfx942": (64 * 1024, "small"),
+
+
+class Architecture(NamedTuple):
+    """Shared memory a program may have, in bytes, the table of sizes of the device, threads that run in step."""
+
+    shared: int
+    device: Device
+    descriptors: bool = False
+    lanes: int = 32
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(163 * 1024, "ampere"),
+    "sm_86": Architecture(99 * 1024, "ada"),
+    "sm_89": Architecture(99 * 1024, "ada"),
+    "sm_90": Architecture(227 * 1024, "hopper", descriptors=True),
+    "sm_100": Architecture(227 * 1024, "hopper", descriptors=True),
+    "sm_120": Architecture(99 * 1024, "ada", descriptors=True),
+    "gfx942": Architecture(64 * 1024, "amd", lanes=64),
+    "gfx950": Architecture(160 * 1024, "amd", lanes=64),
+    "gfx1201": Architecture(64 * 1024, "amd"),
 }
 
 
@@ -86,9 +103,9 @@ class LoopRow(Head):
 def _target(arch: str):
     from triton.backends.compiler import GPUTarget
 
-    return (
-        GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    )
+    lanes = ARCHITECTURES[arch].lanes
+    amd = arch.startswith("gfx")
+    return GPUTarget("hip", arch, lanes) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), lanes)
 
 
 def _nvidia_usage(ptx: str, cubin: bytes, arch: str) -> tuple[int, int]:
@@ -121,7 +138,8 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 
 def _variants(operator: str, arch: str) -> list:
     module = import_module(f"{DECLARED[operator].package}.aot")
-    return list(module.variants(device=ARCHITECTURES[arch][1], tf32=arch.startswith("sm_")))
+    known = ARCHITECTURES[arch]
+    return list(module.variants(device=known.device, tf32=arch.startswith("sm_"), descriptors=known.descriptors))
 
 
 def _head(operator: str, variant, arch: str) -> tuple:
@@ -163,7 +181,7 @@ def describe(operator: str, arch: str, index: int) -> Row:
         )
     except Exception as error:  # every failure of the compiler is a row of the report, not the end of it
         return Row(*head, 0, 0, 0, False, False, f"{type(error).__name__}: {error}".strip().splitlines()[-1])
-    shared, limit = kernel.metadata.shared, ARCHITECTURES[arch][0]
+    shared, limit = kernel.metadata.shared, ARCHITECTURES[arch].shared
     error = f"shared memory exceeds {limit}" if shared > limit else ""
     return Row(*head, registers, spills, shared, "wgmma" in code, "cp.async.bulk.tensor" in code, error)
 

@@ -51,7 +51,7 @@ def choose(
     kernel: Kernel, axes: tuple[Axis, ...], *, head_dim: int, itemsize: int, device: Device, wide: bool
 ) -> Config:
     """Launch parameters of one kernel: as many windows as fill a tile, or as many slots of one window as fit."""
-    small = device == "small" or (device == "ampere" and kernel == "key")
+    small = device in ("ada", "amd") or (device == "ampere" and kernel == "key")
     sizes = (SMALL_BACKWARD if small and kernel != "forward" else SIZES[kernel])[itemsize]
     rows, columns, warps = next(sizes[limit] for limit in sorted(sizes) if block_d(head_dim) <= limit)
     if isinstance(most := forced.get("rows"), int):
