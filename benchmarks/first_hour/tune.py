@@ -15,7 +15,6 @@ from foveal.kernels.common.operator import OPERATORS
 
 from .. import clock, records
 from ..benchmark import Call, SkippedError, WrongResultError
-from ..operators import bind, randn
 from ..runner import check_agreement
 from .context import Context
 from .plan import Finding
@@ -125,6 +124,8 @@ def launches(question: Question, device: Device) -> dict[str, Callable]:
 
 def calls_of(question: Question, device: torch.device) -> Callable[[Callable], Call]:
     """A function that makes the call under a launch."""
+    from ..operators import bind, randn  # with matplotlib, which other steps do without
+
     draw = randn(device, question.dtype)
     tensors = {name: draw(*question.shape) for name in ("query", "key", "value")}
     gradient = randn(device, question.dtype, seed=1)(*question.shape)

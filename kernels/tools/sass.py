@@ -128,12 +128,6 @@ def innermost(jumps: Iterable[tuple[int, int]], matrices: Sequence[int]) -> list
     return found
 
 
-def whole(sass: str, arch: str, warps: int) -> int:
-    """Multiply-adds of all matrix instructions of a kernel, each counted once."""
-    lines = sass.splitlines()
-    return sum(_products(lines, i, warps) for i, line in enumerate(lines) if _unit(line) == "matrix")
-
-
 def _jumps(lines: list[str]) -> Iterator[tuple[int, str]]:
     for i, line in enumerate(lines):
         if match := re.search(r"BRA(?:\.\w+)* (?:!?\w+, )?`\((\.L\w+)\)", line):
@@ -164,19 +158,14 @@ def _shape(lines: list[str], i: int) -> tuple[int, int, int]:
     return (descriptor >> 24 & 31) << 4, (descriptor >> 17 & 63) << 3, 32 if "QMMA" in opcode else 16
 
 
-def _products(lines: list[str], i: int, warps: int) -> int:
-    """Multiply-adds that matrix instruction `i` does on all warps."""
-    m, n, k = _shape(lines, i)
-    return m * n * k * (1 if "UTC" in lines[i] else warps)
-
-
 def _count(lines: list[str], begin: int, end: int, arch: str, warps: int) -> Loop:
     units = [(_unit(lines[i]), i) for i in range(begin, end + 1) if _unit(lines[i])]
     counts = {name: sum(unit == name for unit, _ in units) * warps / SCHEDULERS for name, _ in UNITS}
     products = clocks = 0
     for unit, i in units:
         if unit == "matrix":
-            done = _products(lines, i, warps)
+            m, n, k = _shape(lines, i)
+            done = m * n * k * (1 if "UTC" in lines[i] else warps)
             products += done
             eight_bits, tf32 = "QGMMA" in lines[i] or "QMMA" in lines[i], "TF32" in lines[i]
             clocks += done / DEVICES[arch].products / (2 if eight_bits else 0.5 if tf32 else 1)

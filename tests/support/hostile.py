@@ -25,7 +25,7 @@ def embed(x: Tensor | None) -> Tensor | None:
 
 @contextmanager
 def nan_in_empty(fill: bool = True) -> Iterator[None]:
-    """Inside the block `torch.empty` holds NaN, and PyTorch's own operators are deterministic; without `fill` no NaN."""
+    """Inside the block `torch.empty` holds NaN, and PyTorch is deterministic; without `fill` no NaN."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what `torch.empty` makes
