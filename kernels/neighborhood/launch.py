@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..common.launching import (
     aligned,
+    block_d,
     cdiv,
     device_class,
     grid_strides,
@@ -111,7 +112,8 @@ def extra_constants(head_dim: int, value_dim: int, itemsize: int, precision: str
         EXTRA_KEYS=GRADIENT_EXTRA_KEYS,
         PRECISION=precision,
         STAGES=2,
-        num_warps=4 if itemsize < 4 else 8,  # products of float32 take twice the registers
+        # products of float32 take twice the registers; tiles of 16 by 16, at head dim 256, feed two warps
+        num_warps=8 if itemsize >= 4 else 2 if block_d(max(head_dim, value_dim)) > 128 else 4,
     )
 
 

@@ -28,16 +28,16 @@ class Config(NamedTuple):
     wide: bool
 
 
-# (element bytes) -> {head dim up to: (rows of a tile of queries, of keys, warps)}
+# (element bytes) -> {head dim up to: (rows of a tile of queries, of keys, warps)}; on AMD other warps, see `choose`
 FORWARD = {
     2: {64: (64, 64, 4), 128: (64, 32, 4), 256: (32, 32, 2)},
     4: {32: (32, 32, 4), 128: (16, 16, 4), 256: (16, 16, 8)},
 }
-BACKWARD = {2: {32: (64, 64, 4), 128: (32, 32, 2), 256: (16, 16, 1)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
+BACKWARD = {2: {32: (64, 64, 4), 128: (32, 32, 2), 256: (16, 16, 2)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
 BIAS = {2: {32: (64, 64, 4), 64: (32, 32, 2), 256: (16, 16, 1)}, 4: {32: (16, 16, 4), 256: (16, 16, 8)}}
 SIZES = {"forward": FORWARD, "window": BACKWARD, "query": BACKWARD, "key": BACKWARD, "bias": BIAS}
 # less memory a program, or AMD
-SMALL_BACKWARD = {2: {128: (32, 32, 2), 256: (16, 16, 1)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
+SMALL_BACKWARD = {2: {128: (32, 32, 2), 256: (16, 16, 2)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
 
 forced = Overrides(*Config._fields, "rows", "one_pass")  # the most rows of a tile; one backward kernel where it fits
 override = forced.override
@@ -54,6 +54,8 @@ def choose(
     small = device in ("ada", "amd") or (device == "ampere" and kernel == "key")
     sizes = (SMALL_BACKWARD if small and kernel != "forward" else SIZES[kernel])[itemsize]
     rows, columns, warps = next(sizes[limit] for limit in sorted(sizes) if block_d(head_dim) <= limit)
+    if device == "amd" and itemsize == 2:
+        warps = max(1, rows // 32)  # a wave of 64 lanes feeds on 32 rows
     if isinstance(most := forced.get("rows"), int):
         rows = columns = most
     tokens, keys = _power(prod(a.window for a in axes)), _power(prod(a.span for a in axes))
