@@ -65,7 +65,7 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
             Size(128, 64, 8, 2),
             Size(64, 64, 4, 2),
         ),
-        256: (Size(64, 64, 4, 2),),
+        256: (Size(64, 32, 4, 2),),
     },
     ("hopper", "forward", 2): {
         32: (
@@ -82,7 +82,7 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
             Size(128, 64, 8, 2),
             Size(64, 64, 4, 2),
         ),
-        256: (Size(64, 64, 4, 2),),
+        256: (Size(64, 32, 4, 2),),
     },
     ("hopper", "query", 2): {
         64: (
@@ -93,12 +93,12 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
             Size(128, 64, 8, 2),
             Size(64, 64, 4, 2),
         ),
-        256: (Size(64, 32, 4, 1),),
+        256: (Size(32, 32, 4, 1),),
     },
     ("hopper", "key", 2): {
         64: (Size(64, 64, 4, 2), Size(32, 64, 4, 2)),
         128: (Size(32, 64, 4, 1),),
-        256: (Size(32, 32, 8, 1),),
+        256: (Size(32, 16, 4, 1),),
     },
     ("hopper", "forward", 4): {64: (Size(32, 32, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
     ("hopper", "query", 4): {64: (Size(16, 32, 4, 1),), 128: (Size(16, 16, 8, 1),), 256: (Size(16, 16, 8, 1),)},
@@ -121,7 +121,7 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
             Size(64, 32, 4, 2),
         ),
         128: (Size(64, 32, 4, 2),),
-        256: (Size(32, 16, 2, 1),),
+        256: (Size(32, 32, 4, 1),),
     },
     ("ampere", "key", 2): {
         64: (
@@ -129,7 +129,7 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
             Size(32, 64, 4, 2),
         ),
         128: (Size(32, 64, 4, 1),),
-        256: (Size(32, 32, 8, 1),),
+        256: (Size(32, 32, 4, 1),),
     },
     ("ampere", "forward", 4): {64: (Size(32, 32, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
     ("ampere", "query", 4): {64: (Size(16, 32, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
@@ -143,8 +143,8 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
         128: (Size(64, 32, 4, 2),),
         256: (Size(32, 16, 2, 1),),
     },
-    ("ada", "query", 2): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 1),), 256: (Size(32, 16, 2, 1),)},
-    ("ada", "key", 2): {64: (Size(32, 64, 4, 2),), 128: (Size(32, 64, 4, 1),), 256: (Size(16, 16, 4, 1),)},
+    ("ada", "query", 2): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 1),), 256: (Size(32, 32, 4, 1),)},
+    ("ada", "key", 2): {64: (Size(32, 64, 4, 2),), 128: (Size(32, 64, 4, 1),), 256: (Size(32, 32, 4, 1),)},
     ("ada", "forward", 4): {64: (Size(32, 32, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
     ("ada", "query", 4): {64: (Size(16, 16, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
     ("ada", "key", 4): {64: (Size(16, 16, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},

@@ -88,8 +88,10 @@ class Row(Head):
     @property
     def allowed(self) -> float:
         """Products done for each that is needed, where no size of tile does them once."""
-        if self.kernel in ("query", "key") and self.head_dim > 128:
-            return 1.67  # gradients and operands of 16 rows take all registers of a warp: two and more share the rows
+        if self.head_dim < 32:
+            return 1.67  # four warps side by side need 32 columns, in some product of the backward the head dim
+        if self.kernel == "key" and self.head_dim > 128:
+            return 1.5  # of few agents: four warps on 32 rows of both gradients, for their registers
         if self.kernel == "extra" and self.arch.startswith("gfx"):
             return 2.5  # its 16 keys feed one wave; the others hide the loads of queries
         return 1.0

@@ -28,7 +28,7 @@ def _reach(kind: str, text: str) -> tuple[int, int]:
     """Rows and columns that the warps of a layout reach, one instruction each."""
     warps, shape = _numbers(text, "warpsPerCTA"), _numbers(text, "instrShape")[:2] or list(WMMA)
     if not warps:  # powers of two along either side
-        bases = re.search(r"warp = \[(.*?)\]\s*[,}]", text)
+        bases = re.search(r"warp = \[(?:\[\d+, \d+\](?:, )?)*\]", text)
         vectors = re.findall(r"\[(\d+), (\d+)\]", bases[0] if bases else "")
         warps = [2 ** sum(int(vector[side]) > 0 for vector in vectors) for side in (0, 1)]
     if len(warps) != 2 or len(shape) != 2:

@@ -33,11 +33,11 @@ FORWARD = {
     2: {64: (64, 64, 4), 128: (64, 32, 4), 256: (32, 32, 2)},
     4: {32: (32, 32, 4), 128: (16, 16, 4), 256: (16, 16, 8)},
 }
-BACKWARD = {2: {32: (64, 64, 4), 128: (32, 32, 2), 256: (16, 16, 2)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
+BACKWARD = {2: {32: (64, 64, 4), 256: (32, 32, 4)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
 BIAS = {2: {32: (64, 64, 4), 64: (32, 32, 2), 256: (16, 16, 1)}, 4: {32: (16, 16, 4), 256: (16, 16, 8)}}
 SIZES = {"forward": FORWARD, "window": BACKWARD, "query": BACKWARD, "key": BACKWARD, "bias": BIAS}
 # less memory a program, or AMD
-SMALL_BACKWARD = {2: {128: (32, 32, 2), 256: (16, 16, 2)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
+SMALL_BACKWARD = {2: {256: (32, 32, 4)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
 
 forced = Overrides(*Config._fields, "rows", "one_pass")  # the most rows of a tile; one backward kernel where it fits
 override = forced.override
