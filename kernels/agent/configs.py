@@ -41,7 +41,7 @@ class Config(NamedTuple):
 SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
     ("hopper", "forward", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 2, 1)},
     ("hopper", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 4, 1)},
-    ("hopper", "key", 2): {64: Size(32, 64, 4, 2), 128: Size(32, 64, 4, 1), 256: Size(32, 32, 4, 1)},
+    ("hopper", "key", 2): {64: Size(64, 64, 4, 2), 128: Size(32, 64, 4, 1), 256: Size(32, 32, 4, 1)},
     ("hopper", "bias", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 1), 256: Size(32, 32, 2, 1)},
     ("ampere", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 2, 1)},
     ("ampere", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(32, 32, 2, 2), 256: Size(32, 32, 4, 1)},

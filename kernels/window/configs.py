@@ -30,7 +30,7 @@ class Config(NamedTuple):
 
 # (element bytes) -> {head dim up to: (rows of a tile of queries, of keys, warps)}; on AMD other warps, see `choose`
 FORWARD = {
-    2: {64: (64, 64, 4), 128: (64, 32, 4), 256: (32, 32, 2)},
+    2: {64: (64, 64, 4), 128: (64, 32, 4), 256: (32, 16, 2)},
     4: {32: (32, 32, 4), 128: (16, 16, 4), 256: (16, 16, 8)},
 }
 BACKWARD = {2: {32: (64, 64, 4), 256: (32, 32, 4)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
@@ -54,6 +54,8 @@ def choose(
     small = device in ("ada", "amd") or (device == "ampere" and kernel == "key")
     sizes = (SMALL_BACKWARD if small and kernel != "forward" else SIZES[kernel])[itemsize]
     rows, columns, warps = next(sizes[limit] for limit in sorted(sizes) if block_d(head_dim) <= limit)
+    if kernel == "key" and itemsize == 2 and block_d(head_dim) > 128:
+        columns = 16  # two gradients of so many features fill the registers
     if device == "amd" and itemsize == 2:
         warps = max(1, rows // 32)  # a wave of 64 lanes feeds on 32 rows
     if isinstance(most := forced.get("rows"), int):
