@@ -27,7 +27,8 @@ slow: $(STAMP)
 # the rule of the compile report, on the main loops of one head dim: see docs/backends.md
 rule: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m foveal.kernels.tools.compile_report --arch sm_80 sm_90 gfx942 --dtype bf16 \
-	    --head-dim 128 --grid 18x24x24 8x8 8x7x7 spread 128 --flags "" bias --kernel forward query key state apply $(ARGS)
+	    --operator neighborhood block_sparse window agent --head-dim 128 --grid 18x24x24 8x8 8x7x7 spread --flags "" bias \
+	    --kernel forward query key $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

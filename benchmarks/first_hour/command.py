@@ -101,7 +101,6 @@ def first_hour(
         folder.mkdir(parents=True, exist_ok=True)
         every = declared(small=tiny)
         key = " ".join((info["code"], info["commit"], info["device"], info["torch"], info["triton"], "tiny" * tiny))
-        stored = [r for r in verdict.load(folder) if r.key == key and not (again and r.status == "failed")]
 
         def command(step: Step, work: Path) -> list[str]:
             head = [sys.executable, "-m", "benchmarks.first_hour.child", step.name, str(work.resolve()), key, device]
@@ -114,7 +113,10 @@ def first_hour(
         if not steps:
             console.print(f"no step holds {only!r}")
             return 2
-        others = [record for record in stored if record.name not in {step.name for step in steps}]
+        names = {step.name for step in steps}
+        stored = [record for record in verdict.load(folder) if record.key == key]
+        stored = [r for r in stored if not (again and r.status == "failed" and r.name in names)]
+        others = [record for record in stored if record.name not in names]
         run = Run(
             steps, folder=folder, key=key, command=command, environment=environment, records=stored,
             keep=lambda step, work: keep_rows(step, work, folder / "rows.csv"),

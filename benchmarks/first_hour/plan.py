@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 FINAL = ("passed", "failed", "skipped")  # a step with such a record is not run again
 PATIENCE = 4  # times its estimate, and at least this many seconds, until a step is stopped
 LEAST_PATIENCE = 60.0
@@ -198,6 +200,7 @@ class Run:
             return False
         self.keep(step, self._folder(step))
         self._record(step, result["status"], result["why"], result["seconds"], result["finding"])
+        (self._folder(step) / "result.json").unlink()  # recorded: it is not read once more
         return result["status"] in FINAL
 
     def _folder(self, step: Step) -> Path:
@@ -243,7 +246,7 @@ class Run:
         now = time.monotonic()
         until = min(deadline, now + max(LEAST_PATIENCE, PATIENCE * step.seconds))
         self.running.append(Running(step, process, output, now, until))
-        self.say(f"[dim]{len(self.records)}/{len(self.steps)}[/] {step.name}: {step.question} …")
+        self.say(f"[dim]{len(self.records)}/{len(self.steps)}[/] {escape(f'{step.name}: {step.question}')} …")
 
     def _end(self, running: Running, deadline: float) -> None:
         """Record how a step ended, or that it was stopped."""
@@ -255,6 +258,7 @@ class Run:
         self.keep(step, folder)
         if result is not None:
             self._record(step, result["status"], result["why"], seconds, result["finding"])
+            (folder / "result.json").unlink()
         elif code is not None:
             lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
             how = f"killed by signal {-code}" if code < 0 else f"ended with code {code}"
@@ -269,7 +273,8 @@ class Run:
         date = time.strftime("%Y-%m-%d %H:%M")
         self.records[step.name] = Record(step.name, status, why, round(seconds, 1), self.key, date, finding or {})
         color = {"passed": "green", "failed": "red"}.get(status, "yellow")
-        self.say(f"[{color}]{status}[/] {step.name} ({seconds:.0f} s)" + (f": {why.splitlines()[0]}" if why else ""))
+        first = f": {why.splitlines()[0]}" if why else ""
+        self.say(f"[{color}]{status}[/] {escape(f'{step.name} ({seconds:.0f} s){first}')}")
         self._save()
 
     def _save(self) -> None:

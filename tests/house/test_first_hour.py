@@ -56,6 +56,10 @@ def test_what_ended_is_not_run_twice_with_the_same_code_and_device(tmp_path):
     again = Toys(tmp_path, [*steps, toy("new", worth=0)], stored=stored)
     again.go()
     assert again.begun == ["new"]
+    only_passed = [record for record in stored if record.status != "failed"]
+    anew = Toys(tmp_path, steps, stored=only_passed)
+    anew.go()
+    assert anew.begun == ["wrong"], "what it wrote before is no answer any more"
     other = Toys(tmp_path, steps, key="another commit", stored=stored)
     other.go()
     assert other.begun == ["first", "wrong"]
