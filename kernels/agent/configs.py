@@ -39,15 +39,15 @@ class Config(NamedTuple):
 
 # (device, kernel, element bytes) -> {head dim up to: size}
 SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
-    ("hopper", "forward", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 2, 1)},
+    ("hopper", "forward", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 4, 1)},
     ("hopper", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 4, 1)},
     ("hopper", "key", 2): {64: Size(64, 64, 4, 2), 128: Size(32, 64, 4, 1), 256: Size(32, 32, 4, 1)},
     ("hopper", "bias", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 1), 256: Size(32, 32, 2, 1)},
-    ("ampere", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 2, 1)},
+    ("ampere", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 4, 1)},
     ("ampere", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(32, 32, 2, 2), 256: Size(32, 32, 4, 1)},
     ("ampere", "key", 2): {64: Size(32, 64, 4, 2), 128: Size(32, 64, 4, 1), 256: Size(32, 32, 4, 1)},
     ("ampere", "bias", 2): {64: Size(64, 64, 4, 2), 128: Size(32, 32, 2, 1), 256: Size(32, 32, 2, 1)},
-    ("ada", "forward", 2): {64: Size(64, 64, 4, 2), 128: Size(32, 32, 2, 2), 256: Size(16, 16, 1, 1)},
+    ("ada", "forward", 2): {64: Size(64, 64, 4, 2), 128: Size(32, 32, 2, 2), 256: Size(32, 32, 4, 1)},
     ("ada", "query", 2): {64: Size(64, 64, 4, 1), 128: Size(32, 32, 2, 1), 256: Size(32, 32, 4, 1)},
     ("ada", "key", 2): {64: Size(32, 64, 4, 1), 128: Size(32, 64, 4, 1), 256: Size(32, 32, 4, 1)},
     ("ada", "bias", 2): {64: Size(64, 64, 4, 1), 128: Size(32, 32, 2, 1), 256: Size(16, 16, 1, 1)},

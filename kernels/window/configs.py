@@ -30,7 +30,7 @@ class Config(NamedTuple):
 
 # (element bytes) -> {head dim up to: (rows of a tile of queries, of keys, warps)}; on AMD other warps, see `choose`
 FORWARD = {
-    2: {64: (64, 64, 4), 128: (64, 32, 4), 256: (32, 16, 2)},
+    2: {64: (64, 64, 4), 128: (64, 32, 4), 256: (32, 32, 4)},
     4: {32: (32, 32, 4), 128: (16, 16, 4), 256: (16, 16, 8)},
 }
 BACKWARD = {2: {32: (64, 64, 4), 256: (32, 32, 4)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
