@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup train test slow lint format docs clean
+.PHONY: setup train test slow rule lint format docs clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,12 @@ test: $(STAMP)
 # all values of the kernels in Triton's interpreter, all of their machine code, whole training runs
 slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m "slow and not gpu and not multigpu and not network" $(ARGS)
+
+# the rule of the compile report, on the main loops of one head dim: see docs/backends.md
+rule: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m foveal.kernels.tools.compile_report --arch sm_80 sm_90 gfx942 --dtype bf16 \
+	    --operator neighborhood block_sparse window agent --head-dim 128 --grid 18x24x24 8x8 8x7x7 spread --flags "" bias \
+	    --kernel forward query key $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""`python -m benchmarks`, from the root of a checkout."""
+"""`python -m benchmarks`, from the root of a checkout.
+
+Suites are imported by the commands that measure them: a first hour needs torch, triton, typer and rich.
+"""
 
 import os
 from pathlib import Path
@@ -10,15 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from . import compare as comparison
-from . import floors, records
-from . import report as pages
+from . import records
 from .benchmark import dtype_name
-from .runner import Runner
-from .suites import SUITES, of_suite
+from .first_hour.command import first_hour as run_first_hour
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=150)
-Suite = Annotated[str, typer.Option(help=f"{', '.join(SUITES)}, or all")]
+Suite = Annotated[str, typer.Option(help="kernels, scaling, models, video, or all")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Only = Annotated[
     str,
@@ -50,6 +51,9 @@ def run(
     strict: Strict = False,
 ) -> None:
     """Measure cases, print each one when it is done, and store the rows; exits with 1 if a result was wrong."""
+    from .runner import Runner
+    from .suites import of_suite
+
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory prints a line at each use
     if threads:
         torch.set_num_threads(threads)
@@ -64,6 +68,8 @@ def run(
 @app.command("list")
 def list_(suite: Suite = "all", device: Device = "auto") -> None:
     """List the cases of this device, the models their shapes come from, and the providers."""
+    from .suites import of_suite
+
     where = _device(device)
     table = Table("suite", "kernel", "case", "dtype", "shapes of", "providers")
     for benchmark in of_suite(suite):
@@ -92,6 +98,8 @@ def compare(old: Path, new: Path, strict: Strict = False) -> None:
 @app.command()
 def roofline() -> None:
     """Write the lower bounds of each kernel on an H200 into the READMEs under `kernels/`."""
+    from . import floors
+
     for operator in floors.OPERATORS:
         typer.echo(f"kernels/{operator.folder}/README.md\n\n{floors.table(operator)}\n")
 
@@ -99,8 +107,30 @@ def roofline() -> None:
 @app.command()
 def report(page: Annotated[Path, typer.Argument(help="docs/benchmarks.md")]) -> None:
     """Write the page of stored results, and its pictures to images/benchmarks beside it."""
+    from . import report as pages
+
     page.write_text(pages.markdown(), encoding="utf-8")
     pages.draw(page.parent / "images" / "benchmarks")
+
+
+@app.command("first-hour")
+def first_hour(
+    minutes: Annotated[float, typer.Option(help="after which nothing new begins and what runs is stopped")] = 25.0,
+    device: Device = "auto",
+    tiny: Annotated[bool, typer.Option("--tiny", help="smallest sizes, to see that it runs; on a CPU")] = False,
+    only: Annotated[str, typer.Option(help="steps whose name holds these words, and what they need")] = "",
+    again: Annotated[bool, typer.Option("--again", help="also what failed before")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="say what would run")] = False,
+    jobs: Annotated[int, typer.Option(help="steps at a time, of those that time nothing; 0: half the cores")] = 0,
+    results: Annotated[Path, typer.Option(help="folder of the verdict and the rows")] = records.RESULTS,
+) -> None:
+    """Ask a GPU what waits for one, in the order of worth; exits with 1 if an answer is wrong."""
+    code = run_first_hour(
+        minutes=minutes, device=_device(device).type, tiny=tiny, only=only, again=again, listed=listed,
+        jobs=jobs or max(1, (os.cpu_count() or 2) // 2), results=results, console=console,
+    )  # fmt: skip
+    if code:
+        raise typer.Exit(code)
 
 
 if __name__ == "__main__":

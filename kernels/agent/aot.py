@@ -37,12 +37,13 @@ def _source(kernel, dtype: str, head_dim: int, fixed: dict, flags: str, parts: b
     return source(kernel, dtype, fixed, pointers=dict.fromkeys(floats, "fp32"), integers=integers)
 
 
-def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
+def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Variant]:
     """Every kernel with every size of the pinned table in both passes.
 
     Args:
         device: which table of sizes.
         tf32: whether matrix units take float32 as TF32 only, see `launching.precision`.
+        descriptors: whether the device has tensor descriptors.
     """
     for dtype in TYPES:
         precision = "tf32x3" if tf32 and dtype == torch.float32 else "ieee"

@@ -39,18 +39,18 @@ class Config(NamedTuple):
 
 # (device, kernel, element bytes) -> {head dim up to: size}
 SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
-    ("hopper", "forward", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 8, 2)},
-    ("hopper", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 8, 2), 256: Size(16, 32, 8, 1)},
-    ("hopper", "key", 2): {64: Size(64, 64, 8, 2), 128: Size(32, 64, 8, 2), 256: Size(32, 32, 8, 1)},
-    ("hopper", "bias", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 8, 1), 256: Size(32, 32, 8, 1)},
-    ("ampere", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(32, 64, 4, 2), 256: Size(32, 64, 8, 1)},
-    ("ampere", "query", 2): {64: Size(64, 64, 8, 2), 128: Size(32, 64, 8, 1), 256: Size(32, 32, 8, 1)},
-    ("ampere", "key", 2): {64: Size(64, 64, 8, 2), 128: Size(32, 64, 8, 1), 256: Size(32, 32, 8, 1)},
-    ("ampere", "bias", 2): {64: Size(32, 64, 4, 2), 128: Size(32, 64, 8, 1), 256: Size(32, 32, 8, 1)},
-    ("small", "forward", 2): {64: Size(64, 64, 4, 2), 128: Size(32, 32, 4, 1), 256: Size(16, 32, 8, 1)},
-    ("small", "query", 2): {64: Size(32, 64, 4, 1), 128: Size(32, 32, 8, 1), 256: Size(16, 16, 8, 1)},
-    ("small", "key", 2): {64: Size(32, 32, 4, 1), 128: Size(32, 32, 4, 1), 256: Size(16, 16, 4, 1)},
-    ("small", "bias", 2): {64: Size(32, 64, 4, 1), 128: Size(32, 32, 8, 1), 256: Size(16, 16, 4, 1)},
+    ("hopper", "forward", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 4, 1)},
+    ("hopper", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 4, 1)},
+    ("hopper", "key", 2): {64: Size(64, 64, 4, 2), 128: Size(32, 64, 4, 1), 256: Size(32, 32, 4, 1)},
+    ("hopper", "bias", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 1), 256: Size(32, 32, 2, 1)},
+    ("ampere", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 4, 1)},
+    ("ampere", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(32, 32, 2, 2), 256: Size(32, 32, 4, 1)},
+    ("ampere", "key", 2): {64: Size(32, 64, 4, 2), 128: Size(32, 64, 4, 1), 256: Size(32, 32, 4, 1)},
+    ("ampere", "bias", 2): {64: Size(64, 64, 4, 2), 128: Size(32, 32, 2, 1), 256: Size(32, 32, 2, 1)},
+    ("ada", "forward", 2): {64: Size(64, 64, 4, 2), 128: Size(32, 32, 2, 2), 256: Size(32, 32, 4, 1)},
+    ("ada", "query", 2): {64: Size(64, 64, 4, 1), 128: Size(32, 32, 2, 1), 256: Size(32, 32, 4, 1)},
+    ("ada", "key", 2): {64: Size(32, 64, 4, 1), 128: Size(32, 64, 4, 1), 256: Size(32, 32, 4, 1)},
+    ("ada", "bias", 2): {64: Size(64, 64, 4, 1), 128: Size(32, 32, 2, 1), 256: Size(16, 16, 1, 1)},
     ("hopper", "forward", 4): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("hopper", "query", 4): {64: Size(16, 16, 2, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
     ("hopper", "key", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
@@ -59,10 +59,18 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
     ("ampere", "query", 4): {64: Size(16, 16, 2, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
     ("ampere", "key", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
     ("ampere", "bias", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
-    ("small", "forward", 4): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
-    ("small", "query", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
-    ("small", "key", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
-    ("small", "bias", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("ada", "forward", 4): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("ada", "query", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("ada", "key", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("ada", "bias", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("amd", "forward", 2): {64: Size(64, 64, 2, 1), 128: Size(64, 64, 2, 1), 256: Size(32, 32, 1, 1)},
+    ("amd", "query", 2): {64: Size(64, 64, 2, 1), 128: Size(32, 32, 1, 1), 256: Size(16, 16, 1, 1)},
+    ("amd", "key", 2): {64: Size(64, 64, 2, 1), 128: Size(32, 32, 1, 1), 256: Size(16, 16, 1, 1)},
+    ("amd", "bias", 2): {64: Size(64, 64, 2, 1), 128: Size(32, 32, 1, 1), 256: Size(16, 16, 1, 1)},
+    ("amd", "forward", 4): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("amd", "query", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("amd", "key", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("amd", "bias", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
 }
 
 forced = Overrides(*Config._fields, "chunk")  # chunk: of every split
@@ -76,7 +84,10 @@ def choose(
     table = SIZES[device, kernel, itemsize]
     size = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
     most = (size.agents, size.tokens) if queries <= keys else (size.tokens, size.agents)
-    return forced.on(Config(tile_length(queries, most[0]), tile_length(keys, most[1]), size.warps, size.stages, wide))
+    tile, warps = (tile_length(queries, most[0]), tile_length(keys, most[1])), size.warps
+    if device == "amd" and kernel != "key":  # a wave feeds on 32 rows, and few agents are fewer
+        warps = max(1, warps * tile[0] // most[0])
+    return forced.on(Config(*tile, warps, size.stages, wide))
 
 
 def chunk_length(total: int, tile: int, programs: int, kind: Literal["tokens", "batch"] = "tokens") -> int:

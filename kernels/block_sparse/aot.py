@@ -49,12 +49,13 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
     return source(kernel, dtype, fixed, pointers=POINTERS, integers=integers, floats=("scale", "threshold"))
 
 
-def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
+def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Variant]:
     """Every kernel with every pinned size on every kind of box, and with all options at head dim 64.
 
     Args:
         device: which table of sizes.
         tf32: whether matrix units take float32 as TF32 only, see `launching.precision`.
+        descriptors: whether the device has tensor descriptors.
     """
     for dtype in TYPES:
         precision = "tf32x3" if tf32 and dtype == torch.float32 else "ieee"
@@ -62,29 +63,33 @@ def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
             if (table_device, itemsize) == (device, dtype.itemsize):
                 for head_dim in table:
                     for grid in BOXES if head_dim == 64 else ("8x8", "22x18", "4x4x8"):
-                        yield from _variants(kernel, grid, dtype, head_dim, device, precision)
+                        yield from _variants(kernel, grid, dtype, head_dim, device, precision, descriptors)
 
 
-def _flags(kernel: configs.Kernel, grid: str, head_dim: int, dtype: torch.dtype, device: Device) -> tuple[str, ...]:
+def _flags(
+    kernel: configs.Kernel, grid: str, head_dim: int, dtype: torch.dtype, device: Device, descriptors: bool
+) -> tuple[str, ...]:
     """Flags of the variants of one kind of box."""
     common = FLAGS if head_dim == 64 and grid in ("8x8", "22x18") else FLAGS[:2]
     if grid not in ("8x8", "4x4x8") or head_dim > 128 or dtype.itemsize > 2:
         return common
     room = head_dim * dtype.itemsize * prod(BOXES[grid][2]) <= configs.skip_bytes(device)
     common += ("skip",) * (kernel == "forward" and room)
-    whole = WHOLE_FLAGS if device == "hopper" else WHOLE_FLAGS[:-1]
+    whole = WHOLE_FLAGS if descriptors else WHOLE_FLAGS[:-1]
     return (*whole, *common[2:]) if grid == "4x4x8" else (*common, *whole[1:])
 
 
-def _variants(kernel: configs.Kernel, grid: str, dtype, head_dim: int, device: Device, precision: str):
+def _variants(
+    kernel: configs.Kernel, grid: str, dtype, head_dim: int, device: Device, precision: str, descriptors: bool
+) -> Iterator[Variant]:
     rank, query_box, key_box = BOXES[grid]
     own, other = (key_box, query_box) if kernel == "key" else (query_box, key_box)
-    for flags in _flags(kernel, grid, head_dim, dtype, device):
+    for flags in _flags(kernel, grid, head_dim, dtype, device, descriptors):
         bias, extra, lengths = ("bias" in flags, "extra" in flags, "lengths" in flags)
         wide, ones = "wide" in flags, "ones" in flags
         widths = head_dim, VALUE_DIM if "values" in flags else head_dim
         sizes = dict(head_dim=max(widths), itemsize=dtype.itemsize, device=device)
-        possible = dict(whole=not lengths, descriptor=device == "hopper" and "pointers" not in flags)
+        possible = dict(whole=not lengths, descriptor=descriptors and "pointers" not in flags)
         if "skip" in flags:
             config = configs.skipping(own, other, wide=wide, **possible)
         else:

@@ -45,24 +45,30 @@ class Config(NamedTuple):
 
 # (device, kernel, element bytes) -> {head dim up to: size}
 SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
-    ("hopper", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 1), 256: Size(64, 32, 8, 2)},
-    ("hopper", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 1), 256: Size(16, 32, 8, 1)},
-    ("hopper", "key", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 16, 4, 2), 256: Size(32, 32, 8, 1)},
+    ("hopper", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(64, 32, 4, 2)},
+    ("hopper", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 4, 1)},
+    ("hopper", "key", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 4, 1), 256: Size(32, 32, 4, 1)},
     ("hopper", "forward", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("hopper", "query", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
     ("hopper", "key", 4): {64: Size(32, 16, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
-    ("ampere", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(64, 32, 8, 1)},
-    ("ampere", "query", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 4, 1), 256: Size(32, 32, 8, 1)},
-    ("ampere", "key", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 4, 1), 256: Size(32, 32, 8, 1)},
+    ("ampere", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(32, 16, 2, 1)},
+    ("ampere", "query", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 4, 2), 256: Size(32, 32, 4, 1)},
+    ("ampere", "key", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 4, 1), 256: Size(32, 32, 4, 1)},
     ("ampere", "forward", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("ampere", "query", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("ampere", "key", 4): {64: Size(32, 16, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
-    ("small", "forward", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 4, 1), 256: Size(32, 16, 8, 1)},
-    ("small", "query", 2): {64: Size(32, 32, 4, 1), 128: Size(32, 32, 4, 1), 256: Size(16, 16, 4, 1)},
-    ("small", "key", 2): {64: Size(64, 32, 4, 1), 128: Size(32, 32, 4, 1), 256: Size(16, 16, 4, 1)},
-    ("small", "forward", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
-    ("small", "query", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
-    ("small", "key", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("ada", "forward", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 4, 2), 256: Size(32, 16, 2, 1)},
+    ("ada", "query", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 4, 1), 256: Size(32, 32, 4, 1)},
+    ("ada", "key", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 4, 1), 256: Size(32, 32, 4, 1)},
+    ("ada", "forward", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("ada", "query", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("ada", "key", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("amd", "forward", 2): {64: Size(64, 64, 2, 1), 128: Size(64, 64, 2, 1), 256: Size(64, 32, 2, 1)},
+    ("amd", "query", 2): {64: Size(64, 64, 2, 1), 128: Size(64, 32, 2, 1), 256: Size(16, 32, 1, 1)},
+    ("amd", "key", 2): {64: Size(64, 64, 2, 1), 128: Size(64, 32, 2, 1), 256: Size(16, 16, 1, 1)},
+    ("amd", "forward", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("amd", "query", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("amd", "key", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
 }
 
 # Half precision, where boxes have sides of powers of two: an iteration loads a box or a part of one from one address.
@@ -81,9 +87,12 @@ WHOLE: dict[tuple[Device, Kernel], dict[int, tuple[Size, ...]]] = {
     ("ampere", "forward"): {64: (Size(128, 64, 4, 3), Size(64, 64, 4, 3)), 128: (Size(64, 64, 4, 2),)},
     ("ampere", "query"): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 2),)},
     ("ampere", "key"): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 1),)},
-    ("small", "forward"): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 1),)},
-    ("small", "query"): {64: (Size(32, 32, 4, 1),), 128: (Size(32, 32, 4, 1),)},
-    ("small", "key"): {64: (Size(64, 32, 4, 1),), 128: (Size(32, 32, 4, 1),)},
+    ("ada", "forward"): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 2),)},
+    ("ada", "query"): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 1),)},
+    ("ada", "key"): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 1),)},
+    ("amd", "forward"): {64: (Size(64, 64, 2, 1),), 128: (Size(64, 64, 2, 1),)},
+    ("amd", "query"): {64: (Size(64, 64, 2, 1),), 128: (Size(64, 32, 2, 1),)},
+    ("amd", "key"): {64: (Size(64, 64, 2, 1),), 128: (Size(64, 32, 2, 1),)},
 }
 MIN_BOX = 64  # tokens; tiles of smaller boxes hold several
 
@@ -92,7 +101,7 @@ SKIP_TOKENS = 128  # of a block that a program holds at once, with queries, keys
 
 def skip_bytes(device: Device) -> int:
     """Bytes that the vectors of a block may take with `skip_threshold`."""
-    return 16 * 1024 if device == "small" else 32 * 1024
+    return 16 * 1024 if device in ("ada", "amd") else 32 * 1024
 
 
 forced = Overrides("size", "wide", "whole", "descriptor")

@@ -180,6 +180,14 @@ def additional_visibility(additional_mask: Mask | None, additional_keys: Tensor 
     return torch.arange(tokens, device=additional_mask.device) < additional_mask[:, None]
 
 
+def old_capability(device: torch.device) -> str | None:
+    """Compute capability of an NVIDIA device that is older than Triton supports, None of every other device."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():  # or fake tensors, without a device
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.major}.{properties.minor}" if properties.major < 8 else None
+
+
 def triton_obstacle(
     query: Tensor,
     value: Tensor | None = None,
@@ -194,6 +202,8 @@ def triton_obstacle(
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and query.device.type == "cpu"
     if query.device.type != "cuda" and not interpreted:
         return f"device {query.device} is neither CUDA nor ROCm"
+    if (capability := old_capability(query.device)) is not None:
+        return f"compute capability {capability} is below 8.0, the oldest that Triton supports"
     if query.dtype not in TRITON_DTYPES:
         return f"dtype {query.dtype} is not float16, bfloat16 or float32"
     if query.shape[-1] > limits[0]:

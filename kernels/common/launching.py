@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-# Tensor descriptors and over 160 KiB of shared memory a program; as much memory, but pointers; less, from 64 KiB on.
-Device = Literal["hopper", "ampere", "small"]
+# Names of tables of sizes: tensor descriptors and over 160 KiB of shared memory a program (sm_90, sm_100); as much
+# memory, but pointers (sm_80); less, of NVIDIA (sm_86, sm_89, sm_120: 99 KiB); AMD (64 KiB, gfx950 160).
+Device = Literal["hopper", "ampere", "ada", "amd"]
 LARGE_MEMORY = 160 * 1024
 MIN_TILE = 16  # tokens; the smallest side of a matrix instruction
 ConfigT = TypeVar("ConfigT", bound=NamedTuple)
@@ -125,8 +126,10 @@ def device_class(device: torch.device) -> Device:
     import triton
 
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index)  # pyright: ignore[reportAttributeAccessIssue]
+    if torch.version.hip:
+        return "amd"
     if properties["max_shared_mem"] < LARGE_MEMORY:
-        return "small"
+        return "ada"
     return "hopper" if has_descriptors(device) else "ampere"
 
 

@@ -43,12 +43,13 @@ def _source(kernel, dtype: str, fixed: dict, *, wide: bool, scales: bool) -> AST
     return source(kernel, dtype, fixed, pointers=floats, integers=integers, floats=("scale", "share", "floor"))
 
 
-def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
+def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Variant]:
     """Every kernel with every size of the pinned table.
 
     Args:
         device: which table of sizes.
         tf32: whether matrix units take float32 as TF32 only, see `launching.precision`.
+        descriptors: whether the device has tensor descriptors.
     """
     for dtype in TYPES:
         precision = "tf32x3" if tf32 and dtype == torch.float32 else "ieee"

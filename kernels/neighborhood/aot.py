@@ -44,12 +44,13 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
     return source(kernel, dtype, fixed, pointers=pointers, integers=integers)
 
 
-def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
+def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Variant]:
     """Every kernel with every size of the pinned table on every grid, and with bias and extra keys on the 2-D one.
 
     Args:
         device: which table of sizes.
         tf32: whether matrix units take float32 as TF32 only, see `launching.precision`.
+        descriptors: whether the device has tensor descriptors.
     """
     for dtype in TYPES:
         precision = "tf32x3" if tf32 and dtype == torch.float32 else "ieee"
@@ -57,31 +58,40 @@ def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
             if (table_device, itemsize) == (device, dtype.itemsize):
                 for head_dim, sizes in table.items():
                     for size in sizes:
+                        known = (dtype, head_dim, size, device, descriptors, precision)
                         for grid in GRIDS:
                             flags = FLAGS[: 4 - len(GRIDS[grid])]
                             if head_dim == 64 and grid == "21x21":
                                 masks = size == sizes[0] and kernel != "key"
                                 flags = (*FLAGS, "masked extra") if masks else FLAGS
-                            yield from _window_variants(kernel, grid, dtype, head_dim, size, device, precision, flags)
+                            yield from _window_variants(kernel, grid, *known, flags)
                         if head_dim == 256:
-                            known = (dtype, head_dim, size, device, precision)
                             yield from _window_variants(kernel, "21x21", *known, (NARROW_KEYS,))
         if tf32 and dtype.itemsize == 2:  # the matrix units of gfx942 know another e4m3
-            yield from _e4m3_variants(dtype, device)
+            yield from _e4m3_variants(dtype, device, descriptors)
         for head_dim in (64, 128, 256):
             yield from _token_variants(dtype, head_dim, precision)
 
 
-def _e4m3_variants(dtype, device: Device) -> Iterator[Variant]:
+def _e4m3_variants(dtype, device: Device, descriptors: bool) -> Iterator[Variant]:
     """The forward with queries and keys in e4m3, on the grid with large windows."""
     for head_dim, sizes in configs.SIZES.get((device, "forward", 1), {}).items():
         flags = E4M3_FLAGS if head_dim == 64 else E4M3_FLAGS[:1]
         for size in sizes:
-            yield from _window_variants("forward", "18x24x24", dtype, head_dim, size, device, "ieee", flags)
+            known = (dtype, head_dim, size, device, descriptors, "ieee")
+            yield from _window_variants("forward", "18x24x24", *known, flags)
 
 
 def _window_variants(
-    kernel, grid: str, dtype, head_dim: int, size, device: Device, precision: str, all_flags: tuple[str, ...]
+    kernel,
+    grid: str,
+    dtype,
+    head_dim: int,
+    size,
+    device: Device,
+    descriptors: bool,
+    precision: str,
+    all_flags: tuple[str, ...],
 ) -> Iterator[Variant]:
     axes = GRIDS[grid]
     for flags in all_flags:
@@ -94,7 +104,7 @@ def _window_variants(
                 head_dim=head_dim,
                 itemsize=1 if e4m3 else dtype.itemsize,
                 device=device,
-                descriptor=device == "hopper",
+                descriptor=descriptors,
                 wide=wide,
             )
         fixed = dict(constants(axes, config, widths, precision), BIAS=full, GROUP=1 + wide)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..common.launching import (
     aligned,
+    block_d,
     cdiv,
     device_class,
     grid_strides,
@@ -26,7 +27,8 @@ from .call import NeighborhoodCall
 from .forward import forward_kernel
 from .geometry import Axis, query_count, query_range
 
-EXTRA_KEYS = 16
+EXTRA_KEYS = 32  # an iteration of the forward and the query's gradient: four warps side by side need 32 columns
+GRADIENT_EXTRA_KEYS = 16  # a program of the gradient of extra keys
 # The kernels that walk all tokens: programs to aim for, enough to fill any device several times over, and the fewest
 # queries that one takes.
 PROGRAMS = 4096
@@ -107,10 +109,11 @@ def extra_constants(head_dim: int, value_dim: int, itemsize: int, precision: str
     return dict(
         **width_constants(head_dim, value_dim),
         QUERIES=configs.token_block(max(head_dim, value_dim), itemsize),
-        EXTRA_KEYS=EXTRA_KEYS,
+        EXTRA_KEYS=GRADIENT_EXTRA_KEYS,
         PRECISION=precision,
         STAGES=2,
-        num_warps=4 if itemsize < 4 else 8,  # products of float32 take twice the registers
+        # products of float32 take twice the registers; tiles of 16 by 16, at head dim 256, feed two warps
+        num_warps=8 if itemsize >= 4 else 2 if block_d(max(head_dim, value_dim)) > 128 else 4,
     )
 
 
@@ -338,7 +341,7 @@ def extra_gradient(
     """Gradients of the extra keys and values: partial sums of chunks of queries, added by torch in a fixed order."""
     query, (batch, extra, key_heads, head_dim) = q[0], additional_keys.shape
     tokens = prod(map(query_count, axes))
-    blocks = cdiv(extra, EXTRA_KEYS) * key_heads * batch
+    blocks = cdiv(extra, GRADIENT_EXTRA_KEYS) * key_heads * batch
     chunk = max(MIN_CHUNK, cdiv(tokens, cdiv(PROGRAMS, blocks)))
     chunks = cdiv(tokens, chunk)
     dk = torch.empty(chunks, *additional_keys.shape, dtype=torch.float32, device=query.device)

@@ -12,7 +12,7 @@ caches and barriers are not in the bound.
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +30,11 @@ class Device(NamedTuple):
 
 DEVICES = {
     "sm_80": Device(1024, 2048, 164 * 1024, 64),
+    "sm_86": Device(512, 1536, 100 * 1024, 128),
     "sm_89": Device(512, 1536, 100 * 1024, 128),
     "sm_90": Device(2048, 2048, 228 * 1024, 128),
     "sm_100": Device(4096, 2048, 228 * 1024, 128),
+    "sm_120": Device(512, 1536, 100 * 1024, 128),
 }
 REGISTERS = 65536
 RESERVED = 1024  # bytes of shared memory that the system takes of every program
@@ -59,6 +61,7 @@ class Loop(NamedTuple):
         special, float32, integer, memory: instructions by unit; integer holds comparisons, selections and minima, too,
             memory the shuffles.
         issue: all instructions.
+        spilled: loads and stores of registers that were spilled.
     """
 
     matrix: float
@@ -69,6 +72,7 @@ class Loop(NamedTuple):
     integer: float
     memory: float
     issue: float
+    spilled: float = 0
 
     def busy(self, arch: str) -> float:
         """Clocks of the busiest unit but that of matrices."""
@@ -110,12 +114,18 @@ def hot_loops(sass: str, arch: str, warps: int) -> Iterator[Loop]:
     lines = sass[: sass.rfind("EXIT")].splitlines()  # what waits for barriers comes after and jumps back
     labels = {line.rstrip(":"): i for i, line in enumerate(lines) if re.fullmatch(r"\.L\w+:", line)}
     jumps = ((labels.get(target, i), i) for i, target in _jumps(lines))
-    found: list[tuple[int, int]] = []
-    for begin, end in sorted((b, e) for b, e in jumps if b < e):
-        if any(_unit(lines[i]) == "matrix" for i in range(begin, end)):
-            found = [(b, e) for b, e in found if not (b <= begin and end <= e)] + [(begin, end)]
-    for begin, end in found:
+    matrices = [i for i, line in enumerate(lines) if _unit(line) == "matrix"]
+    for begin, end in innermost(((b, e) for b, e in jumps if b < e), matrices):
         yield _count(lines, begin, end, arch, warps)
+
+
+def innermost(jumps: Iterable[tuple[int, int]], matrices: Sequence[int]) -> list[tuple[int, int]]:
+    """Loops with a matrix instruction and none such inside, as first and last line, from jumps back."""
+    found: list[tuple[int, int]] = []
+    for begin, end in sorted(jumps):
+        if any(begin <= i < end for i in matrices):
+            found = [(b, e) for b, e in found if not (b <= begin and end <= e)] + [(begin, end)]
+    return found
 
 
 def _jumps(lines: list[str]) -> Iterator[tuple[int, str]]:
@@ -159,4 +169,5 @@ def _count(lines: list[str], begin: int, end: int, arch: str, warps: int) -> Loo
             products += done
             eight_bits, tf32 = "QGMMA" in lines[i] or "QMMA" in lines[i], "TF32" in lines[i]
             clocks += done / DEVICES[arch].products / (2 if eight_bits else 0.5 if tf32 else 1)
-    return Loop(products=products, tensor=clocks, issue=len(units) * warps / SCHEDULERS, **counts)
+    local = sum(bool(re.match(r"LDL|STL", _opcode(lines[i]) or "")) for _, i in units)
+    return Loop(products=products, tensor=clocks, issue=len(units) * warps / SCHEDULERS, spilled=local, **counts)

@@ -37,12 +37,13 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict) -> ASTSou
     return source(kernel, dtype, fixed, pointers=FLOATS, integers={"lengths": lengths} | strides)
 
 
-def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
+def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Variant]:
     """Every kernel on every grid that takes it; the flags at head dim 32 only, the rest with a bias.
 
     Args:
         device: which table of sizes.
         tf32: whether matrix units take float32 as TF32 only, see `launching.precision`.
+        descriptors: whether the device has tensor descriptors.
     """
     for dtype in TYPES:
         precision = "tf32x3" if tf32 and dtype == torch.float32 else "ieee"

@@ -28,16 +28,16 @@ class Config(NamedTuple):
     wide: bool
 
 
-# (element bytes) -> {head dim up to: (rows of a tile of queries, of keys, warps)}
+# (element bytes) -> {head dim up to: (rows of a tile of queries, of keys, warps)}; on AMD other warps, see `choose`
 FORWARD = {
-    2: {64: (64, 64, 4), 128: (64, 32, 4), 256: (32, 32, 8)},
+    2: {64: (64, 64, 4), 128: (64, 32, 4), 256: (32, 32, 4)},
     4: {32: (32, 32, 4), 128: (16, 16, 4), 256: (16, 16, 8)},
 }
-BACKWARD = {2: {32: (64, 64, 8), 128: (32, 32, 8), 256: (16, 16, 8)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
-BIAS = {2: {32: (64, 64, 8), 64: (32, 32, 4), 256: (16, 16, 4)}, 4: {32: (16, 16, 4), 256: (16, 16, 8)}}
+BACKWARD = {2: {32: (64, 64, 4), 256: (32, 32, 4)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
+BIAS = {2: {32: (64, 64, 4), 64: (32, 32, 2), 256: (16, 16, 1)}, 4: {32: (16, 16, 4), 256: (16, 16, 8)}}
 SIZES = {"forward": FORWARD, "window": BACKWARD, "query": BACKWARD, "key": BACKWARD, "bias": BIAS}
 # less memory a program, or AMD
-SMALL_BACKWARD = {2: {128: (32, 32, 4), 256: (16, 16, 8)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
+SMALL_BACKWARD = {2: {256: (32, 32, 4)}, 4: {128: (16, 16, 4), 256: (16, 16, 8)}}
 
 forced = Overrides(*Config._fields, "rows", "one_pass")  # the most rows of a tile; one backward kernel where it fits
 override = forced.override
@@ -51,9 +51,13 @@ def choose(
     kernel: Kernel, axes: tuple[Axis, ...], *, head_dim: int, itemsize: int, device: Device, wide: bool
 ) -> Config:
     """Launch parameters of one kernel: as many windows as fill a tile, or as many slots of one window as fit."""
-    small = device == "small" or (device == "ampere" and kernel == "key")
+    small = device in ("ada", "amd") or (device == "ampere" and kernel == "key")
     sizes = (SMALL_BACKWARD if small and kernel != "forward" else SIZES[kernel])[itemsize]
     rows, columns, warps = next(sizes[limit] for limit in sorted(sizes) if block_d(head_dim) <= limit)
+    if kernel == "key" and itemsize == 2 and block_d(head_dim) > 128:
+        columns = 16  # two gradients of so many features fill the registers
+    if device == "amd" and itemsize == 2:
+        warps = max(1, rows // 32)  # a wave of 64 lanes feeds on 32 rows
     if isinstance(most := forced.get("rows"), int):
         rows = columns = most
     tokens, keys = _power(prod(a.window for a in axes)), _power(prod(a.span for a in axes))

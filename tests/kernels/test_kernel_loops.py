@@ -1,9 +1,10 @@
 """Counts of hot loops in machine code, against the arithmetic of tiles."""
 
+from dataclasses import replace
 from math import prod
 
 import pytest
-from foveal.kernels.tools import compile_report, sass
+from foveal.kernels.tools import compile_report, products, sass
 
 pytest.importorskip("triton")
 
@@ -54,7 +55,7 @@ def test_programs_on_an_sm():
     assert most("sm_100", registers=32, shared=0, warps=4, tensor_columns=256) == 2
 
 
-@pytest.mark.parametrize("arch", sass.DEVICES)
+@pytest.mark.parametrize("arch", [arch for arch in sass.DEVICES if arch != "sm_86"])  # its code is that of sm_89
 def test_products_of_a_tile(arch):
     """Two products of every tile in the forward, whatever instruction does them."""
     variants = compile_report._variants("neighborhood", arch)
@@ -65,14 +66,82 @@ def test_products_of_a_tile(arch):
     )
     rows = compile_report.count_loops("neighborhood", arch, index)
     assert len(rows) == 2, "one of tiles without a mask, one of the others"
-    products = 2 * prod(variant.queries) * prod(variant.keys) * 64
-    assert [row.products for row in rows] == [products] * 2
+    needed = 2 * prod(variant.queries) * prod(variant.keys) * 64
+    assert [row.products for row in rows] == [needed] * 2
     peak = sass.DEVICES[arch].products
-    assert all(row.tensor == products / peak for row in rows)
+    assert all(row.tensor == needed / peak for row in rows)
     exponentials = prod(variant.queries) * prod(variant.keys) / 32 / sass.SCHEDULERS
     assert all(row.special > exponentials for row in rows)
     assert rows[0].issue < rows[1].issue
     assert all(0 < row.share <= 1 for row in rows)
+
+
+TTGIR = """
+#mma = #ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [8, 1], instrShape = [16, 32, 16]}>
+#mma1 = #ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [4, 2], instrShape = [16, 64, 16]}>
+#blocked = #ttg.blocked<{sizePerThread = [1, 4]}>
+module {
+  tt.func public @forward_kernel() {
+    %a = tt.dot %x, %y, %z : tensor<64x16xf32, #blocked> * tensor<16x64xf32, #blocked> -> tensor<64x64xf32, #blocked>
+    %l:3 = scf.for %c = %c0 to %total step %c64 iter_args(%acc = %zero) -> (tensor<64x128xf32, #mma1>)  : i32 {
+      %s = ttng.warp_group_dot %q, %k, %cst : tensor<64x128xbf16, #ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 2}>> * !ttg.memdesc<128x64xbf16, #shared, #smem> -> tensor<64x64xf32, #mma> loc(#loc1)
+      scf.if %some {
+        scf.yield
+      } else {
+        scf.yield
+      }
+      %o = ttng.warp_group_dot %p, %v, %acc : !ttg.memdesc<64x64xbf16, #shared, #smem> * !ttg.memdesc<64x128xbf16, #shared, #smem> -> tensor<64x128xf32, #mma1> loc(#loc2)
+      scf.yield %o
+    }
+    tt.return
+  }
+}
+"""  # noqa: E501
+
+
+def test_products_that_warps_do_twice():
+    """Eight warps over 64 rows: the logits twice, the output once, so 1.5 times what forwards need."""
+    assert products.repetition(TTGIR) == 1.5
+    four = TTGIR.replace("[8, 1]", "[4, 1]")
+    assert products.repetition(four) == 1
+    waves = "#ttg.amd_mfma<{version = 3, warpsPerCTA = [4, 1], instrShape = [32, 32, 8], isTransposed = true}>"
+    assert products.repetition(TTGIR.replace(TTGIR.splitlines()[1].removeprefix("#mma = "), waves)) == 1.5
+    wmma = "#ttg.amd_wmma<{version = 2, isTranspose = true, ctaLayout = {warp = [[1, 0], [2, 0], [4, 0]]}}>"
+    assert products.repetition(TTGIR.replace(TTGIR.splitlines()[1].removeprefix("#mma = "), wmma)) == 1.5
+    assert products.repetition("module {\n}") == 0
+
+
+def test_products_outside_of_loops_count_where_there_is_no_loop():
+    straight = "\n".join(line for line in TTGIR.splitlines() if "scf." not in line)
+    assert products.repetition(straight) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("change", "broken"),
+    [
+        ({}, ""),
+        ({"products": 1.5}, "1.50 times the products"),
+        ({"products": 1.5, "head_dim": 256, "kernel": "key"}, ""),
+        ({"products": 1.5, "dtype": "fp32"}, ""),
+        ({"spills": 16}, ""),
+        ({"spills": 24}, "24 bytes spilled"),
+        ({"spills": 8, "inside": 2}, "2 accesses of spilled registers in hot loops"),
+        ({"error": "shared memory exceeds 1"}, "shared memory exceeds 1"),
+    ],
+)
+def test_the_rule(change, broken):
+    head = ("neighborhood", "forward", "7x7", "bf16", 64, "", "8×8", "8×8", 4, 2, "sm_80")
+    row = replace(compile_report.Row(*head, 255, 0, 0, 0, 1.0, False, False), **change)
+    assert row.broken == broken
+
+
+def test_a_broken_rule_is_the_exit_code(monkeypatch, capsys):
+    head = ("neighborhood", "forward", "7x7", "bf16", 64, "", "8×8", "8×8", 4, 2, "sm_80")
+    for products_done, code in ((1.0, 0), (1.5, 1)):
+        row = compile_report.Row(*head, 255, 0, 0, 0, products_done, False, False)
+        monkeypatch.setattr(compile_report, "report", lambda row=row, **_: iter([row]))
+        assert compile_report.main([]) == code
+    assert "1.50 times the products" in capsys.readouterr().out
 
 
 def test_other_code_is_refused():

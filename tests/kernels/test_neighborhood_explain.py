@@ -1,10 +1,12 @@
 """`explain` says what a call does: its answers are held against the calls themselves."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from foveal.kernels import ops
+from foveal.kernels.common.operator import FUNCTIONS
 from foveal.kernels.neighborhood import cost, make_axes
 from foveal.kernels.ops import explain
 from foveal.kernels.tools import explain as command
@@ -123,6 +125,24 @@ def test_values_that_the_kernels_cannot_take():
         value = torch.empty(2, 9, 11, 4, 320, device="cuda", dtype=torch.bfloat16)
     explanation = explain("na2d", query, key, value, window=5)
     assert explanation.impl == "torch" and "head_dim 320 of value exceeds 256" in explanation.reasons["triton"]
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "torch"), ((8, 0), "triton")])
+def test_devices_older_than_triton_supports_take_no_kernels(capability, chosen, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    known = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
+    declared, call = FUNCTIONS["na2d"].operator, None
+    query = on_cuda()[0]
+    assert declared.select_impl(query, query, query, call) == chosen
+    reason = declared.unsupported_reasons(query, query, query, call)["triton"]
+    assert (reason is None) == (chosen == "triton")
+    if reason is not None:
+        assert reason == "compute capability 7.5 is below 8.0, the oldest that Triton supports"
+        with pytest.raises(NotImplementedError, match=r"compute capability 7\.5"):
+            declared.select_impl(query, query, query, call, "triton")
+        assert explain("na2d", query, query, query, window=5).reasons["triton"] == reason
 
 
 @pytest.mark.parametrize("name", ["na1d", "na2d", "na3d"])

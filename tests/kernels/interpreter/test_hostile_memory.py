@@ -10,7 +10,6 @@ from importlib import import_module
 from itertools import islice
 from math import prod
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from foveal.kernels.ops import (
     na2d,
     window_attention,
 )
+from hostile import ROUND, assert_same, embed, nan_in_empty, shuffled
 from operator_matrix import Inputs
 from torch import Tensor
 from triton.runtime import interpreter
@@ -35,7 +35,6 @@ QUICK = (  # by default; all others are slow
     *(f"test_not_a_number_shows_whatever_its_payload[{name}" for name in ("agent", "block_sparse", "linear", "window")),
     "test_linear_attention_shows",
 )
-ROUND = 4096  # numbers of NaN before and after a tensor
 CANONICAL = 0x7FFFFFFF  # the NaN that NVIDIA's units make; NumPy's is 0x7FC00000
 
 
@@ -57,46 +56,11 @@ def is_small(case) -> bool:
     return few
 
 
-def embed(x: Tensor | None) -> Tensor | None:
-    """The same values and strides in the midst of NaN."""
-    if x is None:
-        return None
-    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    storage = torch.full((size + 2 * ROUND,), float("nan"), dtype=x.dtype)
-    inside = storage.as_strided(x.shape, x.stride(), ROUND)
-    once = [slice(None) if s else slice(0, 1) for s in x.stride()]  # an expanded axis is one token in memory
-    inside[tuple(once)].copy_(x.detach()[tuple(once)])
-    return inside.requires_grad_(x.requires_grad)
-
-
 @contextmanager
 def hostile(seed: int) -> Iterator[None]:
     """Inside the block programs of a launch run in a random order, and `torch.empty` holds NaN."""
-    random, builder = Random(seed), interpreter.interpreter_builder
-    order: list[int] = []
-
-    def set_grid_dim(x, y, z):
-        order[:] = random.sample(range(x), x)
-        type(builder).set_grid_dim(builder, x, y, z)
-
-    def set_grid_idx(x, y, z):
-        type(builder).set_grid_idx(builder, order[x], y, z)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "set_grid_dim", set_grid_dim, raising=False)
-        patch.setattr(builder, "set_grid_idx", set_grid_idx, raising=False)
-        torch.use_deterministic_algorithms(True)  # which fills what `torch.empty` makes
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], what: object) -> None:
-    """Equal bits; NaN at the same places."""
-    for name, x in expected.items():
-        y = got[name]
-        assert torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num()), (name, what)
+    with shuffled(seed), nan_in_empty():
+        yield
 
 
 def check(name: str, case, forced: Mapping[str, Any]) -> None:
