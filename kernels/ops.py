@@ -16,6 +16,7 @@ from .neighborhood import (
     na3d,
     sharded_neighborhood_attention,
 )
+from .scan import long_convolution, scan_attention, scan_order
 from .scored import attention_statistics, scaled_attention, scored_attention
 from .tools.explain import explain
 from .window import relative_bias, window_attention
@@ -28,6 +29,7 @@ __all__ = [
     "block_sparse_attention",
     "explain",
     "linear_attention",
+    "long_convolution",
     "masks",
     "merge_attentions",
     "na1d",
@@ -36,6 +38,8 @@ __all__ = [
     "relative_bias",
     "routing_attention2d",
     "scaled_attention",
+    "scan_attention",
+    "scan_order",
     "scored_attention",
     "sharded_neighborhood_attention",
     "window_attention",

@@ -1,0 +1,192 @@
+"""Scan attention in plain PyTorch: products inside chunks of tokens, and a recurrence over their states.
+
+With c the sums of the log decay inside a chunk, A the lower triangle of beta_t exp(c_t - c_j) k_t.k_j, and S the state
+before the chunk,
+
+    u = (I + A)^-1 beta (v - exp(c) K S)        what is written; the values themselves without beta
+    out = tril(exp(c_t - c_j) q_t.k_j) u + exp(c) Q S
+    S' = exp(c_C) S + (exp(c_C - c) K)^T u
+
+Exponents are differences of later and earlier sums, at most zero. The gradient is written out: it keeps nothing but
+inputs, and computes states and `u` again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..common.calling import is_plain_call, wants_gradient, without_autocast
+from ..common.launching import cdiv
+from .call import ScanCall
+
+CHUNK = 64  # tokens
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, call: ScanCall) -> tuple[Tensor, Tensor]:
+    """Output `[B, *spatial, heads, value_dim]` and last state; see `api.scan_attention`.
+
+    Graphs that need nothing but torch have the plain products; all else is differentiable once, and a second derivative
+    raises RuntimeError.
+    """
+    if is_plain_call() and wants_gradient(query, key, value, call.log_decay, call.beta, call.state):
+        return _Scan.apply(query, key, value, call.log_decay, call.beta, call.state, call)
+    return forward(query, key, value, call)
+
+
+class _Chunks:
+    """Tokens of a call in the order of the scan, heads first, in chunks: `[B, heads, chunks, tokens, d]`.
+
+    Tokens that fill up the last chunk write nothing. Gates are `[B, heads, chunks, tokens, 1]`.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, call: ScanCall):
+        self.dtype, self.reverse, self.tokens = torch.promote_types(query.dtype, torch.float32), call.reverse, 0
+        self.size = min(CHUNK, query.flatten(1, -3).shape[1])
+        self.query, self.key, self.value = (self.cut(x.flatten(1, -3)) for x in (query, key, value))
+        self.beta = None if call.beta is None else self.cut(call.beta.unsqueeze(-1))
+        if call.log_decay is None:
+            decay = torch.zeros(1, 1, 1, self.size, 1, dtype=self.dtype, device=query.device)
+        else:
+            decay = self.cut(call.log_decay.unsqueeze(-1))
+        sums = decay.cumsum(-2)
+        total = sums[..., -1:, :]
+        self.rise, self.fall, self.whole = sums.exp(), (total - sums).exp(), total.exp()
+        ones = torch.ones(self.size, self.size, dtype=torch.bool, device=query.device)
+        self.later = ~ones.tril(-1)
+        self.pairs = (sums - sums.mT).masked_fill(self.later if call.strict else ~ones.tril(), float("-inf")).exp()
+        if self.beta is not None:
+            self.before = self.pairs.masked_fill(self.later, 0)
+            self.lower = self.beta * (self.key @ self.key.mT) * self.before
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Chunks of `[B, tokens, heads, d]`."""
+        x = x.to(self.dtype).transpose(1, 2)
+        self.tokens = x.shape[2]
+        x = x.flip(2) if self.reverse else x
+        x = F.pad(x, (0, 0, 0, cdiv(self.tokens, self.size) * self.size - self.tokens))
+        return x.unflatten(2, (-1, self.size))
+
+    def join(self, x: Tensor) -> Tensor:
+        """`[B, tokens, heads, d]` of chunks."""
+        x = x.flatten(2, 3)[:, :, : self.tokens]
+        return (x.flip(2) if self.reverse else x).transpose(1, 2)
+
+    def first(self, call: ScanCall) -> Tensor:
+        """State before the first token."""
+        batch, heads, *_, d = self.key.shape
+        if call.state is None:
+            return self.key.new_zeros(batch, heads, d, self.value.shape[-1])
+        return call.state.to(self.dtype)
+
+    def solve(self, x: Tensor, *, transposed: bool = False) -> Tensor:
+        """(I + A)^-1 x, or with the transposed A."""
+        lower = self.lower.mT if transposed else self.lower
+        return torch.linalg.solve_triangular(lower, x, upper=transposed, unitriangular=True)
+
+    def written(self, first: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What tokens write, the state before each chunk, that after the last, and (I + A)^-1 beta exp(c) K."""
+        falling, state, starts = (self.key * self.fall).mT, first, []
+        whole = self.whole.expand(-1, -1, self.key.shape[2], -1, -1)
+        if self.beta is None:
+            added = falling @ self.value
+            for n in range(self.key.shape[2]):
+                starts.append(state)
+                state = whole[:, :, n] * state + added[:, :, n]
+            return self.value, torch.stack(starts, 2), state, None
+        both = self.solve(torch.cat([self.beta * self.value, self.beta * self.rise * self.key], -1))
+        values, keys = both.split([self.value.shape[-1], self.key.shape[-1]], -1)
+        writes = []
+        for n in range(self.key.shape[2]):
+            starts.append(state)
+            writes.append(values[:, :, n] - keys[:, :, n] @ state)
+            state = whole[:, :, n] * state + falling[:, :, n] @ writes[-1]
+        return torch.stack(writes, 2), torch.stack(starts, 2), state, keys
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, call: ScanCall) -> tuple[Tensor, Tensor]:
+    """Output and last state."""
+    these = _Chunks(query, key, value, call)
+    u, starts, last, _ = these.written(these.first(call))
+    weights = (these.query @ these.key.mT) * these.pairs
+    out = call.scale * (weights @ u + (these.query * these.rise) @ starts)
+    return these.join(out).reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype), last
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    outputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor],
+    call: ScanCall,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, log_decay, beta and state; outputs are not read."""
+    with without_autocast(query.device):
+        return _backward(query, key, value, gradients[0], gradients[1], call)
+
+
+def _backward(
+    query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, grad_last: Tensor, call: ScanCall
+) -> tuple[Tensor | None, ...]:
+    these = _Chunks(query, key, value, call)
+    q, k, do = these.query, these.key, these.cut(grad_out.flatten(1, -3)) * call.scale
+    u, starts, last, keys = these.written(these.first(call))
+    # gradient of the state after each chunk, and of what tokens write
+    weights = (q @ k.mT) * these.pairs
+    falling, rising, own = k * these.fall, (q * these.rise).mT @ do, weights.mT @ do
+    whole = these.whole.expand(-1, -1, k.shape[2], -1, -1)
+    dstate, ends, found = grad_last.to(these.dtype), [], []
+    for n in reversed(range(k.shape[2])):
+        ends.append(dstate)
+        found.append(own[:, :, n] + falling[:, :, n] @ dstate)
+        dstate = whole[:, :, n] * dstate + rising[:, :, n]
+        if keys is not None:
+            dstate = dstate - keys[:, :, n].mT @ found[-1]
+    ends, du = torch.stack(ends[::-1], 2), torch.stack(found[::-1], 2)
+    # each gradient is a sum over earlier or over later tokens
+    products = (do @ u.mT) * these.pairs
+    dq = products @ k + these.rise * (do @ starts.mT)
+    dk = products.mT @ q + these.fall * (u @ ends.mT)
+    dsums = (q * dq).sum(-1, keepdim=True) - (k * dk).sum(-1, keepdim=True)
+    dv, dbeta = du, None
+    if these.beta is not None:
+        du = these.solve(du, transposed=True)
+        dv = these.beta * du
+        products = (du @ u.mT) * these.before
+        reads = -(products @ k + these.rise * (du @ starts.mT))  # through the difference, over beta
+        dbeta = (du * these.value).sum(-1, keepdim=True) + (k * reads).sum(-1, keepdim=True)
+        later = -((these.beta * products).mT @ k)
+        reads = these.beta * reads
+        dsums = dsums + (k * reads).sum(-1, keepdim=True) - (k * later).sum(-1, keepdim=True)
+        dk = dk + reads + later
+    dlog = None
+    if call.log_decay is not None:  # a log decay is in the sums of its token and of all later ones
+        dsums = dsums.flatten(2, 3)[:, :, : these.tokens]
+        dlog = dsums.flip(2).cumsum(2).flip(2)
+        dlog = dlog + (grad_last.to(these.dtype) * last).sum((-1, -2))[..., None, None]
+        dlog = (dlog.flip(2) if call.reverse else dlog).transpose(1, 2).squeeze(-1).to(call.log_decay.dtype)
+    if dbeta is not None and call.beta is not None:
+        dbeta = these.join(dbeta).squeeze(-1).to(call.beta.dtype)
+    grids = [these.join(x).reshape(y.shape).to(y.dtype) for x, y in ((dq, query), (dk, key), (dv, value))]
+    return *grids, dlog, dbeta, None if call.state is None else dstate.to(call.state.dtype)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, log_decay, beta, state, call):
+        ctx.call = replace(call, log_decay=None, beta=None, state=None)
+        ctx.save_for_backward(query, key, value, log_decay, beta, state)
+        return forward(query, key, value, call)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_last):
+        query, key, value, log_decay, beta, state = ctx.saved_tensors
+        call = replace(ctx.call, log_decay=log_decay, beta=beta, state=state)
+        found = backward(query, key, value, (None, None), (grad_out, grad_last), call, ctx.needs_input_grad[3:6])
+        return *found, None
