@@ -19,6 +19,7 @@ from .mixing import SparseMlp2d, TokenMlp2d
 from .mixture import HeadRouter, balance_loss
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .partial import PartialAttention2d
+from .polyline import PolylinePathAttention2d
 from .routing import BiLevelRoutingAttention2d
 from .shift import Shift2d
 from .triplet import TripletAttention2d
@@ -50,6 +51,7 @@ __all__ = [
     "NeighborhoodAttention3d",
     "PartialAttention2d",
     "PixelFocusedAttention2d",
+    "PolylinePathAttention2d",
     "PostSoftmaxCausalAttention2d",
     "ProjectedAttention2d",
     "Shift2d",

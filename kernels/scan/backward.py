@@ -1,75 +1,94 @@
-"""Gradients of scan attention by the kernels of its forward pass: each of them is a scan.
+"""The gradient of the log decay in scan attention; all other gradients are scans, see `gradients.py`."""
 
-With D the decay between two tokens and u what tokens write, out_i = sum_j D_ij (q_i.k_j) u_j over j <= i. The gradient
-of q is a scan of keys u and values k that is asked by the gradient of the output; those of k and u run from the last
-token to the first. With the delta rule u itself depends on what was written before it; the gradient of the values
-solves the same equation in the other direction:
+import triton
+import triton.language as tl
 
-    x_j = gradient of u_j through the outputs and the last state
-    y_j = beta_j (x_j - sum_(i > j) D_ij (k_j.k_i) y_i)          the gradient of v_j; that of u_j is y_j / beta_j
-
-A log decay is in the sums of its token and all later ones, and D in differences of two sums: the gradient of a sum is
-what flows into the token's reads, less what flows into its writes.
-"""
-
-from typing import NamedTuple
-
-from torch import Tensor
-
-from .passes import Order, scan, written
+from ..common.triton.memory import head_view, load_tile
+from ..common.triton.rounding import operand, rounded
+from .forward import gates_of, pairs, program, tokens_of
 
 
-class Gradients(NamedTuple):
-    """float32 `[B, tokens, heads, …]`; `log_decay` and `beta` in the order of the tokens."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    log_decay: Tensor
-    beta: Tensor | None
-    state: Tensor
+@triton.jit
+def inner(left, right, acc, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+    """`acc` and products of all rows of two tiles."""
+    left, right = operand(left, left, WIDEN, PRECISION), tl.trans(operand(right, right, WIDEN, PRECISION))
+    return tl.dot(left, right, acc, input_precision=PRECISION)
 
 
-def gradients(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor,
-    grad_last: Tensor,
-    last: Tensor,
-    order: Order,
-    *,
-    first: Tensor | None,
-    scale: float,
-    strict: bool,
-) -> Gradients:
-    """Gradients of all tensors; `grad_last` is that of the state `last`, `first` the state before the first token."""
-    back, plain = order.back()._replace(beta=None), order._replace(beta=None)
-    from_last = dict(near=scale, write=scale, first=grad_last)
-    first_t = None if first is None else first.mT
-    u = value if order.beta is None else written(key, value, order, first)
-    dv, dstate = scan(key, query, grad_out, back, strict=strict, **from_last)
-    dq, _ = scan(grad_out, u, key, plain, strict=strict, near=scale, far=scale, first=first_t)
-    from_last["first"] = grad_last.mT
-    dk, _ = scan(u, grad_out, query, back, strict=strict, **from_last)
-    q, k = (x.flatten(1, -3).float() for x in (query, key))
-    dsums, dbeta = (q * dq).sum(-1), None
-    if order.beta is not None:
-        through = written(key, dv, order.back())
-        later, later_state = scan(key, key, through, back, strict=True)
-        du, dv, dstate = dv - later, through, dstate - later_state
-        reads = -scan(du, u, key, plain, strict=True, first=first_t)[0]
-        dbeta = (du * value.flatten(1, -3)).sum(-1) + (k * reads).sum(-1)
-        beta = order.beta.flip(-1) if order.reverse else order.beta
-        reads = reads * beta.transpose(1, 2).unsqueeze(-1)
-        dk = dk - scan(u, dv, key, back, strict=True)[0]
-        dsums = dsums + (k * reads).sum(-1) - (k * dk).sum(-1)
-        dk = dk + reads
-    else:
-        dsums = dsums - (k * dk).sum(-1)
-    # sums of the tokens after it, in the order of the scan
-    dlog = dsums.cumsum(1) if order.reverse else dsums.flip(1).cumsum(1).flip(1)
-    dlog = dlog + (grad_last * last).sum((-1, -2)).unsqueeze(1)
-    if order.decay is not None:
-        dstate = dstate * order.decay[..., 0].exp()[..., None, None]
-    return Gradients(dq, dk, dv, dlog, dbeta, dstate)
+@triton.jit
+def outer(left, right, acc, PRECISION: tl.constexpr):
+    """`acc` and the product of a tile of tokens and a part of a state, in float32."""
+    left = rounded(left.to(tl.float32), PRECISION)
+    return tl.dot(left, rounded(right, PRECISION), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def decay_kernel(
+    q_ptr, q_strides, q_inner, k_ptr, k_strides, k_inner, u_ptr, u_strides, u_inner, do_ptr, do_strides, do_inner,
+    dv_ptr, dv_strides, dv_inner, decay_ptr, states_ptr, ends_ptr, out_ptr,
+    tokens, heads, chunks, scale, strict, batches,
+    D: tl.constexpr, E: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+    DELTA: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the log decay, parts `[blocks, B, heads, tokens]` in the order of the scan; a chunk and a block of
+    the features of keys a program.
+
+    A decay is a factor on what flows over its token, from before it to it or to later ones. States before chunks and
+    gradients of those behind them, the latter from the last chunk to the first and before the decay of the token that
+    follows, are `[B, heads, chunks, E, D]`. `strict` is 1 where tokens do not read what they wrote.
+    """
+    head, rest, batch = program(heads, chunks * ((D + COLUMNS - 1) // COLUMNS))
+    chunk, block = rest % chunks, rest // chunks
+    u_ptr, do_ptr = head_view(u_ptr, u_strides, batch, head), head_view(do_ptr, do_strides, batch, head)
+    if DELTA:
+        dv_ptr = head_view(dv_ptr, dv_strides, batch, head)
+    slice = (batch.to(tl.int64) * heads + head) * chunks
+    states_ptr += (slice + chunk) * (D * E)
+    ends_ptr += (slice + chunks - 1 - chunk) * (D * E)
+    place = tl.arange(0, ROWS)
+    row = chunk * ROWS + place
+    token = tokens_of(row, tokens, REVERSE)
+    d = block * COLUMNS + tl.arange(0, COLUMNS)
+    products, less = tl.zeros([ROWS, ROWS], tl.float32), tl.zeros([ROWS, ROWS], tl.float32)
+    read, met = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    taken, through = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([STEP, COLUMNS], tl.float32)
+    # products over the features of values, with the state before the chunk and the gradient of that behind it
+    for first in range(0, E, STEP):
+        e = first + tl.arange(0, STEP)
+        inside, own = (e < E)[:, None] & (d < D)[None, :], (e * D)[:, None] + d[None, :]
+        state = tl.load(states_ptr + own, mask=inside, other=0.0)
+        end = tl.load(ends_ptr + own, mask=inside, other=0.0)
+        u = load_tile(u_ptr, u_strides, u_inner, token, tokens, E, STEP, WIDE, first)
+        do = load_tile(do_ptr, do_strides, do_inner, token, tokens, E, STEP, WIDE, first)
+        products = inner(do, u, products, WIDEN, PRECISION)
+        read, met = outer(do, state, read, PRECISION), outer(u, end, met, PRECISION)
+        through += state * end
+        if DELTA:
+            dv = load_tile(dv_ptr, dv_strides, dv_inner, token, tokens, E, STEP, WIDE, first)
+            less = inner(dv, u, less, WIDEN, PRECISION)
+            taken = outer(dv, state, taken, PRECISION)
+    # what flows from the column's token to the row's, from before the chunk to a token, from a token to behind it
+    decay = gates_of(decay_ptr, batch, head, heads, row, tokens)
+    sums, total = tl.cumsum(decay, 0), tl.sum(decay, 0)
+    follows = tl.exp(gates_of(decay_ptr, batch, head, heads, (chunk + 1) * ROWS, tokens))
+    empty = tl.zeros([ROWS, ROWS], tl.float32)
+    q = load_tile(head_view(q_ptr, q_strides, batch, head), q_strides, q_inner, token, tokens, D, COLUMNS, WIDE,
+                  block * COLUMNS)  # fmt: skip
+    k = load_tile(head_view(k_ptr, k_strides, batch, head), k_strides, k_inner, token, tokens, D, COLUMNS, WIDE,
+                  block * COLUMNS)  # fmt: skip
+    logits = inner(q, k, empty, WIDEN, PRECISION)
+    near = tl.where(place[:, None] - strict >= place[None, :], logits * products * scale, 0.0)
+    reads = tl.sum(read * q.to(tl.float32), 1) * scale
+    if DELTA:
+        logits = inner(k, k, empty, WIDEN, PRECISION)
+        near -= tl.where(place[:, None] > place[None, :], logits * less, 0.0)
+        reads -= tl.sum(taken * k.to(tl.float32), 1)
+    near = tl.where(place[:, None] >= place[None, :], near * pairs(sums, ROWS, True), 0.0)
+    reads *= tl.exp(sums)
+    writes = tl.sum(met * k.to(tl.float32), 1) * tl.exp(total - sums) * follows
+    # over a token flows what comes from the columns before it to the rows from it on
+    from_before = tl.where(place[:, None] >= place[None, :], tl.cumsum(near, 1) - near + reads[:, None], 0.0)
+    to_behind = tl.where(place[:, None] < place[None, :], writes[:, None], 0.0)
+    out = tl.sum(from_before + to_behind, 0) + tl.sum(through) * tl.exp(total) * follows
+    out_ptr += ((block.to(tl.int64) * batches + batch) * heads + head) * tokens
+    tl.store(out_ptr + row, out, mask=row < tokens)

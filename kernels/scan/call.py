@@ -78,7 +78,9 @@ def make_call(
     """
     check_tokens(query=query, key=key, value=value)
     if key.shape != query.shape:
-        raise ValueError(f"key.shape={tuple(key.shape)} must equal query.shape={tuple(query.shape)}: one order for both")
+        raise ValueError(
+            f"key.shape={tuple(key.shape)} must equal query.shape={tuple(query.shape)}: one order for both"
+        )
     if direction not in get_args(Direction):
         raise ValueError(f"direction={direction!r} must be one of {get_args(Direction)}")
     if direction == "both" and (return_state or state is not None):

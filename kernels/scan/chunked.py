@@ -150,30 +150,40 @@ def _backward(
     ends, du = torch.stack(ends[::-1], 2), torch.stack(found[::-1], 2)
     # each gradient is a sum over earlier or over later tokens
     products = (do @ u.mT) * these.pairs
-    dq = products @ k + these.rise * (do @ starts.mT)
-    dk = products.mT @ q + these.fall * (u @ ends.mT)
-    dsums = (q * dq).sum(-1, keepdim=True) - (k * dk).sum(-1, keepdim=True)
+    through, later = these.rise * (do @ starts.mT), these.fall * (u @ ends.mT)
+    dq, dk = products @ k + through, products.mT @ q + later
+    flows, reads, writes = products * (q @ k.mT), (q * through).sum(-1), (k * later).sum(-1)
     dv, dbeta = du, None
-    if these.beta is not None:
+    if these.beta is not None and call.beta is not None:
         du = these.solve(du, transposed=True)
         dv = these.beta * du
-        products = (du @ u.mT) * these.before
-        reads = -(products @ k + these.rise * (du @ starts.mT))  # through the difference, over beta
-        dbeta = (du * these.value).sum(-1, keepdim=True) + (k * reads).sum(-1, keepdim=True)
-        later = -((these.beta * products).mT @ k)
-        reads = these.beta * reads
-        dsums = dsums + (k * reads).sum(-1, keepdim=True) - (k * later).sum(-1, keepdim=True)
-        dk = dk + reads + later
-    dlog = None
-    if call.log_decay is not None:  # a log decay is in the sums of its token and of all later ones
-        dsums = dsums.flatten(2, 3)[:, :, : these.tokens]
-        dlog = dsums.flip(2).cumsum(2).flip(2)
-        dlog = dlog + (grad_last.to(these.dtype) * last).sum((-1, -2))[..., None, None]
-        dlog = (dlog.flip(2) if call.reverse else dlog).transpose(1, 2).squeeze(-1).to(call.log_decay.dtype)
-    if dbeta is not None and call.beta is not None:
+        products, through = (du @ u.mT) * these.before, these.rise * (du @ starts.mT)
+        dbeta = (du * these.value).sum(-1, keepdim=True) - (k * (products @ k + through)).sum(-1, keepdim=True)
         dbeta = these.join(dbeta).squeeze(-1).to(call.beta.dtype)
+        products, through = these.beta * products, these.beta * through
+        dk = dk - products @ k - products.mT @ k - through
+        flows, reads = flows - products * (k @ k.mT), reads - (k * through).sum(-1)
+    dlog = None
+    if call.log_decay is not None:
+        dlog = _decay_gradient(flows, reads, writes, these.whole[..., 0, 0] * (starts * ends).sum((-1, -2)))
+        dlog = these.join(dlog.unsqueeze(-1)).squeeze(-1).to(call.log_decay.dtype)
     grids = [these.join(x).reshape(y.shape).to(y.dtype) for x, y in ((dq, query), (dk, key), (dv, value))]
     return *grids, dlog, dbeta, None if call.state is None else dstate.to(call.state.dtype)
+
+
+def _decay_gradient(flows: Tensor, reads: Tensor, writes: Tensor, whole: Tensor) -> Tensor:
+    """Gradient of the log decay `[B, heads, chunks, tokens]`: what flows over a token, from before it to it or later.
+
+    Sums of differences of what is read and written would be the same, and lose it to rounding.
+
+    Args:
+        flows: `[..., tokens, tokens]` from the column's token to the row's.
+        reads, writes: `[..., tokens]` from before the chunk to a token, from a token to behind the chunk.
+        whole: `[...]` over the chunk.
+    """
+    before = F.pad(flows.cumsum(-1)[..., :-1], (1, 0)).tril().sum(-2)
+    written = F.pad(writes.cumsum(-1)[..., :-1], (1, 0))
+    return before + written + reads.flip(-1).cumsum(-1).flip(-1) + whole[..., None]
 
 
 class _Scan(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Kernels of scan attention: what the delta rule writes, the states before chunks, and the outputs.
 
-A chunk is ROWS tokens in the order of the scan, c the sums of the log decay in it. All exponents are differences of a
+A chunk is ROWS tokens in the order of the scan, of which the first chunk lacks `lead`; c are the sums of the log decay
+in it. All exponents are differences of a
 later and an earlier sum, at most zero. Gates are `[B, heads, tokens]` in the order of the scan, all else lies in the
 order of the tokens.
 """
@@ -21,16 +22,16 @@ def program(heads, BLOCKS):
 
 @triton.jit
 def tokens_of(row, tokens, REVERSE: tl.constexpr):
-    """Tokens of places in the scan; places behind the last are no tokens, in either direction."""
-    if REVERSE:
-        row = tl.where(row < tokens, tokens - 1 - row, tokens)
-    return row
+    """Tokens of places in the scan; places before the first and behind the last are none, in either direction."""
+    own = tokens - 1 - row if REVERSE else row
+    return tl.where((row >= 0) & (row < tokens), own, tokens)
 
 
 @triton.jit
 def gates_of(ptr, batch, head, heads, row, tokens):
-    """Gates of places in the scan, zeros behind the last."""
-    return tl.load(ptr + (batch.to(tl.int64) * heads + head) * tokens + row, mask=row < tokens, other=0.0)
+    """Gates of places in the scan, zeros outside."""
+    keep = (row >= 0) & (row < tokens)
+    return tl.load(ptr + (batch.to(tl.int64) * heads + head) * tokens + row, mask=keep, other=0.0)
 
 
 @triton.jit
@@ -44,7 +45,7 @@ def pairs(sums, ROWS: tl.constexpr, DECAY: tl.constexpr):
 @triton.jit
 def solve_kernel(
     k_ptr, k_strides, k_inner, v_ptr, v_strides, v_inner, decay_ptr, beta_ptr, u_ptr, w_ptr,
-    tokens, batches, heads, chunks,
+    tokens, heads, chunks, lead,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +59,7 @@ def solve_kernel(
     u_ptr += (batch.to(tl.int64) * tokens * heads + head) * E
     w_ptr += (batch.to(tl.int64) * tokens * heads + head) * D
     place = tl.arange(0, ROWS)
-    row = chunk * ROWS + place
+    row = chunk * ROWS - lead + place
     token = tokens_of(row, tokens, REVERSE)
     k = load_tile(k_ptr, k_strides, k_inner, token, tokens, D, BLOCK_D, WIDE).to(tl.float32)
     v = load_tile(v_ptr, v_strides, v_inner, token, tokens, E, BLOCK_E, WIDE).to(tl.float32)
@@ -87,7 +88,7 @@ def solve_kernel(
 def state_kernel(
     k_ptr, k_strides, k_inner, v_ptr, v_strides, v_inner, w_ptr, w_strides, w_inner,
     decay_ptr, first_ptr, states_ptr, last_ptr, written_ptr,
-    tokens, batches, heads, chunks, factor,
+    tokens, heads, chunks, lead, factor,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, FIRST: tl.constexpr, REVERSE: tl.constexpr,
     WIDE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -113,7 +114,7 @@ def state_kernel(
     for chunk in tl.range(0, chunks, num_stages=STAGES):
         tl.store(states_ptr + place, state, mask=inside)
         states_ptr += D * E
-        row = chunk * ROWS + tl.arange(0, ROWS)
+        row = chunk * ROWS - lead + tl.arange(0, ROWS)
         token = tokens_of(row, tokens, REVERSE)
         k = load_tile(k_ptr, k_strides, k_inner, token, tokens, D, BLOCK_D, WIDE)
         v = load_tile(v_ptr, v_strides, v_inner, token, tokens, E, COLUMNS, WIDE, block * COLUMNS)
@@ -136,7 +137,7 @@ def state_kernel(
 @triton.jit
 def output_kernel(
     q_ptr, q_strides, q_inner, k_ptr, k_strides, k_inner, v_ptr, v_strides, v_inner, decay_ptr, states_ptr, out_ptr,
-    tokens, batches, heads, chunks, near, far,
+    tokens, heads, chunks, lead, near, far,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     DECAY: tl.constexpr, STRICT: tl.constexpr, REVERSE: tl.constexpr,
     WIDE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -154,7 +155,7 @@ def output_kernel(
     out_ptr += (batch.to(tl.int64) * tokens * heads + head) * E
     states_ptr += ((batch.to(tl.int64) * heads + head) * chunks + chunk) * (D * E)
     place = tl.arange(0, ROWS)
-    row = chunk * ROWS + place
+    row = chunk * ROWS - lead + place
     token = tokens_of(row, tokens, REVERSE)
     q = load_tile(q_ptr, q_strides, q_inner, token, tokens, D, BLOCK_D, WIDE)
     sums = place.to(tl.float32)

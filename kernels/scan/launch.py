@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backward import gradients
 from .call import ScanCall
+from .gradients import gradients
 from .passes import Order, ordered, scan
 
 
 def _order(call: ScanCall) -> Order:
-    return Order(call.reverse, ordered(call.log_decay, call.reverse), ordered(call.beta, call.reverse))
+    gates = ordered(call.log_decay, call.reverse), ordered(call.beta, call.reverse)
+    return Order(call.reverse, *gates, widen=call.beta is not None)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, call: ScanCall) -> tuple[Tensor, Tensor]:
@@ -21,7 +22,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: ScanCall) -> tuple[
         return query.new_empty(*query.shape[:-1], value.shape[-1]), last
     factors = dict(near=call.scale, far=call.scale, strict=call.strict)
     with torch.cuda.device_of(query):
-        out, last = scan(query, key, value, _order(call), dtype=query.dtype, first=call.state, **factors)
+        out, last, _ = scan(query, key, value, _order(call), dtype=query.dtype, first=call.state, **factors)
     return out.view(*query.shape[:-1], value.shape[-1]), last
 
 
@@ -39,9 +40,9 @@ def backward(
     if query.shape[0] == 0:
         given = (query, key, value, *fields)
         return tuple(None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in given)
-    rest = dict(first=call.state, scale=call.scale, strict=call.strict)
+    rest = dict(first=call.state, scale=call.scale, strict=call.strict, wants_decay=wanted[0])
     with torch.cuda.device_of(query):
-        found = gradients(query, key, value, *grads, outputs[1], _order(call), **rest)
+        found = gradients(query, key, value, *grads, _order(call), **rest)
     grids = [x.view(y.shape).to(y.dtype) for x, y in zip(found[:3], (query, key, value), strict=True)]
     of_fields = [None if y is None or x is None else x.to(y.dtype) for x, y in zip(found[3:], fields, strict=True)]
     return *grids, *of_fields

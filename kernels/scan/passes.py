@@ -8,23 +8,31 @@ from torch import Tensor
 
 from ..common.launching import block_d, cdiv, device_class, grid, has_tf32, needs_wide, precision
 from . import configs
+from .backward import decay_kernel
 from .forward import output_kernel, solve_kernel, state_kernel
 
 
 class Order(NamedTuple):
-    """The order of a scan and its gates, `[B, heads, tokens]` float32 in that order."""
+    """The order of a scan and its gates, `[B, heads, tokens]` float32 in that order.
+
+    Attributes:
+        widen: take all operands in float32: those of the delta rule are the solutions of equations.
+        whole_last: the first chunk is the one that lacks tokens, not the last.
+    """
 
     reverse: bool
     decay: Tensor | None = None
     beta: Tensor | None = None
+    widen: bool = False
+    whole_last: bool = False
 
     def back(self) -> "Order":
-        """The same tokens from last to first: a token's decay comes behind it, where it was before it."""
+        """The same tokens and chunks from last to first: a token's decay comes behind it, where it was before it."""
+        decay = None if self.decay is None else self.decay.flip(-1)
+        if decay is not None:
+            decay = torch.cat([torch.zeros_like(decay[..., :1]), decay[..., :-1]], -1)
         beta = None if self.beta is None else self.beta.flip(-1)
-        if self.decay is None:
-            return Order(not self.reverse, None, beta)
-        decay = self.decay.flip(-1)
-        return Order(not self.reverse, torch.cat([torch.zeros_like(decay[..., :1]), decay[..., :-1]], -1), beta)
+        return self._replace(reverse=not self.reverse, decay=decay, beta=beta, whole_last=True)
 
 
 def ordered(gate: Tensor | None, reverse: bool) -> Tensor | None:
@@ -37,9 +45,13 @@ def ordered(gate: Tensor | None, reverse: bool) -> Tensor | None:
 
 def constants(kernel: configs.Kernel, config: configs.Config, rows: int, head_dim: int, value_dim: int) -> dict:
     """Compile-time sizes of a kernel, and how it is launched."""
-    block_e = block_d(value_dim)
-    fixed = {"D": head_dim, "E": value_dim, "BLOCK_D": block_d(head_dim), "ROWS": rows, "WIDE": config.wide}
-    fixed |= {"BLOCK_E": block_e} if kernel == "solve" else {"COLUMNS": min(config.columns, block_e)}
+    block, block_e = block_d(head_dim), block_d(value_dim)
+    fixed = {"D": head_dim, "E": value_dim, "ROWS": rows, "WIDE": config.wide}
+    if kernel == "decay":
+        fixed |= {"COLUMNS": min(config.columns, block), "STEP": min(config.columns, block_e)}
+    else:
+        fixed |= {"BLOCK_D": block}
+        fixed |= {"BLOCK_E": block_e} if kernel == "solve" else {"COLUMNS": min(config.columns, block_e)}
     if kernel == "state":
         fixed["STAGES"] = config.stages
     return fixed | {"num_warps": config.warps, "num_stages": config.stages}
@@ -53,28 +65,32 @@ class Scan:
         self.batch, self.heads, self.head_dim = key.shape[0], *key.shape[-2:]
         self.value_dim, self.tokens = value.shape[-1], prod(key.shape[1:-2])
         tensors = (key, value, *others)
-        self.widen = order.beta is not None or len({x.dtype for x in tensors}) > 1
-        dtype = torch.float32 if self.widen else key.dtype
+        self.widen = order.widen or len({x.dtype for x in tensors}) > 1
+        self.itemsize = 4 if self.widen else key.itemsize
         self.precision = precision(key) if key.dtype == torch.float32 else "tf32" if has_tf32(key.device) else "ieee"
         self.device = device_class(key.device)
         self.features = max(self.head_dim, self.value_dim)
         self.wide = needs_wide(*tensors, made=self.tokens * self.heads * self.features)
         sizes = dict(tokens=self.tokens, features=self.features, device=self.device)
-        self.rows = configs.chunk_length(**sizes, itemsize=dtype.itemsize)
+        self.rows = configs.chunk_length(**sizes, itemsize=self.itemsize)
         self.chunks = cdiv(self.tokens, self.rows)
+        self.lead = self.chunks * self.rows - self.tokens if order.whole_last else 0
 
     def made(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.key.device)
 
     def fixed(self, kernel: configs.Kernel, **flags: bool) -> dict:
-        config = configs.choose(kernel, features=self.features, device=self.device, wide=self.wide)
+        given = dict(features=self.features, itemsize=self.itemsize, device=self.device)
+        config = configs.choose(kernel, **given, wide=self.wide)
         sizes = constants(kernel, config, self.rows, self.head_dim, self.value_dim)
-        flags |= {"DECAY": self.order.decay is not None, "REVERSE": self.order.reverse}
+        flags |= {"REVERSE": self.order.reverse} | (
+            {} if kernel == "decay" else {"DECAY": self.order.decay is not None}
+        )
         return sizes | flags | {"PRECISION": self.precision}
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        return self.tokens, self.batch, self.heads, self.chunks
+        return self.tokens, self.heads, self.chunks, self.lead
 
     def states(self, first: Tensor | None, factor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """States before chunks, the last, and what tokens write: `[B, tokens, heads, E]` with beta, else the values."""
@@ -97,7 +113,15 @@ class Scan:
         return states, last, self.value if written is None else written
 
     def outputs(
-        self, query: Tensor, written: Tensor, states: Tensor, *, dtype: torch.dtype, near: float, far: float, strict: bool
+        self,
+        query: Tensor,
+        written: Tensor,
+        states: Tensor,
+        *,
+        dtype: torch.dtype,
+        near: float,
+        far: float,
+        strict: bool,
     ) -> Tensor:
         """What queries read, `[B, tokens, heads, E]`."""
         out = self.made(self.batch, self.tokens, self.heads, self.value_dim, dtype=dtype)
@@ -120,8 +144,8 @@ def scan(
     write: float = 1.0,
     strict: bool = False,
     first: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Output `[B, tokens, heads, E]` and last state.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[B, tokens, heads, E]`, last state, and the states before chunks.
 
     Args:
         dtype: of the output.
@@ -132,9 +156,31 @@ def scan(
     """
     this = Scan(key, value, order, query)
     states, last, written = this.states(first, write)
-    return this.outputs(query, written, states, dtype=dtype, near=near, far=far, strict=strict), last
+    return this.outputs(query, written, states, dtype=dtype, near=near, far=far, strict=strict), last, states
 
 
 def written(key: Tensor, value: Tensor, order: Order, first: Tensor | None = None) -> Tensor:
     """What tokens write by the delta rule, `[B, tokens, heads, E]` in float32."""
     return Scan(key, value, order).states(first)[2]
+
+
+def decay_gradient(
+    query: Tensor, key: Tensor, u: Tensor, grad_out: Tensor, dv: Tensor | None, states: Tensor, ends: Tensor,
+    order: Order, *, scale: float, strict: bool,
+) -> Tensor:  # fmt: skip
+    """Gradient of the log decay, `[B, tokens, heads]`.
+
+    Args:
+        u, dv: what tokens write, and with the delta rule the gradient of the values.
+        states, ends: as `decay_kernel` takes them.
+    """
+    this = Scan(key, u, order, query, grad_out, *(() if dv is None else (dv,)))
+    fixed = this.fixed("decay", DELTA=dv is not None, WIDEN=this.widen)
+    blocks = cdiv(this.head_dim, fixed["COLUMNS"])
+    parts = this.made(blocks, this.batch, this.heads, this.tokens)
+    of_dv = (None, (0,) * 6, (0, 0)) if dv is None else grid(dv)
+    operands = (*grid(query), *grid(key), *grid(u), *grid(grad_out), *of_dv, order.decay, states, ends, parts)
+    sizes = (this.tokens, this.heads, this.chunks, scale, int(strict), this.batch)
+    decay_kernel[(blocks * this.batch * this.heads * this.chunks,)](*operands, *sizes, **fixed)
+    found = parts[0] if blocks == 1 else parts.sum(0)
+    return (found.flip(-1) if order.reverse else found).transpose(1, 2)
