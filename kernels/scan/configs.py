@@ -41,7 +41,7 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Config]] = {
     ("hopper", "state", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(32, 8)},
     ("hopper", "output", 4): {32: Config(32, 4), 64: Config(64, 8), 128: Config(32, 8)},
     ("hopper", "decay", 4): {32: Config(16, 4), 64: Config(16, 4), 128: Config(16, 4)},
-    ("ampere", "state", 2): {32: Config(32, 4, 2), 64: Config(32, 4, 2), 128: Config(32, 4, 2)},
+    ("ampere", "state", 2): {32: Config(32, 4, 2), 64: Config(32, 4), 128: Config(32, 4, 2)},
     ("ampere", "output", 2): {32: Config(32, 4), 64: Config(64, 4), 128: Config(32, 4)},
     ("ampere", "decay", 2): {32: Config(32, 4), 64: Config(32, 8), 128: Config(32, 8)},
     ("ampere", "solve", 4): {32: Config(128, 4), 64: Config(128, 8), 128: Config(128, 8)},

@@ -91,6 +91,7 @@ class PartialNet(WideHeadBackbone):
     """
 
     stages_name: ClassVar[str] = "stages"
+    pooled_first: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -145,11 +146,6 @@ class PartialNet(WideHeadBackbone):
     def _make_pre_head(self, device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
         width = nn.Linear(self.num_features, self.feature_dim, bias=False, device=device, dtype=dtype)
         return nn.Sequential(width, self.act_layer())
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map to logits `[B, num_classes]`, or to features `[B, feature_dim]` with `pre_logits`."""
-        x = self.head_drop(self.pre_head(self.global_pool(x)))
-        return x if pre_logits else self.head(x)
 
 
 def official_names(model: nn.Module) -> list:

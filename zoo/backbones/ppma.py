@@ -198,11 +198,6 @@ class PPMA(WideHeadBackbone):
         width = nn.Linear(self.num_features, self.feature_dim, **dd)
         return nn.Sequential(OrderedDict(proj=width, norm=MapNormAct(self.feature_dim, act_layer=nn.SiLU, **dd)))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map to logits `[B, num_classes]`, or to features `[B, feature_dim]` with `pre_logits`."""
-        x = self.head_drop(self.global_pool(self.pre_head(x)))
-        return x if pre_logits else self.head(x)
-
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """None: the state that decays start from is learnt as weights are."""

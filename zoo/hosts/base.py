@@ -239,6 +239,7 @@ class WideHeadBackbone(Backbone):
 
     feature_dim: int
     pre_head: nn.Module
+    pooled_first: ClassVar[bool] = False  # before that layer
 
     def _make_pre_head(self, device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
         raise NotImplementedError
@@ -264,6 +265,12 @@ class WideHeadBackbone(Backbone):
         self.head_hidden_size, self.num_classes = self.feature_dim, num_classes
         self.head = nn.Linear(self.feature_dim, num_classes, **dd) if num_classes else nn.Identity()
         self.head.train(self.training)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map to logits `[B, num_classes]`, or to features `[B, feature_dim]` with `pre_logits`."""
+        x = self.pre_head(self.global_pool(x)) if self.pooled_first else self.global_pool(self.pre_head(x))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
 
 
 class NumberedHost(Host):
