@@ -1,6 +1,7 @@
 """Hyena: gates between convolutions whose long filters a small network makes (arXiv:2302.10866, arXiv:2402.13208)."""
 
 import math
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -15,8 +16,8 @@ class SineFilter(nn.Module):
 
     Args:
         channels: of the filter.
-        features: numbers that a distance is given as: itself, and sines and cosines of it; odd, at least 3. The official
-            code's default of 3 has one wave that hardly turns, so that nothing but the distance itself enters.
+        features: numbers that a distance is given as: itself, and sines and cosines of it; odd, at least 3. The
+            official default of 3 has one wave that hardly turns, so that nothing but the distance itself enters.
         hidden: width of the network.
         fast, slow: shares of the sequence after which the fastest and the slowest channel have decayed to a hundredth.
     """
@@ -31,7 +32,7 @@ class SineFilter(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels, self.features, self.fast, self.slow = channels, features, fast, slow
         sizes = (features, hidden, hidden, hidden)
-        self.layers = nn.ModuleList(nn.Linear(a, b, **dd) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b, **dd) for a, b in pairwise(sizes))
         self.frequency = nn.Parameter(torch.empty(hidden, **dd))
         self.last = nn.Linear(hidden, channels, bias=False, **dd)
         self.reset_parameters()
@@ -56,9 +57,9 @@ class SineFilter(nn.Module):
 class HyenaConvolution(nn.Module):
     """Two gates around a long convolution of `[B, N, dim]`, the order-2 Hyena of ConfHyena (arXiv:2402.13208).
 
-    Both directions have a filter, of every distance in the sequence; the published form centres one filter of the length
-    of the sequence, so that half of the distances are out of its reach. `short` is the depthwise convolution before the
-    gates.
+    Both directions have a filter, of every distance in the sequence; the published form centres one filter of the
+    length of the sequence, so that half of the distances are out of its reach. `short` is the depthwise
+    convolution before the gates.
 
     Args:
         dim: channels of the input and the output.

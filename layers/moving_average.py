@@ -17,8 +17,8 @@ class MovingAverage(nn.Module):
     """Exponential moving averages of each channel of `[B, N, dim]` in both directions (arXiv:2209.10655, section 3.1).
 
     A channel's filter is a sum of `averages` exponentials; that of the other direction begins at the next token. A
-    weighted copy of the input is added, then SiLU. Parameters have the names of the official image models, whose `alpha`
-    is the weight of the newest token and whose `delta` damps.
+    weighted copy of the input is added, then SiLU. Parameters have the names of the official image models, whose
+    `alpha` is the weight of the newest token and whose `delta` damps.
 
     Args:
         dim: channels.
@@ -113,8 +113,8 @@ class MovingAverageGatedAttention(nn.Module):
         tokens: the longest sequence, for a bias per offset of tokens.
         averages: exponentials of a channel of the moving average.
         weights: "laplace", the official image models' function; "relu2"; "softmax"; or "scan": the sum of earlier and
-            of later tokens by `foveal.kernels.ops.scan_attention` without a softmax or bias, linear in the tokens, as in
-            CHELA.
+            of later tokens by `foveal.kernels.ops.scan_attention` without a softmax or bias, linear in the tokens, as
+            in CHELA.
         short: weights of the short filter of `ShortLongConvolution`, which takes the place of the moving average; None
             for that.
         drop: dropout of the average and of the output.

@@ -14,10 +14,10 @@ Decay = Literal["none", "slopes", "gate"]
 
 
 def alibi_slopes(num_heads: int, *, layer: int = 0, layers: int = 1) -> Tensor:
-    """Log decays `[num_heads]` of Lightning attention, negative ALiBi slopes (arXiv:2401.04658, as TransNormer has it).
+    """Log decays `[num_heads]` of Lightning attention, negative ALiBi slopes (TransNormer, arXiv:2401.04658).
 
-    Head h of layer l decays by exp(-2 ** (-8 (h + 1) / num_heads) * (1 - l / (layers - 1) + 1e-5)) a token: later layers
-    look farther. Other codes use other slopes; pass a tensor of your own to `scan_attention` for these.
+    Head h of layer l decays by exp(-2 ** (-8 (h + 1) / num_heads) * (1 - l / (layers - 1) + 1e-5)) a token: later
+    layers look farther. Other codes use other slopes; pass a tensor of your own to `scan_attention` for these.
 
     Raises:
         ValueError: a layer outside of 0 to layers - 1.
@@ -45,9 +45,9 @@ def exact_step(key: Tensor, beta: Tensor) -> Tensor:
 class ScanAttention(nn.Module):
     """Attention of `[B, *spatial, dim]` by a recurrence over its tokens; see `foveal.kernels.ops.scan_attention`.
 
-    Lightning attention (arXiv:2401.04658) is `decay="slopes"`, SiLU'd queries, keys and values, a norm of the output and
-    a sigmoid gate of low rank; DeltaNet (arXiv:2406.06484) is `rule="delta"`, EFLA (arXiv:2512.12602) `rule="exact"`.
-    The width of the gate is ours: the papers give none for images.
+    Lightning attention (arXiv:2401.04658) is `decay="slopes"`, SiLU'd queries, keys and values, a norm of the output
+    and a sigmoid gate of low rank; DeltaNet (arXiv:2406.06484) is `rule="delta"`, EFLA (arXiv:2512.12602)
+    `rule="exact"`. The width of the gate is ours: the papers give none for images.
 
     Args:
         dim: channels of the input and the output.
@@ -98,8 +98,10 @@ class ScanAttention(nn.Module):
         slopes = alibi_slopes(num_heads, layer=layer, layers=layers).to(device) if decay == "slopes" else None
         self.register_buffer("slopes", slopes, persistent=False)
         self.norm = nn.LayerNorm(dim, **dd)
-        down, up = nn.Linear(dim, gate_dim, bias=False, **dd), nn.Linear(gate_dim, dim, bias=False, **dd)
-        self.gate = nn.Sequential(down, up) if gate_dim else None
+        self.gate = None
+        if gate_dim:
+            down, up = nn.Linear(dim, gate_dim, bias=False, **dd), nn.Linear(gate_dim, dim, bias=False, **dd)
+            self.gate = nn.Sequential(down, up)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,9 +154,9 @@ class RecurrentChunkAttention(nn.Module):
     """Causal attention to the ends of chunks, each summed up by a gated recurrence: RAT (arXiv:2507.04416).
 
     Keys and values of a chunk are running means with a gate per channel. A token attends to the last of those of all
-    earlier chunks and to the running one of its own: N * N / chunk logits. With chunks of one token and closed gates it
-    is causal softmax attention. The residual connection and the norm before it are part of the layer, as in the official
-    code, whose parameter names it has.
+    earlier chunks and to the running one of its own: N * N / chunk logits. With chunks of one token and closed gates
+    it is causal softmax attention. The residual connection and the norm before it are part of the layer, as in the
+    official code, whose parameter names it has.
 
     Args:
         dim: channels of the input and the output.

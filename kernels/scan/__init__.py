@@ -1,4 +1,4 @@
-"""Scan attention: tokens read a state that those before them wrote, with decay and the delta rule, in both directions."""
+"""Scan attention: tokens read a state that others wrote before them, with decay and the delta rule, either way."""
 
 from .api import scan_attention
 from .convolution import long_convolution

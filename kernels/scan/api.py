@@ -84,8 +84,5 @@ def scan_attention(
     """
     options = dict(log_decay=log_decay, beta=beta, scale=scale, direction=direction, state=state)
     call = make_call(query, key, value, **options, return_state=return_state)
-    found = [scan(query, key, value, one, impl=impl) for one in call.passes()]
-    out, last = found[0]
-    if len(found) > 1:
-        out = out + found[1][0]
+    out, last = scan(query, key, value, call, impl=impl)
     return (out, last) if return_state else out

@@ -97,7 +97,7 @@ def make_call(
 
 
 def _out_and_state(query: Tensor, key: Tensor, value: Tensor, call: ScanCall) -> tuple[Tensor, Tensor]:
-    """Empty output and last state."""
+    """Empty output and last state, of both directions that of the first pass."""
     accumulate = torch.promote_types(query.dtype, torch.float32)
     state = query.new_empty(query.shape[0], *query.shape[-2:], value.shape[-1], dtype=accumulate)
     return query.new_empty(*query.shape[:-1], value.shape[-1]), state

@@ -108,12 +108,19 @@ class _Chunks:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, call: ScanCall) -> tuple[Tensor, Tensor]:
-    """Output and last state."""
+    """Output and last state, of both directions that of the first pass."""
+    found = [_forward(query, key, value, one) for one in call.passes()]
+    out = sum((out for out, _ in found[1:]), found[0][0])
+    return out.reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype), found[0][1]
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, call: ScanCall) -> tuple[Tensor, Tensor]:
+    """Output `[B, tokens, heads, e]` in the dtype of sums, and last state."""
     these = _Chunks(query, key, value, call)
     u, starts, last, _ = these.written(these.first(call))
     weights = (these.query @ these.key.mT) * these.pairs
     out = call.scale * (weights @ u + (these.query * these.rise) @ starts)
-    return these.join(out).reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype), last
+    return these.join(out), last
 
 
 def backward(
@@ -126,16 +133,31 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, log_decay, beta and state; outputs are not read."""
+    grad_out, grad_last = gradients
     with without_autocast(query.device):
-        return _backward(query, key, value, gradients[0], gradients[1], call)
+        first, *rest = (
+            _backward(query, key, value, grad_out, grad_last if i == 0 else torch.zeros_like(grad_last), one)
+            for i, one in enumerate(call.passes())
+        )
+    like = (query, key, value, call.log_decay, call.beta, call.state)
+    return add_up(like, first, *rest)
+
+
+def add_up(like: Sequence[Tensor | None], *passes: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Sums of the gradients of passes, in the shapes and dtypes of the tensors that they are of."""
+    sums = (None if x[0] is None else sum(x[1:], x[0]) for x in zip(*passes, strict=True))
+    return tuple(
+        None if x is None or y is None else x.reshape(y.shape).to(y.dtype) for x, y in zip(sums, like, strict=True)
+    )
 
 
 def _backward(
     query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, grad_last: Tensor, call: ScanCall
 ) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, log_decay, beta and state by one direction, in the dtype of sums."""
     these = _Chunks(query, key, value, call)
     q, k, do = these.query, these.key, these.cut(grad_out.flatten(1, -3)) * call.scale
-    u, starts, last, keys = these.written(these.first(call))
+    u, starts, _, keys = these.written(these.first(call))
     # gradient of the state after each chunk, and of what tokens write
     weights = (q @ k.mT) * these.pairs
     falling, rising, own = k * these.fall, (q * these.rise).mT @ do, weights.mT @ do
@@ -159,16 +181,15 @@ def _backward(
         dv = these.beta * du
         products, through = (du @ u.mT) * these.before, these.rise * (du @ starts.mT)
         dbeta = (du * these.value).sum(-1, keepdim=True) - (k * (products @ k + through)).sum(-1, keepdim=True)
-        dbeta = these.join(dbeta).squeeze(-1).to(call.beta.dtype)
+        dbeta = these.join(dbeta).squeeze(-1)
         products, through = these.beta * products, these.beta * through
         dk = dk - products @ k - products.mT @ k - through
         flows, reads = flows - products * (k @ k.mT), reads - (k * through).sum(-1)
     dlog = None
     if call.log_decay is not None:
         dlog = _decay_gradient(flows, reads, writes, these.whole[..., 0, 0] * (starts * ends).sum((-1, -2)))
-        dlog = these.join(dlog.unsqueeze(-1)).squeeze(-1).to(call.log_decay.dtype)
-    grids = [these.join(x).reshape(y.shape).to(y.dtype) for x, y in ((dq, query), (dk, key), (dv, value))]
-    return *grids, dlog, dbeta, None if call.state is None else dstate.to(call.state.dtype)
+        dlog = these.join(dlog.unsqueeze(-1)).squeeze(-1)
+    return *(these.join(x) for x in (dq, dk, dv)), dlog, dbeta, dstate
 
 
 def _decay_gradient(flows: Tensor, reads: Tensor, writes: Tensor, whole: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Config]] = {
     ("ampere", "output", 2): {32: Config(32, 4), 64: Config(64, 4), 128: Config(32, 4)},
     ("ampere", "decay", 2): {32: Config(32, 4), 64: Config(32, 8), 128: Config(32, 8)},
     ("ampere", "solve", 4): {32: Config(128, 4), 64: Config(128, 8), 128: Config(128, 8)},
-    ("ampere", "state", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(32, 8)},
+    ("ampere", "state", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(16, 8)},
     ("ampere", "output", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(32, 8)},
     ("ampere", "decay", 4): {32: Config(16, 4), 64: Config(16, 4), 128: Config(16, 4)},
     ("small", "state", 2): {32: Config(32, 4, 2), 64: Config(32, 4), 128: Config(16, 4)},

@@ -40,16 +40,23 @@ def gradients(
     scale: float,
     strict: bool,
     wants_decay: bool,
+    dtype: torch.dtype,
 ) -> Gradients:
-    """Gradients of all tensors; `grad_last` is that of the last state, `first` the state before the first token."""
+    """Gradients of all tensors.
+
+    Args:
+        grad_last: gradient of the last state.
+        first: state before the first token.
+        dtype: of the gradients of query, key and value; with the delta rule those of key and value are float32.
+    """
     plain, first_t = order._replace(beta=None), None if first is None else first.mT
     back = plain.back()
-    delta, dtype = order.beta is not None, torch.float32 if order.beta is not None else query.dtype
+    delta = order.beta is not None
     u = written(key, value, order, first) if delta else value
-    from_last = dict(near=scale, write=scale, strict=strict, dtype=dtype)
+    from_last = dict(near=scale, write=scale, strict=strict, dtype=torch.float32 if delta else dtype)
     dv, dstate, _ = scan(key, query, grad_out, back, first=grad_last, **from_last)
     near = dict(near=scale, far=scale, strict=strict)
-    dq, _, states = scan(grad_out, u, key, plain, first=first_t, dtype=query.dtype, **near)
+    dq, _, states = scan(grad_out, u, key, plain, first=first_t, dtype=dtype, **near)
     dk, _, ends = scan(u, grad_out, query, back, first=grad_last.mT, **from_last)
     dbeta = None
     if order.beta is not None:

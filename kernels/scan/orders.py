@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..common.arguments import operator
+from ..common.calling import Mask
 from ..masks.orders import axis_order, gilbert_order, inverse_order
 
 Order = Literal["rows", "columns", "snake_rows", "snake_columns", "gilbert", "segments"]
@@ -30,7 +31,7 @@ def _by_segment(segments: Tensor) -> Tensor:
 
 
 @operator
-def scan_order(shape: Sequence[int], kind: str, *, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def scan_order(shape: Sequence[int], kind: str, *, segments: Mask | None = None) -> tuple[Tensor, Tensor]:
     """An order of the tokens of a grid, and its inverse.
 
     `x.flatten(1, -3)[:, order]` lays tokens `[B, *shape, heads, d]` out for `scan_attention`, `[:, inverse]` lays them
@@ -42,7 +43,7 @@ def scan_order(shape: Sequence[int], kind: str, *, segments: Tensor | None = Non
             every second line backwards, so that consecutive tokens are neighbours; columns begin at the last row
             (LaMamba-Diff, arXiv:2408.02615, as published). "gilbert", a space-filling curve of 2 or 3 axes.
             "segments": tokens by segment, segments by their first token (DocMamba, arXiv:2409.11887).
-        segments: `shape`, a number per token that says which segment it is in, any dtype; with kind="segments" only.
+        segments: `shape`, integers: the segment of each token; with kind="segments" only.
 
     Returns:
         order, inverse: int64 `[tokens]`.

@@ -1,4 +1,4 @@
-"""Launches of the kernels of scan attention, one scan at a time; imported, and triton with it, when a kernel first runs."""
+"""Launches of the kernels of scan attention, one scan at a time; imports triton."""
 
 from math import prod
 from typing import NamedTuple

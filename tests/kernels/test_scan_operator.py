@@ -182,7 +182,7 @@ Q = torch.zeros(1, 6, 2, 4)
 WRONG = {
     "key": (
         {"key": torch.zeros(1, 5, 2, 4), "value": torch.zeros(1, 5, 2, 4)},
-        r"key\.shape=.* must equal query\.shape",
+        r"key\.shape=.* must equal query",
     ),
     "decay": ({"log_decay": torch.zeros(1, 5, 2)}, r"log_decay\.shape=\(1, 5, 2\) must be \[heads\] or"),
     "beta of heads": ({"beta": torch.zeros(2)}, r"beta\.shape=\(2,\) must be \[B, \*spatial, heads\] = \(1, 6, 2\)"),

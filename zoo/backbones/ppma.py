@@ -169,7 +169,7 @@ class PPMA(WideHeadBackbone):
                     layer_scale=scale,
                     drop_path=next(drop_paths),
                     **shared,
-                )  # fmt: skip
+                )
                 for _ in range(depth)
             ]
             for dim, heads, form, ratio, scale, depth in rows
