@@ -108,7 +108,9 @@ def test_wrong_arguments_are_refused_by_name(name):
     first = next(iter(CALLS[name]()))
     for argument, what, call in wrong_calls(name):
         named = (
-            ("query", "key", "outs", "lses", "table", "filter", "shape") if argument == first else (argument,)
+            ("query", "key", "outs", "lses", "table", "sequence", "filter", "shape")
+            if argument == first
+            else (argument,)
         )  # others are held against it
         try:
             getattr(ops, name)(**call)
