@@ -1,7 +1,8 @@
 """Scan attention against its quadratic form and a loop over tokens in eager PyTorch, and dense attention.
 
 If flash-linear-attention can be imported, its chunked kernels are providers of what they have: one direction. They
-never ran here: their interface is that of its documentation (`chunk_simple_gla`, `chunk_gated_delta_rule` on `[B, T, H, K]`).
+never ran here: their interface is that of its documentation (`chunk_simple_gla`, `chunk_gated_delta_rule` on
+`[B, T, H, K]`).
 """
 
 from collections.abc import Callable, Iterator
