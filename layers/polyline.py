@@ -141,9 +141,11 @@ class PolylinePathAttention2d(nn.Module):
         query, key = _rotate(query * query.shape[-1] ** -0.5, frequencies), _rotate(key, frequencies)
         along, down = self.path_embed(x.unflatten(-1, heads))
         sums = along.cumsum(2).movedim(-1, 1), down.cumsum(1).movedim(-1, 1)  # [B, heads, H, W]
-        tensors = (t.movedim(-2, 1) for t in (query, key, value.unflatten(-1, heads)))  # [B, heads, H, W, d]
+        query, key, value_heads = (
+            t.movedim(-2, 1) for t in (query, key, value.unflatten(-1, heads))
+        )  # [B, heads, H, W, d]
         attend = self._criss_cross if self.form == "criss_cross" else self._whole
-        out = attend(*tensors, *sums).movedim(1, -2).flatten(3).to(x.dtype)
+        out = attend(query, key, value_heads, *sums).movedim(1, -2).flatten(3).to(x.dtype)
         return self.proj_drop(self.out_proj(out + self.lepe(value)))
 
     def _criss_cross(self, query: Tensor, key: Tensor, value: Tensor, along: Tensor, down: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Public scan attention: validation and semantics."""
 
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
@@ -82,7 +82,7 @@ def scan_attention(
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
         NotImplementedError: `impl` cannot take this call; the message says why.
     """
-    options = dict(log_decay=log_decay, beta=beta, scale=scale, direction=direction, state=state)
+    options: dict[str, Any] = dict(log_decay=log_decay, beta=beta, scale=scale, direction=direction, state=state)
     call = make_call(query, key, value, **options, return_state=return_state)
     out, last = scan(query, key, value, call, impl=impl)
     return (out, last) if return_state else out

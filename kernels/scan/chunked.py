@@ -13,6 +13,7 @@ inputs, and computes states and `u` again.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -145,7 +146,7 @@ def backward(
 
 def add_up(like: Sequence[Tensor | None], *passes: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Sums of the gradients of passes, in the shapes and dtypes of the tensors that they are of."""
-    sums = (None if x[0] is None else sum(x[1:], x[0]) for x in zip(*passes, strict=True))
+    sums = (None if x[0] is None else cast(Tensor, sum(x[1:], x[0])) for x in zip(*passes, strict=True))
     return tuple(
         None if x is None or y is None else x.reshape(y.shape).to(y.dtype) for x, y in zip(sums, like, strict=True)
     )

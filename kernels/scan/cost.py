@@ -50,7 +50,7 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str | 
     tokens, value_dim = prod(query.shape[1:-2]), value.shape[-1]
     sizes = dict(batch=query.shape[0], tokens=tokens, heads=query.shape[-2])
     sizes |= dict(head_dim=query.shape[-1], value_dim=value_dim)
-    options = dict(delta=call.beta is not None, passes=len(call.passes()))
+    options: dict[str, Any] = dict(delta=call.beta is not None, passes=len(call.passes()))
     moved = dict(itemsize=query.itemsize, gates=sum(x is not None for x in (call.log_decay, call.beta)))
     dense = 2 * sizes["batch"] * sizes["heads"] * tokens**2 * (query.shape[-1] + value_dim)
     useful = forward_flops(**sizes, **options)

@@ -9,7 +9,7 @@ solves the same equation in the other direction:
     y_j = beta_j (x_j - sum_(i > j) D_ij (k_j.k_i) y_i)          the gradient of v_j; that of u_j is y_j / beta_j
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,9 +53,9 @@ def gradients(
     back = plain.back()
     delta = order.beta is not None
     u = written(key, value, order, first) if delta else value
-    from_last = dict(near=scale, write=scale, strict=strict, dtype=torch.float32 if delta else dtype)
+    from_last: dict[str, Any] = dict(near=scale, write=scale, strict=strict, dtype=torch.float32 if delta else dtype)
     dv, dstate, _ = scan(key, query, grad_out, back, first=grad_last, **from_last)
-    near = dict(near=scale, far=scale, strict=strict)
+    near: dict[str, Any] = dict(near=scale, far=scale, strict=strict)
     dq, _, states = scan(grad_out, u, key, plain, first=first_t, dtype=dtype, **near)
     dk, _, ends = scan(u, grad_out, query, back, first=grad_last.mT, **from_last)
     dbeta = None

@@ -1,7 +1,7 @@
 """Launches of the kernels of scan attention, one scan at a time; imports triton."""
 
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class Scan:
         self.device = device_class(key.device)
         self.features = max(self.head_dim, self.value_dim)
         self.wide = needs_wide(*tensors, made=self.tokens * self.heads * self.features)
-        sizes = dict(tokens=self.tokens, features=self.features, device=self.device)
+        sizes: dict[str, Any] = dict(tokens=self.tokens, features=self.features, device=self.device)
         self.rows = configs.chunk_length(**sizes, itemsize=self.itemsize)
         self.chunks = cdiv(self.tokens, self.rows)
         self.lead = self.chunks * self.rows - self.tokens if order.whole_last else 0
@@ -80,7 +80,7 @@ class Scan:
         return torch.empty(shape, dtype=dtype, device=self.key.device)
 
     def fixed(self, kernel: configs.Kernel, **flags: bool) -> dict:
-        given = dict(features=self.features, itemsize=self.itemsize, device=self.device)
+        given: dict[str, Any] = dict(features=self.features, itemsize=self.itemsize, device=self.device)
         config = configs.choose(kernel, **given, wide=self.wide)
         sizes = constants(kernel, config, self.rows, self.head_dim, self.value_dim)
         flags |= {"REVERSE": self.order.reverse} | (
@@ -99,7 +99,7 @@ class Scan:
             u, w = self.made(self.batch, self.tokens, self.heads, self.value_dim), None
             w = self.made(self.batch, self.tokens, self.heads, self.head_dim)
             fixed = self.fixed("solve")
-            operands = (*grid(self.key), *grid(value), self.order.decay, self.order.beta, u, w)
+            operands: tuple = (*grid(self.key), *grid(value), self.order.decay, self.order.beta, u, w)
             solve_kernel[(self.batch * self.heads * self.chunks,)](*operands, *self.sizes, **fixed)
             value, written = u, self.made(*u.shape)
         states = self.made(self.batch, self.heads, self.chunks, self.head_dim, self.value_dim)
@@ -107,7 +107,7 @@ class Scan:
         first = None if first is None else first.float().contiguous()
         fixed = self.fixed("state", DELTA=w is not None, FIRST=first is not None, WIDEN=self.widen)
         of_w = (None, (0,) * 6, (0, 0)) if w is None else grid(w)
-        operands = (*grid(self.key), *grid(value), *of_w, self.order.decay, first, states, last, written)
+        operands: tuple = (*grid(self.key), *grid(value), *of_w, self.order.decay, first, states, last, written)
         programs = self.batch * self.heads * cdiv(self.value_dim, fixed["COLUMNS"])
         state_kernel[(programs,)](*operands, *self.sizes, factor, **fixed)
         return states, last, self.value if written is None else written
@@ -126,7 +126,7 @@ class Scan:
         """What queries read, `[B, tokens, heads, E]`."""
         out = self.made(self.batch, self.tokens, self.heads, self.value_dim, dtype=dtype)
         fixed = self.fixed("output", STRICT=strict, WIDEN=self.widen)
-        operands = (*grid(query), *grid(self.key), *grid(written), self.order.decay, states, out)
+        operands: tuple = (*grid(query), *grid(self.key), *grid(written), self.order.decay, states, out)
         programs = self.batch * self.heads * self.chunks * cdiv(self.value_dim, fixed["COLUMNS"])
         output_kernel[(programs,)](*operands, *self.sizes, near, far, **fixed)
         return out
@@ -179,7 +179,7 @@ def decay_gradient(
     blocks = cdiv(this.head_dim, fixed["COLUMNS"])
     parts = this.made(blocks, this.batch, this.heads, this.tokens)
     of_dv = (None, (0,) * 6, (0, 0)) if dv is None else grid(dv)
-    operands = (*grid(query), *grid(key), *grid(u), *grid(grad_out), *of_dv, order.decay, states, ends, parts)
+    operands: tuple = (*grid(query), *grid(key), *grid(u), *grid(grad_out), *of_dv, order.decay, states, ends, parts)
     sizes = (this.tokens, this.heads, this.chunks, scale, int(strict), this.batch)
     decay_kernel[(blocks * this.batch * this.heads * this.chunks,)](*operands, *sizes, **fixed)
     found = parts[0] if blocks == 1 else parts.sum(0)

@@ -119,11 +119,6 @@ class Mega(WideHeadBackbone):
         nn.init.trunc_normal_(self.pos_embed, std=self.feature_dim**-0.5)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """The embedding of positions."""
-        return {"pos_embed"}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Regular expressions that order parameters by depth (layer decay, freezing)."""
         return {**super().group_matcher(coarse), "stem": r"^pos_embed|^patch_embed"}

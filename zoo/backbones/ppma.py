@@ -198,11 +198,6 @@ class PPMA(WideHeadBackbone):
         width = nn.Linear(self.num_features, self.feature_dim, **dd)
         return nn.Sequential(OrderedDict(proj=width, norm=MapNormAct(self.feature_dim, act_layer=nn.SiLU, **dd)))
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """None: the state that decays start from is learnt as weights are."""
-        return set()
-
 
 LATE: tuple[Form, ...] = ("criss_cross", "criss_cross", "criss_cross", "whole")
 SMALL = {"depths": (3, 4, 18, 4), "mlp_ratios": (4, 4, 3, 3), "forms": LATE}
