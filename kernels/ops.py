@@ -20,6 +20,7 @@ from .neighborhood import (
     sharded_neighborhood_attention,
 )
 from .ragged import RaggedLayout, ragged_attention
+from .scan import long_convolution, scan_attention, scan_order
 from .scored import attention_statistics, scaled_attention, scored_attention
 from .tools.explain import explain
 from .window import relative_bias, window_attention
@@ -35,6 +36,7 @@ __all__ = [
     "calibrate_skip",
     "explain",
     "linear_attention",
+    "long_convolution",
     "masks",
     "merge_attentions",
     "na1d",
@@ -44,6 +46,8 @@ __all__ = [
     "relative_bias",
     "routing_attention2d",
     "scaled_attention",
+    "scan_attention",
+    "scan_order",
     "scored_attention",
     "sharded_neighborhood_attention",
     "skipped_blocks",

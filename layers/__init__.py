@@ -12,15 +12,26 @@ from .efficient import EfficientAttention2d
 from .flow import FlowAttention2d
 from .focused import FocusedLinearAttention2d, FocusedLinearBranch2d
 from .hilo import HiLo
+from .hyena import HyenaConvolution, SineFilter
 from .inline import InLineAttention2d, InLineBranch2d
 from .linear import LinearAttention, LocalConcentration
 from .minimal import MinimalAttention
 from .mixing import SparseMlp2d, TokenMlp2d
 from .mixture import HeadRouter, balance_loss
+from .moving_average import MovingAverage, MovingAverageGatedAttention, ShortLongConvolution
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .partial import PartialAttention2d
+from .polyline import PolylinePathAttention2d
+from .recurrence import (
+    RecurrentChunkAttention,
+    ScanAttention,
+    alibi_slopes,
+    exact_step,
+    recurrent_chunk_attention,
+)
 from .routing import BiLevelRoutingAttention2d
 from .shift import Shift2d
+from .state_space import LocalScanBlock, Scan1d, Scan2d, SelectiveScan
 from .triplet import TripletAttention2d
 from .window import WindowAttention2d
 
@@ -38,24 +49,39 @@ __all__ = [
     "GlobalCosineAttention2d",
     "HeadRouter",
     "HiLo",
+    "HyenaConvolution",
     "InLineAttention2d",
     "InLineBranch2d",
     "LearnedConnectivity",
     "LengthScaledAttention2d",
     "LinearAttention",
     "LocalConcentration",
+    "LocalScanBlock",
     "MinimalAttention",
+    "MovingAverage",
+    "MovingAverageGatedAttention",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",
     "PartialAttention2d",
     "PixelFocusedAttention2d",
+    "PolylinePathAttention2d",
     "PostSoftmaxCausalAttention2d",
     "ProjectedAttention2d",
+    "RecurrentChunkAttention",
+    "Scan1d",
+    "Scan2d",
+    "ScanAttention",
+    "SelectiveScan",
     "Shift2d",
+    "ShortLongConvolution",
+    "SineFilter",
     "SparseMlp2d",
     "TokenMlp2d",
     "TripletAttention2d",
     "WindowAttention2d",
+    "alibi_slopes",
     "balance_loss",
+    "exact_step",
+    "recurrent_chunk_attention",
 ]

@@ -9,10 +9,11 @@ from .models import Models
 from .neighborhood import Neighborhood
 from .routing import Routing
 from .scaling import Scaling
+from .scan import Scan
 from .video import Video
 from .window import Window
 
-OPERATORS: tuple[Operator, ...] = (Neighborhood(), Window(), Routing(), Agent(), Linear())
+OPERATORS: tuple[Operator, ...] = (Neighborhood(), Window(), Routing(), Agent(), Linear(), Scan())
 REGISTRY: tuple[Benchmark, ...] = (*OPERATORS, HiLoLayer(), Scaling(OPERATORS), Models(), Video())
 SUITES = tuple(dict.fromkeys(benchmark.suite for benchmark in REGISTRY))
 

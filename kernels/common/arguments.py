@@ -77,6 +77,11 @@ def _check_dtype(name: str, x: Any, first: Given) -> None:
         raise TypeError(f"{name}={x!r} must be a torch.dtype, got {type(x).__name__}")
 
 
+def _check_text(name: str, x: Any, first: Given) -> None:
+    if not isinstance(x, str):
+        raise TypeError(f"{name}={x!r} must be a string, got {type(x).__name__}")
+
+
 def _check_impl(name: str, x: Any, first: Given) -> None:
     if x not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"{name}={x!r} must be one of {('auto', *IMPLEMENTATIONS)}")
@@ -122,6 +127,7 @@ REQUIRED: Mapping[Any, Check] = {
     float | Tensor: _check_number_or_tensor,
     int: _check_integer,
     bool: _check_flag,
+    str: _check_text,
     PerAxis[int]: partial(_check_axes, int),
     PerAxis[bool]: partial(_check_axes, bool),
     PerHead[int]: partial(_check_heads, int),

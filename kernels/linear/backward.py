@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..common.triton.memory import head_view, load_tile, store_tile
+from ..common.triton.rounding import rounded
 from .tile import (
     finish,
     first_token,
@@ -24,7 +25,6 @@ from .tile import (
     multiplier,
     positive,
     program,
-    rounded,
     state_view,
     store_matrix,
 )

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ..common.triton.memory import head_view, load_tile, store_tile
+from ..common.triton.rounding import rounded
 from .tile import (
     finish,
     first_token,
@@ -15,7 +16,6 @@ from .tile import (
     multiplier,
     positive,
     program,
-    rounded,
     state_view,
     store_matrix,
 )

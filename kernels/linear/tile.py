@@ -1,4 +1,4 @@
-"""Triton helpers of linear attention: the packed state of a head, and rounding for matrix units.
+"""Triton helpers of linear attention: the packed state of a head.
 
 A state is D * E + D + E float32 numbers: a matrix, D sums of keys and E sums of values; backwards, the gradients of
 these. When centred, all are of keys and values less the first of them: the covariance is the same, and large means do
@@ -13,18 +13,6 @@ import triton.language as tl
 def positive(x):
     """max(x, 0) of float32, NaN as it is."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def rounded(x, PRECISION: tl.constexpr):
-    """float32 that is nearest in TF32 once matrix units cut off its last 13 bits, where they take TF32.
-
-    Infinities and NaN stay: the sum would turn 0x7fffffff, the NaN that NVIDIA's units make, into a negative zero.
-    """
-    if PRECISION == "tf32":
-        nearest = (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
-        x = tl.where(tl.abs(x) < float("inf"), nearest, x)
-    return x
 
 
 @triton.jit

@@ -116,7 +116,8 @@ def explain(
     name, function = _find(operator)
     choice = "impl" in inspect.signature(function).parameters
     check_arguments(function, query, key, value, **arguments, **({"impl": impl} if choice else {}))
-    arguments.pop("return_lse", None)  # changes neither the implementation nor the cost
+    for name_of_output in ("return_lse", "return_state"):  # changes neither the implementation nor the cost
+        arguments.pop(name_of_output, None)
     call = f"{tuple(query.shape)} {str(query.dtype).removeprefix('torch.')} on {query.device}"
 
     # how tensors fit together, checked by the operator on some without data

@@ -20,6 +20,7 @@ from benchmarks.suites.linear import Linear
 from benchmarks.suites.neighborhood import Case, Neighborhood
 from benchmarks.suites.routing import Routing
 from benchmarks.suites.scaling import Scaling
+from benchmarks.suites.scan import Scan
 from benchmarks.suites.window import Window
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +78,15 @@ def run(benchmark, folder: Path, **options):
 
 def test_the_registry_has_every_suite_and_leaves_gpu_sizes_out_on_cpu():
     assert SUITES == ("kernels", "scaling", "models", "video")
-    assert {b.name for b in of_suite("kernels")} == {"neighborhood", "window", "routing", "agent", "linear", "hilo"}
+    assert {b.name for b in of_suite("kernels")} == {
+        "neighborhood",
+        "window",
+        "routing",
+        "agent",
+        "linear",
+        "scan",
+        "hilo",
+    }
     with pytest.raises(ValueError, match="suite='kernel' must be one of"):
         of_suite("kernel")
     for benchmark in REGISTRY:
@@ -156,7 +165,9 @@ def test_what_does_not_run_leaves_the_rest_to_be_measured(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("benchmark", [Neighborhood(), Window(), Routing(), Agent(), Linear()], ids=lambda b: b.name)
+@pytest.mark.parametrize(
+    "benchmark", [Neighborhood(), Window(), Routing(), Agent(), Linear(), Scan()], ids=lambda b: b.name
+)
 def test_ours_and_the_written_out_form_are_held_to_the_reference(benchmark, dtype):
     case = min(benchmark.cases(CPU), key=lambda c: benchmark.work(c, "forward").flops)
     case = replace(benchmark.crop(case), dtype=dtype)

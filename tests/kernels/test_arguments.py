@@ -41,6 +41,7 @@ WRONG: dict[Any, dict[str, Any]] = {
     float: NUMBERS,
     int: INTEGERS | {"sequence": (1,)},
     bool: {"number": 1, "text": "True", "float": 0.0},
+    str: {"number": 1, "list": ["forward"], "unknown": "sideways"},
     PerAxis[int]: INTEGERS | {"none inside": (None, 1), "float inside": [1, 1.0], "too many": (1,) * 4},
     PerAxis[bool]: {"number": 1, "text": "True", "inside": (True, 0), "too many": (True,) * 4},
     PerHead[int]: INTEGERS | {"none inside": (None, 1), "too many": (1,) * 4, "none of a head": ((3,), (None,))},
@@ -108,7 +109,9 @@ def test_wrong_arguments_are_refused_by_name(name):
     first = next(iter(CALLS[name]()))
     for argument, what, call in wrong_calls(name):
         named = (
-            ("query", "key", "outs", "lses", "table") if argument == first else (argument,)
+            ("query", "key", "outs", "lses", "table", "sequence", "filter", "shape")
+            if argument == first
+            else (argument,)
         )  # others are held against it
         try:
             getattr(ops, name)(**call)

@@ -14,6 +14,7 @@ from foveal.kernels.ops import (
     linear_attention,
     na2d,
     routing_attention2d,
+    scan_attention,
     window_attention,
 )
 from foveal.kernels.tools import compile_report
@@ -86,6 +87,12 @@ def call_linear() -> None:
     linear_attention(*leaves(2, 8, 8, 2, 16), relu=True, floor=100.0, impl="triton").sum().backward()
 
 
+def call_scan() -> None:
+    query, key, value = leaves(2, 9, 8, 2, 16)
+    gates = [torch.rand(2, 9, 8, 2, requires_grad=True) for _ in range(2)]
+    scan_attention(query, key, value, log_decay=-gates[0], beta=gates[1], impl="triton").sum().backward()
+
+
 CALLS = {
     "neighborhood": (lambda: call_neighborhood(False), {"forward", "query", "key", "bias", "extra"}),
     "neighborhood, descriptors": (lambda: call_neighborhood(True), {"forward", "query", "key", "bias", "extra"}),
@@ -95,6 +102,7 @@ CALLS = {
     "block_sparse, whole": (call_block_sparse_whole, {"forward", "query", "key"}),
     "agent": (call_agent, {"forward", "query", "key"}),
     "linear": (call_linear, {"state", "apply", "query", "key"}),
+    "scan": (call_scan, {"solve", "state", "output", "decay"}),
 }
 
 

@@ -9,9 +9,11 @@ from operator_calls import CALLS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-NAMES = [name for name in CALLS if name not in ("merge_attentions", "relative_bias") and not name.startswith("na")]
+WITHOUT_QUERIES = ("merge_attentions", "relative_bias", "scan_order", "long_convolution")
+NAMES = [name for name in CALLS if name not in WITHOUT_QUERIES and not name.startswith("na")]
 IMPLS = [(name, impl) for name in NAMES for impl in ((None,) if name == "biased_attention" else ("torch", "reference"))]
 WIDTHS = (3, 20)  # of keys: 8
+VALUES = ("value", "additional_values", "state")
 
 
 def is_floating(x: object) -> bool:
@@ -21,7 +23,7 @@ def is_floating(x: object) -> bool:
 def widened(call: dict, width: int, dtype: torch.dtype = torch.float64) -> dict:
     """The arguments of a call with values of another width, floating tensors in `dtype`."""
     call = {n: x.to(dtype) if is_floating(x) else x for n, x in call.items()}
-    for name in ("value", "additional_values"):
+    for name in VALUES:
         if name in call:
             call[name] = torch.randn(*call[name].shape[:-1], width, dtype=dtype)
     return call
@@ -29,7 +31,7 @@ def widened(call: dict, width: int, dtype: torch.dtype = torch.float64) -> dict:
 
 def part(call: dict, features: slice) -> dict:
     """The call with some features of the values, and eight in all: the rest is zero."""
-    values = {name: call[name][..., features] for name in ("value", "additional_values") if name in call}
+    values = {name: call[name][..., features] for name in VALUES if name in call}
     return call | {name: torch.nn.functional.pad(x, (0, 8 - x.shape[-1])) for name, x in values.items()}
 
 
@@ -76,7 +78,7 @@ def test_compiled_whole(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name in FUNCTIONS])
 def test_explained(name):
     same, wide = (explain(name, **widened(CALLS[name](), width)).cost for width in (8, 24))
-    if name != "linear_attention":  # logits and outputs: 8 and 8 features, or 8 and 24
+    if name not in ("linear_attention", "scan_attention"):  # logits and outputs: 8 and 8 features, or 8 and 24
         logits = 8 + (3 if name == "biased_attention" else 0)  # and the rank of the bias
         assert wide["forward_flops"] / same["forward_flops"] == (logits + 24) / (logits + 8)
         assert wide["backward_flops"] / same["backward_flops"] == (3 * logits + 2 * 24) / (3 * logits + 2 * 8)

@@ -9,6 +9,7 @@ import agent_matrix
 import block_sparse_matrix
 import linear_matrix
 import neighborhood_matrix
+import scan_matrix
 import window_matrix
 from foveal.kernels import ops
 from foveal.kernels.block_sparse.configs import Size
@@ -61,6 +62,7 @@ _MASKED = neighborhood_matrix.Case(
 _WINDOW = window_matrix.Case((9, 11), (4, 3), (2, 1), (0, 0), heads=2, key_heads=1, bias=True, batch=2)
 _AGENT = agent_matrix.Case((5, 7), (4, 6), agents=9, agent_bias=True, query_bias=True, query_scale=0.2)
 _LINEAR = linear_matrix.Case((5, 7), (4, 6), relu=True, floor=20.0, scale=None)
+_SCAN = scan_matrix.Case((5, 7), decay="token", delta=True, state=True)
 
 DECLARED = {
     "neighborhood": Declared(
@@ -123,5 +125,16 @@ DECLARED = {
         ),
         (_LINEAR, replace(_LINEAR, shape=(11, 3), key_shape=(13, 5))),
         dict(rows=16, chunk=16, columns=16),
+    ),
+    "scan": Declared(
+        scan_matrix,
+        ops.scan_attention,
+        (
+            scan_matrix.Case((17,), heads=1, direction="backward"),
+            scan_matrix.Case((3, 6), heads=1, decay="token", state=True, layout="fused"),
+            scan_matrix.Case((18,), heads=1, decay="token", delta=True, state=True, value_dim=12),
+        ),
+        (_SCAN, replace(_SCAN, shape=(11, 3)), replace(_SCAN, shape=(13, 6))),
+        dict(chunk=16, columns=16),
     ),
 }

@@ -35,7 +35,8 @@ def value(key: str, shape: tuple[int, ...], scheme: str) -> np.ndarray:
         quiet = scheme == "v2" and len(shape) == 4 and shape[1] == 1  # depthwise
         y = x / np.sqrt(np.prod(shape[1:])) * (0.3 if quiet else 1.0)
     else:
-        y = (0.1 if leaf == "bias" else 0.5 if scheme == "v2" else 0.2) * x
+        bias = leaf.endswith("bias") and len(shape) == 1 if scheme == "hot" else leaf == "bias"
+        y = (0.1 if bias else 0.5 if scheme == "v2" else 0.2) * x
     return y.astype(np.float32)
 
 

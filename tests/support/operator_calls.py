@@ -56,6 +56,12 @@ CALLS: dict[str, Callable[[], dict]] = {
     "calibrate_skip": pairs,
     "window_attention": windows,
     "linear_attention": lambda: qkv(4, 4),
+    "scan_attention": lambda: (
+        qkv(4, 4)
+        | {"log_decay": -torch.rand(1, 4, 4, 2), "beta": torch.rand(1, 4, 4, 2), "state": torch.zeros(1, 2, 8, 8)}
+    ),
+    "scan_order": lambda: {"shape": (4, 4), "kind": "segments", "segments": torch.arange(16).view(4, 4) // 3},
+    "long_convolution": lambda: {"sequence": torch.randn(1, 6, 4), "filter": torch.randn(5, 4)},
     "agent_attention": lambda: (
         qkv(4, 4) | {"agent": grid(3), "agent_bias": torch.zeros(2, 3, 16), "query_bias": torch.zeros(2, 16, 3)}
     ),

@@ -29,7 +29,7 @@ from timm.optim import create_optimizer_v2
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 MODELS = our_models()
-FIXED_WORDS = ("vitrpb", "mlp", "ninformer")
+FIXED_WORDS = ("vitrpb", "mlp", "ninformer", "mega")
 SMALL = [name for name in MODELS if name.startswith("test_")]
 LARGE = [name for name in MODELS if name not in SMALL]
 CHECKPOINTS = [name for model in MODELS for name in get_arch_pretrained_cfgs(model)]

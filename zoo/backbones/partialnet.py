@@ -7,13 +7,14 @@ names of parameters load.
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype
+import torch
+from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ...layers.partial import DistanceAttention2d, PartialAttention2d, PlaceGate2d, StyleGate2d
 from ..builder import DIGITS_CFG, Model, register_family
 from ..conversion import Conversion, Target
-from ..hosts.base import Backbone
+from ..hosts.base import WideHeadBackbone
 from ..hosts.patches import CompletedPatchConv2d
 
 
@@ -73,7 +74,7 @@ class Downsample(PatchConv):
         return super().forward(x.permute(0, 3, 1, 2))
 
 
-class PartialNet(Backbone):
+class PartialNet(WideHeadBackbone):
     """PartialNet for images of any size.
 
     Args:
@@ -90,6 +91,7 @@ class PartialNet(Backbone):
     """
 
     stages_name: ClassVar[str] = "stages"
+    pooled_first: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -141,33 +143,9 @@ class PartialNet(Backbone):
         self.reset_classifier(num_classes, global_pool)
         self.init_weights(needs_reset=False)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New head with `num_classes` outputs (0: none) and, unless None, another pooling.
-
-        Without pooling ("") the layer before the head goes, too; with pooling again there is a new one.
-
-        Raises:
-            ValueError: "catavgmax", which pools to twice the channels that this layer takes.
-        """
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
-        if pool == "catavgmax":
-            raise ValueError(f"global_pool={pool!r} must be 'avg', 'max', 'avgmax' or ''")
-        dd = get_device_dtype(self)
-        super().reset_classifier(0, pool)
-        if not pool:
-            self.pre_head = nn.Identity()
-            return
-        if isinstance(self.pre_head, nn.Identity):
-            width = nn.Linear(self.num_features, self.feature_dim, bias=False, **dd)
-            self.pre_head = nn.Sequential(width, self.act_layer()).train(self.training)
-        self.head_hidden_size, self.num_classes = self.feature_dim, num_classes
-        self.head = nn.Linear(self.feature_dim, num_classes, **dd) if num_classes else nn.Identity()
-        self.head.train(self.training)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map to logits `[B, num_classes]`, or to features `[B, feature_dim]` with `pre_logits`."""
-        x = self.head_drop(self.pre_head(self.global_pool(x)))
-        return x if pre_logits else self.head(x)
+    def _make_pre_head(self, device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
+        width = nn.Linear(self.num_features, self.feature_dim, bias=False, device=device, dtype=dtype)
+        return nn.Sequential(width, self.act_layer())
 
 
 def official_names(model: nn.Module) -> list:

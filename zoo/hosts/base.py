@@ -234,6 +234,45 @@ class Host(Backbone):
         update_model_input_size(self, size)
 
 
+class WideHeadBackbone(Backbone):
+    """A backbone with a layer `pre_head`, from the last map's channels to `feature_dim`, before the head."""
+
+    feature_dim: int
+    pre_head: nn.Module
+    pooled_first: ClassVar[bool] = False  # before that layer
+
+    def _make_pre_head(self, device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
+        raise NotImplementedError
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New head with `num_classes` outputs (0: none) and, unless None, another pooling.
+
+        Without pooling ("") the layer before the head goes, too; with pooling again there is a new one.
+
+        Raises:
+            ValueError: "catavgmax", which pools to twice the channels that this layer takes.
+        """
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        if pool == "catavgmax":
+            raise ValueError(f"global_pool={pool!r} must be 'avg', 'max', 'avgmax' or ''")
+        dd = get_device_dtype(self)
+        super().reset_classifier(0, pool)
+        if not pool:
+            self.pre_head = nn.Identity()
+            return
+        if isinstance(self.pre_head, nn.Identity):
+            self.pre_head = self._make_pre_head(**dd).train(self.training)
+        self.head_hidden_size, self.num_classes = self.feature_dim, num_classes
+        self.head = nn.Linear(self.feature_dim, num_classes, **dd) if num_classes else nn.Identity()
+        self.head.train(self.training)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map to logits `[B, num_classes]`, or to features `[B, feature_dim]` with `pre_logits`."""
+        x = self.pre_head(self.global_pool(x)) if self.pooled_first else self.global_pool(self.pre_head(x))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+
 class NumberedHost(Host):
     """A host whose stages, sequences of blocks, are attributes such as `stage1`, `stage2`, …, as in PVT and CSWin.
 

@@ -23,8 +23,10 @@ from foveal.kernels.ops import (
     block_sparse_attention,
     linear_attention,
     na2d,
+    scan_attention,
     window_attention,
 )
+from foveal.kernels.scan import passes
 from hostile import ROUND, assert_same, embed, nan_in_empty, shuffled
 from operator_matrix import Inputs
 from torch import Tensor
@@ -129,7 +131,7 @@ def poisoned(declared: Declared, case, inputs: Inputs, name: str, bits: int) -> 
 def tf32(monkeypatch):
     """As if products of float32 were allowed to take TF32, and states did, as on NVIDIA's devices."""
     for name in DECLARED:
-        monkeypatch.setattr(launch_of(name), "precision", lambda query: "tf32")
+        monkeypatch.setattr(passes if name == "scan" else launch_of(name), "precision", lambda query: "tf32")
     monkeypatch.setattr(linear_launch, "state_precision", lambda query, precision: "tf32")
 
 
@@ -191,6 +193,9 @@ def calls() -> dict[str, Callable]:
         "window": lambda q, k, v: window_attention(q, k, v, window=2, impl="triton", return_lse=True),
         "block_sparse": lambda q, k, v: block_sparse_attention(q, k, v, mask=mask, impl="triton", return_lse=True),
         "agent": lambda q, k, v: (agent_attention(q, k, v, agent, impl="triton"),),
+        "scan": lambda q, k, v: (
+            scan_attention(q, k, v, log_decay=-torch.ones(2), direction="backward", impl="triton"),
+        ),
         "linear": lambda q, k, v: (linear_attention(q, k, v, relu=True, floor=1.0, impl="triton"),),
     }
 

@@ -1,0 +1,31 @@
+"""The Triton kernels of scan attention without a device."""
+
+import kernel_checks
+import pytest
+from foveal.kernels.tools import compile_report
+
+pytest.importorskip("triton")
+
+
+def test_interpreter():
+    """Quick tests under `interpreter/`, in a process where Triton interprets its kernels."""
+    kernel_checks.run_interpreter("test_scan_kernels.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["random", "not random"])
+def test_interpreter_on_everything(part):
+    kernel_checks.run_interpreter("test_scan_kernels.py", part, slow=True)
+
+
+def test_kernels_compile_without_spills():
+    """Head dim 32 in bfloat16; the slow test does all others."""
+    select = {"grid": {"32"}, "dtype": {"bf16"}, "flags": {"delta"}}
+    rows = kernel_checks.check_report(operators=["scan"], architectures=["sm_90"], select=select)
+    assert {row.kernel for row in rows} == {"solve", "state", "output", "decay"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", compile_report.ARCHITECTURES)
+def test_every_pinned_size_compiles(arch):
+    kernel_checks.check_report(operators=["scan"], architectures=[arch])
