@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
@@ -41,8 +42,11 @@ from .transformer import VideoDiT
 from .vae import LatentSpace, decode, encode, latent_space
 
 
-class VideoDiTPipeline(DiffusionPipeline):
+class VideoDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     """Samples videos.
+
+    `load_lora_weights`, `set_adapters`, `fuse_lora` and the others of diffusers' pipelines are those of a pipeline
+    whose adapters are all in the transformer.
 
     Args:
         transformer: the model.
