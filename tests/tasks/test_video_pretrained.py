@@ -13,12 +13,7 @@ from video_helpers import randomize
 from video_tasks import TINY, tiny
 
 SPARSE = {"type": "sparse", "mask": "vsa", "options": {"block": [1, 2, 2]}, "budget": 0.5}
-PRETRAINED = (
-    "model.preset=null",
-    "trainer.max_epochs=1",
-    "trainer.limit_val_batches=1",
-    "trainer.limit_test_batches=1",
-)
+PRETRAINED = ("model.preset=null", "model.args=null", "trainer.max_epochs=1", "trainer.limit_val_batches=1")
 
 
 @pytest.fixture(scope="module")
