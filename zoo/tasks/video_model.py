@@ -122,7 +122,7 @@ def make_video_model(
 
 
 def check_source(cfg: Mapping[str, Any], lora: Mapping[str, Any] | None) -> None:
-    """Refuses a model of no origin, of two, or adapters beside random weights.
+    """Refuses a model of no origin or of two, and adapters beside random weights.
 
     Raises:
         ValueError: names the key.
@@ -131,6 +131,11 @@ def check_source(cfg: Mapping[str, Any], lora: Mapping[str, Any] | None) -> None
     if not cfg.get("pretrained"):
         if lora is not None:
             raise ValueError(f"task.lora={dict(lora)} trains adapters beside weights that exist: set model.pretrained")
+        if not cfg.get("preset"):
+            raise ValueError(
+                "model.preset and model.pretrained are not set: pass model.pretrained=FOLDER of a run or a VideoDiT, "
+                f"or a size, one of {', '.join(PRESETS)}"
+            )
         return
     if cfg.get("preset"):
         raise ValueError(
