@@ -118,7 +118,7 @@ def named_lists(
     grid = tuple(query.shape[1:-2])
     if isinstance(mask, str) and mask in REGISTRY and not REGISTRY[mask].dynamic:
         pairs = tuple(sorted((name, _hashable(value)) for name, value in options.items()))
-        return _static_lists(mask, pairs, budget, grid, query.shape[-2], query.device)
+        return _static_lists(mask, pairs, budget, grid, query.shape[-2], query.device)  # pyright: ignore[reportCallIssue]
     return resolve(mask, options, budget)[0](query, key, grid)
 
 
