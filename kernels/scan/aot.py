@@ -34,12 +34,13 @@ FLAGS: dict[configs.Kernel, tuple[str, ...]] = {
 ALWAYS_FLOAT = ("decay_ptr", "beta_ptr", "w_ptr", "first_ptr", "states_ptr", "ends_ptr", "last_ptr", "written_ptr")
 
 
-def variants(*, device: Device, tf32: bool) -> Iterator[Variant]:
+def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Variant]:
     """Every kernel with every size of the pinned table.
 
     Args:
         device: which table of sizes.
         tf32: whether matrix units take float32 as TF32 only, see `launching.precision`.
+        descriptors: whether the device has tensor descriptors, which these kernels do not use.
     """
     for dtype in TYPES:
         for name in KERNELS:

@@ -29,8 +29,10 @@ CHUNKS: dict[tuple[Device, int], dict[int, int]] = {
     ("hopper", 4): {64: 32, 128: 16},
     ("ampere", 2): {64: 64, 128: 32},
     ("ampere", 4): {64: 32, 128: 16},
-    ("small", 2): {64: 32, 128: 16},
-    ("small", 4): {128: 16},
+    ("ada", 2): {64: 32, 128: 16},
+    ("ada", 4): {128: 16},
+    ("amd", 2): {64: 32, 128: 16},
+    ("amd", 4): {128: 16},
 }
 # (device, kernel, bytes of operands) -> {the longer of both head dims up to: config}
 SIZES: dict[tuple[Device, Kernel, int], dict[int, Config]] = {
@@ -48,13 +50,20 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Config]] = {
     ("ampere", "state", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(16, 8)},
     ("ampere", "output", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(32, 8)},
     ("ampere", "decay", 4): {32: Config(16, 4), 64: Config(16, 4), 128: Config(16, 4)},
-    ("small", "state", 2): {32: Config(32, 4, 2), 64: Config(32, 4), 128: Config(16, 4)},
-    ("small", "output", 2): {32: Config(32, 4), 64: Config(32, 4), 128: Config(32, 4)},
-    ("small", "decay", 2): {32: Config(32, 4), 64: Config(32, 8), 128: Config(32, 8)},
-    ("small", "solve", 4): {32: Config(128, 4), 64: Config(128, 8), 128: Config(128, 8)},
-    ("small", "state", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(16, 8)},
-    ("small", "output", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(16, 8)},
-    ("small", "decay", 4): {32: Config(16, 4), 64: Config(16, 4), 128: Config(16, 4)},
+    ("ada", "state", 2): {32: Config(32, 4, 2), 64: Config(32, 4), 128: Config(16, 4)},
+    ("ada", "output", 2): {32: Config(32, 4), 64: Config(32, 4), 128: Config(32, 4)},
+    ("ada", "decay", 2): {32: Config(32, 4), 64: Config(32, 8), 128: Config(32, 8)},
+    ("ada", "solve", 4): {32: Config(128, 4), 64: Config(128, 8), 128: Config(128, 8)},
+    ("ada", "state", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(16, 8)},
+    ("ada", "output", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(16, 8)},
+    ("ada", "decay", 4): {32: Config(16, 4), 64: Config(16, 4), 128: Config(16, 4)},
+    ("amd", "state", 2): {32: Config(32, 4, 2), 64: Config(32, 4), 128: Config(16, 4)},
+    ("amd", "output", 2): {32: Config(32, 4), 64: Config(32, 4), 128: Config(32, 4)},
+    ("amd", "decay", 2): {32: Config(32, 4), 64: Config(32, 8), 128: Config(32, 8)},
+    ("amd", "solve", 4): {32: Config(128, 4), 64: Config(128, 8), 128: Config(128, 8)},
+    ("amd", "state", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(16, 8)},
+    ("amd", "output", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(16, 8)},
+    ("amd", "decay", 4): {32: Config(16, 4), 64: Config(16, 4), 128: Config(16, 4)},
 }
 
 forced = Overrides(*Config._fields, "chunk")

@@ -26,7 +26,9 @@ HEADS = 2
 RAGGED = ((23,), (9, 11), (5, 6, 7))
 ENTRIES = masks.REGISTRY
 SHELF = Path(masks.__file__).parent
-SHARED = {"__init__", "blocks", "plan", "registry", "search", "select", "table", "orders"}  # files without a mask
+SHARED = {  # files without a mask
+    "__init__", "blocks", "named", "orders", "plan", "registry", "search", "select", "table",
+}  # fmt: skip
 SYNCS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique2", "_unique2", "bincount")
 
 

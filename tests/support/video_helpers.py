@@ -18,7 +18,11 @@ def make(**options) -> VideoDiT:
     """A float64 model of width 24 in which nothing is zero."""
     sizes = {"in_channels": 2, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12}
     torch.manual_seed(0)
-    model = VideoDiT(**(sizes | options)).double().eval()
+    return randomize(VideoDiT(**(sizes | options)).double()).eval()
+
+
+def randomize(model: VideoDiT) -> VideoDiT:
+    """Makes nothing zero."""
     for name, parameter in model.named_parameters():
         mean = 1.0 if "norm" in name else 0.0
         torch.nn.init.normal_(parameter, mean=mean, std=0.3)

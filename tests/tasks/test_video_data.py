@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from foveal.zoo.data import MovingDigits
-from foveal.zoo.data.moving_digits import bounce, moving_clip
+from foveal.zoo.data.moving_digits import bounce, moving_clip, resize_scans
+from foveal.zoo.tasks.video_metrics import change_beyond_shift
 from sklearn.datasets import load_digits
 
 
@@ -48,6 +49,19 @@ def test_faster_digits():
         corners = [frame.nonzero()[0].tolist() for frame in clip[0]]
         speeds |= set(abs(np.diff(corners, axis=0)).max(1).tolist())
     assert speeds >= {1, 2} and max(speeds) == 2
+
+
+def test_larger_digits_are_the_scans_enlarged():
+    large = resize_scans(np.stack([np.eye(8, dtype=np.float32), np.ones((8, 8), np.float32)]), 24)
+    assert large.shape == (2, 24, 24) and large.min() == 0 and large.max() == 1
+    np.testing.assert_allclose(large[1], 1, atol=1e-6)
+    centres = large[0].reshape(8, 3, 8, 3)[:, 1, :, 1]  # a pixel of the scan is the middle one of nine
+    np.testing.assert_allclose(centres, np.eye(8), atol=1e-6)
+    clip = MovingDigits(canvas=32, side=24, frames=8).dataset("test")[0]["video"]
+    assert clip.shape == (1, 8, 32, 32)
+    assert float(change_beyond_shift(clip[None])) < 1e-6 < float(change_beyond_shift(clip[None], shift=0))
+    with pytest.raises(ValueError, match=r"data\.canvas=16 must be at least 24"):
+        MovingDigits(canvas=16, side=24)
 
 
 def test_without_shuffle_a_clip_is_the_same_in_every_epoch():

@@ -8,9 +8,9 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from foveal.kernels.masks.named import density, mask_names
 from foveal.zoo import accelerate, decelerate, sites
 from foveal.zoo.accelerate import PRESETS, Plan, load_gates, read_plan
-from foveal.zoo.accelerate.masks import density, mask_names
 from foveal.zoo.accelerate.presets import as_plan
 from foveal.zoo.video import Segments, perturbed_heads
 from foveal.zoo.video.segments import segmented
@@ -223,7 +223,7 @@ def test_plans_are_files(tmp_path):
     assert as_plan(tmp_path / "plan.yaml", min_tokens=5).min_tokens == 5
     assert as_plan(str(tmp_path / "plan.yaml")).dense_steps == 4
     Plan(mask=density).save(tmp_path / "function.json")
-    assert read_plan(tmp_path / "function.json").mask == "foveal.zoo.accelerate.masks:density"
+    assert read_plan(tmp_path / "function.json").mask == "foveal.kernels.masks.named:density"
     with pytest.raises(TypeError, match="not in a module"):
         Plan(mask=lambda query, key, grid: None).save(tmp_path / "no.json")
 

@@ -380,3 +380,13 @@ def test_segments_that_do_not_fit_are_named():
         pipe(prompt_embeds=torch.zeros(1, 5, TEXT), segment_frames=[2, 2])
     with pytest.raises(ValueError, match="context_frames=4 at least 1 and less than frames_per_scene=4"):
         extend_scenes(pipe, ["a"], frames_per_scene=4, context_frames=4)
+
+
+def test_rescaled_guidance_is_as_large_as_the_prediction():
+    cond, uncond = (3 * torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    plain = guide(cond, uncond=uncond, scale=7)
+    full, half = (guide(cond, uncond=uncond, scale=7, rescale=share) for share in (1.0, 0.5))
+    for video in range(2):
+        assert float(full[video].std()) == pytest.approx(float(cond[video].std()), rel=1e-5)
+        assert full[video].std() < 0.5 * plain[video].std()
+    torch.testing.assert_close(half, (full + plain) / 2)

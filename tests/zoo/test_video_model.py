@@ -281,3 +281,23 @@ def test_patches_hold_what_a_convolution_would_see():
     model(video, torch.zeros(1))
     torch.testing.assert_close(seen[0], expected, **CLOSE)
     assert seen[0].shape[1] == prod((2, 3, 3))
+
+
+@pytest.mark.parametrize("per", ["video", "frame", "token"])
+def test_a_predicted_video_becomes_a_velocity(per):
+    clean, model = make(), make(prediction="video")
+    given = inputs(model)
+    patch, video = model.config.patch_size, given["hidden_states"]
+    frames, rows, columns = (n // p for n, p in zip(video.shape[2:], patch, strict=True))
+    count = {"video": 1, "frame": frames, "token": frames * rows * columns}[per]
+    times = torch.linspace(10.0, 900.0, 2 * count, dtype=torch.float64).view(2, count)  # 10 is below the least divisor
+    given["timestep"] = times[:, 0] if per == "video" else times
+    groups = {"video": (1, 1, 1), "frame": (frames, 1, 1), "token": (frames, rows, columns)}[per]
+    t = (times / 1000).clamp(min=0.05).view(2, 1, *groups)
+    for axis, (n, group) in enumerate(zip(video.shape[2:], groups, strict=True), 2):
+        t = t.repeat_interleave(n // group, dim=axis)
+    torch.testing.assert_close(model(**given).sample, (video - clean(**given).sample) / t, **CLOSE)
+    with pytest.raises(ValueError, match="out_channels=3 must be in_channels=2"):
+        make(prediction="video", out_channels=3)
+    with pytest.raises(ValueError, match="prediction='noise' must be one of"):
+        make(prediction="noise")

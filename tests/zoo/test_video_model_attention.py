@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from foveal.kernels.block_sparse.reference import dense_bias
+from foveal.kernels.masks.named import resolve
 from foveal.zoo.video.attention import VideoAttention
 from foveal.zoo.video.pattern import Pattern
 from foveal.zoo.video.positions import default_axes, grid_positions, rotary_embedding
@@ -58,28 +60,39 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: t
     return torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
 
 
-@pytest.mark.parametrize("text", [None, "seen", "masked"])
-@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-@pytest.mark.parametrize("grid", GRIDS, ids=name)
-@pytest.mark.parametrize("layer", LAYERS, ids=name)
-def test_equals_the_definition(layer, grid, causal, text):
-    layer = layer | {"causal": causal}
+SPARSE = [
+    {"type": "sparse", "mask": "vsa", "options": {"block": (2, 2, 3)}, "budget": 0.4},
+    {"type": "sparse", "mask": "sta", "options": {"tile": (1, 2, 2)}},
+    {"type": "sparse", "mask": "hip", "options": {"tokens": 8, "query_block": 4, "key_block": 2}, "flat": True},
+    {"type": "sparse", "mask": "moa", "options": {"alpha": [9.0, 3.0], "block": 4}, "flat": True},
+]
+
+
+def case(layer, grid, text):
+    """A layer in float64, video, text and visible words."""
     attention = module(Pattern.from_config(layer), text="none" if text is None else "full")
-    tokens, words = grid[0] * grid[1] * grid[2], 0 if text is None else 3
-    positions = grid_positions(grid)
-    x, prompt = draw(2, tokens, DIM), draw(2, words, DIM, seed=1) if words else None
+    words = 0 if text is None else 3
+    x, prompt = draw(2, grid[0] * grid[1] * grid[2], DIM), draw(2, words, DIM, seed=1) if words else None
     count = torch.ones(2, words, dtype=torch.bool)
     if text == "masked":
         count = torch.tensor([[True, False, True], [False] * 3])
-    rope = rotary_embedding(positions, axes=default_axes(SIZE), theta=10000.0, dtype=torch.float64)
-    out, out_text = attention(x, prompt, count if text == "masked" else None, rope, grid)
+    return attention, x, prompt, count
 
-    q, k = (
-        turn(heads(x, linear, norm), positions)
-        for linear, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k))
-    )
+
+def queries_and_keys(attention, x, grid) -> tuple[torch.Tensor, torch.Tensor]:
+    pairs = ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k))
+    query, key = (turn(heads(x, linear, norm), grid_positions(grid)) for linear, norm in pairs)
+    return query, key
+
+
+def check_definition(attention, x, prompt, count, grid, see, *, masked, causal=False) -> None:
+    """Outputs are those of a softmax over all visible tokens; `see` is `[B or 1, heads or 1, tokens, tokens]`."""
+    words, tokens = count.shape[1], x.shape[1]
+    rope = rotary_embedding(grid_positions(grid), axes=default_axes(SIZE), theta=10000.0, dtype=torch.float64)
+    out, out_text = attention(x, prompt, count if masked else None, rope, grid)
+    q, k = queries_and_keys(attention, x, grid)
     v = heads(x, attention.to_v, None)
-    see = visible(layer, grid)[None, None].expand(2, 1, -1, -1)
+    see = see.expand(2, see.shape[1], tokens, tokens)
     if prompt is None:
         assert out_text is None
         expected = softmax_attention(q, k, v, see)
@@ -88,15 +101,38 @@ def test_equals_the_definition(layer, grid, causal, text):
         text_k = heads(prompt, attention.add_k_proj, attention.norm_added_k)
         text_v = heads(prompt, attention.add_v_proj, None)
         k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)
-        keep_text = count[:, None, None].expand(2, 1, tokens, words)
+        keep_text = count[:, None, None].expand(2, see.shape[1], tokens, words)
         expected = softmax_attention(q, k, v, torch.cat([keep_text, see], dim=-1))
         keep = torch.cat([count, torch.full((2, tokens), not causal)], dim=-1)[:, None, None]
         of_text = softmax_attention(text_q, k, v, keep)
-        if causal and text == "masked":  # nothing to attend to: what comes out is finite and seen by nobody
+        if causal and masked:  # nothing to attend to: what comes out is finite and seen by nobody
             assert out_text[1].isfinite().all()
             of_text, out_text = of_text[:1], out_text[:1]
         torch.testing.assert_close(out_text, attention.to_add_out(of_text), rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(out, attention.to_out[0](expected), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("text", [None, "seen", "masked"])
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("grid", GRIDS, ids=name)
+@pytest.mark.parametrize("layer", LAYERS, ids=name)
+def test_equals_the_definition(layer, grid, causal, text):
+    layer = layer | {"causal": causal}
+    see = visible(layer, grid)[None, None]
+    check_definition(*case(layer, grid, text), grid, see, masked=text == "masked", causal=causal)
+
+
+@pytest.mark.parametrize("text", [None, "masked"])
+@pytest.mark.parametrize("grid", GRIDS, ids=name)
+@pytest.mark.parametrize("layer", SPARSE, ids=lambda layer: layer["mask"])
+def test_sparse_layers_equal_the_definition(layer, grid, text):
+    attention, x, prompt, count = case(layer, grid, text)
+    shape = (x.shape[1],) if layer.get("flat") else grid
+    query, key = (tensor.unflatten(1, shape) for tensor in queries_and_keys(attention, x, grid))
+    mask = resolve(layer["mask"], layer["options"], layer.get("budget"))[0](query, key, shape)
+    see = dense_bias(mask, shape, shape, torch.float64) == 0
+    assert grid != GRIDS[0] or not see.all()
+    check_definition(attention, x, prompt, count, grid, see, masked=text == "masked")
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -184,6 +220,12 @@ def test_fused_projections_change_nothing(options):
         ({"type": "window", "window": 3, "stride": 4}, r"stride=\(4, 4, 4\)"),
         ({"type": "window", "window": 3, "dilation": 1.5}, "dilation=1.5"),
         ({"type": "dense", "causal": 1}, "causal=1"),
+        ({"type": "sparse"}, "needs a mask"),
+        ({"type": "sparse", "mask": "vsa", "causal": True}, "sparse takes"),
+        ({"type": "sparse", "mask": "vas"}, "mask='vas' must be one of"),
+        ({"type": "sparse", "mask": "vsa", "options": {"tile": 2}}, "has no"),
+        ({"type": "sparse", "mask": "vsa", "budget": 2}, "budget=2"),
+        ({"type": "sparse", "mask": "psa", "flat": True}, "must be one of"),
     ],
 )
 def test_wrong_layers_are_named(layer, message):

@@ -303,3 +303,42 @@ def test_odd_sizes_and_wrong_paths_of_files(tmp_path):
         save_clips([frames], tmp_path / "odd.mp4", kind="gif")
     with pytest.raises(ValueError, match="kind='webm' must be one of"):
         save_clips([frames], None, kind="webm")
+
+
+def test_strength_changes_a_video():
+    """The last half of four steps, from the video under their noise; all steps are as if there were no video."""
+    pipe = tiny_pipe()
+    call = CALL | {"class_labels": 3, "num_inference_steps": 4, "output_type": "latent"}
+    frames, height, width = SIZE
+    video = np.random.default_rng(0).random((frames, height, width, 1), dtype=np.float32)
+    half = pipe(**call, video=video, strength=0.5, generator=seeded()).frames
+    assert pipe.num_timesteps == 2
+    pipe.scheduler.set_timesteps(4)
+    sigma = float(pipe.scheduler.sigmas[2])
+    clean = pipe.normalise(torch.from_numpy(video).permute(3, 0, 1, 2)[None])
+    noise = torch.randn(1, 1, *SIZE, generator=seeded())
+    rest = {"sigmas": [float(x) for x in pipe.scheduler.sigmas[2:4]], "latents": (1 - sigma) * clean + sigma * noise}
+    pipe.scheduler.register_to_config(shift=1.0)
+    pipe.scheduler._shift = 1.0  # given levels are shifted again otherwise
+    expected = pipe(**{k: v for k, v in call.items() if k != "num_inference_steps"}, **rest).frames
+    torch.testing.assert_close(half, expected, rtol=1e-4, atol=1e-5)
+    pipe = tiny_pipe()
+    whole = pipe(**call, video=video, strength=1.0, generator=seeded()).frames
+    torch.testing.assert_close(whole, pipe(**call, generator=seeded()).frames, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strength": 0.0}, "strength=0.0 must be more than 0"),
+        ({"strength": 0.1}, "strength=0.1 of 2 steps is no step"),
+        ({"strength": 0.5, "video": None}, "strength=0.5 changes a video"),
+        ({"strength": 0.5, "video": np.zeros((2, 8, 8, 1), np.float32)}, "2 frames as the model sees them"),
+        ({"guidance_rescale": 2.0}, "guidance_rescale=2.0"),
+    ],
+)
+def test_wrong_strengths_are_named(options, message):
+    video = np.zeros((*SIZE, 1), np.float32)
+    given = CALL | {"class_labels": 3, "num_inference_steps": 2, "video": video} | options
+    with pytest.raises(ValueError, match=message):
+        tiny_pipe()(**given)

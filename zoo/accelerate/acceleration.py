@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ...kernels.masks.named import density, resolve, static_mask
 from ..sites import Interception, Layout, Moment, Schedule, Site, find
 from ..sites.intercept import Call, Following, InterceptedProcessor
 from ..sites.models import models_of
 from ..sites.site import resolve_layers
 from .gates import find_gate
-from .masks import density, resolve, static_mask
 from .plan import Plan, fit_window, is_per_head
 from .presets import as_plan
 from .sparse import Choice, attend

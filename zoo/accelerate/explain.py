@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...kernels.masks.named import density as density_of_lists
+from ...kernels.masks.named import resolve
 from ...kernels.neighborhood.cost import visible_pairs
 from ...kernels.neighborhood.heads import head_groups
 from ..sites import Layout, Site
 from ..sites.layout import complete
 from ..sites.models import models_of, row
 from .acceleration import Acceleration, accelerations
-from .masks import density as density_of_lists
-from .masks import resolve
 from .plan import Plan
 from .presets import as_plan
 from .sparse import Choice

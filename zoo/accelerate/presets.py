@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .masks import mask_names
+from ...kernels.masks.named import mask_names
 from .plan import Plan, read_plan
 
 PRESETS: dict[str, dict[str, Any]] = {

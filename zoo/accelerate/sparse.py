@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.masks import vsa_coarse
-from ...kernels.ops import BlockMask, block_sparse_attention, na1d, na2d, na3d
+from ...kernels.masks.named import BlockMaskOf, attend_lists
+from ...kernels.ops import BlockMask, na1d, na2d, na3d
 from ..sites import Call, Layout
 from ..sites.intercept import Following
-from .masks import BlockMaskOf
 
 WINDOWS = {1: na1d, 2: na2d, 3: na3d}
 
@@ -58,7 +58,9 @@ def attend(call: Call, following: Following) -> Tensor:
     if choice.window is not None:
         out = WINDOWS[len(choice.grid)](query, key, value, **choice.window, scale=call.scale, **additional)
     else:
-        out = _by_lists(call, choice, query, key, value, additional)
+        lists = block_lists(choice, query, key)
+        options: dict[str, Any] = dict(scale=call.scale, skip_threshold=choice.skip_threshold, **additional)
+        out = attend_lists(query, key, value, mask=lists, **options)
     out = out.flatten(1, len(choice.grid))
     if choice.gate is not None:
         out = out + _coarse(call, choice, query, key, value, slice(first, end))
@@ -113,17 +115,6 @@ def block_lists(choice: Choice, query: Tensor, key: Tensor) -> BlockMask:
         rank = len(choice.grid)
         return choice.mask(query.flatten(1, rank), key.flatten(1, rank), (prod(choice.grid),))
     return choice.mask(query, key, choice.grid)
-
-
-def _by_lists(
-    call: Call, choice: Choice, query: Tensor, key: Tensor, value: Tensor, additional: dict[str, Tensor | None]
-) -> Tensor:
-    mask, rank = block_lists(choice, query, key), len(choice.grid)
-    options: dict[str, Any] = dict(mask=mask, scale=call.scale, skip_threshold=choice.skip_threshold, **additional)
-    if len(mask.query_block) == rank:
-        return block_sparse_attention(query, key, value, **options)
-    query, key, value = (x.flatten(1, rank) for x in (query, key, value))
-    return block_sparse_attention(query, key, value, **options).unflatten(1, choice.grid)
 
 
 def _coarse(call: Call, choice: Choice, query: Tensor, key: Tensor, value: Tensor, tokens: slice) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -33,7 +34,7 @@ def moving_clip(
     """A digit with random start and velocity on a black canvas.
 
     Args:
-        digit: `[8, 8]` in 0..1.
+        digit: `[side, side]` in 0..1.
         canvas, frames: size of the clip.
         speed: velocities are drawn from all of `{-speed, …, speed}²` but (0, 0), pixels a frame.
         generator: PyTorch's default generator if None.
@@ -41,7 +42,8 @@ def moving_clip(
     Returns:
         `[1, frames, canvas, canvas]` in 0..1.
     """
-    room = canvas - SIDE
+    side = len(digit)
+    room = canvas - side
     start = torch.randint(room + 1, (2,), generator=generator).tolist()
     steps = 2 * speed + 1
     drawn = int(torch.randint(steps * steps - 1, (1,), generator=generator))
@@ -50,8 +52,16 @@ def moving_clip(
     rows, columns = (bounce(s, v, frames, room) for s, v in zip(start, velocity, strict=True))
     clip = np.zeros((1, frames, canvas, canvas), dtype=np.float32)
     for t, (y, x) in enumerate(zip(rows, columns, strict=True)):
-        clip[0, t, y : y + SIDE, x : x + SIDE] = digit
+        clip[0, t, y : y + side, x : x + side] = digit
     return torch.from_numpy(clip)
+
+
+def resize_scans(scans: np.ndarray, side: int) -> np.ndarray:
+    """Scans `[N, 8, 8]` in 0..1 as `[N, side, side]`, bicubic, cut to 0..1."""
+    if side == SIDE:
+        return scans
+    large = F.interpolate(torch.from_numpy(scans)[:, None], size=(side, side), mode="bicubic", align_corners=False)
+    return large.clamp(0, 1)[:, 0].numpy()
 
 
 class MovingDigitClips(Dataset):
@@ -94,7 +104,8 @@ class MovingDigits(VideoData):
 
     Args:
         batch_size, seed, shuffle, num_workers: see `SeededData`.
-        canvas: pixels a side, 8 or more.
+        canvas: pixels a side, `side` or more.
+        side: pixels of a digit, 8 or more; scans of 8 pixels are enlarged bicubically.
         frames: of a clip.
         speed: see `moving_clip`.
         epoch_length: clips of an epoch.
@@ -112,6 +123,7 @@ class MovingDigits(VideoData):
         canvas: int = 12,
         frames: int = 6,
         speed: int = 1,
+        side: int = SIDE,
         epoch_length: int = 8000,
         val_length: int = 360,
         test_length: int = 1000,
@@ -121,7 +133,12 @@ class MovingDigits(VideoData):
         shuffle: bool = True,
         num_workers: int = 0,
     ):
-        for name, value, least in (("canvas", canvas, SIDE), ("frames", frames, 1), ("speed", speed, 1)):
+        for name, value, least in (
+            ("side", side, SIDE),
+            ("canvas", canvas, side),
+            ("frames", frames, 1),
+            ("speed", speed, 1),
+        ):
             if value < least:
                 raise ValueError(f"data.{name}={value} must be at least {least}")
         super().__init__(
@@ -137,7 +154,8 @@ class MovingDigits(VideoData):
             shuffle=shuffle,
             num_workers=num_workers,
         )
-        self.speed, self.lengths = speed, {"train": epoch_length, "val": val_length, "test": test_length}
+        self.speed, self.side = speed, side
+        self.lengths = {"train": epoch_length, "val": val_length, "test": test_length}
 
     @property
     def clip_sizes(self) -> tuple[str, list[tuple[int, ...]]]:
@@ -163,4 +181,5 @@ class MovingDigits(VideoData):
         from sklearn.datasets import load_digits
 
         scans, parts = (load_digits().images / 16).astype(np.float32), split_digits()  # [1797, 8, 8]
+        scans = resize_scans(scans, self.side)
         self.datasets = {split: self._clips(split, parts, scans) for split in ("train", "val", "test")}

@@ -60,11 +60,21 @@ def check_tuning(tuning: str, unfreeze_epoch: int | None, lora: Mapping[str, Any
         raise unknown_name("task.tuning", tuning, TUNINGS)
     if unfreeze_epoch is not None and (tuning != "probe" or unfreeze_epoch < 1):
         raise ValueError(f"task.unfreeze_epoch={unfreeze_epoch} needs task.tuning=probe and must be at least 1")
-    unknown = set(lora or {}) - set(LORA)
+    check_lora(lora or {}, LORA, needed=tuning == "lora")
+
+
+def check_lora(lora: Mapping[str, Any], known: Mapping[str, Any], *, needed: bool = True) -> None:
+    """Refuses options of adapters that are not known, and adapters without peft.
+
+    Raises:
+        ValueError: names the key.
+        ImportError: LoRA is needed and peft is not installed.
+    """
+    unknown = set(lora) - set(known)
     if unknown:
-        raise unknown_name("task.lora", min(unknown), LORA)
-    if tuning == "lora" and find_spec("peft") is None:
-        raise ImportError("task.tuning=lora needs peft: pip install 'foveal[lora]'")
+        raise unknown_name("task.lora", min(unknown), known)
+    if needed and find_spec("peft") is None:
+        raise ImportError("LoRA needs peft: pip install 'foveal[lora]'")
 
 
 def _linear_layers(model: nn.Module, pattern: str) -> list[str]:
@@ -77,6 +87,25 @@ def _linear_layers(model: nn.Module, pattern: str) -> list[str]:
     if not found:
         raise ValueError(f"task.lora.targets={pattern!r} fits none of the linear layers: {listed(linear)}")
     return found
+
+
+def lora_config(model: nn.Module, options: Mapping[str, Any]) -> Any:
+    """Peft's configuration of adapters beside the linear layers of a model that `options["targets"]` fits.
+
+    Raises:
+        ValueError: no layer fits, or peft refuses the options.
+    """
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(
+            r=options["rank"],
+            lora_alpha=options["alpha"],
+            lora_dropout=options["dropout"],
+            target_modules=_linear_layers(model, options["targets"]),
+        )
+    except TypeError as error:
+        raise ValueError(f"task.lora={dict(options)} does not work: {reason(error)}") from error
 
 
 def tune(model: nn.Module, tuning: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
@@ -96,15 +125,10 @@ def tune(model: nn.Module, tuning: str, lora: Mapping[str, Any] | None = None) -
         ValueError: no layer fits `targets`, or the model has no classifier.
     """
     if tuning == "lora":
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import inject_adapter_in_model
 
         options = {**LORA, **(lora or {})}
-        config = LoraConfig(
-            r=options["rank"],
-            lora_alpha=options["alpha"],
-            lora_dropout=options["dropout"],
-            target_modules=_linear_layers(model, options["targets"]),
-        )
+        config = lora_config(model, options)
         try:
             inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         except ValueError as error:

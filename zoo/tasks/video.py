@@ -5,7 +5,6 @@ Random numbers of a training step are times, noise and dropped conditions; `Task
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,8 @@ from ..video.flow import TIMESTEPS, add_noise, flow_loss, sample_time, velocity
 from ..video.presets import PRESETS
 from ._base import Task
 from .optim import check_optimizer
+from .tuning import merge_lora
+from .video_model import LORA, Teacher, check_source, make_video_model, patch_size
 
 Batch = dict[str, Any]
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -33,8 +34,8 @@ class VideoDiffusionTask(Task):
     """Trains a `VideoDiT` on the batches of a `VideoData`.
 
     Args:
-        model: `preset` of `VideoDiT.from_preset`, `conditioning` (None, "class", "cross", "joint") and `args`, further
-            arguments of the model.
+        model: `preset` of `VideoDiT.from_preset` or `pretrained`, the folder of a saved model, pipeline or run to start
+            from, `conditioning` (None, "class", "cross", "joint") and `args`, further arguments of the model.
         in_channels, num_classes, text_dim: of the data.
         clip_sizes: of the data: the configuration of its clips' sizes, in words, and `[T, H, W]` of each.
         class_names: of the data, by label; kept in checkpoints and by the pipeline of the run.
@@ -50,10 +51,15 @@ class VideoDiffusionTask(Task):
         new_noise: draw times, noise and dropped conditions anew in every epoch; off, a batch has the same ones each
             time (to learn a few samples by heart: only then does the loss go to zero).
         gradient_checkpointing: recompute the blocks in the backward pass.
+        lora: train adapters of low rank beside frozen weights: `rank`, `alpha`, `dropout` and `targets`, see
+            `video_model.add_lora`; None: train everything.
+        teacher: folder of a saved model, pipeline or run whose velocity is imitated (distillation); None: no teacher.
+        teacher_weight: share of the distance to the teacher in the loss, 0 to 1; the rest is that to the data.
         compile: `enabled`, `mode` and `fullgraph` for `torch.compile` of each repeated block.
         seed: of the run.
 
     Raises:
+        FileNotFoundError: a folder that holds no model.
         ValueError: an unknown preset, optimizer or scheduler, a number out of range, a condition that the data do not
             have, or clips that patches do not fill.
     """
@@ -77,13 +83,21 @@ class VideoDiffusionTask(Task):
         condition_dropout: float = 0.1,
         new_noise: bool = True,
         gradient_checkpointing: bool = False,
+        lora: Mapping[str, Any] | None = None,
+        teacher: str | None = None,
+        teacher_weight: float = 0.5,
         compile: Mapping[str, Any] | None = None,
         seed: int = 0,
     ):
+        check_source(model, lora)
         _check_choices(model, optimizer, scheduler, time_per)
         _check_condition(model.get("conditioning"), num_classes, text_dim)
         _check_patches(model, clip_sizes)
-        for name, chance in (("first_frame", first_frame), ("condition_dropout", condition_dropout)):
+        for name, chance in (
+            ("first_frame", first_frame),
+            ("condition_dropout", condition_dropout),
+            ("teacher_weight", teacher_weight),
+        ):
             if not 0 <= chance <= 1:
                 raise ValueError(f"task.{name}={chance} must be between 0 and 1")
         if shift <= 0:
@@ -109,21 +123,19 @@ class VideoDiffusionTask(Task):
             condition_dropout,
         )
         self.new_noise, self.gradient_checkpointing = new_noise, gradient_checkpointing
+        self.lora, self.teacher_weight = None if lora is None else dict(lora), teacher_weight
+        self.teacher = None if teacher is None else Teacher(teacher)
 
     def shown_name(self, name: str) -> str:
         return name.replace("_", "/", 1).replace("_", "_t0.")
 
     def make_model(self) -> VideoDiT:
-        preset, args = self.model_cfg["preset"], dict(self.model_cfg.get("args") or {})
         of_data: dict[str, Any] = {"in_channels": self.in_channels, "conditioning": self.conditioning}
         if self.conditioning == "class":
             of_data["num_classes"] = self.num_classes
         elif self.conditioning is not None:
             of_data["text_dim"] = self.text_dim
-        try:
-            model = VideoDiT.from_preset(preset, **(args | of_data))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"model.preset={preset!r} cannot be built with model.args={args}: {error}") from error
+        model = make_video_model(self.model_cfg, of_data, lora=self.lora)
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         return model
@@ -168,10 +180,18 @@ class VideoDiffusionTask(Task):
         return t, weight
 
     def loss(self, video: Tensor, noise: Tensor, t: Tensor, weight: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """Of the predicted velocity; see `flow.flow_loss`. All tensors are float32, whatever the model is."""
+        """Of the predicted velocity; see `flow.flow_loss`. All tensors are float32, whatever the model is.
+
+        In training with a teacher, the mean of the distances to the data and to the teacher.
+        """
         assert self.model is not None
-        prediction = self.model(add_noise(video, noise, t), TIMESTEPS * t, **condition).sample
-        return flow_loss(prediction, velocity(video, noise), weight=weight)
+        noisy = add_noise(video, noise, t)
+        prediction = self.model(noisy, TIMESTEPS * t, **condition).sample
+        loss = flow_loss(prediction, velocity(video, noise), weight=weight)
+        if self.teacher is None or not self.training:
+            return loss
+        imitation = flow_loss(prediction, self.teacher(noisy, TIMESTEPS * t, **condition), weight=weight)
+        return torch.lerp(loss, imitation, self.teacher_weight)
 
     def seed_epoch(self) -> int:
         return self.current_epoch if self.new_noise else 0
@@ -210,6 +230,11 @@ class VideoDiffusionTask(Task):
             options["num_training_steps"] = int(length)
         return get_scheduler(name, optimizer, num_warmup_steps=warmup, **options)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.lora is not None:
+            checkpoint["state_dict_ema"] = merge_lora(checkpoint["state_dict_ema"], {**LORA, **self.lora})
+
     def names_matter(self) -> bool:
         return self.conditioning == "class"
 
@@ -219,7 +244,7 @@ def _time_name(time: float) -> str:
 
 
 def _check_choices(model: Mapping, optimizer: Mapping, scheduler: Mapping | None, time_per: str) -> None:
-    if model["preset"] not in PRESETS:
+    if not model.get("pretrained") and model["preset"] not in PRESETS:
         raise unknown_name("model.preset", model["preset"], PRESETS)
     check_optimizer(optimizer)
     if scheduler and scheduler["name"] not in SCHEDULERS:
@@ -245,8 +270,7 @@ def _check_patches(model: Mapping[str, Any], clip_sizes: tuple[str, Sequence[Seq
     """Before any data are read or a model is built: both may take minutes."""
     if clip_sizes is None:
         return
-    patch = inspect.signature(VideoDiT).parameters["patch_size"].default
-    patch = (PRESETS[model["preset"]] | dict(model.get("args") or {})).get("patch_size", patch)
+    patch = patch_size(model)
     if not isinstance(patch, Sequence) or len(patch) != 3 or min(patch) < 1:
         return  # the model says what is wrong with it
     said, sizes = clip_sizes

@@ -19,6 +19,7 @@ from ..video.pipeline import VideoDiTPipeline
 from .report import MetricTable
 from .video import VideoDiffusionTask
 from .video_metrics import ClipJudge, change_beyond_shift, conditional_accuracy, fit_judge, frechet_distance
+from .video_model import plain_model, save_lora
 from .video_plots import plot_strips, plot_video_curves, write_grid
 
 JUDGE_CLIPS, SAMPLE_BATCH = 4000, 50
@@ -59,7 +60,7 @@ def make_pipeline(task: VideoDiffusionTask, data: VideoData, *, whole: bool = Fa
     """A pipeline around the task's model, which samples as the task trains.
 
     Args:
-        whole: with all the weights of a sharded model in one copy; every rank has to ask.
+        whole: with all the weights of a sharded model in one copy, adapters added to them; every rank has to ask.
     """
     model = task.model
     assert model is not None
@@ -69,6 +70,8 @@ def make_pipeline(task: VideoDiffusionTask, data: VideoData, *, whole: bool = Fa
         model = VideoDiT.from_config(model.config)
         if task.global_rank == 0:
             model.load_state_dict(state)
+    elif whole and task.lora is not None:
+        model = plain_model(model, model.state_dict(), task.lora)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=task.shift)
     names = dict(enumerate(data.class_names)) if model.config.conditioning == "class" else None
     pipeline = VideoDiTPipeline(model, scheduler, vae=data.vae, null_text="zeros", id2label=names, **data.for_pipeline)
@@ -78,7 +81,8 @@ def make_pipeline(task: VideoDiffusionTask, data: VideoData, *, whole: bool = Fa
 
 class VideoReport(MetricTable):
     """Writes `metrics.csv`, `curves.png`, `samples/step_*.gif`, and at the end `samples.gif`, `samples.png`,
-    `metrics.json` and `pipeline/`, a folder for `VideoDiTPipeline.from_pretrained`.
+    `metrics.json` and `pipeline/`, a folder for `VideoDiTPipeline.from_pretrained`; of trained adapters also `lora/`,
+    for `VideoDiTPipeline.load_lora_weights`.
 
     Samples are made with the average of the weights when there is one: this callback comes after it.
 
@@ -194,6 +198,8 @@ class VideoReport(MetricTable):
         pipeline = make_pipeline(pl_module, trainer.datamodule, whole=True)  # pyright: ignore
         if trainer.is_global_zero:
             pipeline.save_pretrained(self.dirpath / "pipeline")
+            if pl_module.lora is not None:  # pyright: ignore[reportAttributeAccessIssue]
+                save_lora(pl_module.model, self.dirpath / "lora")  # pyright: ignore
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]

@@ -113,6 +113,18 @@ def check_frames(
             raise ValueError(f"chunk_frames={chunk_frames} must be in 1..{token_frames}, the frames of tokens")
 
 
+def check_strength(strength: float | None, video: Any, chunk_frames: int | None, guidance_rescale: float) -> None:
+    """Raises ValueError, naming the argument, unless a video is there to change, in one go."""
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale={guidance_rescale} must be in 0..1")
+    if strength is None:
+        return
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength} must be more than 0 and at most 1")
+    if video is None or chunk_frames is not None:
+        raise ValueError(f"strength={strength} changes a video: give video, without chunk_frames")
+
+
 def _check_texts(name: str, value: Any, *, nested: bool) -> None:
     """A string or strings; nested: those of segments, of one video or of each."""
     texts = [value] if isinstance(value, str) else value

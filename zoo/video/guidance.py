@@ -150,13 +150,21 @@ def guide(
     scale: float = 1.0,
     perturbed: Tensor | None = None,
     pag_scale: float = 0.0,
+    rescale: float = 0.0,
 ) -> Tensor:
     """Classifier-free and perturbation guidance of velocities of equal shape.
 
-    `uncond + scale (cond - uncond) + pag_scale (cond - perturbed)`; what is None takes no part.
+    `uncond + scale (cond - uncond) + pag_scale (cond - perturbed)`; what is None takes no part. Strong guidance makes
+    the result larger: a share `rescale` of it is scaled back to the standard deviation of `cond`, per video
+    (arXiv:2305.08891, §3.4).
     """
     out = cond if uncond is None else uncond + scale * (cond - uncond)
-    return out if perturbed is None else out + pag_scale * (cond - perturbed)
+    out = out if perturbed is None else out + pag_scale * (cond - perturbed)
+    if not rescale:
+        return out
+    axes = tuple(range(1, out.ndim))
+    ratio = cond.std(dim=axes, keepdim=True) / out.std(dim=axes, keepdim=True)
+    return out * torch.lerp(torch.ones_like(ratio), ratio, rescale)
 
 
 def hunt_heads(

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from .blocks import MLPS
 from .kv_cache import KVCache
-from .modulation import MODULATIONS
+from .modulation import MODULATIONS, wide
 from .positions import default_axes
 
 CONDITIONINGS = (None, "class", "cross", "joint")
+PREDICTIONS = ("velocity", "video")
+LEAST_TIME = 0.05  # of the divisor (arXiv:2511.13720): at less noise an error of the clean video counts no more
 
 
 def patchify(video: Tensor, patch: Sequence[int]) -> Tensor:
@@ -26,6 +28,19 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Ten
     """The inverse of `patchify`."""
     cut = tokens.unflatten(2, (-1, *patch)).unflatten(1, tuple(grid))  # [B, T, H, W, C, t, h, w]
     return cut.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def velocity_of(clean: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
+    """Velocity `noise - video` of tokens whose clean patches are predicted, in the dtype of clean.
+
+    Args:
+        clean, noisy: `[B, tokens, channels]`.
+        timestep: 0 to 1000, as `VideoDiT.forward` takes it.
+    """
+    wider = wide(clean.dtype)
+    t = timestep.reshape(timestep.shape[0], -1).to(wider) / 1000  # [B, M]
+    groups = (noisy.to(wider) - clean.to(wider)).unflatten(1, (t.shape[1], -1))
+    return (groups / t.clamp_min(LEAST_TIME)[..., None, None]).flatten(1, 2).to(clean.dtype)
 
 
 def check_inputs(
@@ -140,12 +155,13 @@ def check_axes(rope_axes: Sequence[int] | None, head_dim: int) -> tuple[int, ...
     return axes
 
 
-def check_config(patch_size, mlp, conditioning, num_classes, text_dim, attention, modulation) -> None:
+def check_config(patch_size, mlp, conditioning, num_classes, text_dim, attention, modulation, prediction) -> None:
     """Raise ValueError, naming the argument, unless the choices of a model exist and agree; see `VideoDiT`."""
     for name, value, accepted in (
         ("mlp", mlp, tuple(MLPS)),
         ("conditioning", conditioning, CONDITIONINGS),
         ("modulation", modulation, tuple(MODULATIONS)),
+        ("prediction", prediction, PREDICTIONS),
     ):
         if value not in accepted:
             raise ValueError(f"{name}={value!r} must be one of {accepted}")

@@ -1,4 +1,4 @@
-"""Attention patterns of layers: dense, a sliding 3-D window, or one axis at a time.
+"""Attention patterns of layers: dense, a sliding 3-D window, one axis at a time, or the blocks of a sparse mask.
 
 Functions here take queries `[B, T, H, W, heads, d]` and keys of the same grid, with `past` more frames in front when a
 rollout continues. Causal means causal in time and frame by frame: tokens of one frame see each other.
@@ -6,18 +6,23 @@ rollout continues. Causal means causal in time and frame by frame: tokens of one
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...kernels.common.calling import is_per_head
+from ...kernels.masks.named import attend_lists, named_lists, resolve
 from ...kernels.ops import merge_attentions, na3d
 
 Attend = Callable[..., Tensor]  # attention of [B, queries, heads, d] to [B, keys, heads, d], with attn_mask
 Sizes = tuple[Any, ...]  # an integer for each of t, h, w, or such a tuple for each head
-TYPES = ("dense", "window", "spatial", "temporal")
+TYPES = ("dense", "window", "spatial", "temporal", "sparse")
+OPTIONS = {  # of types that take more than "causal"
+    "window": ("causal", "window", "stride", "dilation"),
+    "sparse": ("mask", "options", "budget", "flat"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,15 @@ class Pattern:
     """Attention of one layer, from its entry in the config.
 
     Attributes:
-        type: "dense", "window", "spatial" (each frame by itself) or "temporal" (each place by itself).
+        type: "dense", "window", "spatial" (each frame by itself), "temporal" (each place by itself) or "sparse".
         causal: whether a frame sees no later frame; nothing to a spatial layer.
         window, stride, dilation: of "window", along (t, h, w), or one such tuple per head; see
             `foveal.kernels.ops.na3d`.
+        mask: of "sparse", a name in `foveal.kernels.masks`, or "package.module:name" of a function
+            `(query, key, grid) -> BlockMask`.
+        options: keyword arguments of the mask.
+        budget: share of the keys that a query sees, in (0, 1], for masks that take one.
+        flat: the mask is given the tokens as one sequence in raster order.
     """
 
     type: str = "dense"
@@ -57,21 +67,27 @@ class Pattern:
     window: Sizes = (1, 1, 1)
     stride: Sizes = (1, 1, 1)
     dilation: Sizes = (1, 1, 1)
+    mask: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    budget: float | None = None
+    flat: bool = False
 
     @classmethod
     def from_config(cls, layer: str | Mapping[str, Any]) -> "Pattern":
         """Pattern of an entry of `attention`: a type, or a dict of type and options.
 
         Raises:
-            ValueError: an unknown type or option, or a window, stride or dilation out of range.
+            ValueError: an unknown type, mask or option, or a window, stride, dilation or budget out of range.
         """
         options = {"type": layer} if isinstance(layer, str) else dict(layer)
         kind = options.pop("type", None)
         if kind not in TYPES:
             raise ValueError(f"attention={layer!r} must be one of {TYPES}, or a dict with such a type")
-        known = {"causal", "window", "stride", "dilation"} if kind == "window" else {"causal"}
+        known = set(OPTIONS.get(kind, ("causal",)))
         if options.keys() - known:
             raise ValueError(f"attention={layer!r} has {sorted(options.keys() - known)}; {kind} takes {sorted(known)}")
+        if kind == "sparse":
+            return cls._sparse(layer, options)
         causal = options.get("causal", False)
         if not isinstance(causal, bool):
             raise ValueError(f"attention={layer!r}: causal={causal!r} must be true or false")
@@ -89,6 +105,24 @@ class Pattern:
             if any(stride > window for window, stride in zip(head.window, head.stride, strict=True)):
                 raise ValueError(f"attention={layer!r}: stride={head.stride} must not exceed window={head.window}")
         return pattern
+
+    @classmethod
+    def _sparse(cls, layer: object, options: dict[str, Any]) -> "Pattern":
+        mask, budget, flat = options.get("mask"), options.get("budget"), options.get("flat", False)
+        keywords = options.get("options") or {}
+        if not isinstance(mask, str):
+            raise ValueError(
+                f"attention={layer!r} needs a mask: a name in foveal.kernels.masks, or package.module:name"
+            )
+        if not isinstance(keywords, Mapping) or not isinstance(flat, bool):
+            raise ValueError(f"attention={layer!r}: options must be a mapping, flat must be true or false")
+        if budget is not None and not 0 < budget <= 1:
+            raise ValueError(f"attention={layer!r}: budget={budget!r} must be in (0, 1]")
+        try:
+            resolve(mask, keywords, budget)
+        except (ValueError, ImportError, AttributeError) as error:
+            raise ValueError(f"attention={layer!r}: {error}") from error
+        return cls("sparse", mask=mask, options=dict(keywords), budget=budget, flat=flat)
 
     @property
     def heads(self) -> int | None:
@@ -186,6 +220,8 @@ def attend(
         dense: what computes attention without a pattern.
         qk_dtype: what queries and keys of windows are rounded to; see `foveal.kernels.ops.na3d`.
     """
+    if pattern.type == "sparse":
+        return _sparse(pattern, query, key, value, text)
     if pattern.type == "window" or (text is not None and pattern.type != "dense"):
         return _window(pattern, query, key, value, text, qk_dtype)
     if pattern.type == "spatial":
@@ -256,12 +292,23 @@ def _window(
     if text is not None and text.parts is not None:
         video = (x[:, mine] for x in na3d(queries, key, value, **options, return_lse=True))
         return merge_attentions(*zip(video, _words(query, text), strict=True))[0]
-    extra = (
-        {}
-        if text is None
-        else {"additional_keys": text.key, "additional_values": text.value, "additional_mask": text.mask}
-    )
-    return na3d(queries, key, value, **options, **extra)[:, mine]
+    return na3d(queries, key, value, **options, **_additional(text))[:, mine]
+
+
+def _sparse(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, text: Text | None) -> Tensor:
+    # a choice has no gradient: without its history, ranking and counting blocks cost nothing in the backward pass
+    lists = named_lists(query.detach(), key.detach(), pattern.mask, pattern.options, pattern.budget, flat=pattern.flat)
+    if text is not None and text.parts is not None:
+        video = attend_lists(query, key, value, mask=lists, return_lse=True)
+        return merge_attentions(*zip(video, _words(query, text), strict=True))[0]
+    return attend_lists(query, key, value, mask=lists, **_additional(text))
+
+
+def _additional(text: Text | None) -> dict[str, Tensor | None]:
+    """Arguments of the operators for a text that every query sees."""
+    if text is None:
+        return {}
+    return {"additional_keys": text.key, "additional_values": text.value, "additional_mask": text.mask}
 
 
 def _pad_frames(x: Tensor, before: int, after: int) -> Tensor:

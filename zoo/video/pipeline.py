@@ -12,13 +12,12 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from .checks import check_counts, check_frames, check_output, check_size, check_told
+from .checks import check_counts, check_frames, check_output, check_size, check_strength, check_told
 from .conditions import (
     Conditions,
     Texts,
@@ -34,15 +33,19 @@ from .given import read_images, read_videos
 from .guidance import Heads, Perturbation, guide, perturbed_heads
 from .kv_cache import KVCache
 from .labels import check_names, read_labels
+from .pipeline_base import TransformerPipeline
 from .pipeline_output import VideoDiTPipelineOutput
 from .segments import Segments, segmented
-from .stepping import check_scheduler, draw_noise, set_timesteps
+from .stepping import begin_with, check_scheduler, draw_noise, set_timesteps
 from .transformer import VideoDiT
 from .vae import LatentSpace, decode, encode, latent_space
 
 
-class VideoDiTPipeline(DiffusionPipeline):
+class VideoDiTPipeline(TransformerPipeline):
     """Samples videos.
+
+    `load_lora_weights`, `set_adapters`, `fuse_lora` and the others of diffusers' pipelines are those of a pipeline
+    whose adapters are all in the transformer.
 
     Args:
         transformer: the model.
@@ -122,30 +125,6 @@ class VideoDiTPipeline(DiffusionPipeline):
             ValueError: an unknown name; says the nearest ones.
         """
         return read_labels(label, labels=self.labels, num_classes=self.transformer.config.num_classes or 0).tolist()
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1 and self.transformer.config.conditioning is not None
-
-    @property
-    def attention_kwargs(self) -> dict[str, Any] | None:
-        return self._attention_kwargs
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> Tensor | None:
-        return self._current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     # inputs
 
@@ -354,7 +333,7 @@ class VideoDiTPipeline(DiffusionPipeline):
                     perturbed = predict("perturbed", "cond")
         if "uncond" in sides and self.do_classifier_free_guidance:  # a callback may switch it off
             uncond = predict("uncond", "uncond")
-        scales = {"scale": self._guidance_scale, "pag_scale": perturbation.scale}
+        scales = {"scale": self._guidance_scale, "pag_scale": perturbation.scale, "rescale": self._guidance_rescale}
         return guide(cond, uncond=uncond, perturbed=perturbed, **scales)
 
     def in_segments(
@@ -391,11 +370,13 @@ class VideoDiTPipeline(DiffusionPipeline):
         negative_prompt: str | list[str] | None = None,
         image: Any = None,
         video: Any = None,
+        strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 4.0,
+        guidance_rescale: float = 0.0,
         sigmas: Sequence[float] | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -426,10 +407,14 @@ class VideoDiTPipeline(DiffusionPipeline):
             class_labels: of models of classes, one or several: integers, or names where the pipeline has `labels`.
             negative_prompt: what guidance leads away from, one for all or one for each; the null text when None.
             image: the first frame, one for all or one for each, of any size; see `given.read_images`.
-            video: the first frames, for all or for each, of any size; see `given.read_videos`.
+            video: the first frames, for all or for each, of any size; see `given.read_videos`. With strength, the video
+                to change.
+            strength: share of the steps in (0, 1] that change a video (SDEdit, arXiv:2108.01073): noise is added up to
+                the level of the first of them. None: video stays as it is and is continued.
             height, width, num_frames: of the video in pixels and frames; those of the config's sample_size when None.
             num_inference_steps: evaluations of the model, times two with guidance.
             guidance_scale: of classifier-free guidance (arXiv:2207.12598); off up to 1 and for unconditional models.
+            guidance_rescale: see `guidance.guide`, 0 to 1.
             sigmas: noise levels from 1 down, in place of num_inference_steps; the scheduler's shift applies to them.
             num_videos_per_prompt: videos of each prompt or label.
             generator: one, or one for each video; the same gives the same videos.
@@ -464,7 +449,8 @@ class VideoDiTPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         num_frames, height, width = self.video_size(num_frames, height, width)
-        self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
+        self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
+        self._attention_kwargs = attention_kwargs
         self._interrupt, self._current_timestep = False, None
         texts = Texts(
             prompt,
@@ -487,6 +473,7 @@ class VideoDiTPipeline(DiffusionPipeline):
         check_told(texts, class_labels, conditioning=config.conditioning, guidance_scale=guidance_scale, **told)
         sizes = {"num_frames": num_frames, "token_frames": tokens}
         check_frames(image, video, segment_frames, chunk_frames, transformer=self.transformer, **sizes)
+        check_strength(strength, video, chunk_frames, guidance_rescale)
         perturbation.check(self.transformer)
         device = self._execution_device
         steps = num_inference_steps if sigmas is None else len(sigmas)
@@ -495,15 +482,20 @@ class VideoDiTPipeline(DiffusionPipeline):
         conditions = self.prepare_conditions(texts, class_labels, device=device).repeat(num_videos_per_prompt)
         batch = conditions.videos or num_videos_per_prompt
         size = {"height": height, "width": width, "batch": batch, "prompts": batch // num_videos_per_prompt}
-        conditions = replace(conditions, first_frames=self.prepare_given(image, video, device=device, **size))
+        given = self.prepare_given(image, video, device=device, **size)
         space = self.latent_space
         shape = (batch, config.in_channels, space.frames(num_frames), height // space.space, width // space.space)
-        latents = draw_noise(shape, generator=generator, device=device, latents=latents)
+        latents, begin = draw_noise(shape, generator=generator, device=device, latents=latents), 0
+        if strength is None:
+            conditions = replace(conditions, first_frames=given)
+        else:
+            latents, begin = begin_with(given, latents, self.scheduler, strength)
         if conditions.known >= shape[2]:
             raise ValueError(
                 f"{conditions.known} frames are given of {shape[2]}; at least one patch of frames must be left"
             )
         options = {"chunk_frames": chunk_frames, "callback": callback_on_step_end, "callback_inputs": inputs}
+        options["begin"] = begin
         latents = self.denoise(latents, conditions, perturbation, steps=steps, sigmas=sigmas, **options)
         frames = self.finish(latents, output_type, output_path, fps)
         self.maybe_free_model_hooks()
@@ -517,6 +509,7 @@ class VideoDiTPipeline(DiffusionPipeline):
         *,
         steps: int,
         sigmas: Sequence[float] | None = None,
+        begin: int = 0,
         chunk_frames: int | None = None,
         callback: Callable[..., dict] | None = None,
         callback_inputs: Sequence[str] = ("latents",),
@@ -528,6 +521,7 @@ class VideoDiTPipeline(DiffusionPipeline):
             conditions: of B videos.
             perturbation: of heads.
             steps, sigmas: of the scheduler.
+            begin: first step to take.
             chunk_frames: token frames of each chunk; None: all at once.
             callback, callback_inputs: called after each step, and the tensors it gets.
 
@@ -545,15 +539,16 @@ class VideoDiTPipeline(DiffusionPipeline):
             if given is not None:
                 self.remember(given, conditions, caches)
                 done = [given]
-        self._num_timesteps = len(self.scheduler.timesteps) * len(chunks)
+        self._num_timesteps = (len(self.scheduler.timesteps) - begin) * len(chunks)
         with self.progress_bar(total=self._num_timesteps) as progress:
             for turn, chunk in enumerate(chunks):
-                timesteps, finished = set_timesteps(self.scheduler, steps, sigmas, latents.device), True
+                timesteps, finished = set_timesteps(self.scheduler, steps, sigmas, latents.device)[begin:], True
+                self.scheduler.set_begin_index(begin)
                 for step, t in enumerate(timesteps):
                     if self.interrupt:
                         finished = False
                         break
-                    chunk = self.step(chunk, t, conditions, step=step, perturbation=perturbation, caches=caches)
+                    chunk = self.step(chunk, t, conditions, step=begin + step, perturbation=perturbation, caches=caches)
                     if callback is not None:
                         tensors = {"latents": chunk} | conditions.shown()
                         tensors = {name: tensors[name] for name in callback_inputs}

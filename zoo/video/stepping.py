@@ -33,6 +33,30 @@ def draw_noise(
     return latents.to(device=device, dtype=torch.float32)
 
 
+def begin_with(video: Tensor, noise: Tensor, scheduler: Any, strength: float) -> tuple[Tensor, int]:
+    """A video under the noise of the first step that changes it, and the number of that step.
+
+    Args:
+        video, noise: `[B, C, T, H, W]`, as the model sees them.
+        scheduler: with timesteps that are set.
+        strength: share of the steps, in (0, 1].
+
+    Raises:
+        ValueError: another number of frames, or a share that is no step.
+    """
+    if video.shape != noise.shape:
+        raise ValueError(
+            f"video has {video.shape[2]} frames as the model sees them, and {noise.shape[2]} are to be made: with "
+            "strength, num_frames is that of the video"
+        )
+    steps = len(scheduler.timesteps)
+    begin = steps - int(steps * strength)
+    if begin == steps:
+        raise ValueError(f"strength={strength} of {steps} steps is no step; it must be at least {1 / steps:.3g}")
+    sigma = scheduler.sigmas[begin].to(noise)
+    return (1 - sigma) * video + sigma * noise, begin
+
+
 def check_scheduler(scheduler: Any) -> None:
     """Refuse schedulers that take a model's output for something other than flow.
 

@@ -21,7 +21,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from .blocks import JointVideoDiTBlock, VideoDiTBlock
-from .inputs import check_axes, check_config, check_inputs, check_numbers, patchify, unpatchify
+from .inputs import check_axes, check_config, check_inputs, check_numbers, patchify, unpatchify, velocity_of
 from .kv_cache import KVCache
 from .modulation import Modulation, wide
 from .pattern import Pattern
@@ -49,12 +49,17 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         text_dim: with "cross" and "joint", channels of encoder_hidden_states.
         attention: what layers see, layer i takes attention[i % len(attention)]: "dense", "spatial", "temporal" or a
             dict such as {"type": "window", "window": [3, 3, 3], "stride": 1, "dilation": 1, "causal": True}; "causal"
-            (in time) goes with every type. Windows fit themselves to small videos; see `pattern.Pattern.fit`.
+            (in time) goes with these types. Windows fit themselves to small videos; see `pattern.Pattern.fit`. Or
+            {"type": "sparse", "mask": "vsa", "options": {"block": [2, 4, 4]}, "budget": 0.2}: blocks of a mask of
+            `foveal.kernels.masks`, "flat": True for masks of the flattened grid; see `pattern.Pattern`.
         rope_theta: longest wavelength of the rotary embedding over 2 pi.
         rope_axes: channels of a head that turn with t, h and w; 24, 20, 20 of 64 in proportion when None.
         modulation: "adaln_single" or "td_ln" (`modulation.TimeDependentLayerNorm`; the embedding of timestep and class
             is then added to every token).
         gated_attention: gate every head's output by 2 * sigmoid of a projection of its input.
+        prediction: "velocity", or "video": the layers predict the clean video, from which the velocity follows as
+            (noisy - clean) / max(t, 0.05). Few layers with large patches have an easier task so ("Back to Basics: Let
+            Denoising Generative Models Denoise", arXiv:2511.13720, §4.3).
         eps: of all norms.
 
     Raises:
@@ -85,6 +90,7 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         rope_axes: Sequence[int] | None = None,
         modulation: str = "adaln_single",
         gated_attention: bool = False,
+        prediction: str = "velocity",
         eps: float = 1e-6,
     ):
         super().__init__()
@@ -102,7 +108,9 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
             },
             eps,
         )
-        check_config(patch_size, mlp, conditioning, num_classes, text_dim, attention, modulation)
+        check_config(patch_size, mlp, conditioning, num_classes, text_dim, attention, modulation, prediction)
+        if prediction == "video" and out_channels not in (None, in_channels):
+            raise ValueError(f"out_channels={out_channels} must be in_channels={in_channels} with prediction='video'")
         dim = num_attention_heads * attention_head_dim
         self.rope_axes = check_axes(rope_axes, attention_head_dim)
         self.patterns = [Pattern.from_config(attention[i % len(attention)]) for i in range(num_layers)]
@@ -239,7 +247,8 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         dtype = self.patch_embed.weight.dtype
 
         # tokens, where they are, and when
-        tokens = self.patch_embed(patchify(hidden_states, patch).to(dtype))  # [B, S, dim]
+        noisy = patchify(hidden_states, patch)  # [B, S, in_channels * patch]
+        tokens = self.patch_embed(noisy.to(dtype))  # [B, S, dim]
         if positions is None:
             first = 0 if kv_cache is None else kv_cache.frames
             positions = grid_positions(grid, first_frame=first, device=tokens.device)
@@ -274,6 +283,8 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         # pixels or latents again
         shift, scale = (self.output_modulation + embedding[:, :, None].to(wide(tokens.dtype))).unsqueeze(3).unbind(2)
         out = self.proj_out(Modulation(shift, scale, None).modulate(tokens, self.config.eps))
+        if self.config.prediction == "video":
+            out = velocity_of(out, noisy, timestep)
         sample = unpatchify(out, grid, patch)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 

@@ -1,8 +1,9 @@
-"""Masks of plans by name: those of `foveal.kernels.masks`, and functions of any module."""
+"""Masks by name, as configurations state them: those of the registry, and functions of any module."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from importlib import import_module
 from inspect import Parameter, signature
 from math import prod
@@ -11,21 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.masks import REGISTRY
-from ...kernels.ops import BlockMask
+from ..block_sparse.api import block_sparse_attention
+from ..block_sparse.cost import visible_pairs
+from ..block_sparse.mask import BlockMask
+from .registry import REGISTRY
 
 BlockMaskOf = Callable[[Tensor, Tensor, tuple[int, ...]], BlockMask]  # of query, key and grid
 
 
 def mask_names() -> list[str]:
-    """Names of the masks that need the grid or queries and keys alone, as a plan has no more."""
+    """Names of the masks that need the grid or queries and keys alone, as a configuration has no more."""
     return sorted(name for name, entry in REGISTRY.items() if entry.alone)
 
 
 def resolve(
     mask: str | Callable[..., BlockMask], options: Mapping[str, Any], budget: float | None
 ) -> tuple[BlockMaskOf, bool]:
-    """The function `(query, key, grid) -> BlockMask` of a plan, and whether it looks at the grid alone.
+    """The function `(query, key, grid) -> BlockMask` of a name, and whether it looks at the grid alone.
 
     Raises:
         ValueError: an unknown name, options or a budget that the mask does not take.
@@ -68,7 +71,7 @@ def _budget_option(name: str, density: str, budget: float | None) -> dict[str, f
 def _check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
     parameters = signature(function).parameters
     if "value" in parameters:
-        raise ValueError(f"mask {name!r} makes keys and values of its own, which a plan cannot hold: call it yourself")
+        raise ValueError(f"mask {name!r} makes keys and values of its own, which a name cannot hold: call it yourself")
     known = [n for n in parameters if n not in ("query", "key", "shape", "device")]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"mask {name!r} has no {unknown}; its options are {known}")
@@ -84,10 +87,69 @@ def static_mask(mask: BlockMaskOf, grid: tuple[int, ...], heads: int, device: to
 
 def density(mask: BlockMask, grid: tuple[int, ...]) -> float:
     """Share of the pairs of tokens that a mask keeps, mean of batch and heads, read from its lists."""
-    from ...kernels.block_sparse.cost import visible_pairs
-
     shape = grid if len(mask.query_block) == len(grid) else (prod(grid),)
     lists = mask.kv_num.shape[0] * mask.kv_num.shape[1]
     return visible_pairs(mask, shape, shape, batch=mask.kv_num.shape[0], heads=mask.kv_num.shape[1]) / (
         lists * prod(grid) ** 2
     )
+
+
+def named_lists(
+    query: Tensor,
+    key: Tensor,
+    mask: str | Callable[..., BlockMask],
+    options: Mapping[str, Any],
+    budget: float | None = None,
+    *,
+    flat: bool = False,
+) -> BlockMask:
+    """Lists of a mask by its name; those that look at the grid alone are kept for the next call.
+
+    Args:
+        query, key: `[B, *grid, heads, head_dim]`.
+        mask, options, budget: as `resolve` takes them.
+        flat: the mask is given the tokens as one sequence in raster order.
+
+    Raises:
+        ValueError: see `resolve`.
+    """
+    if flat:
+        query, key = query.flatten(1, -3), key.flatten(1, -3)
+    grid = tuple(query.shape[1:-2])
+    if isinstance(mask, str) and mask in REGISTRY and not REGISTRY[mask].dynamic:
+        pairs = tuple(sorted((name, _hashable(value)) for name, value in options.items()))
+        return _static_lists(mask, pairs, budget, grid, query.shape[-2], query.device)  # pyright: ignore[reportCallIssue]
+    return resolve(mask, options, budget)[0](query, key, grid)
+
+
+@torch.compiler.disable  # made by loops over the grid, once: a graph would hold all of them
+@lru_cache(maxsize=16)
+def _static_lists(
+    mask: str, options: tuple, budget: float | None, grid: tuple[int, ...], heads: int, device: torch.device
+) -> BlockMask:
+    with torch.inference_mode(False):  # a later call may need gradients
+        return static_mask(resolve(mask, dict(options), budget)[0], grid, heads, device)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(_hashable(x) for x in value) if isinstance(value, list | tuple) else value
+
+
+def attend_lists(query: Tensor, key: Tensor, value: Tensor, *, mask: BlockMask, **options: Any) -> Any:
+    """`block_sparse_attention` on a grid, by lists of blocks of that grid or of its tokens in raster order.
+
+    Args:
+        query, key, value: `[B, *grid, heads, head_dim]`.
+        mask: blocks of as many axes as the grid has, or of one.
+        options: of `block_sparse_attention`.
+
+    Returns:
+        What `block_sparse_attention` returns, on the grid.
+    """
+    grid = query.shape[1:-2]
+    if len(mask.query_block) == len(grid):
+        return block_sparse_attention(query, key, value, mask=mask, **options)
+    out = block_sparse_attention(*(x.flatten(1, -3) for x in (query, key, value)), mask=mask, **options)
+    if isinstance(out, tuple):
+        return tuple(x.unflatten(1, grid) for x in out)
+    return out.unflatten(1, grid)
