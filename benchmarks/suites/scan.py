@@ -144,7 +144,7 @@ class Scan(Operator):
         return partial(looped, case.direction)
 
     def crop(self, case: Case) -> Case:
-        return replace(case, batch=1, heads=1, side=min(case.side, 10))
+        return replace(case, batch=1, heads=1, side=min(case.side, 6))
 
     def peers(self, case: Case, mode: str, device: torch.device) -> dict[str, Callable[[], Attend]]:
         made: dict[str, Callable[[], Attend]] = {"quadratic": partial(self.eager, case, device)}

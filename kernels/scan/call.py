@@ -96,7 +96,7 @@ def make_call(
     return ScanCall(*gates, state, number, direction)
 
 
-def _out_and_state(query: Tensor, key: Tensor, value: Tensor, call: ScanCall) -> tuple[Tensor, Tensor]:
+def out_and_state(query: Tensor, key: Tensor, value: Tensor, call: ScanCall) -> tuple[Tensor, Tensor]:
     """Empty output and last state, of both directions that of the first pass."""
     accumulate = torch.promote_types(query.dtype, torch.float32)
     state = query.new_empty(query.shape[0], *query.shape[-2:], value.shape[-1], dtype=accumulate)
@@ -117,7 +117,7 @@ scan = Operator(
     differentiable=("log_decay", "beta", "state"),
     flops=_flops,
     summarize=cost.summarize,
-    fake=_out_and_state,
+    fake=out_and_state,
     modules={"triton": "launch", "torch": "chunked", "reference": "reference"},
     max_head_dims=(MAX_HEAD_DIM, MAX_HEAD_DIM),
     graph="torch",

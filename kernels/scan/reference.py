@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
-from .call import ScanCall
+from ..common.calling import wants_gradient
+from .call import ScanCall, out_and_state
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, call: ScanCall) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, heads, value_dim]` and last state; see `api.scan_attention`."""
+    if query.device.type == "meta" and not wants_gradient(query, key, value, call.log_decay, call.beta, call.state):
+        return out_and_state(query, key, value, call)  # `explain` asks, and the loop takes seconds without data, too
     dtype = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (x.to(dtype).flatten(1, -3) for x in (query, key, value))  # [B, N, heads, d]
     found = [_scan(q, k, v, one) for one in call.passes()]
