@@ -179,7 +179,7 @@ class MovingAverageGatedAttention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tokens = query.shape[1]
         if self.rel_pos_bias is None:
-            heads = (t.unsqueeze(2) for t in (query, key, value))
+            heads = (t.to(value.dtype).unsqueeze(2) for t in (query, key, value))  # autocast widens two
             return scan_attention(*heads, scale=1 / tokens, direction="both", impl=self.impl).squeeze(2)
         places = torch.arange(tokens, device=query.device)
         bias = self.rel_pos_bias[self.tokens - 1 + places - places[:, None]]

@@ -174,7 +174,7 @@ class PolylinePathAttention2d(nn.Module):
     def attention_macs(self, shape: tuple[int, int]) -> int:
         """Multiply-accumulates of the attention for one map of this size."""
         tokens, across = shape[0] * shape[1], shape[0] + shape[1]
-        return 3 * tokens * across * self.dim if self.form == "criss_cross" else 3 * tokens**2 * self.dim
+        return 3 * tokens * across * self.dim if self.form == "criss_cross" else 2 * tokens**2 * self.dim
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, form={self.form!r}"

@@ -191,11 +191,12 @@ def test_a_call_and_type_checkers_know_every_option(name):
     options = {n: p for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
     of_call = inspect.signature((FUNCTIONS | PLAIN)[name].make_call).parameters
     ignores_some = any(p.kind is p.VAR_KEYWORD for p in of_call.values())  # which change no implementation and no cost
-    for option in options.keys() - {"impl", "return_lse"}:
+    further_outputs = {"return_lse", "return_state"}  # each has an overload of its own
+    for option in options.keys() - {"impl", *further_outputs}:
         assert ignores_some if option not in of_call else of_call[option].default == options[option].default, option
     hints = get_type_hints(function)
     for overload in get_overloads(inspect.unwrap(function)):
         (typed,) = get_args(get_type_hints(overload)["options"])
-        expected = {option: hints[option] for option in options.keys() - {"return_lse"}}
+        expected = {option: hints[option] for option in options.keys() - further_outputs}
         assert get_type_hints(typed) == expected
         assert typed.__required_keys__ == {n for n in expected if options[n].default is inspect.Parameter.empty}

@@ -9,8 +9,15 @@ from operator_calls import CALLS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-WITHOUT_QUERIES = ("merge_attentions", "relative_bias", "scan_order", "long_convolution")
-NAMES = [name for name in CALLS if name not in WITHOUT_QUERIES and not name.startswith("na")]
+WITHOUT_VALUES = (
+    "calibrate_skip",
+    "skipped_blocks",
+    "merge_attentions",
+    "relative_bias",
+    "scan_order",
+    "long_convolution",
+)
+NAMES = [name for name in CALLS if name not in WITHOUT_VALUES and not name.startswith("na")]
 IMPLS = [(name, impl) for name in NAMES for impl in ((None,) if name == "biased_attention" else ("torch", "reference"))]
 WIDTHS = (3, 20)  # of keys: 8
 VALUES = ("value", "additional_values", "state")
