@@ -1,4 +1,4 @@
-"""Block-sparse attention over boxes of 1-D, 2-D and 3-D grids, and bi-level routing on top of it."""
+"""Block-sparse attention over blocks of 1-D, 2-D and 3-D grids, and bi-level routing on top of it."""
 
 from .api import block_sparse_attention
 from .calibrate import calibrate_skip, skipped_blocks

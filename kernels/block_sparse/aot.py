@@ -13,21 +13,21 @@ from .backward import key_kernel, query_kernel
 from .forward import forward_kernel
 from .launch import EXTRA_KEYS, constants
 
-BOXES = {  # axes of the grid, and a box of queries and of keys
-    "8x8": (2, (8, 8), (8, 8)),  # tiles that lie in one box
-    "4x4": (2, (4, 4), (4, 4)),  # several boxes of keys a tile
-    "22x18": (2, (22, 18), (22, 18)),  # tiles that cross boxes
+BOXES = {  # axes of the grid, and a block of queries and of keys
+    "8x8": (2, (8, 8), (8, 8)),  # tiles that lie in one block
+    "4x4": (2, (4, 4), (4, 4)),  # several blocks of keys a tile
+    "22x18": (2, (22, 18), (22, 18)),  # tiles that cross blocks
     "4x4x4": (3, (4, 4, 4), (4, 4, 4)),
     "4x4x8": (3, (4, 4, 8), (4, 4, 8)),  # as many tokens as the longest tiles
 }
 # wide: 64-bit offsets; grouped: two query heads a key head; values: of VALUE_DIM features a head
 # skip: with `skip_threshold`
 FLAGS = ("", "bias, extra, lengths", "wide, grouped", "ones", "values")
-# of whole boxes. cut: the boxes do not divide the grid; pointers: descriptors cannot address the tensors
+# of whole blocks. cut: the blocks do not divide the grid; pointers: descriptors cannot address the tensors
 WHOLE_FLAGS = ("", "cut, bias, extra", "cut, pointers")
 VALUE_DIM = 256
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
-LISTED = 16  # boxes in a list
+LISTED = 16  # blocks in a list
 
 
 POINTERS = dict.fromkeys(("lse_ptr", "dlse_ptr", "delta_ptr", "bias_ptr"), "fp32")
@@ -50,7 +50,7 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
 
 
 def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Variant]:
-    """Every kernel with every pinned size on every kind of box, and with all options at head dim 64.
+    """Every kernel with every pinned size on every kind of block, and with all options at head dim 64.
 
     Args:
         device: which table of sizes.
@@ -69,7 +69,7 @@ def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Varia
 def _flags(
     kernel: configs.Kernel, grid: str, head_dim: int, dtype: torch.dtype, device: Device, descriptors: bool
 ) -> tuple[str, ...]:
-    """Flags of the variants of one kind of box."""
+    """Flags of the variants of one kind of block."""
     common = FLAGS if head_dim == 64 and grid in ("8x8", "22x18") else FLAGS[:2]
     if grid not in ("8x8", "4x4x8") or head_dim > 128 or dtype.itemsize > 2:
         return common

@@ -46,9 +46,9 @@ def block_sparse_attention(
     return_lse: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention in which every box of queries attends to its own list of boxes of keys, on 1-D, 2-D and 3-D grids.
+    """Attention in which every block of queries attends to its own list of blocks of keys, on 1-D, 2-D and 3-D grids.
 
-    Cost and memory follow the lists, not the square of the tokens. Tokens stay where they are in memory: boxes are
+    Cost and memory follow the lists, not the square of the tokens. Tokens stay where they are in memory: blocks are
     addressed inside the grid. Differentiable in query, key, value and the extras, once.
 
     Args:
@@ -57,7 +57,7 @@ def block_sparse_attention(
         key: `[B, *key_spatial, key_heads, head_dim]`, as many axes as query, of any lengths; heads is a multiple of
             key_heads (grouped-query attention).
         value: `[B, *key_spatial, key_heads, value_dim]`.
-        mask: the boxes and their lists; see `BlockMask`. A query whose list is empty, and that has no extra keys, gets
+        mask: the blocks and their lists; see `BlockMask`. A query whose list is empty, and that has no extra keys, gets
             output 0 and log-sum-exp -inf.
         scale: factor on query . key; head_dim ** -0.5 when None.
         additional_keys, additional_values: `[B, tokens, key_heads, head_dim]` and `[…, value_dim]`, visible to every

@@ -119,7 +119,7 @@ def key_kernel(
     TILE: tl.constexpr, DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """dK and dV of a tile of the keys of a box, over the queries that list it, of every query head that shares the
+    """dK and dV of a tile of the keys of a block, over the queries that list it, of every query head that shares the
     key head. Rows are keys and columns queries: tiles are computed transposed. The strides of dV are None where they
     are those of dK."""
     if dv_strides is None:

@@ -67,7 +67,7 @@ def make_call(
 
 
 def _check_blocks(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> tuple[int, int]:
-    """Numbers of boxes of queries and of keys."""
+    """Numbers of blocks of queries and of keys."""
     counts = []
     for name, block, x in (("query_block", mask.query_block, query), ("key_block", mask.key_block, key)):
         lengths = entries(f"mask.{name}", block, int)
@@ -131,7 +131,7 @@ def _outputs(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -
 
 
 def empty_kept(query: Tensor, call: BlockSparseCall) -> Tensor:
-    """Zeros, uint8 `[B, heads, query boxes, most]`; without `skip_threshold` no number at all."""
+    """Zeros, uint8 `[B, heads, query blocks, most]`; without `skip_threshold` no number at all."""
     shape = (query.shape[0], query.shape[-2], *call.mask.kv_idx.shape[2:])
     return query.new_zeros((0,) if call.skip_threshold is None else shape, dtype=torch.uint8)
 

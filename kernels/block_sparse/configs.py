@@ -30,8 +30,8 @@ class Config(NamedTuple):
         size: tokens of the tiles, warps and stages.
         queries, keys: tokens of the tiles, for the report.
         wide: whether offsets have 64 bits.
-        tile: sides of the part of a walked box that one iteration loads, along three axes; None where a tile of columns
-            may cross boxes.
+        tile: sides of the part of a walked block that one iteration loads, along three axes; None where a tile of
+            columns may cross blocks.
         descriptor: whether tensor descriptors (TMA) load these parts.
     """
 
@@ -71,9 +71,9 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
     ("amd", "key", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
 }
 
-# Half precision, where boxes have sides of powers of two: an iteration loads a box or a part of one from one address.
-# The first size that rows and columns of the boxes fill is taken. On Hopper 64 rows ask L2 for more than it gives at
-# head dim 128, so boxes of 128 take 128 rows.
+# Half precision, where blocks have sides of powers of two: an iteration loads a block or a part of one from one
+# address. The first size that rows and columns of the blocks fill is taken. On Hopper 64 rows ask L2 for more than it
+# gives at head dim 128, so blocks of 128 take 128 rows.
 WHOLE: dict[tuple[Device, Kernel], dict[int, tuple[Size, ...]]] = {
     ("hopper", "forward"): {
         64: (Size(128, 64, 4, 3), Size(64, 64, 4, 3)),
@@ -94,7 +94,7 @@ WHOLE: dict[tuple[Device, Kernel], dict[int, tuple[Size, ...]]] = {
     ("amd", "query"): {64: (Size(64, 64, 2, 1),), 128: (Size(64, 32, 2, 1),)},
     ("amd", "key"): {64: (Size(64, 64, 2, 1),), 128: (Size(64, 32, 2, 1),)},
 }
-MIN_BOX = 64  # tokens; tiles of smaller boxes hold several
+MIN_BOX = 64  # tokens; tiles of smaller blocks hold several
 
 SKIP_TOKENS = 128  # of a block that a program holds at once, with queries, keys and values of at most `skip_bytes` each
 
@@ -109,9 +109,9 @@ override = forced.override
 
 
 def part(box: tuple[int, ...], tokens: int) -> tuple[int, int, int] | None:
-    """Sides along three axes of equal parts of `tokens` tokens that divide a box, first axes split first.
+    """Sides along three axes of equal parts of `tokens` tokens that divide a block, first axes split first.
 
-    None where the box has fewer tokens, or a side that is no power of two.
+    None where the block has fewer tokens, or a side that is no power of two.
     """
     if prod(box) < tokens or any(side & (side - 1) for side in box):
         return None
@@ -135,17 +135,17 @@ def choose(
     whole: bool = False,
     descriptor: bool = False,
 ) -> Config:
-    """Launch parameters of one kernel whose programs own tokens of boxes of `rows` and walk boxes of `columns`.
+    """Launch parameters of one kernel whose programs own tokens of blocks of `rows` and walk blocks of `columns`.
 
     Args:
         kernel: of the tables.
-        rows, columns: sides of a box.
-        most: boxes of columns that a program may walk.
+        rows, columns: sides of a block.
+        most: blocks of columns that a program may walk.
         head_dim: the larger one of keys and values.
         itemsize: bytes of a number.
         device: of the tables.
         wide: whether offsets need 64 bits.
-        whole: whether an iteration may load whole boxes or parts of them: all tokens of a box in the grid exist.
+        whole: whether an iteration may load whole blocks or parts of them: all tokens of a block in the grid exist.
         descriptor: whether the device has tensor descriptors.
     """
     whole = bool(forced.get("whole", whole and itemsize == 2 and min(prod(rows), prod(columns)) >= MIN_BOX))

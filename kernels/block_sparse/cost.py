@@ -13,7 +13,7 @@ from .mask import BlockMask, box_of_token, boxes, listed
 
 
 def tokens_by_box(shape, block, length: Tensor | None = None) -> Tensor:
-    """Tokens that exist in each box of a grid, int64 `[boxes]` on the CPU."""
+    """Tokens that exist in each block of a grid, int64 `[boxes]` on the CPU."""
     box, place = box_of_token(shape, block, torch.device("cpu"))
     exists = torch.ones_like(box) if length is None else (place < length.cpu()[box]).long()
     return torch.zeros(prod(boxes(shape, block)), dtype=torch.int64).index_add_(0, box, exists)
@@ -54,7 +54,7 @@ def backward_flops(pairs: int, head_dim: int, value_dim: int | None = None) -> i
 def summarize(query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str | None) -> dict[str, int | float | str]:
     """The cost of one call, by name, for `foveal.kernels.ops.explain`.
 
-    Lists without data count as if every one were full and every box whole.
+    Lists without data count as if every one were full and every block whole.
     """
     batch, *shape, heads, head_dim = query.shape
     key_shape, tokens, mask = key.shape[1:-2], batch * prod(shape) * heads, call.mask
@@ -69,8 +69,8 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str | 
     queries = tokens * features  # bytes of query and output
     keys = batch * key.shape[-2] * (prod(key_shape) + extra) * features  # of key and value
     return {
-        "query_box": "×".join(map(str, mask.query_block)),
-        "key_box": "×".join(map(str, mask.key_block)),
+        "query_block": "×".join(map(str, mask.query_block)),
+        "key_block": "×".join(map(str, mask.key_block)),
         "tokens": prod(shape),
         "keys_per_query": round(pairs / max(tokens, 1), 2),
         "dense_over_useful": round(tokens * (prod(key_shape) + extra) / max(pairs, 1), 2),

@@ -1,4 +1,4 @@
-"""Forward kernel of block-sparse attention: one program computes a tile of the queries of one box and head."""
+"""Forward kernel of block-sparse attention: one program computes a tile of the queries of one block and head."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ from .tile import box_count, hide_past_end, list_of, listed_keys, load_rows, par
 
 @triton.jit
 def program(pid, lengths, heads, BOX: tl.constexpr, ROWS: tl.constexpr):
-    """Batch, head, box, number of boxes, and tokens in the box, of program `pid`. Tiles vary fastest."""
+    """Batch, head, block, number of blocks, and tokens in the block, of program `pid`. Tiles vary fastest."""
     TILES: tl.constexpr = (BOX[0] * BOX[1] * BOX[2] + ROWS - 1) // ROWS
     boxes = box_count(lengths, BOX)
     place = pid % TILES * ROWS + tl.arange(0, ROWS)
@@ -23,7 +23,7 @@ def program(pid, lengths, heads, BOX: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def rows_of(box, place, lengths, length_ptr, BOX: tl.constexpr, LENGTH: tl.constexpr):
-    """Position of the tokens of a box, whether it lies in box and grid, and whether it also exists."""
+    """Position of the tokens of a block, whether it lies in block and grid, and whether it also exists."""
     p = position(box, place, lengths, BOX)
     keep = inside(p, lengths) & (place < BOX[0] * BOX[1] * BOX[2])
     exists = keep
@@ -47,10 +47,10 @@ def forward_kernel(
     """Strides are of `[B, X, Y, Z, heads, head_dim]` (extra: `[B, tokens, heads, head_dim]`), `lists` the leading two
     sizes of the lists, and `GROUP` query heads share a key head.
 
-    `TILE` is the part of a box of keys that an iteration loads, by a descriptor if `DESCRIPTOR`; without it tiles cross
-    boxes. No box is cut short if `EVEN`. With `SKIP` a tile holds all tokens of a box, and boxes whose logits all lie
-    below `threshold`, base 2, from the largest before are left out; `kept_ptr`, `[B, heads, boxes, most]` zeros, notes
-    those that are not.
+    `TILE` is the part of a block of keys that an iteration loads, by a descriptor if `DESCRIPTOR`; without it tiles
+    cross blocks. No block is cut short if `EVEN`. With `SKIP` a tile holds all tokens of a block, and blocks whose
+    logits all lie below `threshold`, base 2, from the largest before are left out; `kept_ptr`, zeros `[B, heads,
+    blocks, most]`, notes those that are not.
     """
     batch, head, box, boxes, place = program(tl.program_id(0), q_lengths, heads, QUERY_BOX, ROWS)
     row, keep, exists = rows_of(box, place, q_lengths, q_len_ptr, QUERY_BOX, Q_LEN)

@@ -1,9 +1,9 @@
 """Block-sparse attention as one gather and two products: the graph that is exported.
 
-A graph cannot look at its lists nor choose chunks by lengths, which may be symbols. Every box of queries gathers the
-tokens of all boxes that it may list, so that keys and values take (entries of a list / boxes of keys a box of queries)
-times their memory, times the boxes of queries. Everything is computed on flat numbers: a broadcast or a reshape binds a
-graph to the axes that are 1 while it is traced.
+A graph cannot look at its lists nor choose chunks by lengths, which may be symbols. Every block of queries gathers the
+tokens of all blocks that it may list, so that keys and values take (entries of a list / blocks of keys) times their
+memory, times the blocks of queries. Everything is computed on flat numbers: a broadcast or a reshape binds a graph to
+the axes that are 1 while it is traced.
 """
 
 import math
@@ -20,7 +20,7 @@ from .skip import margins
 
 
 def _tokens(box: Tensor, place: Tensor, shape: Sequence[int], block: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Tokens of the grid at these places of these boxes, and which of them exist; None if all do."""
+    """Tokens of the grid at these places of these blocks, and which of them exist; None if all do."""
     inside, outside = [], None
     starts, places = unravel(box, boxes(shape, block)), unravel(place, block)
     for start, step, n, b in zip(starts, places, shape, block, strict=True):
@@ -48,7 +48,7 @@ def attend(
     additional_keys, additional_values, additional_mask = call.additional
     (batch, *shape, heads, d), (*_, key_heads, width) = query.shape, value.shape
     key_shape, device = key.shape[1:-2], query.device
-    lists = key_heads if mask.kv_idx.shape[1] == 1 else heads  # a unit: a box of the queries that share a list and keys
+    lists = key_heads if mask.kv_idx.shape[1] == 1 else heads  # a unit: block of queries that share a list and keys
     group, most, accumulate = heads // lists, mask.kv_idx.shape[-1], torch.promote_types(query.dtype, torch.float32)
     count, t, s = prod(boxes(shape, mask.query_block)), prod(mask.query_block), prod(mask.key_block)
     units, tokens, key_tokens = batch * lists * count, prod(shape), prod(key_shape)

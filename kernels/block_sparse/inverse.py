@@ -1,6 +1,6 @@
-"""Who lists a box of keys, by counting: without a sort, a wait for the host or a number per pair of boxes.
+"""Who lists a block of keys, by counting: without a sort, a wait for the host or a number per pair of blocks.
 
-Boxes of queries are cut into chunks. `count_kernel` counts per chunk how often each box of keys is listed; sums over
+Blocks of queries are cut into chunks. `count_kernel` counts per chunk how often each block of keys is listed; sums over
 chunks say where the entries of a chunk belong, and `place_kernel` puts them there, one list after the other. Counts are
 integers, so the order of their additions does not matter.
 """
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..common.launching import cdiv, tile_length
 
-CHUNKS = 64  # of the boxes of queries: as many programs a row of lists
+CHUNKS = 64  # of the blocks of queries: as many programs a row of lists
 MOST_ENTRIES = 1024  # of a list at a time
 
 
 @triton.jit
 def listed_entries(idx_ptr, num, j, most, key_boxes, box, ENTRIES: tl.constexpr):
-    """Numbers of `ENTRIES` boxes of keys from place `j` of the list of a box of queries, and which of them count."""
+    """Numbers of `ENTRIES` blocks of keys from place `j` of the list of a block of queries, and which of them count."""
     place = j + tl.arange(0, ENTRIES)
     number = tl.load(idx_ptr + box * most + place, mask=place < num, other=-1)
     return place, number, (number >= 0) & (number < key_boxes)
@@ -26,7 +26,7 @@ def listed_entries(idx_ptr, num, j, most, key_boxes, box, ENTRIES: tl.constexpr)
 
 @triton.jit(do_not_specialize=["boxes", "most", "key_boxes", "chunk"])
 def count_kernel(num_ptr, idx_ptr, count_ptr, boxes, most, key_boxes, chunk, ENTRIES: tl.constexpr):
-    """Add to zeros `[rows, chunks, key boxes]` how often the lists of a chunk of boxes of queries name each box."""
+    """Add to zeros `[rows, chunks, key boxes]` how often the lists of a chunk of blocks of queries name each block."""
     row, part = tl.program_id(0), tl.program_id(1)
     num_ptr += row.to(tl.int64) * boxes
     idx_ptr += row.to(tl.int64) * boxes * most
@@ -40,9 +40,9 @@ def count_kernel(num_ptr, idx_ptr, count_ptr, boxes, most, key_boxes, chunk, ENT
 
 @triton.jit(do_not_specialize=["boxes", "most", "key_boxes", "chunk"])
 def place_kernel(num_ptr, idx_ptr, next_ptr, order_ptr, boxes, most, key_boxes, chunk, ENTRIES: tl.constexpr):
-    """Put the entries of a chunk of boxes of queries where `next_ptr`, `[rows, chunks, key boxes]`, says.
+    """Put the entries of a chunk of blocks of queries where `next_ptr`, `[rows, chunks, key boxes]`, says.
 
-    A list names a box once, so a number of `next_ptr` is taken once until the barrier, and entries come in order.
+    A list names a block once, so a number of `next_ptr` is taken once until the barrier, and entries come in order.
     """
     row, part = tl.program_id(0), tl.program_id(1)
     num_ptr += row.to(tl.int64) * boxes
@@ -68,7 +68,7 @@ def invert(kv_num: Tensor, kv_idx: Tensor, key_boxes: int) -> tuple[Tensor, Tens
     order = kv_idx.new_empty(*lists, boxes * most)
     if order.numel():
         count_kernel[grid](num, idx, counts, *sizes, ENTRIES=entries)
-    starts = torch.nn.functional.pad(counts.sum(1).cumsum(-1), (1, 0)).to(torch.int32)  # [rows, key boxes + 1]
+    starts = torch.nn.functional.pad(counts.sum(1).cumsum(-1), (1, 0)).to(torch.int32)  # [rows, key blocks + 1]
     after = (starts[:, None, :-1] + counts.cumsum(1, dtype=torch.int32) - counts).contiguous()
     if order.numel():
         place_kernel[grid](num, idx, after, order, *sizes, ENTRIES=entries)

@@ -38,7 +38,7 @@ def configure(
     walked: tuple[Tensor, Tensor],
     tensors: tuple[Tensor, ...],
 ) -> configs.Config:
-    """Launch parameters of a kernel that walks up to `most` boxes of `walked`.
+    """Launch parameters of a kernel that walks up to `most` blocks of `walked`.
 
     `tensors` are all that the kernel addresses, `widths` the head dims of keys and of values.
     """
@@ -63,7 +63,7 @@ def configure(
 
 
 def divides(shape: Sequence[int], block: Sequence[int]) -> bool:
-    """Return whether no box of a grid is cut short."""
+    """Return whether no block of a grid is cut short."""
     return all(n % b == 0 for n, b in zip(shape, block, strict=True))
 
 
@@ -77,7 +77,7 @@ def constants(
 ) -> dict:
     """Compile-time arguments of the kernels that walk lists.
 
-    `widths` are the head dims of keys and of values; `even` says that no box that is walked is cut short.
+    `widths` are the head dims of keys and of values; `even` says that no block that is walked is cut short.
     """
     return dict(
         **width_constants(*widths),
@@ -97,7 +97,7 @@ def constants(
 
 
 def programs(shape, block: tuple[int, ...], rows: int, batch_heads: int) -> int:
-    """Programs of a kernel that owns tiles of `rows` tokens of every box of a grid."""
+    """Programs of a kernel that owns tiles of `rows` tokens of every block of a grid."""
     return prod(boxes(shape, block)) * cdiv(prod(block), rows) * batch_heads
 
 

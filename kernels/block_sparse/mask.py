@@ -1,4 +1,4 @@
-"""Lists of key boxes per query box; the only place that knows how a grid is cut into boxes."""
+"""Lists of key blocks per query block; the only place that knows how a grid is cut into blocks."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from ..common.symbolic import ceil_div, modulo
 
 
 class BlockMask(NamedTuple):
-    """For every box of queries, a list of the boxes of keys it attends to.
+    """For every block of queries, a list of the blocks of keys it attends to.
 
-    A grid is cut into boxes from its first token on; boxes at its far borders are cut short where the grid does not
-    divide. Boxes, and the tokens inside a box, are numbered in C order, the last axis fastest. Tokens of a box are
-    numbered in the whole box, also where it is cut short.
+    A grid is cut into blocks from its first token on; blocks at its far borders are cut short where the grid does not
+    divide. Blocks, and the tokens inside a block, are numbered in C order, the last axis fastest. Tokens of a block are
+    numbered in the whole block, also where it is cut short.
 
     Attributes:
-        query_block, key_block: tokens of a box along each spatial axis.
-        kv_num: int32 `[B or 1, heads or 1, query boxes]`, how many boxes of keys are listed.
-        kv_idx: int32 `[B or 1, heads or 1, query boxes, most]`, their numbers, distinct, 0 <= number < key boxes.
+        query_block, key_block: tokens of a block along each spatial axis.
+        kv_num: int32 `[B or 1, heads or 1, query boxes]`, how many blocks of keys are listed.
+        kv_idx: int32 `[B or 1, heads or 1, query blocks, most]`, their numbers, distinct, 0 <= number < key blocks.
             Entries from kv_num on are ignored. On CPU the values are checked; elsewhere that would wait for the device.
-        bias: None, or floating `[B or 1, heads or 1, query boxes, most]`, added to every logit of the listed box (PSA:
-            the log of a level). A constant: it takes no gradient.
-        q_len, kv_len: None, or int32 `[boxes]`: only the first so many tokens of a box exist. Queries past theirs get
+        bias: None, or floating `[B or 1, heads or 1, query blocks, most]`, added to every logit of the listed block
+            (PSA: the log of a level). A constant: it takes no gradient.
+        q_len, kv_len: None, or int32 `[boxes]`: only the first so many tokens of a block exist. Queries past theirs get
             output 0 and log-sum-exp -inf, keys past theirs are seen by nobody.
-        inverse: None, or what `invert` found: for every box of keys, who lists it. Its values are not checked either: a
-            mask whose lists are replaced or written to needs another.
+        inverse: None, or what `invert` found: for every block of keys, who lists it. Its values are not checked either:
+            a mask whose lists are replaced or written to needs another.
     """
 
     query_block: tuple[int, ...]
@@ -56,12 +56,12 @@ def boxes(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
 
 
 def listed(kv_num: Tensor, kv_idx: Tensor) -> Tensor:
-    """Mask of the entries of the lists that count, bool `[B or 1, heads or 1, query boxes, most]`."""
+    """Mask of the entries of the lists that count, bool `[B or 1, heads or 1, query blocks, most]`."""
     return torch.arange(kv_idx.shape[-1], device=kv_idx.device) < kv_num[..., None]
 
 
 def box_of_token(shape: Sequence[int], block: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """For every token of a grid its box, and its number inside the box: int64 `[tokens]` each."""
+    """For every token of a grid its block, and its number inside the block: int64 `[tokens]` each."""
     box = inside = torch.zeros(1, dtype=torch.int64, device=device)
     for n, b, count in zip(shape, block, boxes(shape, block), strict=True):
         position = torch.arange(n, device=device)
@@ -71,13 +71,13 @@ def box_of_token(shape: Sequence[int], block: Sequence[int], device: torch.devic
 
 
 def invert(kv_num: Tensor, kv_idx: Tensor, key_boxes: int) -> tuple[Tensor, Tensor]:
-    """For every box of keys, the entries of the lists that name it.
+    """For every block of keys, the entries of the lists that name it.
 
     Returns:
-        starts: int32 `[B or 1, heads or 1, key_boxes + 1]`; box j is named by entries
+        starts: int32 `[B or 1, heads or 1, key_boxes + 1]`; block j is named by entries
             `order[starts[j] : starts[j + 1]]`.
-        order: int32 `[B or 1, heads or 1, query boxes * most]`, entries as `query box * most + place in its list`,
-            in ascending order for every box of keys.
+        order: int32 `[B or 1, heads or 1, query blocks * most]`, entries as `query block * most + place in its list`,
+            in ascending order for every block of keys.
     """
     numbers = torch.where(listed(kv_num, kv_idx), kv_idx, key_boxes).flatten(2)  # what is ignored sorts to the end
     numbers, order = numbers.sort(dim=-1, stable=True)

@@ -1,4 +1,4 @@
-"""Pictures of block masks: which boxes of a grid one box attends to, and all lists as a matrix."""
+"""Pictures of block masks: which blocks of a grid one block attends to, and all lists as a matrix."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ def draw(mask: BlockMask, shape: tuple[int, int], path: str | Path, *, box: int 
     """Save a picture of the lists of the first batch entry and head of a mask on one image grid.
 
     Args:
-        mask: a mask of 2-D boxes, on the CPU, with queries and keys on the same grid.
+        mask: a mask of 2-D blocks, on the CPU, with queries and keys on the same grid.
         shape: tokens along height and width.
         path: file to write; its suffix names the format.
-        box: box of queries whose list is shown in the grid.
+        block: block of queries whose list is shown in the grid.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure

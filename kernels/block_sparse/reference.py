@@ -19,7 +19,7 @@ def dense_bias(mask: BlockMask, query_shape, key_shape, dtype: torch.dtype) -> T
     values = torch.zeros(seen.shape, dtype=dtype, device=device) if mask.bias is None else mask.bias.to(dtype)
     values = values.expand(seen.shape) if mask.bias is None else values
     lead = torch.broadcast_shapes(seen.shape, values.shape)
-    number = torch.where(seen, mask.kv_idx, count).long()  # ignored entries go to a box that is cut off again
+    number = torch.where(seen, mask.kv_idx, count).long()  # ignored entries go to a block that is cut off again
     unseen = torch.full((*lead[:-1], count + 1), float("-inf"), dtype=dtype, device=device)
     by_box = unseen.scatter(-1, number.expand(lead), values.expand(lead))[..., :count]
     query_box, _ = box_of_token(query_shape, mask.query_block, device)

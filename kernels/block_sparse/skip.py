@@ -40,8 +40,8 @@ def keep_listed(mask: BlockMask, kept: Tensor) -> BlockMask:
     """The mask without the entries of its lists that are not kept.
 
     Args:
-        mask: lists `[B or 1, heads or 1, query boxes, most]`.
-        kept: bool `[B, heads, query boxes, most]`.
+        mask: lists `[B or 1, heads or 1, query blocks, most]`.
+        kept: bool `[B, heads, query blocks, most]`.
     """
     kept = kept & listed(mask.kv_num, mask.kv_idx)
     most = kept.shape[-1]

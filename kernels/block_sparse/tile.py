@@ -1,8 +1,8 @@
-"""Triton helpers shared by the block-sparse kernels: where the tokens of boxes are.
+"""Triton helpers shared by the block-sparse kernels: where the tokens of blocks are.
 
 Every grid is treated as three-dimensional; a 1-D or 2-D grid has leading axes of length 1. `BOX` is a 3-tuple of
-constants, tokens of a box along the axes. Boxes are walked as one sequence of tokens, box after box of a list, so tiles
-are full whatever the size of a box.
+constants, tokens of a block along the axes. Blocks are walked as one sequence of tokens, block after block of a list,
+so tiles are full whatever the size of a block.
 """
 
 import triton
@@ -21,7 +21,7 @@ def box_count(lengths, BOX: tl.constexpr):
 
 @triton.jit
 def position(box, place, lengths, BOX: tl.constexpr):
-    """Grid coordinates of the tokens at `place` (C order in the whole box) of boxes, scalar or one a token."""
+    """Grid coordinates of the tokens at `place` (C order in the whole block) of blocks, scalar or one a token."""
     ny, nz = tl.cdiv(lengths[1], BOX[1]), tl.cdiv(lengths[2], BOX[2])
     x = box // (ny * nz) * BOX[0] + place // (BOX[1] * BOX[2])
     y = box // nz % ny * BOX[1] + place // BOX[2] % BOX[1]
@@ -31,7 +31,7 @@ def position(box, place, lengths, BOX: tl.constexpr):
 
 @triton.jit
 def part_origin(box, part, lengths, BOX: tl.constexpr, TILE: tl.constexpr):
-    """Grid coordinates of the first token of a part of a box; parts of `TILE` tokens divide it, in C order."""
+    """Grid coordinates of the first token of a part of a block; parts of `TILE` tokens divide it, in C order."""
     ny, nz = tl.cdiv(lengths[1], BOX[1]), tl.cdiv(lengths[2], BOX[2])
     PY: tl.constexpr = BOX[1] // TILE[1]
     PZ: tl.constexpr = BOX[2] // TILE[2]
@@ -43,7 +43,7 @@ def part_origin(box, part, lengths, BOX: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def hide_past_end(s, first, steps, lengths, TILE: tl.constexpr, EVEN: tl.constexpr):
-    """Logits `[rows, columns]` of the part of a box that begins at `first`, -inf past the end of the grid.
+    """Logits `[rows, columns]` of the part of a block that begins at `first`, -inf past the end of the grid.
 
     No part reaches there if `EVEN`; other parts are found by one comparison of numbers, and cost no more.
     """
@@ -78,7 +78,7 @@ def load_rows(ptr, where, stride_d, keep, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 @triton.jit
 def list_of(batch, head, boxes, lists):
-    """Row of a list of `[B or 1, heads or 1, boxes]` for box 0; `lists` holds the two leading sizes."""
+    """Row of a list of `[B or 1, heads or 1, boxes]` for block 0; `lists` holds the two leading sizes."""
     row = tl.where(lists[0] == 1, 0, batch) * lists[1] + tl.where(lists[1] == 1, 0, head)
     return row.to(tl.int64) * boxes
 
@@ -88,15 +88,15 @@ def listed_keys(
     c, total, idx_ptr, bias_ptr, kv_len_ptr, lengths,
     BOX: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, KV_LEN: tl.constexpr,
 ):
-    """The `COLUMNS` tokens from number `c` on of the boxes of a list: position, whether it exists, base-2 bias.
+    """The `COLUMNS` tokens from number `c` on of the blocks of a list: position, whether it exists, base-2 bias.
 
-    `total` is the tokens of all boxes of the list.
+    `total` is the tokens of all blocks of the list.
     """
     TOKENS: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     column = c + tl.arange(0, COLUMNS)
     keep = column < total
     bias = tl.zeros([COLUMNS], tl.float32)
-    if TOKENS % COLUMNS == 0:  # the tile lies in one box
+    if TOKENS % COLUMNS == 0:  # the tile lies in one block
         entry = c // TOKENS
         place = column - entry * TOKENS
         box = tl.load(idx_ptr + entry)
@@ -121,7 +121,7 @@ def listed_queries(
     c, total, order_ptr, bias_ptr, q_len_ptr, lengths, most,
     BOX: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, Q_LEN: tl.constexpr,
 ):
-    """`listed_keys` for queries, over the entries (query box * `most` + place in its list) that name a box of keys."""
+    """`listed_keys` for queries, over entries (query block * `most` + place in its list) that name a block of keys."""
     TOKENS: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     column = c + tl.arange(0, COLUMNS)
     keep = column < total

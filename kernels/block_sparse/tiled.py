@@ -1,8 +1,8 @@
 """Block-sparse attention in plain PyTorch: fast on CPU, right on any device, forward and backward.
 
-Tokens are laid out box by box, so that what a box of queries attends to is a few long rows of memory. Boxes of queries
-are then batches of small dense attentions. Chunks of them bound the keys, values and logits held at a time, and only
-inputs, output and log-sum-exp are kept for the backward, so memory is linear in tokens.
+Tokens are laid out block by block, so that what a block of queries attends to is a few long rows of memory. Blocks of
+queries are then batches of small dense attentions. Chunks of them bound the keys, values and logits held at a time, and
+only inputs, output and log-sum-exp are kept for the backward, so memory is linear in tokens.
 """
 
 import math
@@ -26,7 +26,7 @@ from .skip import margins, without_skipped
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
 LOGIT_BYTES = 1 << 20  # of one dense attention; what a chunk works on should stay in cache
 CHUNK_BYTES = 2 << 20, 4 << 20  # the least and the most
-PART_BYTES = 4 << 20  # laid out box by box at a time,
+PART_BYTES = 4 << 20  # laid out block by block at a time,
 PART_RATIO = 1 / 8  # or this much of query, key and value if that is more
 COMPILED_PARTS = 8  # at most, of heads: in a compiled graph nothing may depend on the number of tokens
 
@@ -67,7 +67,7 @@ def _tracing() -> bool:
 
 
 def _parts(x: _Operands) -> list[tuple[slice, slice]]:
-    """Batch entries and key heads that are laid out box by box at a time."""
+    """Batch entries and key heads that are laid out block by block at a time."""
     batch, key_heads = x.key.shape[0], x.key.shape[-2]
     if _tracing():
         parts = min(index(key_heads), COMPILED_PARTS)
@@ -111,7 +111,7 @@ def _divides(shape: Sequence[int], block: Sequence[int]) -> bool:
 
 
 def _cut(x: Tensor, block: tuple[int, ...], group: int) -> Tensor:
-    """View of a grid that the boxes divide: `[B, heads / group, *boxes, group, *box, d]`."""
+    """View of a grid that the blocks divide: `[B, heads / group, *blocks, group, *block, d]`."""
     rank, (*_, heads, _) = x.dim() - 3, x.shape
     x = x.unflatten(-2, (heads // group, group))
     for axis in reversed(range(rank)):
@@ -121,9 +121,9 @@ def _cut(x: Tensor, block: tuple[int, ...], group: int) -> Tensor:
 
 
 def _box(x: Tensor, block: tuple[int, ...], group: int, spare: int) -> Tensor:
-    """`[B, *spatial, heads, d]` box by box, `[B * heads / group * boxes + spare, group * tokens, d]`.
+    """`[B, *spatial, heads, d]` block by block, `[B * heads / group * blocks + spare, group * tokens, d]`.
 
-    Tokens of `group` heads stand together, head by head. Zero past the grid and in the `spare` boxes at the end.
+    Tokens of `group` heads stand together, head by head. Zero past the grid and in the `spare` blocks at the end.
     """
     batch, *shape, heads, d = x.shape
     counts = boxes(shape, block)
@@ -139,7 +139,7 @@ def _box(x: Tensor, block: tuple[int, ...], group: int, spare: int) -> Tensor:
 
 
 def _unbox(x: Tensor, target: Tensor, block: tuple[int, ...], group: int) -> None:
-    """The inverse of `_box`, into a grid: x is `[B * heads / group * boxes, group * tokens, d]`."""
+    """The inverse of `_box`, into a grid: x is `[B * heads / group * blocks, group * tokens, d]`."""
     batch, *shape, heads, d = target.shape
     rank, counts = len(shape), boxes(shape, block)
     x = x.view(batch, heads // group, *counts, group, *block, d)
@@ -156,7 +156,7 @@ def _unbox(x: Tensor, target: Tensor, block: tuple[int, ...], group: int) -> Non
 
 
 def _existing(shape, block: tuple[int, ...], length: Tensor | None, device: torch.device) -> Tensor | None:
-    """True for tokens of a box that exist, bool `[boxes, tokens]`; None when all do."""
+    """True for tokens of a block that exist, bool `[boxes, tokens]`; None when all do."""
     exists = None
     if not _divides(shape, block):
         exists = _box(torch.ones((1, *shape, 1, 1), dtype=torch.bool, device=device), block, 1, 0)[..., 0]
@@ -167,26 +167,26 @@ def _existing(shape, block: tuple[int, ...], length: Tensor | None, device: torc
 
 
 class _Plan(NamedTuple):
-    """Operands box by box, and what is needed to find the keys of a chunk of boxes of queries ("units").
+    """Operands block by block, and what is needed to find the keys of a chunk of blocks of queries ("units").
 
-    Unit `(b * lists + l) * query boxes + i` is box i of the `group` query heads that share list l and a key head.
+    Unit `(b * lists + l) * query blocks + i` is block i of the `group` query heads that share list l and a key head.
     """
 
     query: Tensor  # [units, group * query tokens, d], as wide as keys
-    key: Tensor  # [B * key heads * key boxes + 1, key tokens, d]; the last box is zero
+    key: Tensor  # [B * key heads * key blocks + 1, key tokens, d]; the last block is zero
     value: Tensor
     additional_keys: Tensor | None  # [B * key heads, extra, d]
     additional_values: Tensor | None
     additional_mask: Tensor | None  # [B, extra]
-    query_exists: Tensor | None  # [query boxes, query tokens]
-    key_exists: Tensor | None  # [key boxes, key tokens]
-    sizes: tuple[int, int, int, int]  # lists a batch entry, query boxes, key heads, key boxes
+    query_exists: Tensor | None  # [query blocks, query tokens]
+    key_exists: Tensor | None  # [key blocks, key tokens]
+    sizes: tuple[int, int, int, int]  # lists a batch entry, query blocks, key heads, key blocks
     group: int
 
 
 class _Chunk(NamedTuple):
     units: slice
-    boxes: Tensor  # [n * most], boxes of keys
+    boxes: Tensor  # [n * most], blocks of keys
     heads: Tensor  # [n], key heads of all batch entries
     added: Tensor | None  # [n, 1, keys + extra], to base-2 logits; -inf where no key is
     count: int  # keys of a unit without the extra ones
@@ -216,7 +216,7 @@ def _make_plan(x: _Operands, blocks: tuple[tuple[int, ...], tuple[int, ...]]) ->
 
 
 def _clear(x: Tensor, exists: Tensor | None, count: int, group: int) -> Tensor:
-    """Zero the tokens of boxes that do not exist."""
+    """Zero the tokens of blocks that do not exist."""
     rows = x.shape[0] // count * count
     inner = x[:rows].view(rows // count, count, group, x.shape[1] // group, x.shape[2])
     assert exists is not None
@@ -343,7 +343,7 @@ def _forward(plan: _Plan, kv_num, kv_idx, bias, scale: float) -> tuple[Tensor, T
 
 
 def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, grad_lse) -> list:
-    """Gradients of query (units), key, value (boxes), extra key and extra value."""
+    """Gradients of query (units), key, value (blocks), extra key and extra value."""
     accumulate = lse.dtype
     grad_query = torch.empty_like(plan.query)
     grads = [
@@ -396,7 +396,7 @@ def _operands(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) 
 
 
 def block_margins(query: Tensor, key: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    """Base-2 `skip.margins` of all listed blocks, `[B, heads, query boxes, most]`; anything where none is listed."""
+    """Base-2 `skip.margins` of all listed blocks, `[B, heads, query blocks, most]`; anything where none is listed."""
     accumulate = torch.promote_types(query.dtype, torch.float32)
     operands = _operands(query, key, key, BlockSparseCall(None, None, mask, scale))
     shape = query.shape[0], query.shape[-2], *mask.kv_idx.shape[2:]

@@ -32,7 +32,7 @@ from .search import (
     plan_by_recall,
     plan_mask,
 )
-from .select import HeadChoice, HeadPlan, box_scores, keep, static_boxes, to_mask
+from .select import HeadChoice, HeadPlan, block_scores, keep, static_blocks, to_mask
 from .sla import sla, sla_linear
 from .sparge import sparge
 from .sta import sta
@@ -47,7 +47,7 @@ __all__ = [
     "HeadPlan",
     "anchor",
     "axis_order",
-    "box_scores",
+    "block_scores",
     "bsa",
     "clear",
     "clear_pooled",
@@ -95,7 +95,7 @@ __all__ = [
     "sparge",
     "sparsity_schedule",
     "sta",
-    "static_boxes",
+    "static_blocks",
     "svg",
     "svg_online",
     "to_mask",

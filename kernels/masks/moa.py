@@ -8,7 +8,7 @@ import torch
 from ..block_sparse.mask import BlockMask
 from .blocks import static_mask
 from .registry import published
-from .select import static_boxes
+from .select import static_blocks
 
 
 @published(paper="2406.14909", density="alpha, beta")
@@ -44,5 +44,5 @@ def moa(
     alphas, betas = (x * heads if len(x) == 1 else x for x in (alphas, betas))
     bands = [max(1, int(a // block + b * tokens / block)) for a, b in zip(alphas, betas, strict=True)]
     options = {"first": first, "causal": causal}
-    kept = [static_boxes((tokens,), block, "band_global", band=band, **options) for band in bands]
+    kept = [static_blocks((tokens,), block, "band_global", band=band, **options) for band in bands]
     return static_mask(torch.cat(kept), (block,), (block,), device)

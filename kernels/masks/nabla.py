@@ -9,7 +9,7 @@ from ..block_sparse.mask import BlockMask, boxes
 from ..common.calling import PerAxis, per_axis
 from .blocks import block_lengths, check_query_key, outer_and, own_or_none, product_mask, to_mask
 from .registry import published
-from .select import box_scores, keep
+from .select import block_scores, keep
 
 
 def _window(counts: Sequence[int], window: PerAxis[int]) -> list[Tensor]:
@@ -73,5 +73,5 @@ def nabla(
         if query.shape[1:-2] != key.shape[1:-2]:
             raise ValueError(f"window={window!r} needs queries and keys of one grid")
         always = outer_and(_window(boxes(query.shape[1:-2], block), window)).to(query.device)
-    weights = box_scores(query, key, query_block=block, key_block=block).softmax(-1)
+    weights = block_scores(query, key, query_block=block, key_block=block).softmax(-1)
     return to_mask(keep(weights, rule="mass", mass=mass, always=always), query_block=block, key_block=block)

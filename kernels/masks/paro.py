@@ -9,7 +9,7 @@ from torch import Tensor
 from ..block_sparse.mask import BlockMask
 from .blocks import block_tokens, check_query_key, own_or_none, to_mask
 from .registry import published
-from .select import box_scores, keep
+from .select import block_scores, keep
 
 
 def paro_block(shape: Sequence[int], order: Sequence[int], tokens: int) -> tuple[int, ...]:
@@ -55,7 +55,7 @@ def paro(
     """
     rank = check_query_key(query, key)
     block = paro_block(query.shape[1:-2], range(rank) if order is None else order, tokens)
-    weights = box_scores(query, key, query_block=block, key_block=block).softmax(-1)
+    weights = block_scores(query, key, query_block=block, key_block=block).softmax(-1)
     kept = keep(weights, rule="mass", mass=mass, always=own_or_none(query, key, block, block, own))
     return to_mask(kept, query_block=block, key_block=block)
 
@@ -73,7 +73,7 @@ def paro_orders(query: Tensor, key: Tensor, *, tokens: int = 64, mass: float = 0
     orders, shares = list(permutations(range(rank))), []
     for order in orders:
         block = paro_block(shape, order, tokens)
-        weights = box_scores(query, key, query_block=block, key_block=block).softmax(-1)
+        weights = block_scores(query, key, query_block=block, key_block=block).softmax(-1)
         size = block_tokens(shape, block, query.device).to(weights.dtype)
         kept = keep(weights, rule="mass", mass=mass).to(weights.dtype)
         shares.append((kept @ size @ size).mean(0) / size.sum() ** 2)

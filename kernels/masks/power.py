@@ -8,7 +8,7 @@ from ..block_sparse.mask import BlockMask
 from ..common.calling import PerAxis
 from .blocks import block_lengths, static_mask
 from .registry import published
-from .select import static_boxes
+from .select import static_blocks
 
 
 @published(paper="2503.03588", density="local", exact="ours: the code is not public")
@@ -34,4 +34,4 @@ def power(
         ValueError, TypeError: an argument outside what is accepted.
     """
     block = block_lengths("block", block, len(shape))
-    return static_mask(static_boxes(shape, block, "power", local=local), block, block, device)
+    return static_mask(static_blocks(shape, block, "power", local=local), block, block, device)

@@ -9,7 +9,7 @@ from ..block_sparse.mask import BlockMask, boxes
 from ..common.calling import PerAxis, per_axis
 from .blocks import block_lengths, static_mask
 from .registry import published
-from .select import static_boxes
+from .select import static_blocks
 
 
 @published(paper="2407.17678", density="stride")
@@ -40,7 +40,7 @@ def s2(
     if heads < prod(strides):
         raise ValueError(f"heads={heads} must be at least {prod(strides)}, the product of stride={stride!r}")
     block = block_lengths("block", block, len(shape))
-    kept = static_boxes(shape, block, "local_stride", heads=heads, stride=stride, local=local)
+    kept = static_blocks(shape, block, "local_stride", heads=heads, stride=stride, local=local)
     return static_mask(kept, block, block, device)
 
 

@@ -1,8 +1,8 @@
 """Steps that masks share: score pairs of blocks, keep some, write them down as lists.
 
-A dynamic mask is an estimate, a rule and what is always kept: `to_mask(keep(box_scores(query, key, …), rule=…), …)`.
-A static mask is a relation of tokens along every axis, or a pattern of `static_boxes`. Lists are data: nothing here has
-the size of tokens times tokens, and nothing that works on queries and keys waits for the device.
+A dynamic mask is an estimate, a rule and what is always kept: `to_mask(keep(block_scores(query, key, …), rule=…), …)`.
+A static mask is a relation of tokens along every axis, or a pattern of `static_blocks`. Lists are data: nothing here
+has the size of tokens times tokens, and nothing that works on queries and keys waits for the device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .blocks import block_extrema, block_lengths, block_means, check_query_key, 
 Rule = Literal["topk", "mass", "threshold", "budget"]
 Scope = Literal["row", "head", "all"]
 RULES = ("topk", "mass", "threshold", "budget")
-__all__ = ["HeadChoice", "HeadPlan", "box_scores", "keep", "static_boxes", "to_mask"]
+__all__ = ["HeadChoice", "HeadPlan", "block_scores", "keep", "static_blocks", "to_mask"]
 SCOPES = {"row": -1, "head": -2, "all": -3}  # first dimension of `[B, heads, queries, keys]` that is ranked together
 
 
@@ -43,7 +43,7 @@ def pair_scores(query: Tensor, key: Tensor, *, scale: float, per: Literal["head"
 
 
 @torch.no_grad()
-def box_scores(
+def block_scores(
     query: Tensor,
     key: Tensor,
     *,
@@ -262,7 +262,7 @@ def _power(counts: Sequence[int], *, local: int = 1) -> Tensor:
 PATTERNS = {"band_global": _band_global, "local_stride": _local_stride, "power": _power}
 
 
-def static_boxes(shape: Sequence[int], block: PerAxis[int], pattern: str, **options: Any) -> Tensor:
+def static_blocks(shape: Sequence[int], block: PerAxis[int], pattern: str, **options: Any) -> Tensor:
     """Pairs of blocks of a fixed pattern.
 
     Args:

@@ -47,14 +47,14 @@ OUTRO = """
 A dynamic mask is an estimate, a rule and what is always kept. A method without a name is a line:
 
 ```python
-scores = masks.box_scores(query, key, query_block=(1, 4, 4), key_block=(1, 4, 4), estimate="minmax")
+scores = masks.block_scores(query, key, query_block=(1, 4, 4), key_block=(1, 4, 4), estimate="minmax")
 kept = masks.keep(scores, rule="budget", budget=0.2)
 mine = masks.to_mask(kept, query_block=(1, 4, 4), key_block=(1, 4, 4))
 out = block_sparse_attention(query, key, value, mask=mine)
 ```
 
 `allowed` comes before the rule, `always` after it. Rules are "topk", "mass", "threshold" and "budget", ranked by
-row, by head or over all heads. Static patterns without a name come from `static_boxes`: "band_global",
+row, by head or over all heads. Static patterns without a name come from `static_blocks`: "band_global",
 "local_stride" and "power".
 
 ## Two branches

@@ -9,7 +9,7 @@ from ..block_sparse.mask import BlockMask
 from ..common.calling import PerAxis, resolve_scale
 from .blocks import block_lengths, block_means, check_query_key, most_own, own_or_none, spread_blocks, to_mask
 from .registry import published
-from .select import box_scores, keep, pair_scores
+from .select import block_scores, keep, pair_scores
 
 
 @published(paper="2505.13389", density="sparsity")
@@ -39,7 +39,7 @@ def vsa(
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity={sparsity!r} must lie in [0, 1]")
     block = block_lengths("block", block, check_query_key(query, key))
-    scores = box_scores(query, key, query_block=block, key_block=block)
+    scores = block_scores(query, key, query_block=block, key_block=block)
     topk = max(1, ceil((1 - sparsity) * scores.shape[-1]))
     kept = keep(scores, rule="topk", topk=topk, always=own_or_none(query, key, block, block, own))
     return to_mask(kept, query_block=block, key_block=block, most=topk + most_own(block, block))

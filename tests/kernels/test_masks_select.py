@@ -62,7 +62,9 @@ def test_scores_are_their_definitions(shape):
     owner = [owners(shape, (size,) * len(shape)) for size in (2, 3)]
     q = query.flatten(1, -3)[0].transpose(0, 1)
     k = key.repeat_interleave(2, dim=-2).flatten(1, -3)[0].transpose(0, 1)  # [heads, tokens, d]
-    found = {x: masks.box_scores(query, key, estimate=x, samples=99, **blocks)[0] for x in ("mean", "minmax", "probe")}
+    found = {
+        x: masks.block_scores(query, key, estimate=x, samples=99, **blocks)[0] for x in ("mean", "minmax", "probe")
+    }
     for i, j in product(range(int(owner[0].max()) + 1), range(int(owner[1].max()) + 1)):
         queries, keys = q[:, owner[0] == i], k[:, owner[1] == j]
         middle = queries.mean(1)
@@ -70,7 +72,7 @@ def test_scores_are_their_definitions(shape):
         bound = torch.maximum(middle * keys.amin(1), middle * keys.amax(1)).sum(-1) / 2
         torch.testing.assert_close(found["minmax"][:, i, j], bound)
         torch.testing.assert_close(found["probe"][:, i, j], (queries @ keys.mean(1)[..., None]).amax((1, 2)) / 2)
-    both = masks.box_scores(query, key, per="all", **blocks)
+    both = masks.block_scores(query, key, per="all", **blocks)
     torch.testing.assert_close(both[:, 0], found["mean"].mean(0)[None])
 
 
@@ -219,9 +221,9 @@ def test_orders_are_permutations_and_curves_go_step_by_step():
 
 
 def test_patterns_keep_their_promises():
-    shards = masks.static_boxes((24, 24), 4, "local_stride", heads=6, stride=(2, 3))
+    shards = masks.static_blocks((24, 24), 4, "local_stride", heads=6, stride=(2, 3))
     assert shards.any(0).all(), "all heads together see everything"
-    reach = masks.static_boxes((64,), 1, "power")[0].double()
+    reach = masks.static_blocks((64,), 1, "power")[0].double()
     seen = reach
     for _ in range(5):
         seen = seen @ reach
@@ -298,12 +300,12 @@ X, CROSS = torch.zeros(1, 6, 8, 2, 4), torch.zeros(1, 5, 8, 2, 4)
         (call("duo", (6, 8), recent=2, causal=True), "causal=True needs one axis"),
         (call("grid_offsets", (6, 8), stride=(2, 2), offsets=((1,), (0,))), "must hold 0 along each axis"),
         (call("svg", (6, 8), head="other"), "head='other'"),
-        (call("static_boxes", (6, 8), 2, "other"), "pattern='other' must be one of"),
+        (call("static_blocks", (6, 8), 2, "other"), "pattern='other' must be one of"),
         (call("keep", torch.ones(1, 1, 2, 2), rule="best"), "rule='best' must be one of"),
         (call("keep", torch.ones(1, 1, 2, 2), rule="topk"), "rule='topk' needs topk="),
         (call("keep", torch.ones(1, 1, 2, 2), rule="topk", topk=1, mass=0.5), "takes topk=, not mass=0.5"),
         (call("keep", torch.ones(1, 1, 2, 2), rule="topk", topk=1, scope="batch"), "scope='batch' must be one of"),
-        (call("box_scores", X, X, query_block=2, key_block=2, estimate="max"), "estimate='max' must be"),
+        (call("block_scores", X, X, query_block=2, key_block=2, estimate="max"), "estimate='max' must be"),
         (call("axis_order", (2, 3), (0, 0)), "must be a permutation"),
         (call("gilbert_order", (5,)), "two or three axes"),
         (call("sparsity_schedule", 4, 4), r"chunk=4 must lie in \[0, 4\)"),
@@ -319,7 +321,7 @@ def test_errors_name_the_argument_and_its_value(wrong, message):
 def test_queries_of_a_block_share_the_list_of_their_mean(shape):
     query, key = normal(1, *shape, 2, 4), normal(1, *shape, 2, 4, seed=1)
     rank = len(shape)
-    scores = masks.box_scores(query, key, query_block=3, key_block=2)
+    scores = masks.block_scores(query, key, query_block=3, key_block=2)
     own = own_blocks(shape, (3,) * rank, (2,) * rank)
     expected = masks.keep(scores.masked_fill(own, torch.inf), rule="topk", topk=3) | own
     for mask in (

@@ -37,9 +37,9 @@ def test_the_recorded_gate():
 def test_a_new_gate_is_the_product_of_means(grid):
     query, key, _ = tensors(grid)
     gate = BoxGate(4, 8, query_block=3, key_block=2, dtype=torch.float64)
-    torch.testing.assert_close(gate(query, key), masks.box_scores(query, key, query_block=3, key_block=2))
+    torch.testing.assert_close(gate(query, key), masks.block_scores(query, key, query_block=3, key_block=2))
     weight = gate.mask_linear_k.weight.detach()
-    same = masks.box_scores(query, key, query_block=3, key_block=2, estimate="maxminavg", weight=weight)
+    same = masks.block_scores(query, key, query_block=3, key_block=2, estimate="maxminavg", weight=weight)
     torch.testing.assert_close(gate(query, key), same)
 
 
