@@ -54,8 +54,9 @@ def choose(
     small = device in ("ada", "amd") or (device == "ampere" and kernel == "key")
     sizes = (SMALL_BACKWARD if small and kernel != "forward" else SIZES[kernel])[itemsize]
     rows, columns, warps = next(sizes[limit] for limit in sorted(sizes) if block_d(head_dim) <= limit)
-    if kernel == "key" and itemsize == 2 and block_d(head_dim) > 128:
+    if kernel == "key" and itemsize == 2 and block_d(head_dim) > (64 if device == "amd" else 128):
         columns = 16  # two gradients of so many features fill the registers
+        rows = 16 if device == "amd" and block_d(head_dim) > 128 else rows
     if device == "amd" and itemsize == 2:
         warps = max(1, rows // 32)  # a wave of 64 lanes feeds on 32 rows
     if isinstance(most := forced.get("rows"), int):
