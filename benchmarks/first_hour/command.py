@@ -38,11 +38,12 @@ def package_on_path() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "foveal").symlink_to(ROOT, target_is_directory=True)
         paths = [folder, str(ROOT / "tests" / "support")]
+        before = list(sys.path)
         sys.path[:0] = paths
         try:
             yield Path(folder)
         finally:
-            sys.path[:] = [path for path in sys.path if path not in paths]
+            sys.path[:] = before
 
 
 def about(device: str, environment: dict[str, str], folder: Path) -> dict[str, str]:

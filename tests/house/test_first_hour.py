@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from benchmarks import records
 from benchmarks.__main__ import app
-from benchmarks.first_hour import peers, tune, verdict
+from benchmarks.first_hour import command, peers, tune, verdict
 from benchmarks.first_hour.plan import Finding, Record, in_order
 from benchmarks.records import Row
 
@@ -166,6 +166,13 @@ def test_every_question_fits_the_tables():
             for launch in made.values():
                 with launch():
                     pass
+
+
+def test_the_path_is_afterwards_what_it_was():
+    before = list(sys.path)
+    with command.package_on_path() as folder:
+        assert sys.path[0] == str(folder)
+    assert sys.path == before and any(path.endswith("support") for path in before)
 
 
 def test_the_command_lists_every_step_of_a_gpu(tmp_path, monkeypatch):
