@@ -20,6 +20,7 @@ MEASURED = {  # benchmark -> words of its cases, estimate in seconds
     "window": (("56x56 w7", 60), ("64x64", 60)),
     "agent": (("64x64", 30),),
     "linear": (("256x256", 30),),
+    "scan": (("56x56", 60),),
     "routing": (("", 90),),
     "hilo": (("", 60),),
 }

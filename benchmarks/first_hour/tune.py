@@ -1,5 +1,6 @@
 """Steps that time sizes of tiles against the shipped ones, and say which entry of a table would change."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +26,18 @@ SHIPPED = "shipped"
 
 
 class Entry(NamedTuple):
-    """An entry of `configs.SIZES`: sizes of a kernel up to a head dim, of elements of some bytes."""
+    """An entry of a table of `configs`: sizes of a kernel up to a head dim, of elements of some bytes.
+
+    `table` is "SIZES", or "WHOLE" of whole blocks in half precision, whose keys have no bytes.
+    """
 
     kernel: str
     limit: int
     itemsize: int = 2
+    table: str = "SIZES"
+
+    def key(self, device: str) -> tuple:
+        return (device, self.kernel) if self.table == "WHOLE" else (device, self.kernel, self.itemsize)
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Question:
         backward: whether the kernels in question are those of the gradients.
         devices: tables of sizes that the candidates are meant for.
         public: name of the public function.
-        mask: box of tokens and boxes a list, of block-sparse attention.
+        mask: tokens of a block and blocks per list, of block-sparse attention.
     """
 
     operator: str
@@ -66,21 +74,21 @@ class Question:
     @property
     def case(self) -> str:
         words = " ".join(f"{name}{value}" for name, value in self.options.items())
-        box = f" box {self.mask[0]} list {self.mask[1]}" if self.mask else ""
-        return f"{'x'.join(map(str, self.shape))} {words}{box}".replace(",", ".").replace("(", "").replace(")", "")
+        block = f" block {self.mask[0]} list {self.mask[1]}" if self.mask else ""
+        return f"{'x'.join(map(str, self.shape))} {words}{block}".replace(",", ".").replace("(", "").replace(")", "")
 
     def configs(self) -> Any:
         return import_module(f"{OPERATORS[self.operator].package}.configs")
 
 
 def block_mask(question: Question, device: torch.device) -> ops.BlockMask:
-    """Lists of boxes drawn without the same box twice."""
-    box, most = question.mask or ((1,), 1)
-    boxes = prod(-(-n // b) for n, b in zip(question.shape[1:-2], box, strict=True))
+    """Lists of blocks drawn without the same block twice."""
+    block, most = question.mask or ((1,), 1)
+    blocks = prod(-(-n // b) for n, b in zip(question.shape[1:-2], block, strict=True))
     generator = torch.Generator().manual_seed(0)
-    idx = torch.rand(1, 1, boxes, boxes, generator=generator).argsort(-1)[..., :most].sort(-1).values.int()
-    num = torch.full((1, 1, boxes), min(most, boxes), dtype=torch.int32)
-    return ops.BlockMask(box, box, num.to(device), idx.to(device)).with_inverse(question.shape[1:-2])
+    idx = torch.rand(1, 1, blocks, blocks, generator=generator).argsort(-1)[..., :most].sort(-1).values.int()
+    num = torch.full((1, 1, blocks), min(most, blocks), dtype=torch.int32)
+    return ops.BlockMask(block, block, num.to(device), idx.to(device)).with_inverse(question.shape[1:-2])
 
 
 @contextmanager
@@ -109,10 +117,10 @@ def launches(question: Question, device: Device) -> dict[str, Callable]:
             label = ", ".join(f"{name}={value}" for name, value in dict(fields).items())
             made[label] = partial(configs.override, **dict(fields))
         return made
-    kernel, limit, itemsize = question.entry
-    table = configs.SIZES.get((device, kernel, itemsize), {})
+    limit = question.entry.limit
+    table = getattr(configs, question.entry.table).get(question.entry.key(device), {})
     if limit not in table:
-        raise SkippedError(f"the table {device!r} has no sizes of {kernel} up to head dim {limit}")
+        raise SkippedError(f"the table {device!r} has no sizes of {question.entry.kernel} up to head dim {limit}")
     several = isinstance(table[limit][0], tuple)
     kind = type(table[limit][0]) if several else type(table[limit])
     for fields in question.candidates:
@@ -192,7 +200,7 @@ def judge(question: Question, device: str, rows: list[records.Row], finding: Fin
         return
     where = f"kernels/{question.operator}/configs.py"
     entry = question.entry
-    place = "" if entry is None else f' SIZES["{device}", "{entry.kernel}", {entry.itemsize}][{entry.limit}]'
+    place = "" if entry is None else f" {entry.table}[{', '.join(map(json.dumps, entry.key(device)))}][{entry.limit}]"
     gain = f"{shipped.p50 / best.p50:.2f} times as fast on {question.case}, {question.mode}"
     finding.tables.append(f"{where}{place}: {best.provider} is {gain}")
 
@@ -249,19 +257,19 @@ QUESTIONS: dict[str, tuple[Question, str]] = {
         "stages of the forward of queries and keys in e4m3",
     ),
     "forward 128 of block lists": (
-        sparse((*CLIP, 128), entry=Entry("forward", 128), mask=((4, 4, 8), 48),
+        sparse((*CLIP, 128), entry=Entry("forward", 128, table="WHOLE"), mask=((4, 4, 8), 48),
                candidates=((64, 64, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2))),
-        "rows of the forward for boxes of 128 tokens",
+        "rows of the forward for blocks of 128 tokens",
     ),
     "backward 128 of block lists": (
-        sparse((*CLIP, 128), entry=Entry("key", 128), mask=((4, 4, 8), 48), backward=True,
+        sparse((*CLIP, 128), entry=Entry("key", 128, table="WHOLE"), mask=((4, 4, 8), 48), backward=True,
                candidates=((64, 32, 4, 1), (64, 64, 8, 1), (64, 64, 4, 1))),
-        "keys of a program of the backward for boxes of 128 tokens",
+        "keys of a program of the backward for blocks of 128 tokens",
     ),
     "forward 64 of block lists": (
-        sparse((*CLIP, 64), entry=Entry("forward", 64), mask=((4, 4, 4), 96),
-               candidates=((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 4, 2))),
-        "stages and rows of the forward for boxes of 64 tokens",
+        sparse((*CLIP, 64), entry=Entry("forward", 64, table="WHOLE"), mask=((4, 4, 4), 96),
+               candidates=((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3))),
+        "stages and columns of the forward for blocks of 64 tokens",
     ),
     "passes of windows": (window((64, 56, 56, 3, 32), SWIN, candidates=PASSES), WHERE_IT_ENDS),
     "passes of windows, head dim 64": (window((64, 28, 28, 3, 64), SWIN, candidates=PASSES), WHERE_IT_ENDS),

@@ -168,6 +168,17 @@ def test_every_question_fits_the_tables():
                     pass
 
 
+def test_candidates_of_block_lists_are_what_calls_take():
+    for question, _ in tune.QUESTIONS.values():
+        if question.operator == "block_sparse":
+            block, most = question.mask
+            sizes = dict(head_dim=question.shape[-1], itemsize=2, device="hopper", wide=False, whole=True)
+            for label, launch in tune.launches(question, "hopper").items():
+                with launch():
+                    config = question.configs().choose(question.entry.kernel, block, block, most, **sizes)
+                assert label in (tune.SHIPPED, str(config.size))
+
+
 def test_the_path_is_afterwards_what_it_was():
     before = list(sys.path)
     with command.package_on_path() as folder:
