@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 
 from ..common.arguments import operator
-from .call import make_call
+from .call import BlockSparseCall, make_call
 from .mask import BlockMask, listed
 from .skip import SkipCalibration, fit
 from .tiled import block_margins
 
 
-def _margins(query: Tensor, key: Tensor, mask: BlockMask, scale: float | None) -> tuple[Tensor, Tensor]:
+def _margins(query: Tensor, key: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     """Natural `skip.margins` and which of them are of listed blocks, `[B, heads, query blocks, most]` each."""
-    call = make_call(query, key, key, mask=mask, scale=scale)
     with torch.no_grad():
         above = block_margins(query, key, call.mask, call.scale) * math.log(2)
-    return above, listed(mask.kv_num, mask.kv_idx).expand(above.shape)
+    return above, listed(call.mask.kv_num, call.mask.kv_idx).expand(above.shape)
 
 
 @operator
@@ -36,10 +35,9 @@ def skipped_blocks(
     Raises:
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
     """
-    if not 0 <= skip_threshold <= 1:
-        raise ValueError(f"skip_threshold={skip_threshold!r} must be in [0, 1]")
-    above, of_list = _margins(query, key, mask, scale)
-    return of_list & (above < (math.log(skip_threshold) if skip_threshold else -math.inf))
+    call = make_call(query, key, key, mask=mask, scale=scale, skip_threshold=skip_threshold)
+    above, of_list = _margins(query, key, call)
+    return of_list & (above < (-math.inf if call.skip_threshold is None else math.log(call.skip_threshold)))
 
 
 @operator
@@ -59,5 +57,5 @@ def calibrate_skip(query: Tensor, key: Tensor, *, mask: BlockMask, scale: float 
         ValueError: too few blocks are below earlier ones for a line.
         ValueError, TypeError: an argument outside what is accepted; the message names it and its value.
     """
-    above, of_list = _margins(query, key, mask, scale)
+    above, of_list = _margins(query, key, make_call(query, key, key, mask=mask, scale=scale))
     return fit(above[of_list], math.prod(key.shape[1:-2]))

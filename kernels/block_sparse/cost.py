@@ -13,7 +13,7 @@ from .mask import BlockMask, box_of_token, boxes, listed
 
 
 def tokens_by_box(shape, block, length: Tensor | None = None) -> Tensor:
-    """Tokens that exist in each block of a grid, int64 `[boxes]` on the CPU."""
+    """Tokens that exist in each block of a grid, int64 `[blocks]` on the CPU."""
     box, place = box_of_token(shape, block, torch.device("cpu"))
     exists = torch.ones_like(box) if length is None else (place < length.cpu()[box]).long()
     return torch.zeros(prod(boxes(shape, block)), dtype=torch.int64).index_add_(0, box, exists)

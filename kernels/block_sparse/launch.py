@@ -26,7 +26,7 @@ from .backward import key_kernel, query_kernel
 from .call import BlockSparseCall, empty_kept
 from .forward import forward_kernel
 from .inverse import invert
-from .mask import BlockMask, boxes
+from .mask import BlockMask, boxes, divides
 from .skip import without_skipped
 
 
@@ -60,11 +60,6 @@ def configure(
             whole=length is None and call.scale > 0,  # then the maximum of scaled logits is that of logits, scaled
         )
     return config._replace(descriptor=config.descriptor and aligned(*walked))
-
-
-def divides(shape: Sequence[int], block: Sequence[int]) -> bool:
-    """Return whether no block of a grid is cut short."""
-    return all(n % b == 0 for n, b in zip(shape, block, strict=True))
 
 
 def constants(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.symbolic import ceil_div, modulo
+from ..common.symbolic import ceil_div, known, modulo
 
 
 class BlockMask(NamedTuple):
@@ -21,13 +21,13 @@ class BlockMask(NamedTuple):
 
     Attributes:
         query_block, key_block: tokens of a block along each spatial axis.
-        kv_num: int32 `[B or 1, heads or 1, query boxes]`, how many blocks of keys are listed.
+        kv_num: int32 `[B or 1, heads or 1, query blocks]`, how many blocks of keys are listed.
         kv_idx: int32 `[B or 1, heads or 1, query blocks, most]`, their numbers, distinct, 0 <= number < key blocks.
             Entries from kv_num on are ignored. On CPU the values are checked; elsewhere that would wait for the device.
         bias: None, or floating `[B or 1, heads or 1, query blocks, most]`, added to every logit of the listed block
             (PSA: the log of a level). A constant: it takes no gradient.
-        q_len, kv_len: None, or int32 `[boxes]`: only the first so many tokens of a block exist. Queries past theirs get
-            output 0 and log-sum-exp -inf, keys past theirs are seen by nobody.
+        q_len, kv_len: None, or int32 `[blocks]`: only the first so many tokens of a block exist. Queries past theirs
+            get output 0 and log-sum-exp -inf, keys past theirs are seen by nobody.
         inverse: None, or what `invert` found: for every block of keys, who lists it. Its values are not checked either:
             a mask whose lists are replaced or written to needs another.
     """
@@ -53,6 +53,11 @@ class BlockMask(NamedTuple):
 def boxes(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
     """Boxes of `block` tokens along each axis of a grid, those cut short included."""
     return tuple(ceil_div(n, b) for n, b in zip(shape, block, strict=True))
+
+
+def divides(shape: Sequence[int], block: Sequence[int]) -> bool:
+    """Return whether no block of a grid is cut short."""
+    return all(known(ceil_div(n, b) * b == n) for n, b in zip(shape, block, strict=True))
 
 
 def listed(kv_num: Tensor, kv_idx: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def draw(mask: BlockMask, shape: tuple[int, int], path: str | Path, *, box: int 
         mask: a mask of 2-D blocks, on the CPU, with queries and keys on the same grid.
         shape: tokens along height and width.
         path: file to write; its suffix names the format.
-        block: block of queries whose list is shown in the grid.
+        box: block of queries whose list is shown in the grid.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure

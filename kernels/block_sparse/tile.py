@@ -78,7 +78,7 @@ def load_rows(ptr, where, stride_d, keep, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 @triton.jit
 def list_of(batch, head, boxes, lists):
-    """Row of a list of `[B or 1, heads or 1, boxes]` for block 0; `lists` holds the two leading sizes."""
+    """Row of a list of `[B or 1, heads or 1, blocks]` for block 0; `lists` holds the two leading sizes."""
     row = tl.where(lists[0] == 1, 0, batch) * lists[1] + tl.where(lists[1] == 1, 0, head)
     return row.to(tl.int64) * boxes
 

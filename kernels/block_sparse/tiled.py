@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from ..common.calling import without_autocast
-from ..common.symbolic import ceil_div, exporting, known
+from ..common.symbolic import exporting
 from . import gathered
 from .call import BlockSparseCall, empty_kept
-from .mask import BlockMask, boxes, listed
+from .mask import BlockMask, boxes, divides, listed
 from .skip import margins, without_skipped
 
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
@@ -106,10 +106,6 @@ def _select(x: _Operands, batch: slice, heads: slice) -> _Operands:
     return _Operands(*grids, *map(lists, x[5:8]), x.q_len, x.kv_len, visible)  # pyright: ignore[reportCallIssue]
 
 
-def _divides(shape: Sequence[int], block: Sequence[int]) -> bool:
-    return all(known(ceil_div(n, b) * b == n) for n, b in zip(shape, block, strict=True))
-
-
 def _cut(x: Tensor, block: tuple[int, ...], group: int) -> Tensor:
     """View of a grid that the blocks divide: `[B, heads / group, *blocks, group, *block, d]`."""
     rank, (*_, heads, _) = x.dim() - 3, x.shape
@@ -127,7 +123,7 @@ def _box(x: Tensor, block: tuple[int, ...], group: int, spare: int) -> Tensor:
     """
     batch, *shape, heads, d = x.shape
     counts = boxes(shape, block)
-    if not _divides(shape, block):
+    if not divides(shape, block):
         ends = [c * b - n for n, b, c in zip(shape, block, counts, strict=True)]
         x = pad(x, [0, 0, 0, 0, *(side for end in reversed(ends) for side in (0, end))])
     rows, tokens = batch * (heads // group) * prod(counts), group * prod(block)
@@ -143,7 +139,7 @@ def _unbox(x: Tensor, target: Tensor, block: tuple[int, ...], group: int) -> Non
     batch, *shape, heads, d = target.shape
     rank, counts = len(shape), boxes(shape, block)
     x = x.view(batch, heads // group, *counts, group, *block, d)
-    if _divides(shape, block):
+    if divides(shape, block):
         _cut(target, block, group).copy_(x)
         return
     order = [0, *(i for axis in range(rank) for i in (2 + axis, 3 + rank + axis)), 1, 2 + rank, 3 + 2 * rank]
@@ -156,9 +152,9 @@ def _unbox(x: Tensor, target: Tensor, block: tuple[int, ...], group: int) -> Non
 
 
 def _existing(shape, block: tuple[int, ...], length: Tensor | None, device: torch.device) -> Tensor | None:
-    """True for tokens of a block that exist, bool `[boxes, tokens]`; None when all do."""
+    """True for tokens of a block that exist, bool `[blocks, tokens]`; None when all do."""
     exists = None
-    if not _divides(shape, block):
+    if not divides(shape, block):
         exists = _box(torch.ones((1, *shape, 1, 1), dtype=torch.bool, device=device), block, 1, 0)[..., 0]
     if length is not None:
         within = torch.arange(prod(block), device=device) < length[:, None]

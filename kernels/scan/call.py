@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -104,9 +103,7 @@ def out_and_state(query: Tensor, key: Tensor, value: Tensor, call: ScanCall) -> 
 
 
 def _flops(query: Tensor, key: Tensor, value: Tensor, call: ScanCall) -> tuple[int, int]:
-    sizes = dict(batch=query.shape[0], tokens=prod(query.shape[1:-2]), heads=query.shape[-2])
-    sizes |= dict(head_dim=query.shape[-1], value_dim=value.shape[-1])
-    options: dict[str, Any] = dict(delta=call.beta is not None, passes=len(call.passes()))
+    sizes, options = cost.sizes_of(query, value), cost.options_of(call)
     return cost.forward_flops(**sizes, **options), cost.backward_flops(**sizes, **options)
 
 

@@ -89,7 +89,7 @@ class _Chunks:
         return torch.linalg.solve_triangular(lower, x, upper=transposed, unitriangular=True)
 
     def written(self, first: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What tokens write, the state before each chunk, that after the last, and (I + A)^-1 beta exp(c) K."""
+        """Written values, the state before each chunk, that after the last, and (I + A)^-1 beta exp(c) K."""
         falling, state, starts = (self.key * self.fall).mT, first, []
         whole = self.whole.expand(-1, -1, self.key.shape[2], -1, -1)
         if self.beta is None:

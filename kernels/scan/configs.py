@@ -31,8 +31,6 @@ CHUNKS: dict[tuple[Device, int], dict[int, int]] = {
     ("ampere", 4): {64: 32, 128: 16},
     ("ada", 2): {64: 32, 128: 16},
     ("ada", 4): {128: 16},
-    ("amd", 2): {64: 32, 128: 16},
-    ("amd", 4): {128: 16},
 }
 # (device, kernel, bytes of operands) -> {the longer of both head dims up to: config}
 SIZES: dict[tuple[Device, Kernel, int], dict[int, Config]] = {
@@ -57,14 +55,10 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Config]] = {
     ("ada", "state", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(16, 8)},
     ("ada", "output", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(16, 8)},
     ("ada", "decay", 4): {32: Config(16, 4), 64: Config(16, 4), 128: Config(16, 4)},
-    ("amd", "state", 2): {32: Config(32, 4, 2), 64: Config(32, 4), 128: Config(16, 4)},
-    ("amd", "output", 2): {32: Config(32, 4), 64: Config(32, 4), 128: Config(32, 4)},
-    ("amd", "decay", 2): {32: Config(32, 4), 64: Config(32, 8), 128: Config(32, 8)},
-    ("amd", "solve", 4): {32: Config(128, 4), 64: Config(128, 8), 128: Config(128, 8)},
-    ("amd", "state", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(16, 8)},
-    ("amd", "output", 4): {32: Config(32, 4), 64: Config(32, 8), 128: Config(16, 8)},
-    ("amd", "decay", 4): {32: Config(16, 4), 64: Config(16, 4), 128: Config(16, 4)},
 }
+# not counted on AMD yet: those of Ada
+CHUNKS |= {("amd", itemsize): table for (device, itemsize), table in CHUNKS.items() if device == "ada"}
+SIZES |= {("amd", *kernel): table for (device, *kernel), table in SIZES.items() if device == "ada"}
 
 forced = Overrides(*Config._fields, "chunk")
 override = forced.override

@@ -45,17 +45,25 @@ def backward_bytes(
     return batch * tokens * heads * (itemsize * (4 * head_dim + 3 * value_dim) + 8 * gates)
 
 
+def sizes_of(query: Tensor, value: Tensor) -> dict[str, int]:
+    """Sizes of a call, as the counts here take them."""
+    batch, *shape, heads, head_dim = query.shape
+    return dict(batch=batch, tokens=prod(shape), heads=heads, head_dim=head_dim, value_dim=value.shape[-1])
+
+
+def options_of(call: Any) -> dict[str, Any]:
+    """Rule and passes of a call, as `forward_flops` takes them."""
+    return dict(delta=call.beta is not None, passes=len(call.passes()))
+
+
 def summarize(query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str | None) -> dict[str, int | float | str]:
     """The cost of one call, by name, for `foveal.kernels.ops.explain`."""
-    tokens, value_dim = prod(query.shape[1:-2]), value.shape[-1]
-    sizes = dict(batch=query.shape[0], tokens=tokens, heads=query.shape[-2])
-    sizes |= dict(head_dim=query.shape[-1], value_dim=value_dim)
-    options: dict[str, Any] = dict(delta=call.beta is not None, passes=len(call.passes()))
+    sizes, options = sizes_of(query, value), options_of(call)
     moved = dict(itemsize=query.itemsize, gates=sum(x is not None for x in (call.log_decay, call.beta)))
-    dense = 2 * sizes["batch"] * sizes["heads"] * tokens**2 * (query.shape[-1] + value_dim)
+    dense = 2 * sizes["batch"] * sizes["heads"] * sizes["tokens"] ** 2 * (sizes["head_dim"] + sizes["value_dim"])
     useful = forward_flops(**sizes, **options)
     return {
-        "tokens": tokens,
+        "tokens": sizes["tokens"],
         "direction": call.direction,
         "rule": "additive" if call.beta is None else "delta",
         "dense_over_useful": round(dense / useful, 2) if useful else 0.0,

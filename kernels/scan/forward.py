@@ -1,9 +1,8 @@
 """Kernels of scan attention: what the delta rule writes, the states before chunks, and the outputs.
 
 A chunk is ROWS tokens in the order of the scan, of which the first chunk lacks `lead`; c are the sums of the log decay
-in it. All exponents are differences of a
-later and an earlier sum, at most zero. Gates are `[B, heads, tokens]` in the order of the scan, all else lies in the
-order of the tokens.
+in it. All exponents are differences of a later and an earlier sum, at most zero. Gates are `[B, heads, tokens]` in the
+order of the scan, all else lies in the order of the tokens.
 """
 
 import triton

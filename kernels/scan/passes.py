@@ -96,7 +96,7 @@ class Scan:
         """States before chunks, the last, and what tokens write: `[B, tokens, heads, E]` with beta, else the values."""
         value, w, written = self.value, None, None
         if self.order.beta is not None:
-            u, w = self.made(self.batch, self.tokens, self.heads, self.value_dim), None
+            u = self.made(self.batch, self.tokens, self.heads, self.value_dim)
             w = self.made(self.batch, self.tokens, self.heads, self.head_dim)
             fixed = self.fixed("solve")
             operands: tuple = (*grid(self.key), *grid(value), self.order.decay, self.order.beta, u, w)
@@ -123,7 +123,7 @@ class Scan:
         far: float,
         strict: bool,
     ) -> Tensor:
-        """What queries read, `[B, tokens, heads, E]`."""
+        """Outputs of queries, `[B, tokens, heads, E]`."""
         out = self.made(self.batch, self.tokens, self.heads, self.value_dim, dtype=dtype)
         fixed = self.fixed("output", STRICT=strict, WIDEN=self.widen)
         operands: tuple = (*grid(query), *grid(self.key), *grid(written), self.order.decay, states, out)
@@ -160,7 +160,7 @@ def scan(
 
 
 def written(key: Tensor, value: Tensor, order: Order, first: Tensor | None = None) -> Tensor:
-    """What tokens write by the delta rule, `[B, tokens, heads, E]` in float32."""
+    """Values that tokens write by the delta rule, `[B, tokens, heads, E]` in float32."""
     return Scan(key, value, order).states(first)[2]
 
 
