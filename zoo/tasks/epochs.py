@@ -71,6 +71,11 @@ class EpochTask(Task):
         return super().training_step(batch, batch_idx)
 
     def updates_per_epoch(self) -> int:
+        """Return the optimizer's steps of an epoch.
+
+        Raises:
+            ValueError: the data do not know their length.
+        """
         self.trainer.estimated_stepping_batches  # noqa: B018 - makes the loaders, so that the epoch has a length
         if math.isinf(self.trainer.num_training_batches):
             raise ValueError("this dataset does not know its length: set trainer.limit_train_batches to a number")

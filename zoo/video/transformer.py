@@ -252,9 +252,8 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         if positions is None:
             first = 0 if kv_cache is None else kv_cache.frames
             positions = grid_positions(grid, first_frame=first, device=tokens.device)
-        rotary_emb = rotary_embedding(
-            positions, axes=self.rope_axes, theta=self.config.rope_theta, dtype=wide(tokens.dtype)
-        )
+        turns = {"axes": self.rope_axes, "theta": self.config.rope_theta, "dtype": wide(tokens.dtype)}
+        rotary_emb = rotary_embedding(positions, **turns)
         embedding = self.embed_time(timestep, tokens.dtype)  # [B, M, dim], M = 1, frames or tokens
         if self.class_embed is not None and class_labels is not None:
             embedding = embedding + self.class_embed(class_labels)[:, None]

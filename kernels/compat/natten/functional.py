@@ -14,7 +14,7 @@ from ...neighborhood import merge_attentions as merge
 from ...neighborhood import na1d, na2d, na3d
 from ...ragged.groups import attend_groups
 from ...ragged.layout import RaggedLayout
-from .geometry import check_axes
+from .geometry import check_axes, check_tensor
 
 BLOCK = 128  # tokens of a block of `attention` between other lengths
 OPERATORS: dict[int, Callable[..., Any]] = {1: na1d, 2: na2d, 3: na3d}
@@ -51,10 +51,7 @@ def neighborhood_attention(
         ValueError, TypeError: an argument outside what is accepted; the message names it.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.is_nested:
-            raise NotImplementedError(f"{name} is nested; foveal.kernels.ops.ragged_attention takes nested tensors")
+        check_tensor(name, x)
     axes = query.dim() - 3
     if axes not in OPERATORS or rank not in (None, axes):
         spatial = "1 to 3 spatial axes" if rank is None else f"{rank} spatial axes"
@@ -106,8 +103,7 @@ def attention(
         ValueError, TypeError: an argument outside what is accepted; the message names it.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_tensor(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name}.shape={tuple(x.shape)} must be [B, tokens, heads, head_dim]")
     lengths = _lengths(seqlens_Q, seqlens_KV, cumulative_seqlen_Q, cumulative_seqlen_KV)

@@ -135,6 +135,13 @@ def _mix(weights: Tensor, value: Tensor, near: Neighbors) -> Tensor:
 class _Product(torch.autograd.Function):
     """A sum of products of two tensors, linear in each."""
 
+    @staticmethod
+    def keep(ctx: Any, first: Tensor, second: Tensor, near: Neighbors) -> None:
+        """Keep the two tensors for derivatives of either mode."""
+        ctx.save_for_backward(first, second)
+        ctx.save_for_forward(first, second)
+        ctx.near = near
+
     @classmethod
     def tangent(cls, ctx: Any, *tangents: Tensor | None) -> Tensor:
         """Derivative along tangents of the two tensors."""
@@ -147,9 +154,7 @@ class _Product(torch.autograd.Function):
 class _Logits(_Product):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, near: Neighbors) -> Tensor:
-        ctx.save_for_backward(query, key)
-        ctx.save_for_forward(query, key)
-        ctx.near = near
+        _Product.keep(ctx, query, key, near)
         return _dot(query, key, near)
 
     @staticmethod
@@ -165,9 +170,7 @@ class _Logits(_Product):
 class _Weighted(_Product):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, value: Tensor, near: Neighbors) -> Tensor:
-        ctx.save_for_backward(weights, value)
-        ctx.save_for_forward(weights, value)
-        ctx.near = near
+        _Product.keep(ctx, weights, value, near)
         return _mix(weights, value, near)
 
     @staticmethod
@@ -183,9 +186,7 @@ class _Weighted(_Product):
 class _Spread(_Product):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, x: Tensor, near: Neighbors) -> Tensor:
-        ctx.save_for_backward(weights, x)
-        ctx.save_for_forward(weights, x)
-        ctx.near = near
+        _Product.keep(ctx, weights, x, near)
         place = (near.queries * weights.shape[-1] + near.slots).flatten()
         of_queries = weights.flatten(1).index_select(1, place).unflatten(1, near.queries.shape)
         return _sum(of_queries.masked_fill(~near.listed, 0), x, near.queries)

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
 
 from ...common.calling import PerAxis, per_axis
 from ...neighborhood.geometry import Axis
+
+
+def check_tensor(name: str, x: Any) -> None:
+    """Refuse what is no dense tensor.
+
+    Raises:
+        TypeError, NotImplementedError: something else, or a nested tensor.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise NotImplementedError(f"{name} is nested; foveal.kernels.ops.ragged_attention takes nested tensors")
 
 
 def check_axes(

@@ -22,6 +22,12 @@ RELEASES = (
     "0.17.5", "0.20.0", "0.20.1", "0.21.0", "0.21.1", "0.21.5", "0.21.6", "0.21.7",
 )  # fmt: skip
 
+
+def as_version(text: str) -> Version:
+    """Numbers of a release: "0.17.5" is (0, 17, 5)."""
+    return tuple(int(part) for part in text.split("."))
+
+
 _TILES = "q_tile_shape=None kv_tile_shape=None backward_q_tile_shape=None backward_kv_tile_shape=None"
 _BACKEND = (
     f"backend=None {_TILES} backward_kv_splits=None backward_use_pt_reduction=False run_persistent_kernel=True "
@@ -94,14 +100,9 @@ MODULES = {
 }
 MODULES_3D = {
     "0.15.0": f"dim num_heads kernel_size kernel_size_d=None dilation=1 dilation_d=None bias=True {_DROPS}"
-} | {since: order for since, order in MODULES.items() if since >= "0.17"}
+} | {since: order for since, order in MODULES.items() if as_version(since) >= (0, 17)}
 RENAMED = {"bias": "rpb"}  # arguments of functions, whose own names stand on the right
 RENAMED_IN_MODULES = {"bias": "rel_pos_bias", "embed_dim": "dim"}
-
-
-def as_version(text: str) -> Version:
-    """Numbers of a release: "0.17.5" is (0, 17, 5)."""
-    return tuple(int(part) for part in text.split("."))
 
 
 def find_release(version: str) -> str:
@@ -208,7 +209,7 @@ def _module(name: str, base: type[nn.Module], order: str, release: str) -> type[
         given = _bind(name, parameters, args, kwargs)
         given = {RENAMED_IN_MODULES.get(key, key): value for key, value in given.items()}
         given |= {"pad": True} if pads else {}
-        given |= {"rel_pos_bias": True} if release < "0.14.5" else {}
+        given |= {"rel_pos_bias": True} if as_version(release) < (0, 14, 5) else {}
         base.__init__(self, **{key: value for key, value in given.items() if key in accepted})
 
     __init__.__signature__ = Signature(  # pyright: ignore[reportFunctionMemberAccess]
@@ -245,6 +246,6 @@ def modules_of(release: str) -> dict[str, type[nn.Module]]:
         if (order := _at(history, release)) is not None:
             name = f"NeighborhoodAttention{rank}D"
             found[name] = _module(name, getattr(modules, name), order, release)
-    if release < "0.14.5":
+    if as_version(release) < (0, 14, 5):
         found["NeighborhoodAttention"] = found["NeighborhoodAttention2D"]
     return found

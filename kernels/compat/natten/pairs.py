@@ -18,12 +18,11 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from ...common.calling import PerAxis, is_plain_call
-from ...neighborhood import na1d, na2d, na3d
 from ...neighborhood.geometry import Axis
 from . import gathered
-from .geometry import check_axes
+from .functional import OPERATORS
+from .geometry import check_axes, check_tensor
 
-FUSED = {1: na1d, 2: na2d, 3: na3d}
 SOFTMAX = {torch.softmax, torch.special.softmax, Tensor.softmax, F.softmax}
 DROPOUT = {F.dropout, torch.dropout}
 PRODUCTS = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
@@ -299,7 +298,7 @@ def _attend(recipe: Recipe, value: Tensor, additional_values: Tensor | None) -> 
     query, key, value = (x.movedim(1, -2) for x in (recipe.query, recipe.key, value))
     keys, values = (None if x is None else x.transpose(1, 2) for x in (recipe.additional_keys, additional_values))
     bias = recipe.bias if recipe.bias is None or recipe.factor == 1 else recipe.bias * recipe.factor
-    out = FUSED[len(axes)](
+    out = OPERATORS[len(axes)](
         query,
         key,
         value,
@@ -315,10 +314,7 @@ def _attend(recipe: Recipe, value: Tensor, additional_values: Tensor | None) -> 
 
 
 def _check_heads_first(name: str, x: Tensor, rank: int) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.is_nested:
-        raise NotImplementedError(f"{name} is nested; foveal.kernels.ops.ragged_attention takes nested tensors")
+    check_tensor(name, x)
     if x.dim() != rank + 3:
         raise ValueError(f"{name}.shape={tuple(x.shape)} must be [B, heads, {rank} spatial axes, head_dim]")
 

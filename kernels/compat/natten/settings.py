@@ -11,7 +11,7 @@ from ...common.calling import HAS_TRITON
 
 
 class NattenContext:
-    """What was set last, by the name of the switch."""
+    """State of the switches, by name."""
 
     initial: ClassVar[dict[str, Any]] = {
         "fused": False,
