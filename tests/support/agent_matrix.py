@@ -6,8 +6,10 @@
 A case prints as the call that makes it again, so a failure can be pasted into a shell.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from random import Random
 
@@ -128,16 +130,5 @@ def run_eager(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     return gradients(inputs, out, None, case.seed + 1)
 
 
-def errors(
-    case: Case, dtype: torch.dtype, impl: str, device: str | torch.device = "cpu", operator: Callable = agent_attention
-) -> dict[str, tuple[float, float]]:
-    """Errors of `impl` and those allowed, by `operator_matrix.errors`."""
-    inputs = make_inputs(case, dtype, device)
-    got = run(case, inputs, impl, operator)
-    exact = run(case, as_leaves(inputs, torch.float64), "reference")
-    return operator_matrix.errors(got, exact, run_eager(case, inputs) if dtype.itemsize < 4 else None, dtype)
-
-
-def check(case: Case, dtype: torch.dtype, impl: str, **kwargs) -> None:
-    """Assert that `impl` keeps the error rule on this case, naming the case and everything that breaks it."""
-    operator_matrix.assert_exact(errors(case, dtype, impl, **kwargs), f"{impl} in {dtype} on {case!r}")
+errors = partial(operator_matrix.measure, sys.modules[__name__])
+check = partial(operator_matrix.hold, sys.modules[__name__])

@@ -97,6 +97,26 @@ def errors(
     return result
 
 
+def measure(
+    matrix: Any, case: Any, dtype: torch.dtype, impl: str, device: str | torch.device = "cpu", **operator: Callable
+) -> dict[str, tuple[float, float]]:
+    """`errors` of an implementation on a case.
+
+    Args:
+        matrix: module with `make_inputs`, `run` and `run_eager` of the operator.
+        operator: `operator=`, a function like the public one, such as that compiled.
+    """
+    inputs = matrix.make_inputs(case, dtype, device)
+    got = matrix.run(case, inputs, impl, **operator)
+    exact = matrix.run(case, as_leaves(inputs, torch.float64), "reference")
+    return errors(got, exact, matrix.run_eager(case, inputs) if dtype.itemsize < 4 else None, dtype)
+
+
+def hold(matrix: Any, case: Any, dtype: torch.dtype, impl: str, **kwargs: Any) -> None:
+    """Assert that an implementation keeps the error rule on a case, naming the case and everything that breaks it."""
+    assert_exact(measure(matrix, case, dtype, impl, **kwargs), f"{impl} in {dtype} on {case!r}")
+
+
 def assert_exact(found: dict[str, tuple[float, float]], what: str) -> None:
     """Assert that the error rule is kept, naming everything that breaks it."""
     broken = {name: f"{error:.3g} > {allowed:.3g}" for name, (error, allowed) in found.items() if not error <= allowed}

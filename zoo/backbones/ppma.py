@@ -158,21 +158,11 @@ class PPMA(WideHeadBackbone):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         shared: dict[str, Any] = {"proj_drop": proj_drop_rate, **dd}
-        rows = zip(embed_dims, num_heads, forms, mlp_ratios, layer_scales, depths, strict=True)
+        rows = zip(num_heads, forms, mlp_ratios, layer_scales, strict=True)
+        options = [dict(zip(("num_heads", "form", "mlp_ratio", "layer_scale"), row, strict=True)) for row in rows]
         stages = [
-            [
-                Block(
-                    dim,
-                    num_heads=heads,
-                    form=form,
-                    mlp_ratio=ratio,
-                    layer_scale=scale,
-                    drop_path=next(drop_paths),
-                    **shared,
-                )
-                for _ in range(depth)
-            ]
-            for dim, heads, form, ratio, scale, depth in rows
+            [Block(dim, drop_path=next(drop_paths), **given, **shared) for _ in range(depth)]
+            for dim, depth, given in zip(embed_dims, depths, options, strict=True)
         ]
         self.feature_dim, self.pre_head = feature_dim, nn.Identity()
         self.patch_embed = Stem(in_chans, embed_dims[0], **dd)
@@ -205,12 +195,7 @@ BASE = {
     "embed_dims": (80, 160, 320, 512), "depths": (4, 8, 25, 8), "num_heads": (5, 5, 10, 16), "mlp_ratios": (4, 4, 3, 3),
     "forms": LATE, "layer_scales": (None, None, 1e-6, 1e-6),
 }  # fmt: skip
-TINY_STAGES = {
-    "num_heads": (2, 2),
-    "mlp_ratios": (2, 2),
-    "forms": ("criss_cross", "whole"),
-    "layer_scales": (None, 1.0),
-}
+TINY_STAGES = {"num_heads": (2, 2), "mlp_ratios": (2, 2), "forms": LATE[-2:], "layer_scales": (None, 1.0)}
 MODELS = {
     "ppma_t": Model("PPMA-Tiny.", PPMA, {"depths": (2, 2, 8, 2)}),
     "ppma_s": Model("PPMA-Small.", PPMA, SMALL),
