@@ -58,7 +58,7 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Config]] = {
 }
 # not counted on AMD yet: those of Ada
 CHUNKS |= {("amd", itemsize): table for (device, itemsize), table in CHUNKS.items() if device == "ada"}
-SIZES |= {("amd", *kernel): table for (device, *kernel), table in SIZES.items() if device == "ada"}
+SIZES |= {("amd", kernel, size): table for (device, kernel, size), table in SIZES.items() if device == "ada"}
 
 forced = Overrides(*Config._fields, "chunk")
 override = forced.override
