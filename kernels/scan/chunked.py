@@ -7,7 +7,7 @@ before the chunk,
     out = tril(exp(c_t - c_j) q_t.k_j) u + exp(c) Q S
     S' = exp(c_C) S + (exp(c_C - c) K)^T u
 
-Exponents are differences of later and earlier sums, at most zero. The gradient is written out: it keeps nothing but
+Exponents are sums over the tokens between, at most zero. The gradient is written out: it keeps nothing but
 inputs, and computes states and `u` again.
 """
 
@@ -53,12 +53,13 @@ class _Chunks:
             decay = torch.zeros(1, 1, 1, self.size, 1, dtype=self.dtype, device=query.device)
         else:
             decay = self.cut(call.log_decay.unsqueeze(-1))
-        sums = decay.cumsum(-2)
-        total = sums[..., -1:, :]
-        self.rise, self.fall, self.whole = sums.exp(), (total - sums).exp(), total.exp()
         ones = torch.ones(self.size, self.size, dtype=torch.bool, device=query.device)
         self.later = ~ones.tril(-1)
-        self.pairs = (sums - sums.mT).masked_fill(self.later if call.strict else ~ones.tril(), float("-inf")).exp()
+        # [t, j] is summed from j on: a difference of sums from the first token would lose small decays to large ones
+        between = decay.expand(*decay.shape[:-1], self.size).masked_fill(self.later, 0).cumsum(-2)
+        sums = decay.cumsum(-2)
+        self.rise, self.fall, self.whole = sums.exp(), between[..., -1:, :].mT.exp(), sums[..., -1:, :].exp()
+        self.pairs = between.masked_fill(self.later if call.strict else ~ones.tril(), float("-inf")).exp()
         if self.beta is not None:
             self.before = self.pairs.masked_fill(self.later, 0)
             self.lower = self.beta * (self.key @ self.key.mT) * self.before

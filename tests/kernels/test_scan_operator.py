@@ -97,6 +97,17 @@ def test_a_sequence_in_parts():
         torch.testing.assert_close(state, last)
 
 
+def test_a_small_decay_after_a_large_one():
+    """Sums of the decay lie near -1e4, and what decays by 1e-3 between two tokens keeps float32's precision."""
+    query, key, value = (random(1, 60, 1, 4, seed=i) for i in range(3))
+    decay = torch.full((1, 60, 1), -1e-3, dtype=torch.float64)
+    decay[:, 7] = -1e4
+    expected = scan_attention(query, key, value, log_decay=decay, impl="reference")
+    query, key, value, decay = (x.float() for x in (query, key, value, decay))
+    got = scan_attention(query, key, value, log_decay=decay, impl="torch")
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
+
+
 def test_orthonormal_keys_are_looked_up():
     """With beta 1 what is stored under a key is its last value."""
     key = torch.eye(8, dtype=torch.float64).repeat(2, 1)[None, :, None]

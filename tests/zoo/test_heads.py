@@ -67,8 +67,8 @@ def copy(model):
 def test_gates_of_one_change_nothing(model, batch):
     ones = {site.name: torch.ones(site.heads) for site in find_attentions(model)}
     expected = model(batch[0])
-    with head_gates(model, ones):
-        assert torch.equal(model(batch[0]), expected)
+    with head_gates(model, ones):  # the gated copy is contiguous: some processors sum its projection in another order
+        torch.testing.assert_close(model(batch[0]), expected, rtol=1e-13, atol=1e-13)
     with pytest.raises(RuntimeError, match="stop"), head_gates(model, ones):
         raise RuntimeError("stop")
     assert not any(m._forward_pre_hooks for m in model.modules())
