@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup train test slow rule lint format docs clean
+.PHONY: setup train test slow exhaustive rule lint format docs clean
 
 setup: $(STAMP)
 
@@ -20,9 +20,13 @@ train: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --maxschedchunk 1 $(ARGS)
 
-# all values of the kernels in Triton's interpreter, all of their machine code, whole training runs
+# models at full size, compiled and exported; machine code of some variants of every kernel; whole training runs
 slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m "slow and not gpu and not multigpu and not network" $(ARGS)
+
+# hours: every variant of every kernel compiled for every architecture, every case in Triton's interpreter
+exhaustive: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m "exhaustive and not gpu and not multigpu and not network" $(ARGS)
 
 # the rule of the compile report, on the main loops of one head dim: see docs/backends.md
 rule: $(STAMP)

@@ -118,21 +118,27 @@ def _sequence(item: Any, mark: str) -> Codec:
 
 
 def _column(kind: Any) -> Codec:
-    """One field of several NamedTuples: a list of numbers, or of pairs that all of them have or none."""
+    """One field of several NamedTuples: a list of numbers, or of pairs of at least zero or None."""
     kept, optional = _required(kind)
     if kept in (int, bool) and not optional:
         return Codec(((f"{SCALARS[kept]}[]", ""),), lambda values: (values,), lambda found: found[0])
     if optional and get_args(kept) == (int, int):
-        return Codec(
-            (("SymInt[]?", ""),),
-            lambda values: (None if values[0] is None else [x for pair in values for x in pair],),
-            lambda found: [None] * found[1] if found[0] is None else list(_pairs(found[0])),
-        )
+        return Codec((("SymInt[]?", ""),), lambda values: (_joined(values),), lambda found: _split(*found))
     raise TypeError(f"{kind!r} cannot be a column of an operator's arguments")
 
 
-def _pairs(values: Sequence) -> Iterable[tuple]:
-    return zip(values[::2], values[1::2], strict=True)
+def _joined(pairs: Iterable[tuple[int, int] | None]) -> list[int] | None:
+    """Numbers of pairs one after another, -1 twice for one that is None; None if all are."""
+    pairs = list(pairs)
+    return None if all(pair is None for pair in pairs) else [x for pair in pairs for x in pair or (-1, -1)]
+
+
+def _split(values: Sequence[int] | None, count: int) -> list[tuple[int, int] | None]:
+    """The `count` pairs of `_joined`."""
+    if values is None:
+        return [None] * count
+    pairs = zip(values[::2], values[1::2], strict=True)
+    return [None if first < 0 else (first, last) for first, last in pairs]
 
 
 def _items(kinds: Sequence[Any], optional: bool) -> Codec:

@@ -17,7 +17,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import product
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 from .. import ops  # noqa: F401 - declares all operators
@@ -219,14 +221,20 @@ def describe(operator: str, arch: str, index: int) -> Row:
     return Row(*head, *found, "wgmma" in code, "cp.async.bulk.tensor" in code, error)
 
 
-def _jobs(architectures: Sequence[str], operators: Sequence[str], select: dict[str, set] | None) -> list[tuple]:
+def _jobs(
+    architectures: Sequence[str], operators: Sequence[str], select: dict[str, set] | None, sample: int | None
+) -> list[tuple]:
     """Operator, architecture and number of the variants to compile."""
     jobs = []
-    for operator in operators:
-        for arch in architectures:
-            for index, variant in enumerate(_variants(operator, arch)):
-                if all(getattr(variant, field) in values for field, values in (select or {}).items()):
-                    jobs.append((operator, arch, index))
+    for operator, arch in product(operators, architectures):
+        found = [
+            index
+            for index, variant in enumerate(_variants(operator, arch))
+            if all(getattr(variant, field) in values for field, values in (select or {}).items())
+        ]
+        if sample is not None:
+            found = sorted(Random(f"{operator}/{arch}").sample(found, min(sample, len(found))))
+        jobs += [(operator, arch, index) for index in found]
     return jobs
 
 
@@ -235,17 +243,19 @@ def report(
     architectures: Sequence[str] = tuple(ARCHITECTURES),
     operators: Sequence[str] = OPERATORS,
     select: dict[str, set] | None = None,
+    sample: int | None = None,
     workers: int | None = None,
 ) -> Iterator[Row]:
-    """Rows of all variants, in order, as they are compiled.
+    """Rows of variants, in order, as they are compiled.
 
     Args:
         architectures: of `ARCHITECTURES`.
         operators: of `OPERATORS`.
         select: accepted values by field of `Row` that is known before compiling: kernel, grid, dtype, head_dim, flags.
+        sample: variants of each operator and architecture, chosen at random and the same at every call; all when None.
         workers: processes; one a core when None.
     """
-    jobs = _jobs(architectures, operators, select)
+    jobs = _jobs(architectures, operators, select, sample)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         yield from pool.map(describe, *zip(*jobs, strict=True)) if jobs else ()
 
@@ -255,6 +265,7 @@ def loop_report(
     architectures: Sequence[str] = tuple(sass.DEVICES),
     operators: Sequence[str] = OPERATORS,
     select: dict[str, set] | None = None,
+    sample: int | None = None,
     workers: int | None = None,
 ) -> Iterator[LoopRow]:
     """Rows of the hot loops of all variants; arguments as `report` has them, architectures of `sass.DEVICES`.
@@ -266,7 +277,7 @@ def loop_report(
         raise ValueError(
             f"architectures={sorted(unknown)} must be of {list(sass.DEVICES)}: loops are counted there only"
         )
-    jobs = _jobs(architectures, operators, select)
+    jobs = _jobs(architectures, operators, select, sample)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         for rows in pool.map(count_loops, *zip(*jobs, strict=True)) if jobs else ():
             yield from rows
@@ -327,12 +338,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=("fp16", "bf16", "fp32"))
     parser.add_argument("--head-dim", nargs="+", type=int)
     parser.add_argument("--flags", nargs="*", help='of the variants, "" for plain ones')
+    parser.add_argument("--sample", type=int, metavar="N", help="N variants of each operator and architecture")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--loop", action="store_true", help="count the instructions of the hot loops (NVIDIA)")
     options = parser.parse_args(arguments)
     chosen = {field: getattr(options, field) for field in ("kernel", "grid", "dtype", "head_dim", "flags")}
     select = {field: set(values) for field, values in chosen.items() if values}
-    common: dict = dict(operators=options.operator, select=select, workers=options.workers)
+    common: dict = dict(operators=options.operator, select=select, sample=options.sample, workers=options.workers)
     if options.loop:
         try:
             return _print_loops(loop_report(architectures=options.arch or tuple(sass.DEVICES), **common))

@@ -218,9 +218,10 @@ def test_the_command_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "first_hour").iterdir()
     found = json.loads((folder / "verdict.json").read_text())
-    assert found["about"]["commit"] == records.commit() and found["counts"]["passed"] == 4
-    kinds = {Record(**record).name.split()[0] for record in found["records"]}
-    assert kinds == {"values", "memory", "peers", "tune", "gluon"}
+    assert found["about"]["commit"] == records.commit() and not found["counts"].get("failed")
+    steps = [Record(**record) for record in found["records"]]
+    assert {step.name.split()[0] for step in steps} == {"values", "memory", "peers", "tune", "gluon"}
+    assert all(step.status == "passed" for step in steps if not step.name.startswith("gluon"))
     rows = records.read(folder / "rows.csv")
     assert {r.provider for r in rows} >= {"foveal", "unfold", "shipped"}
     began = time.monotonic()

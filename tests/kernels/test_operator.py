@@ -90,6 +90,8 @@ AXES = (Shift(6, 1, True), Shift(1, 2, False))
         Call(AXES, 0.5),
         Call(AXES, 0.5, torch.zeros(3), (torch.zeros(1), torch.ones(1)), (2, 3), torch.float16),
         Call(tuple(axis._replace(part=(0, i)) for i, axis in enumerate(AXES, 1)), 0.5),
+        Call((AXES[0]._replace(part=(0, 2)), AXES[1]), 0.5),
+        Call((AXES[0], AXES[1]._replace(part=(0, 0))), 0.5),
     ],
 )
 def test_a_call_survives_its_arguments(call):

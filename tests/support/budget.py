@@ -3,7 +3,7 @@
 With `--budget` these fail the run.
 
 Time is processor time of a test and of the processes it waits for, fixtures included, so that a busy machine does not
-fail a test. Tests that carry a marker of their own cost (`slow`, `gpu`, …) are counted and not held to the limit.
+fail a test. Tests that carry a marker of their own cost (`slow`, `exhaustive`, `gpu`, …) are counted and not held to the limit.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 LIMIT = 20.0  # seconds of processor time for a test that runs by default
-FREE = ("slow", "gpu", "multigpu", "network")
+FREE = ("slow", "exhaustive", "gpu", "multigpu", "network")
 SHOWN = 8  # areas and tests in the summary
 
 
