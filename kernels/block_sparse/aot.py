@@ -39,7 +39,7 @@ POINTERS |= dict.fromkeys(INTEGERS, "i32")
 def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: bool) -> ASTSource:
     """Arguments as a contiguous call gives them; with `ones`, there is one batch and one head."""
     aligned = 16 if head_dim % 8 == 0 else 0
-    integers: dict = {"lists": (1, 1), "heads": 1, "key_heads": 1} if ones else {"lists": (0, 0)}
+    integers: dict = {"lists": (1,) * 5, "heads": 1, "key_heads": 1} if ones else {"lists": (0,) * 5}
     for name in kernel.arg_names:
         if name.endswith("_strides"):
             outer = (0,) * 4 if "lse" in name else (aligned,) * (3 if name.startswith("extra") else 5)

@@ -13,7 +13,17 @@ from ..common.triton.memory import inside, offset
 from ..common.triton.softmax import LOG2E, key_step, query_step
 from ..neighborhood.tile import describe, load_tile, local, shift
 from .forward import program, rows_of
-from .tile import box_count, hide_past_end, list_of, listed_keys, listed_queries, load_rows, part_origin, view
+from .tile import (
+    box_count,
+    hide_past_end,
+    lengths_of,
+    list_of,
+    listed_keys,
+    listed_queries,
+    load_rows,
+    part_origin,
+    view,
+)
 
 
 @triton.jit(do_not_specialize=["extra", "most"])
@@ -34,6 +44,10 @@ def query_kernel(
     if dq_strides is None:
         dq_strides = out_strides
     batch, head, box, boxes, place = program(tl.program_id(0), q_lengths, heads, QUERY_BOX, ROWS)
+    if Q_LEN:
+        q_len_ptr = lengths_of(q_len_ptr, batch, boxes, lists[3])
+    if KV_LEN:
+        kv_len_ptr = lengths_of(kv_len_ptr, batch, box_count(k_lengths, KEY_BOX), lists[4])
     row, keep, exists = rows_of(box, place, q_lengths, q_len_ptr, QUERY_BOX, Q_LEN)
     q_ptr, q_sp = view(q_ptr, q_strides, batch, head, WIDE)
     k_ptr, k_sp = view(k_ptr, k_strides, batch, head // GROUP, WIDE)
@@ -125,6 +139,10 @@ def key_kernel(
     if dv_strides is None:
         dv_strides = dk_strides
     batch, key_head, box, boxes, place = program(tl.program_id(0), k_lengths, key_heads, KEY_BOX, ROWS)
+    if Q_LEN:
+        q_len_ptr = lengths_of(q_len_ptr, batch, box_count(q_lengths, QUERY_BOX), lists[3])
+    if KV_LEN:
+        kv_len_ptr = lengths_of(kv_len_ptr, batch, boxes, lists[4])
     row, keep, exists = rows_of(box, place, k_lengths, kv_len_ptr, KEY_BOX, KV_LEN)
     k_ptr, k_sp = view(k_ptr, k_strides, batch, key_head, WIDE)
     v_ptr, v_sp = view(v_ptr, v_strides, batch, key_head, WIDE)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..common.arguments import operator
 from .call import BlockSparseCall, make_call
-from .mask import BlockMask, listed
+from .mask import BlockMask, by_head, listed
 from .skip import SkipCalibration, fit
 from .tiled import block_margins
 
@@ -16,7 +16,7 @@ def _margins(query: Tensor, key: Tensor, call: BlockSparseCall) -> tuple[Tensor,
     """Natural `skip.margins` and which of them are of listed blocks, `[B, heads, query blocks, most]` each."""
     with torch.no_grad():
         above = block_margins(query, key, call.mask, call.scale) * math.log(2)
-    return above, listed(call.mask.kv_num, call.mask.kv_idx).expand(above.shape)
+    return above, by_head(listed(call.mask.kv_num, call.mask.kv_idx), above.shape[1]).expand(above.shape)
 
 
 @operator

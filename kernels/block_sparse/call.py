@@ -93,17 +93,22 @@ def _lists(mask: BlockMask) -> dict[str, Tensor]:
 def _check_mask(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> None:
     tensors = _lists(mask)
     query_boxes, key_boxes = _check_blocks(rank, query, key, mask)
-    batch, heads = query.shape[0], query.shape[-2]
+    batch, heads, key_heads = query.shape[0], query.shape[-2], key.shape[-2]
     lists, most = mask.kv_idx.shape[:2], mask.kv_idx.shape[-1]
-    if mask.kv_idx.dim() != 4 or lists[0] not in (1, batch) or lists[1] not in (1, heads):
-        raise ValueError(
-            f"mask.kv_idx.shape={tuple(mask.kv_idx.shape)} must be [B={batch} or 1, heads={heads} or 1, …]"
-        )
+    if mask.kv_idx.dim() != 4 or lists[0] not in (1, batch) or lists[1] not in (1, heads, key_heads):
+        counts = f"heads={heads} or 1" if heads == key_heads else f"heads={heads}, key_heads={key_heads} or 1"
+        raise ValueError(f"mask.kv_idx.shape={tuple(mask.kv_idx.shape)} must be [B={batch} or 1, {counts}, …]")
     expected = {"kv_idx": (*lists, query_boxes, most), "kv_num": (*lists, query_boxes)}
-    expected |= {"bias": (*lists, query_boxes, most), "q_len": (query_boxes,), "kv_len": (key_boxes,)}
+    expected |= {"bias": (*lists, query_boxes, most)}
     expected |= {"inverse[0]": (*lists, key_boxes + 1), "inverse[1]": (*lists, query_boxes * most)}
     for name, x in tensors.items():
-        if tuple(x.shape) != expected[name]:
+        if name in ("q_len", "kv_len"):
+            count = query_boxes if name == "q_len" else key_boxes
+            if tuple(x.shape) not in ((count,), (1, count), (batch, count)):
+                raise ValueError(
+                    f"mask.{name}.shape={tuple(x.shape)} must be ({count},) or [B={batch} or 1, blocks={count}]"
+                )
+        elif tuple(x.shape) != expected[name]:
             raise ValueError(f"mask.{name}.shape={tuple(x.shape)} must be {expected[name]}")
         if x.device != query.device:
             raise ValueError(f"mask.{name}.device={x.device} must equal query.device={query.device}")

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .mask import BlockMask, box_of_token, boxes, listed
+from .mask import BlockMask, box_of_token, boxes, by_entry, listed
 
 
 def tokens_by_box(shape, block, length: Tensor | None = None) -> Tensor:
-    """Tokens that exist in each block of a grid, int64 `[blocks]` on the CPU."""
+    """Tokens that exist in each block of a grid, int64 `[B or 1, blocks]` on the CPU."""
     box, place = box_of_token(shape, block, torch.device("cpu"))
-    exists = torch.ones_like(box) if length is None else (place < length.cpu()[box]).long()
-    return torch.zeros(prod(boxes(shape, block)), dtype=torch.int64).index_add_(0, box, exists)
+    exists = torch.ones_like(box)[None] if length is None else (place < by_entry(length).cpu()[:, box]).long()
+    found = torch.zeros(exists.shape[0], prod(boxes(shape, block)), dtype=torch.int64)
+    return found.index_add_(1, box, exists)
 
 
 def visible_pairs(mask: BlockMask, query_shape, key_shape, *, batch: int, heads: int) -> int:
@@ -25,9 +26,11 @@ def visible_pairs(mask: BlockMask, query_shape, key_shape, *, batch: int, heads:
     keys = tokens_by_box(key_shape, mask.key_block, mask.kv_len)
     kv_num, kv_idx = mask.kv_num.cpu(), mask.kv_idx.cpu()
     seen = listed(kv_num, kv_idx)
-    keys_of_box = torch.where(seen, keys[torch.where(seen, kv_idx, 0).long()], 0).sum(-1)  # [B or 1, heads or 1, boxes]
-    repeats = batch * heads // prod(keys_of_box.shape[:2])
-    return int((keys_of_box * queries).sum()) * repeats
+    number = torch.where(seen, kv_idx, 0).long().flatten(1)
+    number = number.expand(max(keys.shape[0], number.shape[0]), -1)
+    found = keys.expand(number.shape[0], -1).gather(1, number).unflatten(1, seen.shape[1:])
+    pairs = torch.where(seen, found, 0).sum(-1) * queries[:, None]  # [B or 1, lists, query blocks]
+    return int(pairs.sum()) * (batch * heads // prod(pairs.shape[:2])) if pairs.numel() else 0
 
 
 def _full_lists(size: tuple[int, ...], shape: tuple[int, ...], most: int) -> int:

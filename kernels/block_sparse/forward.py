@@ -7,7 +7,7 @@ from ..common.triton.extra import extra_end, extra_view, load_extra_pair
 from ..common.triton.memory import inside, offset
 from ..common.triton.softmax import LN2, LOG2E, softmax_step
 from ..neighborhood.tile import describe, load_tile, local
-from .tile import box_count, hide_past_end, list_of, listed_keys, load_rows, part_origin, position, view
+from .tile import box_count, hide_past_end, lengths_of, list_of, listed_keys, load_rows, part_origin, position, view
 
 
 @triton.jit
@@ -44,8 +44,8 @@ def forward_kernel(
     EXTRA_MASK: tl.constexpr, SKIP: tl.constexpr, TILE: tl.constexpr, DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """Strides are of `[B, X, Y, Z, heads, head_dim]` (extra: `[B, tokens, heads, head_dim]`), `lists` the leading two
-    sizes of the lists, and `GROUP` query heads share a key head.
+    """Strides are of `[B, X, Y, Z, heads, head_dim]` (extra: `[B, tokens, heads, head_dim]`), `lists` those of
+    `launch.list_sizes`, and `GROUP` query heads share a key head.
 
     `TILE` is the part of a block of keys that an iteration loads, by a descriptor if `DESCRIPTOR`; without it tiles
     cross blocks. No block is cut short if `EVEN`. With `SKIP` a tile holds all tokens of a block, and blocks whose
@@ -53,6 +53,10 @@ def forward_kernel(
     blocks, most]`, notes those that are not.
     """
     batch, head, box, boxes, place = program(tl.program_id(0), q_lengths, heads, QUERY_BOX, ROWS)
+    if Q_LEN:
+        q_len_ptr = lengths_of(q_len_ptr, batch, boxes, lists[3])
+    if KV_LEN:
+        kv_len_ptr = lengths_of(kv_len_ptr, batch, box_count(k_lengths, KEY_BOX), lists[4])
     row, keep, exists = rows_of(box, place, q_lengths, q_len_ptr, QUERY_BOX, Q_LEN)
     q_ptr, q_sp = view(q_ptr, q_strides, batch, head, WIDE)
     k_ptr, k_sp = view(k_ptr, k_strides, batch, head // GROUP, WIDE)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common.symbolic import ceil_div, known, modulo, ravel, unravel
 from .call import BlockSparseCall
-from .mask import boxes
+from .mask import boxes, by_entry
 from .skip import margins
 
 
@@ -37,6 +37,12 @@ def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a & b
 
 
+def _lengths(length: Tensor, entry: Tensor, box: Tensor) -> Tensor:
+    """`q_len` or `kv_len` of these blocks of these batch entries."""
+    length = by_entry(length)
+    return length.flatten().index_select(0, box if length.shape[0] == 1 else entry * length.shape[1] + box)
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -48,7 +54,8 @@ def attend(
     additional_keys, additional_values, additional_mask = call.additional
     (batch, *shape, heads, d), (*_, key_heads, width) = query.shape, value.shape
     key_shape, device = key.shape[1:-2], query.device
-    lists = key_heads if mask.kv_idx.shape[1] == 1 else heads  # a unit: block of queries that share a list and keys
+    # a unit is a block of queries of the heads that share a list and a key head
+    lists = key_heads if mask.kv_idx.shape[1] in (1, key_heads) else heads
     group, most, accumulate = heads // lists, mask.kv_idx.shape[-1], torch.promote_types(query.dtype, torch.float32)
     count, t, s = prod(boxes(shape, mask.query_block)), prod(mask.query_block), prod(mask.key_block)
     units, tokens, key_tokens = batch * lists * count, prod(shape), prod(key_shape)
@@ -57,7 +64,7 @@ def attend(
         return unravel(torch.arange(prod(lengths), device=device), lengths)
 
     def entries(x: Tensor, entry: Tensor, of: Tensor, box: Tensor, place: Tensor | None = None) -> Tensor:
-        """Entries of units in `x`, `[B or 1, heads or 1, query boxes]` or a list of `most` longer."""
+        """Entries of units in `x`, `[B or 1, lists or 1, query boxes]` or a list of `most` longer."""
         at = (entry if x.shape[0] > 1 else 0, of if x.shape[1] > 1 else 0, box)
         flat = (at[0] * x.shape[1] + at[1]) * count + at[2]
         return x.flatten().index_select(0, flat if place is None else flat * most + place)
@@ -72,7 +79,7 @@ def attend(
     number = torch.where(counts, entries(mask.kv_idx, entry, of, box, listed), 0).long()
     token, exists = _tokens(number, place, key_shape, mask.key_block)
     if mask.kv_len is not None:
-        exists = _both(exists, place < mask.kv_len.index_select(0, number))
+        exists = _both(exists, place < _lengths(mask.kv_len, entry, number))
     visible = counts if exists is None else counts & exists
     rows = (entry * key_tokens + token) * key_heads + of // (lists // key_heads)
     k, v = (x.reshape(-1, x.shape[-1]).index_select(0, rows).to(accumulate) for x in (key, value))
@@ -104,7 +111,7 @@ def attend(
         entry, of, box, place = numbers(batch, lists, count, t)
         _, exists = _tokens(box, place, shape, mask.query_block)
         if mask.q_len is not None:
-            exists = _both(exists, place < mask.q_len.index_select(0, box))
+            exists = _both(exists, place < _lengths(mask.q_len, entry, box))
         exists = None if exists is None else exists.view(units, 1, t)
         of_block = logits[..., : most * s].reshape(units, group, t, most, s).amax(-1)
         below = margins(of_block, exists) < math.log(call.skip_threshold)  # [units, group, most]
@@ -121,7 +128,7 @@ def attend(
     back = (((entry * lists + head // group) * count + box) * group + head % group) * t + place
     out, lse = out.view(-1, width).index_select(0, back), lse.view(-1).index_select(0, back)
     if mask.q_len is not None:
-        dead = place >= mask.q_len.index_select(0, box)
+        dead = place >= _lengths(mask.q_len, entry, box)
         out, lse = torch.where(dead[:, None], 0, out), torch.where(dead, -math.inf, lse)
     return out.to(query.dtype).view(*query.shape[:-1], width), lse.view(query.shape[:-1])
 

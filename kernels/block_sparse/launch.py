@@ -26,7 +26,7 @@ from .backward import key_kernel, query_kernel
 from .call import BlockSparseCall, empty_kept
 from .forward import forward_kernel
 from .inverse import invert
-from .mask import BlockMask, boxes, divides
+from .mask import BlockMask, boxes, by_entry, divides
 from .skip import without_skipped
 
 
@@ -104,6 +104,13 @@ def _optional(mask: BlockMask) -> tuple[Tensor | None, Tensor | None, Tensor | N
     return _packed(mask.bias), _packed(mask.q_len), _packed(mask.kv_len)
 
 
+def list_sizes(mask: BlockMask, heads: int) -> tuple[int, ...]:
+    """Leading sizes of the lists, query heads that share a list, and rows of the lengths of queries and of keys."""
+    batch, lists = mask.kv_idx.shape[:2]
+    rows = (1 if x is None else by_entry(x).shape[0] for x in (mask.q_len, mask.kv_len))
+    return batch, lists, heads // lists, *rows
+
+
 def _flags(mask: BlockMask) -> dict:
     return dict(BIAS=mask.bias is not None, Q_LEN=mask.q_len is not None, KV_LEN=mask.kv_len is not None)
 
@@ -138,7 +145,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) ->
             mask.kv_num.contiguous(),
             mask.kv_idx.contiguous(),
             *_optional(mask),
-            tuple(mask.kv_idx.shape[:2]),
+            list_sizes(mask, heads),
             most,
             *extra_arguments(query, additional_keys, additional_values, additional_mask),
             padded(shape, 1),
@@ -184,7 +191,7 @@ def backward(
     out, lse = out.contiguous(), lse.contiguous()  # dQ and delta have their strides
     delta = torch.empty_like(lse)
     q, k, v, do = ((x, grid_strides(x, rank)) for x in (query, key, value, grad_out))
-    lists, group = tuple(mask.kv_idx.shape[:2]), heads // key_heads
+    lists, group = list_sizes(mask, heads), heads // key_heads
     alike = widths[0] == widths[1]  # then dQ has the strides of out, and dV those of dK
     common = dict(GROUP=group, **_flags(mask))
     blocks, tensors = (mask.query_block, mask.key_block), (query, key, value, grad_out, grad_lse, dq, dk, dv)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..common.symbolic import ceil_div, known, modulo
 
@@ -21,13 +22,14 @@ class BlockMask(NamedTuple):
 
     Attributes:
         query_block, key_block: tokens of a block along each spatial axis.
-        kv_num: int32 `[B or 1, heads or 1, query blocks]`, how many blocks of keys are listed.
-        kv_idx: int32 `[B or 1, heads or 1, query blocks, most]`, their numbers, distinct, 0 <= number < key blocks.
+        kv_num: int32 `[B or 1, lists, query blocks]`, how many blocks of keys are listed. There are 1, heads or
+            key_heads lists; query heads that share a key head share its list, too, if there are key_heads.
+        kv_idx: int32 `[B or 1, lists, query blocks, most]`, their numbers, distinct, 0 <= number < key blocks.
             Entries from kv_num on are ignored. On CPU the values are checked; elsewhere that would wait for the device.
-        bias: None, or floating `[B or 1, heads or 1, query blocks, most]`, added to every logit of the listed block
+        bias: None, or floating `[B or 1, lists, query blocks, most]`, added to every logit of the listed block
             (PSA: the log of a level). A constant: it takes no gradient.
-        q_len, kv_len: None, or int32 `[blocks]`: only the first so many tokens of a block exist. Queries past theirs
-            get output 0 and log-sum-exp -inf, keys past theirs are seen by nobody.
+        q_len, kv_len: None, or int32 `[blocks]` or `[B or 1, blocks]`: only the first so many tokens of a block exist.
+            Queries past theirs get output 0 and log-sum-exp -inf, keys past theirs are seen by nobody.
         inverse: None, or what `invert` found: for every block of keys, who lists it. Its values are not checked either:
             a mask whose lists are replaced or written to needs another.
     """
@@ -40,6 +42,41 @@ class BlockMask(NamedTuple):
     q_len: Tensor | None = None
     kv_len: Tensor | None = None
     inverse: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def from_indptr(
+        cls,
+        query_block: Sequence[int],
+        key_block: Sequence[int],
+        indptr: Tensor,
+        indices: Tensor,
+        *,
+        most: int | None = None,
+    ) -> BlockMask:
+        """A mask of compressed lists (CSR), one for all batch entries and heads or one a head.
+
+        Args:
+            query_block, key_block: as in the attributes.
+            indptr: integer `[query blocks + 1]` or `[lists, query blocks + 1]`, ascending; block i of list l attends to
+                `indices[indptr[l, i] : indptr[l, i + 1]]`.
+            indices: integer `[entries]`, blocks of keys.
+            most: entries of the longest list. Read from `indptr`, which waits for a GPU, when None.
+
+        Raises:
+            ValueError, TypeError: tensors of other shapes or dtypes.
+        """
+        for name, x, dims in (("indptr", indptr, (1, 2)), ("indices", indices, (1,))):
+            if x.is_floating_point() or x.dtype == torch.bool:
+                raise TypeError(f"{name}.dtype={x.dtype} must be an integer dtype")
+            if x.dim() not in dims or (name == "indptr" and x.shape[-1] < 1):
+                raise ValueError(f"{name}.shape={tuple(x.shape)} must have {' or '.join(map(str, dims))} axes")
+        starts = indptr.reshape(-1, indptr.shape[-1]).long()
+        kv_num = starts.diff()
+        if most is None:
+            most = max(int(kv_num.max()), 1) if kv_num.numel() else 1
+        places = starts[:, :-1, None] + torch.arange(most, device=indptr.device)
+        kv_idx = pad(indices, (0, 1))[places.clamp(0, indices.shape[0])]  # ignored entries may lie past the end
+        return cls(tuple(query_block), tuple(key_block), kv_num[None].int(), kv_idx[None].int())
 
     def with_inverse(self, key_shape: Sequence[int]) -> BlockMask:
         """This mask with its inverse, for a mask that is used again: the Triton backward then need not make it.
@@ -63,6 +100,17 @@ def divides(shape: Sequence[int], block: Sequence[int]) -> bool:
 def listed(kv_num: Tensor, kv_idx: Tensor) -> Tensor:
     """Mask of the entries of the lists that count, bool `[B or 1, heads or 1, query blocks, most]`."""
     return torch.arange(kv_idx.shape[-1], device=kv_idx.device) < kv_num[..., None]
+
+
+def by_entry(length: Tensor) -> Tensor:
+    """`q_len` or `kv_len` as `[B or 1, blocks]`."""
+    return length if length.dim() == 2 else length[None]
+
+
+def by_head(lists: Tensor, heads: int) -> Tensor:
+    """A tensor of lists `[B or 1, lists, …]` as `[B or 1, heads or 1, …]`."""
+    count = lists.shape[1]
+    return lists if count == 1 else lists.repeat_interleave(heads // count, 1)
 
 
 def box_of_token(shape: Sequence[int], block: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

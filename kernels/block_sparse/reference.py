@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from .call import BlockSparseCall
-from .mask import BlockMask, box_of_token, boxes, listed
+from .mask import BlockMask, box_of_token, boxes, by_entry, by_head, listed
 
 
 def dense_bias(mask: BlockMask, query_shape, key_shape, dtype: torch.dtype) -> Tensor:
-    """Addend of the logits, `[B or 1, heads or 1, queries, keys]`: the bias of the mask, and -inf where invisible."""
+    """Addend of the logits, `[B or 1, lists, queries, keys]`: the bias of the mask, and -inf where invisible."""
     device = mask.kv_idx.device
     count = 1
     for n in boxes(key_shape, mask.key_block):
@@ -26,7 +26,8 @@ def dense_bias(mask: BlockMask, query_shape, key_shape, dtype: torch.dtype) -> T
     key_box, key_place = box_of_token(key_shape, mask.key_block, device)
     bias = by_box.index_select(2, query_box).index_select(3, key_box)
     if mask.kv_len is not None:
-        bias = bias.masked_fill(key_place >= mask.kv_len[key_box], float("-inf"))
+        absent = key_place >= by_entry(mask.kv_len)[:, key_box]  # [B or 1, keys]
+        bias = torch.where(absent[:, None, None], float("-inf"), bias)
     return bias
 
 
@@ -34,14 +35,17 @@ def skip(logits: Tensor, mask: BlockMask, query_shape, key_shape, threshold: flo
     """Logits `[B, heads, queries, keys]` with -inf in the blocks that are skipped, list by list and place by place."""
     query_box, query_place = box_of_token(query_shape, mask.query_block, logits.device)
     key_box, _ = box_of_token(key_shape, mask.key_block, logits.device)
-    exists = torch.ones_like(query_box, dtype=torch.bool) if mask.q_len is None else query_place < mask.q_len[query_box]
+    exists = torch.ones_like(query_box, dtype=torch.bool)[None]
+    if mask.q_len is not None:
+        exists = query_place < by_entry(mask.q_len)[:, query_box]
+    kv_num, kv_idx = (by_head(x, logits.shape[1]) for x in (mask.kv_num, mask.kv_idx))
     values, hidden = logits.detach(), torch.zeros_like(logits, dtype=torch.bool)
     for batch in range(logits.shape[0]):
         for head in range(logits.shape[1]):
-            lists = mask.kv_idx[batch % mask.kv_idx.shape[0], head % mask.kv_idx.shape[1]]
-            numbers = mask.kv_num[batch % mask.kv_num.shape[0], head % mask.kv_num.shape[1]]
+            lists = kv_idx[batch % kv_idx.shape[0], head % kv_idx.shape[1]]
+            numbers = kv_num[batch % kv_num.shape[0], head % kv_num.shape[1]]
             for box in range(lists.shape[0]):
-                own = ((query_box == box) & exists).nonzero()  # [queries, 1]
+                own = ((query_box == box) & exists[batch % exists.shape[0]]).nonzero()  # [queries, 1]
                 largest = values.new_full((own.shape[0],), float("-inf"))
                 for number in lists[box, : int(numbers[box])]:
                     keys = (key_box == number).nonzero()[:, 0]
@@ -69,7 +73,7 @@ def attend(
         return x.to(accumulate).flatten(1, -3).transpose(1, 2).repeat_interleave(heads // x.shape[-2], dim=1)
 
     q, k, v = flat(query), flat(key), flat(value)
-    bias = dense_bias(mask, query_shape, key_shape, accumulate)
+    bias = by_head(dense_bias(mask, query_shape, key_shape, accumulate), heads)
     logits = (q @ k.transpose(-1, -2) * scale + bias).masked_fill(bias == float("-inf"), float("-inf"))
     if call.skip_threshold is not None:
         logits = skip(logits, mask, query_shape, key_shape, call.skip_threshold)
@@ -83,7 +87,8 @@ def attend(
         v = torch.cat([v, flat(ev)], dim=2)
     if mask.q_len is not None:
         box, place = box_of_token(query_shape, mask.query_block, query.device)
-        logits = logits.masked_fill((place >= mask.q_len[box])[:, None], float("-inf"))
+        absent = place >= by_entry(mask.q_len)[:, box]  # [B or 1, queries]
+        logits = logits.masked_fill(absent[:, None, :, None], float("-inf"))
     empty = (logits == float("-inf")).all(-1, keepdim=True)  # [B, heads, T, 1]
     logits = logits.masked_fill(empty, 0)  # any finite row: what comes of it is replaced
     out = (logits.softmax(-1) @ v).masked_fill(empty, 0)

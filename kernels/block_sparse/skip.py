@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .call import BlockSparseCall
-from .mask import BlockMask, listed
+from .mask import BlockMask, by_head, listed
 
 
 def margins(highest: Tensor, exists: Tensor | None) -> Tensor:
@@ -40,16 +40,17 @@ def keep_listed(mask: BlockMask, kept: Tensor) -> BlockMask:
     """The mask without the entries of its lists that are not kept.
 
     Args:
-        mask: lists `[B or 1, heads or 1, query blocks, most]`.
+        mask: lists `[B or 1, lists, query blocks, most]`.
         kept: bool `[B, heads, query blocks, most]`.
     """
-    kept = kept & listed(mask.kv_num, mask.kv_idx)
+    heads = kept.shape[1]
+    kept = kept & by_head(listed(mask.kv_num, mask.kv_idx), heads)
     most = kept.shape[-1]
     place = torch.where(kept, kept.cumsum(-1) - 1, most)  # what is left out goes behind the list, and is cut off
 
     def compact(x: Tensor) -> Tensor:
         found = x.new_zeros(*kept.shape[:-1], most + 1)
-        return found.scatter(-1, place, x.expand(kept.shape))[..., :most].contiguous()
+        return found.scatter(-1, place, by_head(x, heads).expand(kept.shape))[..., :most].contiguous()
 
     bias = None if mask.bias is None else compact(mask.bias)
     kv_num = kept.sum(-1, dtype=torch.int32)

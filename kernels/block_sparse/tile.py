@@ -78,9 +78,15 @@ def load_rows(ptr, where, stride_d, keep, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 @triton.jit
 def list_of(batch, head, boxes, lists):
-    """Row of a list of `[B or 1, heads or 1, blocks]` for block 0; `lists` holds the two leading sizes."""
-    row = tl.where(lists[0] == 1, 0, batch) * lists[1] + tl.where(lists[1] == 1, 0, head)
+    """Row of a list of `[B or 1, lists, blocks]` for block 0; see `launch.list_sizes`."""
+    row = tl.where(lists[0] == 1, 0, batch) * lists[1] + head // lists[2]
     return row.to(tl.int64) * boxes
+
+
+@triton.jit
+def lengths_of(length_ptr, batch, boxes, rows):
+    """Lengths of the blocks of a batch entry, in `rows` rows of one length a block."""
+    return length_ptr + tl.where(rows == 1, 0, batch).to(tl.int64) * boxes
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from ..common.calling import without_autocast
 from ..common.symbolic import exporting
 from . import gathered
 from .call import BlockSparseCall, empty_kept
-from .mask import BlockMask, boxes, divides, listed
+from .mask import BlockMask, boxes, by_entry, by_head, divides, listed
 from .skip import margins, without_skipped
 
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
@@ -102,8 +102,12 @@ def _select(x: _Operands, batch: slice, heads: slice) -> _Operands:
         t = t if t.shape[0] == 1 else t[batch]
         return t if t.shape[1] == 1 else t[:, heads.start * group : heads.stop * group]
 
+    def entries(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.shape[0] == 1 else t[batch]
+
+    lengths = (None if t is None else entries(by_entry(t)) for t in (x.q_len, x.kv_len))
     visible = None if x.additional_mask is None else x.additional_mask[batch]
-    return _Operands(*grids, *map(lists, x[5:8]), x.q_len, x.kv_len, visible)  # pyright: ignore[reportCallIssue]
+    return _Operands(*grids, *map(lists, x[5:8]), *lengths, visible)  # pyright: ignore[reportCallIssue]
 
 
 def _cut(x: Tensor, block: tuple[int, ...], group: int) -> Tensor:
@@ -152,12 +156,12 @@ def _unbox(x: Tensor, target: Tensor, block: tuple[int, ...], group: int) -> Non
 
 
 def _existing(shape, block: tuple[int, ...], length: Tensor | None, device: torch.device) -> Tensor | None:
-    """True for tokens of a block that exist, bool `[blocks, tokens]`; None when all do."""
+    """True for tokens of a block that exist, bool `[B or 1, blocks, tokens]`; None when all do."""
     exists = None
     if not divides(shape, block):
-        exists = _box(torch.ones((1, *shape, 1, 1), dtype=torch.bool, device=device), block, 1, 0)[..., 0]
+        exists = _box(torch.ones((1, *shape, 1, 1), dtype=torch.bool, device=device), block, 1, 0)[None, ..., 0]
     if length is not None:
-        within = torch.arange(prod(block), device=device) < length[:, None]
+        within = torch.arange(prod(block), device=device) < length[..., None]
         exists = within if exists is None else exists & within
     return exists
 
@@ -174,8 +178,8 @@ class _Plan(NamedTuple):
     additional_keys: Tensor | None  # [B * key heads, extra, d]
     additional_values: Tensor | None
     additional_mask: Tensor | None  # [B, extra]
-    query_exists: Tensor | None  # [query blocks, query tokens]
-    key_exists: Tensor | None  # [key blocks, key tokens]
+    query_exists: Tensor | None  # [B or 1, query blocks, query tokens]
+    key_exists: Tensor | None  # [B or 1, key blocks, key tokens]
     sizes: tuple[int, int, int, int]  # lists a batch entry, query blocks, key heads, key blocks
     group: int
 
@@ -190,7 +194,7 @@ class _Chunk(NamedTuple):
 
 def _make_plan(x: _Operands, blocks: tuple[tuple[int, ...], tuple[int, ...]]) -> _Plan:
     heads, key_heads = x.query.shape[-2], x.key.shape[-2]
-    lists = key_heads if x.kv_idx.shape[1] == 1 else heads
+    lists = key_heads if x.kv_idx.shape[1] in (1, key_heads) else heads
     group = heads // lists
     shapes = x.query.shape[1:-2], x.key.shape[1:-2]
     query_exists = _existing(shapes[0], blocks[0], x.q_len, x.query.device)
@@ -198,9 +202,9 @@ def _make_plan(x: _Operands, blocks: tuple[tuple[int, ...], tuple[int, ...]]) ->
     q, k, v = _box(x.query, blocks[0], group, 0), _box(x.key, blocks[1], 1, 1), _box(x.value, blocks[1], 1, 1)
     query_boxes, key_boxes = (prod(boxes(s, b)) for s, b in zip(shapes, blocks, strict=True))
     if x.q_len is not None:  # what does not exist may hold anything, and zero times NaN is NaN
-        q = _clear(q, query_exists, query_boxes, group)
+        q = _clear(q, query_exists, group)
     if x.kv_len is not None:
-        k, v = _clear(k, key_exists, key_boxes, 1), _clear(v, key_exists, key_boxes, 1)
+        k, v = _clear(k, key_exists, 1), _clear(v, key_exists, 1)
     extras = x.additional_keys, x.additional_values
     if x.additional_mask is not None:  # masked tokens may hold anything
         hidden = ~x.additional_mask[..., None, None]
@@ -211,12 +215,13 @@ def _make_plan(x: _Operands, blocks: tuple[tuple[int, ...], tuple[int, ...]]) ->
     )
 
 
-def _clear(x: Tensor, exists: Tensor | None, count: int, group: int) -> Tensor:
+def _clear(x: Tensor, exists: Tensor | None, group: int) -> Tensor:
     """Zero the tokens of blocks that do not exist."""
-    rows = x.shape[0] // count * count
-    inner = x[:rows].view(rows // count, count, group, x.shape[1] // group, x.shape[2])
     assert exists is not None
-    inner.masked_fill_(~exists[:, None, :, None], 0)
+    (entries, count, tokens), d = exists.shape, x.shape[2]
+    copies = x.shape[0] // count // max(entries, 1)  # of the blocks of an entry, or of all entries
+    inner = x[: entries * copies * count].view(entries, copies, count, group, tokens, d)
+    inner.masked_fill_(~exists[:, None, :, None, :, None], 0)
     return x
 
 
@@ -268,7 +273,10 @@ def _added(plan: _Plan, listed: Tensor, number: Tensor, bias: Tensor | None, hea
     dtype = torch.promote_types(plan.key.dtype, torch.float32)
     seen = listed[..., None].expand(-1, -1, plan.key.shape[1])
     if plan.key_exists is not None:
-        seen = seen & plan.key_exists[number]
+        blocks = number
+        if plan.key_exists.shape[0] > 1:
+            blocks = blocks + (heads // plan.sizes[2] * plan.key_exists.shape[1])[:, None]
+        seen = seen & plan.key_exists.flatten(0, 1)[blocks]
     added = torch.zeros((), dtype=dtype, device=listed.device) if bias is None else (bias.to(dtype) * LOG2_E)[..., None]
     added = torch.where(seen, added, -math.inf).flatten(1)
     if plan.additional_mask is not None:
@@ -307,8 +315,9 @@ def _hidden(plan: _Plan, shape: tuple[int, ...]) -> Tensor | None:
     """Queries of `[units, group * tokens]` that do not exist, or None."""
     if plan.query_exists is None:
         return None
-    units, (count, tokens) = shape[0], plan.query_exists.shape
-    hidden = ~plan.query_exists[None, :, None].expand(units // count, count, plan.group, tokens)
+    lists, count, *_ = plan.sizes
+    batch, tokens = shape[0] // (lists * count), plan.query_exists.shape[-1]
+    hidden = ~plan.query_exists[:, None, :, None].expand(batch, lists, count, plan.group, tokens)
     return hidden.reshape(shape)
 
 
@@ -423,7 +432,10 @@ def _margins(plan: _Plan, kv_num: Tensor, kv_idx: Tensor, bias: Tensor | None, s
         of_query = torch.cat(highest, 1).unflatten(1, (plan.group, -1))  # [n, group, tokens, length]
         exists = plan.query_exists
         if exists is not None:
-            exists = exists[torch.arange(units, device=exists.device)[chunk.units] % exists.shape[0], None]
+            lists, count, *_ = plan.sizes
+            unit = torch.arange(units, device=exists.device)[chunk.units]
+            entry = unit // (lists * count) if exists.shape[0] > 1 else 0
+            exists = exists[entry, unit % count, None]
         found[chunk.units, :, :length] = margins(of_query, exists)
     return found
 
@@ -433,7 +445,8 @@ def _kept(query: Tensor, key: Tensor, call: BlockSparseCall) -> Tensor:
     if call.skip_threshold is None:
         return empty_kept(query, call)
     below = block_margins(query, key, call.mask, call.scale) < math.log2(call.skip_threshold)
-    return (~below & listed(call.mask.kv_num, call.mask.kv_idx)).to(torch.uint8)
+    of_list = by_head(listed(call.mask.kv_num, call.mask.kv_idx), query.shape[-2])
+    return (~below & of_list).to(torch.uint8)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor, Tensor]:

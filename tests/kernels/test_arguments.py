@@ -130,7 +130,7 @@ def test_wrong_lists_are_refused_by_name():
         "kv_idx": [None, right.kv_idx.tolist(), right.kv_idx.float(), right.kv_idx.to("meta"), right.kv_idx[0]],
         "bias": [0.5, right.bias.to(torch.float8_e5m2), right.bias.int(), right.bias.to_sparse(), right.bias[0]],
         "q_len": [4, right.q_len.long(), right.q_len[:3], right.q_len.to("meta"), right.q_len.numpy()],
-        "kv_len": [(4,) * 4, right.kv_len.bool(), right.kv_len[None]],
+        "kv_len": [(4,) * 4, right.kv_len.bool(), right.kv_len[None, None], right.kv_len.expand(7, -1)],
         "inverse": [right.inverse[0], (right.inverse[0],), (None, right.inverse[1]), (right.inverse[0], [1]), 3],
     }
     assert set(wrong) == set(BlockMask._fields)

@@ -39,4 +39,6 @@ def test_big_boxes_are_loaded_by_descriptors():
 @pytest.mark.parametrize("sample", kernel_checks.SAMPLES)
 @pytest.mark.parametrize("arch", compile_report.ARCHITECTURES)
 def test_pinned_sizes_compile(arch, sample):
-    kernel_checks.check_report(operators=["block_sparse"], architectures=[arch], sample=sample, unspilled=kernel_checks.must_not_spill)
+    kernel_checks.check_report(
+        operators=["block_sparse"], architectures=[arch], sample=sample, unspilled=kernel_checks.must_not_spill
+    )

@@ -114,6 +114,46 @@ def test_inverse_lists_name_who_lists_a_box():
                 assert torch.equal(entries.long(), expected)
 
 
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_lists_of_key_heads_are_those_of_their_query_heads(impl):
+    case = Case(
+        (6, 5), (6, 5), (2, 2), (3, 2), most=2, heads=4, key_heads=2, per_head=True, per_key_head=True, bias=True
+    )
+    inputs, mask = make_inputs(case, torch.float64), make_mask(case)
+    assert mask.kv_num.shape[1] == 2
+    lists = {name: getattr(mask, name).repeat_interleave(2, 1) for name in ("kv_num", "kv_idx", "bias")}
+    got, expected = run(case, inputs, impl, mask=mask), run(case, inputs, impl, mask=mask._replace(**lists))
+    for name, x in got.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_lengths_of_a_batch_entry_are_its_own(impl):
+    case = Case((12,), (12,), (4,), (4,), most=3, full=True, batch=3, q_len=True, kv_len=True, lengths_per_batch=True)
+    inputs, mask = make_inputs(case, torch.float64), make_mask(case)
+    whole = run(case, inputs, impl, mask=mask)
+    for entry in range(3):
+        own = {name: None if x is None else x[entry : entry + 1] for name, x in inputs.items()}
+        lengths = {name: getattr(mask, name)[entry] for name in ("q_len", "kv_len")}
+        out = block_sparse_attention(**own, mask=mask._replace(**lengths), impl=impl)
+        torch.testing.assert_close(whole["out"][entry : entry + 1], out, rtol=1e-12, atol=1e-12)
+
+
+def test_compressed_lists():
+    indptr = torch.tensor([[0, 2, 2, 3], [3, 4, 7, 7]])
+    indices = torch.tensor([5, 1, 0, 2, 3, 4, 5])
+    mask = BlockMask.from_indptr((2,), (1,), indptr, indices)
+    assert mask.kv_num.tolist() == [[[2, 0, 1], [1, 3, 0]]] and mask.kv_idx.shape == (1, 2, 3, 3)
+    listed = masks.listed(mask.kv_num, mask.kv_idx)
+    assert mask.kv_idx[listed].tolist() == indices.tolist()
+    one = BlockMask.from_indptr([2], [1], indptr[0].int(), indices[:3].int(), most=2)
+    assert one.kv_idx[masks.listed(one.kv_num, one.kv_idx)].tolist() == [5, 1, 0] and one.kv_idx.shape == (1, 1, 3, 2)
+    with pytest.raises(TypeError, match=r"indptr\.dtype=torch\.float32"):
+        BlockMask.from_indptr((2,), (1,), indptr.float(), indices)
+    with pytest.raises(ValueError, match=r"indices\.shape=\(1, 7\) must have 1 axes"):
+        BlockMask.from_indptr((2,), (1,), indptr, indices[None])
+
+
 def test_gradcheck():
     inputs = {n: x.detach().double().requires_grad_() for n, x in make_inputs(CASE, torch.float64).items()}
     mask = make_mask(replace(CASE, q_len=False), inverse=False)

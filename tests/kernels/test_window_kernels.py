@@ -27,4 +27,6 @@ def test_kernels_compile():
 @pytest.mark.parametrize("sample", kernel_checks.SAMPLES)
 @pytest.mark.parametrize("arch", compile_report.ARCHITECTURES)
 def test_pinned_sizes_compile(arch, sample):
-    kernel_checks.check_report(operators=["window"], architectures=[arch], sample=sample, unspilled=kernel_checks.must_not_spill)
+    kernel_checks.check_report(
+        operators=["window"], architectures=[arch], sample=sample, unspilled=kernel_checks.must_not_spill
+    )

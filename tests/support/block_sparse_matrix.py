@@ -52,6 +52,8 @@ class Case:
     layout: str = "contiguous"
     seed: int = 0
     additional_mask: str = ""  # "mask", "lengths" or none
+    per_key_head: bool = False  # lists, where there are more heads than key heads
+    lengths_per_batch: bool = False
     skip: bool = False  # listed blocks, by a threshold far from all of their margins
 
     @property
@@ -108,7 +110,12 @@ def _case(random: Random) -> Case:
         seed=random.randrange(2**31),
         value_dim=random.choice((None, None, None, random.choice(HEAD_DIMS))),
     )
-    return replace(case, additional_mask=random.choice(("", "mask", "lengths")) if case.extra else "")
+    return replace(
+        case,
+        additional_mask=random.choice(("", "mask", "lengths")) if case.extra else "",
+        per_key_head=random.random() < 0.4,
+        lengths_per_batch=random.random() < 0.5,
+    )
 
 
 def cases(n: int, seed: int) -> Iterator[Case]:
@@ -124,7 +131,9 @@ def make_mask(case: Case, device: str | torch.device = "cpu", inverse: bool | No
     def integers(high: int, size: tuple[int, ...]) -> Tensor:
         return torch.randint(0, high, size, generator=generator, dtype=torch.int32)
 
-    lead = (case.batch if case.per_batch else 1, case.heads if case.per_head else 1, case.query_boxes)
+    lists = case.key_heads if case.per_key_head else case.heads
+    lead = (case.batch if case.per_batch else 1, lists if case.per_head else 1, case.query_boxes)
+    rows = (case.batch,) if case.lengths_per_batch else ()
     kv_idx = torch.rand(*lead, case.key_boxes, generator=generator).argsort(-1)[..., : case.most].int()
     kv_num = torch.full(lead, case.most, dtype=torch.int32) if case.full else integers(case.most + 1, lead)
     kv_idx = torch.where(masks.listed(kv_num, kv_idx), kv_idx, -(10**6))
@@ -134,8 +143,8 @@ def make_mask(case: Case, device: str | torch.device = "cpu", inverse: bool | No
         kv_num,
         kv_idx,
         torch.randn(kv_idx.shape, generator=generator) if case.bias else None,
-        integers(prod(case.query_block) + 1, (case.query_boxes,)) if case.q_len else None,
-        integers(prod(case.key_block) + 1, (case.key_boxes,)) if case.kv_len else None,
+        integers(prod(case.query_block) + 1, (*rows, case.query_boxes)) if case.q_len else None,
+        integers(prod(case.key_block) + 1, (*rows, case.key_boxes)) if case.kv_len else None,
     )
     found = BlockMask(*(x.to(device) if isinstance(x, Tensor) else x for x in found))
     return found.with_inverse(case.key_shape) if (case.inverse if inverse is None else inverse) else found
@@ -186,7 +195,8 @@ def threshold(case: Case) -> float | None:
     query, key = (inputs[name].detach().double() for name in ("query", "key"))
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     margins = tiled.block_margins(query, key, mask, scale)
-    margins = margins[masks.listed(mask.kv_num, mask.kv_idx).expand(margins.shape)]
+    of_list = masks.by_head(masks.listed(mask.kv_num, mask.kv_idx), case.heads)
+    margins = margins[of_list.expand(margins.shape)]
     margins = margins[(margins < 0) & margins.isfinite()].sort().values
     if len(margins) < 2 or (margins.diff().max()) < 1e-3:
         return None
@@ -228,7 +238,7 @@ def run_eager(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     )
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     logits = q @ k.transpose(-1, -2) * scale
-    logits = logits + reference.dense_bias(mask, case.shape, case.key_shape, dtype)
+    logits = logits + masks.by_head(reference.dense_bias(mask, case.shape, case.key_shape, dtype), case.heads)
     if inputs["additional_keys"] is not None:
         ek, ev = (
             inputs[name].transpose(1, 2).repeat_interleave(case.heads // case.key_heads, dim=1) for name in TENSORS[3:]
@@ -240,7 +250,8 @@ def run_eager(case: Case, inputs: Inputs) -> dict[str, Tensor]:
         logits, v = torch.cat([logits, to_additional], -1), torch.cat([v, ev], 2)
     if mask.q_len is not None:
         box, place = masks.box_of_token(case.shape, case.query_block, q.device)
-        logits = logits.masked_fill((place >= mask.q_len[box])[:, None], float("-inf"))
+        absent = place >= masks.by_entry(mask.q_len)[:, box]
+        logits = logits.masked_fill(absent[:, None, :, None], float("-inf"))
     empty = (logits == float("-inf")).all(-1)
     logits = logits.masked_fill(empty[..., None], 0)
     out = (logits.softmax(-1) @ v).masked_fill(empty[..., None], 0)

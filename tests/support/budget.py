@@ -3,7 +3,8 @@
 With `--budget` these fail the run.
 
 Time is processor time of a test and of the processes it waits for, fixtures included, so that a busy machine does not
-fail a test. Tests that carry a marker of their own cost (`slow`, `exhaustive`, `gpu`, …) are counted and not held to the limit.
+fail a test. Tests that carry a marker of their own cost (`slow`, `exhaustive`, `gpu`, …) are counted and not held to
+the limit.
 """
 
 import os
