@@ -268,7 +268,7 @@ def product_mask(
         counts = [x.shape[0] for x in relations], [x.shape[1] for x in relations]
         queries = list(torch.unravel_index(torch.arange(number.shape[0])[:, None], tuple(counts[0])))
         there = there & where(queries, list(torch.unravel_index(number, tuple(counts[1]))))
-    total = prod(x.shape[1] for x in relations)
+    total = prod([x.shape[1] for x in relations])
     kv_num = there.sum(1, dtype=torch.int32)
     kv_idx = torch.where(there, number, total).sort(1).values[:, : max(1, int(kv_num.max()))].clamp(max=total - 1)
     mask = BlockMask(tuple(query_block), tuple(key_block), kv_num[None, None], kv_idx.to(torch.int32)[None, None])

@@ -158,8 +158,8 @@ def shapes(kernel: Kernel, axes: tuple[Axis, ...], size: Size) -> tuple[float, t
         for keys in splits(size.keys, len(axes)):
             rows, columns = (keys, queries) if inverse else (queries, keys)
             walks = [tile_walk(a, r, c, inverse=inverse) for a, r, c in zip(axes, rows, columns, strict=True)]
-            visited, tiles = prod(w.visited for w in walks), prod(w.rows for w in walks)
-            work = visited + MASK_COST * (visited - prod(w.inner for w in walks))
+            visited, tiles = prod([w.visited for w in walks]), prod([w.rows for w in walks])
+            work = visited + MASK_COST * (visited - prod([w.inner for w in walks]))
             cost = work * (size.queries * size.keys + TILE_OVERHEAD) + tiles * TILE_OVERHEAD
             options.append((cost, queries, keys))
     least = min(cost for cost, _, _ in options)
@@ -191,7 +191,7 @@ def choose(
     inverse = kernel == "key"
     rows, columns = (keys, queries) if inverse else (queries, keys)
     walks = [tile_walk(a, r, c, inverse=inverse) for a, r, c in zip(axes, rows, columns, strict=True)]
-    few = prod(w.visited for w in walks) <= FEW_TILES * prod(w.rows for w in walks)
+    few = prod([w.visited for w in walks]) <= FEW_TILES * prod([w.rows for w in walks])
     config = Config(
         queries=three_axes(queries),
         keys=three_axes(keys),

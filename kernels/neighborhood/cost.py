@@ -47,7 +47,7 @@ def _operand_bytes(
     queries, keys = (batch * prod(map(count, axes)) for count in (geometry.query_count, lambda axis: axis.length))
     row = (head_dim + (value_dim or head_dim)) * itemsize
     lse = queries * heads * 4
-    table = heads * prod(2 * axis.window - 1 for axis in axes) * 4 if bias else 0
+    table = heads * prod([2 * axis.window - 1 for axis in axes]) * 4 if bias else 0
     return queries * heads * row, (keys + batch * extra) * (key_heads or heads) * row, lse, table
 
 

@@ -43,7 +43,7 @@ def covers(axes: tuple[Axis, ...], query: Tensor, key: Tensor, value: Tensor, bi
     if any(a.queries is not None for a in axes):
         return False
     if _is_whole(axes):
-        return prod(a.window for a in axes) <= MOST_KEYS
+        return prod([a.window for a in axes]) <= MOST_KEYS
     if not is_plain_call() or query.device.type != "cpu" or not _is_masked(axes, query):
         return False
     return not wants_gradient(bias) and _are_hidden_by_masks(query, key, value, bias)
@@ -56,14 +56,14 @@ def _group(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
 
 def _keys(axes: tuple[Axis, ...]) -> int:
     """Positions of a dilation group."""
-    return prod(a.length // a.dilation for a in axes)
+    return prod([a.length // a.dilation for a in axes])
 
 
 def _is_masked(axes: tuple[Axis, ...], query: Tensor) -> bool:
     """Return whether dilation groups, all of one length, are small enough for a mask."""
     if query.dtype.itemsize < 4 or any(a.length % a.dilation for a in axes):
         return False
-    return _keys(axes) <= min(MOST_MASKED, MOST_HIDDEN * prod(a.window for a in axes))
+    return _keys(axes) <= min(MOST_MASKED, MOST_HIDDEN * prod([a.window for a in axes]))
 
 
 def _is_finite(x: Tensor) -> bool:
@@ -114,7 +114,7 @@ def _mask(axes: tuple[Axis, ...], dtype: torch.dtype) -> Tensor:
 def _entries(axes: tuple[Axis, ...]) -> Tensor:
     """Entry of a flattened bias table for every query and key of a group, flat; of hidden keys one behind the table."""
     group, device = _group(axes), torch.device("cpu")
-    behind = prod(2 * a.window - 1 for a in axes)
+    behind = prod([2 * a.window - 1 for a in axes])
     return relative_index(group, device).masked_fill(~mask(group, device), behind).flatten()
 
 

@@ -246,7 +246,7 @@ def axis_pairs(axis: Axis) -> int:
 
 def visible_pairs(axes: tuple[Axis, ...]) -> int:
     """Number of visible (query, key) pairs of the grid."""
-    return prod(axis_pairs(axis) for axis in axes)
+    return prod([axis_pairs(axis) for axis in axes])
 
 
 class TileWalk(NamedTuple):

@@ -122,8 +122,10 @@ def programs(axes: tuple[Axis, ...], tile: tuple[int, ...], batch_heads: int, *,
     """Programs of a kernel whose rows, queries or `keys`, are tiled by `tile`: tiles of the longest dilation group, for
     every group."""
     tiles = prod(
-        a.dilation * cdiv(cdiv(a.length if keys else query_count(a), a.dilation), t)
-        for a, t in zip(axes, tile[3 - len(axes) :], strict=True)
+        [
+            a.dilation * cdiv(cdiv(a.length if keys else query_count(a), a.dilation), t)
+            for a, t in zip(axes, tile[3 - len(axes) :], strict=True)
+        ]
     )
     return tiles * batch_heads
 

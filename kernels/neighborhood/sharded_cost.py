@@ -58,7 +58,7 @@ def sharded_cost(
         value_dim: features of a head of value and output; `head_dim` when None.
     """
     token = batch * (key_heads or heads) * (head_dim + (value_dim or head_dim)) * itemsize  # key and value
-    plane = token * prod(a.length for i, a in enumerate(axes) if i != axis)
+    plane = token * prod([a.length for i, a in enumerate(axes) if i != axis])
     ranks = []
     for rank, shard in enumerate(make_shards(axes[axis], tuple(lengths))):
         parts = [(*axes[:axis], part.axis, *axes[axis + 1 :]) for part in shard.parts]

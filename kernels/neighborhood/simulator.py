@@ -103,7 +103,7 @@ def simulate(
         for axis, row, column in zip(axes, rows, columns, strict=True)
     ]
     row_tiles, visited, interior = (prod(counts) for counts in zip(*walks, strict=True))
-    tokens, row_tokens, column_tokens = prod(axis.length for axis in axes), prod(rows), prod(columns)
+    tokens, row_tokens, column_tokens = prod([axis.length for axis in axes]), prod(rows), prod(columns)
     return Tiling(
         rows=rows,
         columns=columns,

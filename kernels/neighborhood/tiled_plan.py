@@ -192,7 +192,7 @@ def _choose_cut(
         slabs, excess = _fit(rows, box, extra, head_dim, most)
         return excess, _cost(rows, keys, head_dim, slabs) / (prod(tile) * prod(used))
 
-    choices = (choice for choice in product(*options) if prod(t for t, _, _ in choice) <= MAX_QUERIES)
+    choices = (choice for choice in product(*options) if prod([t for t, _, _ in choice]) <= MAX_QUERIES)
     tile, box, _ = zip(*min(choices, key=cost), strict=True)
     return Cut(tile, box, _fit(prod(tile) * group, box, extra, head_dim, most)[0])
 

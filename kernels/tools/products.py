@@ -52,7 +52,7 @@ def repetition(ttgir: str) -> float:
             shape = re.findall(r"memdesc<(\d+)x(\d+)x", line)
             needed = done = int(shape[0][0]) * int(shape[0][1]) * int(shape[1][1])
         elif (found := PRODUCT.search(line)) and found[4] in layouts:
-            columns, rows, needed = int(found[3]), int(found[2]), prod(int(found[i]) for i in (1, 2, 3))
+            columns, rows, needed = int(found[3]), int(found[2]), prod([int(found[i]) for i in (1, 2, 3)])
             reach = layouts[found[4]]
             done = needed * max(1, reach[0] // rows) * max(1, reach[1] // columns)
         else:

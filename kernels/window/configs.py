@@ -61,7 +61,7 @@ def choose(
         warps = max(1, rows // 32)  # a wave of 64 lanes feeds on 32 rows
     if isinstance(most := forced.get("rows"), int):
         rows = columns = most
-    tokens, keys = _power(prod(a.window for a in axes)), _power(prod(a.span for a in axes))
+    tokens, keys = _power(prod([a.window for a in axes])), _power(prod([a.span for a in axes]))
     pack = 1
     if kernel in ("forward", "window", "query") and max(tokens, keys) < min(rows, columns):
         pack = min(rows, columns) // max(tokens, keys)
@@ -82,7 +82,7 @@ def choose(
 def in_one_pass(axes: tuple[Axis, ...], *, head_dim: int, itemsize: int, device: Device) -> bool:
     """Return whether one kernel computes all gradients: a window owns its keys and fits into a tile of registers."""
     config = choose("window", axes, head_dim=head_dim, itemsize=itemsize, device=device, wide=False)
-    fits = not any(a.halo for a in axes) and config.queries == config.keys >= prod(a.window for a in axes)
+    fits = not any(a.halo for a in axes) and config.queries == config.keys >= prod([a.window for a in axes])
     return fits and bool(forced.get("one_pass", itemsize <= 2 and block_d(head_dim) <= 64))
 
 

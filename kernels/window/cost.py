@@ -37,7 +37,7 @@ def _operand_bytes(
     query: Tensor, key: Tensor, value: Tensor, axes: Sequence[Axis], bias: Tensor | None
 ) -> tuple[int, int, int, int]:
     """Bytes of query and output, of key and value, of the log-sum-exp and of the bias."""
-    table = prod(a.window for a in axes) * prod(a.span for a in axes) * query.shape[-2]
+    table = prod([a.window for a in axes]) * prod([a.span for a in axes]) * query.shape[-2]
     rows, key_rows, features = prod(query.shape[:-1]), prod(key.shape[:-1]), query.shape[-1] + value.shape[-1]
     return (
         rows * features * query.itemsize,
@@ -54,7 +54,7 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str | 
     queries, keys, lse, table = _operand_bytes(query, key, value, axes, call.bias)
     pairs = visible_pairs(axes)
     summary: dict[str, int | float | str] = {
-        "windows": prod(a.windows for a in axes),
+        "windows": prod([a.windows for a in axes]),
         "visible_pairs": pairs,
         "keys_per_query": round(pairs / prod(shape), 2),
         "forward_flops": forward_flops(axes, **sizes),

@@ -188,7 +188,7 @@ def bias_index(axes: tuple[Axis, ...], device: torch.device | None = None) -> Te
         size = query.shape[0] * slot.shape[0], key.shape[1] * key_slot.shape[1]
         query = (query[:, None] * axis.window + slot).reshape(size[0], 1)
         key = (key[:, None, :, None] * axis.span + key_slot[None, :, None, :]).reshape(size)
-    return query * prod(axis.span for axis in axes) + key
+    return query * prod([axis.span for axis in axes]) + key
 
 
 @lru_cache(maxsize=4096)
@@ -199,4 +199,4 @@ def axis_pairs(axis: Axis) -> int:
 
 def visible_pairs(axes: tuple[Axis, ...]) -> int:
     """Number of (query, key) pairs of the whole grid."""
-    return prod(axis_pairs(axis) for axis in axes)
+    return prod([axis_pairs(axis) for axis in axes])

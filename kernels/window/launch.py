@@ -45,7 +45,7 @@ class _Launches:
         self.batch, self.heads, self.head_dim = query.shape[0], *query.shape[-2:]
         self.key_heads, self.value_dim = value.shape[-2:]
         self.lengths = padded([a.length for a in axes], 1)
-        self.windows, self.tokens = prod(a.windows for a in axes), prod(a.window for a in axes)
+        self.windows, self.tokens = prod([a.windows for a in axes]), prod([a.window for a in axes])
         self.wide, self.precision = needs_wide(*tensors), precision(query)
         longer = max(self.head_dim, self.value_dim)
         self.size = dict(head_dim=longer, itemsize=query.element_size(), device=device_class(query.device))
@@ -126,7 +126,7 @@ def backward(
             tensors = (*saved, delta, *for_query, *table)
             query_kernel[(this.query_programs(config),)](*tensors, this.heads, this.scale, **shared, **fixed)
             config, fixed = this.configure("key")
-            cells = prod(a.windows + 2 * cdiv(a.margin, a.window) for a in call.axes)
+            cells = prod([a.windows + 2 * cdiv(a.margin, a.window) for a in call.axes])
             programs = cells * cdiv(this.tokens, config.keys) * this.key_heads * this.batch
             tensors = (*this.strided(query, key, value, grad_out), lse, *this.strided(delta), *for_keys, *table)
             key_kernel[(programs,)](*tensors, this.key_heads, this.scale, **shared, **fixed)

@@ -490,3 +490,15 @@ def test_export_is_aten(dynamic):
         given = inputs(*shape)
         for got, expected in zip(exported.module()(*given), Exported()(*given), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_of_any_size_in_one_compiled_graph():
+    """A whole window whose sizes are symbols, as in a model whose layers have several."""
+
+    def attend(query, key, value, window):
+        return na3d(query, key, value, window=window)
+
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    for n in (3, 4, 5):
+        inputs = torch.randn(3, 1, n, n, n, 2, 8)
+        torch.testing.assert_close(compiled(*inputs, n), attend(*inputs, n))

@@ -306,7 +306,7 @@ def _block_mass_recall(query: Tensor, key: Tensor, mask: BlockMask, scale: float
         dense = (na1d, na2d, na3d)[len(grid) - 1]
         everything = dense(query, key, key, window=tuple(grid), scale=scale, return_lse=True)[1]
     else:
-        count = math.prod(-(-n // b) for n, b in zip(key_grid, mask.key_block, strict=True))
+        count = math.prod([-(-n // b) for n, b in zip(key_grid, mask.key_block, strict=True)])
         lists = torch.arange(count, dtype=torch.int32, device=query.device).expand(*mask.kv_idx.shape[:3], count)
         full = mask._replace(kv_num=torch.full_like(mask.kv_num, count), kv_idx=lists, inverse=None)
         everything = block_sparse_attention(query, key, key, mask=full, scale=scale, return_lse=True)[1]
