@@ -32,17 +32,19 @@ MOST_SPILLED = 16  # bytes a thread, outside of hot loops: to forbid 4 or 8 cost
 
 
 class Architecture(NamedTuple):
-    """Shared memory a program may have, in bytes, the table of sizes of the device, threads that run in step."""
+    """Shared memory a program may have, in bytes, the table of sizes of the device, threads that run in step, and
+    whether matrix units multiply e4m3 numbers."""
 
     shared: int
     device: Device
     descriptors: bool = False
     lanes: int = 32
+    e4m3: bool = True
 
 
 ARCHITECTURES = {
     "sm_80": Architecture(163 * 1024, "ampere"),
-    "sm_86": Architecture(99 * 1024, "ada"),
+    "sm_86": Architecture(99 * 1024, "ada", e4m3=False),
     "sm_89": Architecture(99 * 1024, "ada"),
     "sm_90": Architecture(227 * 1024, "hopper", descriptors=True),
     "sm_100": Architecture(227 * 1024, "hopper", descriptors=True),
@@ -171,7 +173,8 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 def _variants(operator: str, arch: str) -> list:
     module = import_module(f"{DECLARED[operator].package}.aot")
     known = ARCHITECTURES[arch]
-    return list(module.variants(device=known.device, tf32=arch.startswith("sm_"), descriptors=known.descriptors))
+    found = module.variants(device=known.device, tf32=arch.startswith("sm_"), descriptors=known.descriptors)
+    return [variant for variant in found if known.e4m3 or "e4m3" not in variant.flags]
 
 
 def _head(operator: str, variant, arch: str) -> tuple:

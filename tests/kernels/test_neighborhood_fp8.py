@@ -319,7 +319,7 @@ def test_matrix_units_multiply_e4m3_numbers(arch):
     assert re.search(INSTRUCTIONS[arch], ptx)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "gfx942"])
 def test_other_matrix_units_have_no_such_kernels(arch):
     pytest.importorskip("triton")
     assert not any("e4m3" in variant.flags for variant in compile_report._variants("neighborhood", arch))
