@@ -5,6 +5,7 @@ from ..operators import Operator
 from .agent import Agent
 from .hilo import HiLoLayer
 from .linear import Linear
+from .masks import Masks
 from .models import Models
 from .neighborhood import Neighborhood
 from .routing import Routing
@@ -13,7 +14,7 @@ from .scan import Scan
 from .video import Video
 from .window import Window
 
-OPERATORS: tuple[Operator, ...] = (Neighborhood(), Window(), Routing(), Agent(), Linear(), Scan())
+OPERATORS: tuple[Operator, ...] = (Neighborhood(), Window(), Routing(), Agent(), Linear(), Scan(), Masks())
 REGISTRY: tuple[Benchmark, ...] = (*OPERATORS, HiLoLayer(), Scaling(OPERATORS), Models(), Video())
 SUITES = tuple(dict.fromkeys(benchmark.suite for benchmark in REGISTRY))
 

@@ -17,6 +17,7 @@ from benchmarks.runner import Runner, check_agreement, matches
 from benchmarks.suites import REGISTRY, SUITES, of_suite
 from benchmarks.suites.agent import Agent
 from benchmarks.suites.linear import Linear
+from benchmarks.suites.masks import Masks
 from benchmarks.suites.neighborhood import Case, Neighborhood
 from benchmarks.suites.routing import Routing
 from benchmarks.suites.scaling import Scaling
@@ -85,6 +86,7 @@ def test_the_registry_has_every_suite_and_leaves_gpu_sizes_out_on_cpu():
         "agent",
         "linear",
         "scan",
+        "masks",
         "hilo",
     }
     with pytest.raises(ValueError, match="suite='kernel' must be one of"):
@@ -166,7 +168,7 @@ def test_what_does_not_run_leaves_the_rest_to_be_measured(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "benchmark", [Neighborhood(), Window(), Routing(), Agent(), Linear(), Scan()], ids=lambda b: b.name
+    "benchmark", [Neighborhood(), Window(), Routing(), Agent(), Linear(), Scan(), Masks()], ids=lambda b: b.name
 )
 def test_ours_and_the_written_out_form_are_held_to_the_reference(benchmark, dtype):
     case = min(benchmark.cases(CPU), key=lambda c: benchmark.work(c, "forward").flops)
