@@ -73,7 +73,7 @@ def test_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp_path):
     assert_same_end(tmp_path / "runs", uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("attempt", range(20))
 def test_killed_run_ends_like_an_uninterrupted_one_at_20_steps(uninterrupted, tmp_path, attempt):
     step = random.SystemRandom().randrange(1, STEPS)

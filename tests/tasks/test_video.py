@@ -429,13 +429,15 @@ def finished(runs) -> dict:
     return end_state(checkpoint.parents[1])
 
 
+ATTEMPTS = [pytest.param(i, marks=pytest.mark.exhaustive) for i in range(1, 10)]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> dict:
     return finished(tmp_path_factory.mktemp("uninterrupted"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("attempt", range(10))
+@pytest.mark.parametrize("attempt", [pytest.param(0, marks=pytest.mark.slow), *ATTEMPTS])
 def test_killed_run_ends_like_an_uninterrupted_one(uninterrupted, tmp_path, attempt):
     assert kill_at(start(tmp_path), tmp_path, random.SystemRandom().randrange(1, 18))
     ours = finished(tmp_path)
