@@ -9,7 +9,7 @@ import pytest
 import torch
 from foveal.zoo import accelerate, decelerate, sites
 from foveal.zoo.accelerate import Plan, explain, measure, tune
-from foveal.zoo.accelerate.measure import psnr, run
+from foveal.zoo.accelerate.measure import psnr, run, ssim
 from foveal.zoo.accelerate.recall import Recall
 from foveal.zoo.accelerate.tune import parse_budget
 from generators import build
@@ -97,7 +97,8 @@ def test_measure(tmp_path):
     assert list(found.recall) == ["transformer.blocks.1.attn1"] == list(found.worst_head)
     assert found.dense == {"transformer.blocks.0.attn1": "dense_layers=(0,)"}
     text = str(found)
-    assert "dB (dense with another seed:" in text and "worst head" in text and "x\n" in text
+    assert 1 > found.ssim > found.yardstick_ssim and not any(run.graphs for run in found.runs.values())
+    assert f"SSIM {found.ssim:.3f} (dense with another seed:" in text and "worst head" in text and "x\n" in text
     found.save(tmp_path)
     rows = list(csv.DictReader((tmp_path / "steps.csv").open()))
     assert len(rows) == 4 and rows[0]["psnr"] == "inf"
@@ -106,7 +107,19 @@ def test_measure(tmp_path):
     assert sheet.width > sheet.height and len(sheet.getcolors(1 << 24)) > 100
     assert json.loads((tmp_path / "plan.json").read_text())["window"] == 2
     whole = measure(pipe, {"window": 99}, recall_steps=0, **call())
-    assert whole.psnr == math.inf and not whole.recall
+    assert whole.psnr == math.inf and whole.ssim == pytest.approx(1) and not whole.recall
+
+
+def test_ssim_of_frames_smaller_than_its_window():
+    torch.manual_seed(0)
+    frames = torch.rand(2, 3, 6, 9)
+    assert ssim(frames, frames) == pytest.approx(1) and ssim(torch.rand_like(frames), frames) < 0.5
+
+
+def test_graphs_of_a_compiled_pipeline_are_counted():
+    pipe = tiny_wan(layers=2)
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    assert run(pipe, 0, call()).graphs > 0 and run(pipe, 1, call()).graphs == 0
 
 
 def test_tune_by_recall_goes_on(tmp_path, monkeypatch):

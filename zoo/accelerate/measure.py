@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,12 +28,14 @@ class Run:
         frames: the result, `[frames, C, H, W]` in 0..1, of the first video or image.
         seconds: of the call.
         memory: largest number of bytes on the GPU during the call, None without one.
+        graphs: compiled during the call; for the same sizes as in the call before, all of them are recompiled ones.
     """
 
     latents: list[Tensor]
     frames: Tensor
     seconds: float
     memory: int | None
+    graphs: int = 0
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Measurement:
         plan: the measured plan.
         psnr_by_step, yardstick_by_step: of the latents after each step against the dense ones of the first seed.
         psnr, yardstick: of the result.
+        ssim, yardstick_ssim: structural similarity of the result, mean of its frames, at most 1.
         recall, worst_head: by site, share of the attention mass that is kept.
         densities: by site, share of the pairs that are kept.
         dense: by site, why it was dense in the last step.
@@ -54,6 +58,8 @@ class Measurement:
     yardstick_by_step: list[float]
     psnr: float
     yardstick: float
+    ssim: float
+    yardstick_ssim: float
     recall: dict[str, float]
     worst_head: dict[str, float]
     densities: dict[str, float | None]
@@ -70,8 +76,11 @@ class Measurement:
         lines = [
             f"plan {self.plan.name}, {self.plan.words if self.plan.of_layer(-1) else 'by layer'}: "
             f"{seconds['other seed']:.2f} s dense, {seconds['plan']:.2f} s by the plan, {self.speedup:.2f}x",
-            f"drift to dense on the same noise: {self.psnr:.1f} dB (dense with another seed: {self.yardstick:.1f} dB)",
+            f"drift to dense on the same noise: {self.psnr:.1f} dB, SSIM {self.ssim:.3f} "
+            f"(dense with another seed: {self.yardstick:.1f} dB, {self.yardstick_ssim:.3f})",
         ]
+        if any(run.graphs for run in self.runs.values()):
+            lines.append("graphs compiled: " + ", ".join(f"{name} {run.graphs}" for name, run in self.runs.items()))
         if (memory := self.runs["plan"].memory) is not None:
             dense = self.runs["other seed"].memory or 0
             lines.append(f"peak memory {memory / 2**30:.2f} GiB (dense {dense / 2**30:.2f})")
@@ -154,6 +163,8 @@ def measure(
         [psnr(a, b) for a, b in zip(other.latents, dense.latents, strict=True)],
         psnr(mine.frames, dense.frames, 1.0),
         psnr(other.frames, dense.frames, 1.0),
+        ssim(mine.frames, dense.frames),
+        ssim(other.frames, dense.frames),
         *found,
         dense=reasons,
         runs={"dense": dense, "plan": mine, "other seed": other},
@@ -173,12 +184,18 @@ def run(pipe: Any, seed: int, call: Mapping[str, Any]) -> Run:
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
+    before, start = _graphs(), time.perf_counter()
     out = pipe(generator=torch.Generator().manual_seed(seed), callback_on_step_end=keep, **given)
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return Run(latents, _frames(out), seconds, torch.cuda.max_memory_allocated() if on_gpu else None)
+    memory = torch.cuda.max_memory_allocated() if on_gpu else None
+    return Run(latents, _frames(out), seconds, memory, _graphs() - before)
+
+
+def _graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
 def _frames(out: Any) -> Tensor:
@@ -197,6 +214,15 @@ def psnr(x: Tensor, reference: Tensor, span: float | None = None) -> float:
 
     span = (reference.max() - reference.min()).item() if span is None else span
     return peak_signal_noise_ratio(x, reference, data_range=span).item()
+
+
+def ssim(x: Tensor, reference: Tensor) -> float:
+    """Structural similarity of frames `[frames, C, H, W]` in 0..1, by windows of up to 11 pixels."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    window = min(11, *(n - 1 + n % 2 for n in x.shape[-2:]))  # odd
+    smaller = {} if window == 11 else {"gaussian_kernel": False, "kernel_size": window}
+    return structural_similarity_index_measure(x, reference, data_range=1.0, **smaller).item()
 
 
 def contact_sheet(rows: Mapping[str, Tensor], *, columns: int = 8, side: int = 160) -> Any:
