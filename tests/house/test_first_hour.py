@@ -220,8 +220,8 @@ def test_the_command_on_a_cpu(tmp_path):
     found = json.loads((folder / "verdict.json").read_text())
     assert found["about"]["commit"] == records.commit() and not found["counts"].get("failed")
     steps = [Record(**record) for record in found["records"]]
-    assert {step.name.split()[0] for step in steps} == {"values", "memory", "peers", "tune", "gluon"}
-    assert all(step.status == "passed" for step in steps if not step.name.startswith("gluon"))
+    passed = {step.name.split()[0] for step in steps if step.status == "passed"}
+    assert passed >= {"values", "memory", "peers", "tune"}, "gluon and the sanitizer need a GPU"
     rows = records.read(folder / "rows.csv")
     assert {r.provider for r in rows} >= {"foveal", "unfold", "shipped"}
     began = time.monotonic()

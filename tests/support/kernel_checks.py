@@ -6,12 +6,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from foveal.kernels.tools import compile_report
 from foveal.kernels.tools.compile_report import Row
 
-# variants of each operator and architecture that a test compiles: some in the slow set, else all
-SAMPLES = [pytest.param(6, marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.exhaustive, id="all")]
 INTERPRETER = Path(__file__).parents[1] / "kernels" / "interpreter"
 
 
