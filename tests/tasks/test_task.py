@@ -47,6 +47,7 @@ class Recorder(Callback):
         }
 
 
+UNVALIDATED = ("trainer.limit_val_batches=0", "metric=train/loss", "metric_mode=min")
 SHORT = (
     "trainer.max_epochs=3",
     "trainer.limit_train_batches=6",
@@ -228,7 +229,7 @@ def test_repeated_blocks_are_the_innermost():
 @pytest.mark.slow
 def test_compiled_blocks_train_like_eager_ones(tmp_path):
     compiled = ("task.compile.enabled=true", "task.compile.fullgraph=true")
-    short = (*SHORT, "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=0")
+    short = (*SHORT, "trainer.max_epochs=1", "trainer.limit_train_batches=2", *UNVALIDATED)
     plain = ("model.args.drop_path_rate=0.0", "model.args.proj_drop_rate=0.0")
     _, eager_task, _ = fit(configure(tmp_path / "eager", *short, *plain))
     _, task, _ = fit(configure(tmp_path / "compiled", *short, *plain, *compiled))

@@ -354,7 +354,13 @@ def test_two_processes_average_their_gradients(tmp_path):
     plain = ("task.optimizer.opt=momentum", "task.optimizer.lr=1.0", "task.optimizer.weight_decay=0.0")
     plain += ("~task.optimizer.betas", "++task.optimizer.momentum=0.9", "task.scheduler=null", "callbacks.ema=null")
     plain += ("callbacks.best=null", "callbacks.last=null", "callbacks.report=null", "trainer.gradient_clip_val=null")
-    step = ("trainer.limit_train_batches=1", "trainer.max_epochs=1", "trainer.limit_val_batches=0", "data.batch_size=4")
+    step = (
+        "trainer.limit_train_batches=1",
+        "trainer.max_epochs=1",
+        "data.batch_size=4",
+        "trainer.limit_val_batches=0",
+        "metric=train/loss",
+    )
     config = tiny(tmp_path, *plain, *step, "trainer.strategy=ddp_spawn", "trainer.devices=2")
     start, trained, task = initial_and_trained(config)
     data = train.build(tiny(tmp_path, "data.batch_size=8"))[2]
