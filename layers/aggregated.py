@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .base import join_heads
 from .mixture import HeadRouter, taken_rows
 
 HIDDEN = 512  # of the network from offsets to biases
@@ -124,7 +125,7 @@ class LengthScaledAttention2d(nn.Module):
             else:
                 out = attend(slice(None), None)
             out = out * weights.transpose(1, 2)[..., None]
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2))).view(x.shape)
+        return self.proj_drop(self.proj(join_heads(out))).view(x.shape)
 
     def attention(self, x: Tensor) -> Callable[[slice, Tensor | None], Tensor]:
         """A function from heads, a slice, and rows `[B, heads, R]` or None to their outputs `[B, heads, N or R, d]`."""

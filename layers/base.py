@@ -6,6 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.common.calling import Impl
+from ..kernels.common.symbolic import exporting
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """Heads `[B, heads, N, d]` side by side, `[B, N, heads * d]`.
+
+    An exported graph joins copies: a view would hold ONNX to the strides that attention had while it was traced.
+    """
+    return torch.cat(x.unbind(1), -1) if exporting() else x.transpose(1, 2).flatten(2)
 
 
 class ProjectedAttention2d(nn.Module):

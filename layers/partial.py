@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.common.symbolic import known
-from .base import ProjectedAttention2d
+from .base import ProjectedAttention2d, join_heads
 
 NEAR = 20  # distances up to this have a bucket each; up to 8 times as far there are as many again, by logarithm
 BUCKETS = 4 * NEAR + 1  # from -2 * NEAR to 2 * NEAR, of which distances use the upper half (arXiv:2107.14222, eq. 18)
@@ -55,7 +55,7 @@ class DistanceAttention2d(ProjectedAttention2d):
         """Tokens `[B, N, heads, d]` to `[B, N, dim]`."""
         bias = self.rpe_k(grid_size)[None].to(query.dtype)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+        return join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=bias))
 
     def attention_macs(self, shape: tuple[int, int]) -> int:
         """Multiply-accumulates of the attention for one map of this size."""
