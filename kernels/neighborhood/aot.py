@@ -8,10 +8,10 @@ from triton.compiler import ASTSource
 from ..common.launching import Device
 from ..tools.variants import TYPES, Variant, source
 from . import configs
-from .backward import bias_kernel, extra_kernel, key_kernel, query_kernel
+from .backward import extra_kernel, key_kernel, query_kernel, table_kernel
 from .forward import forward_kernel
 from .geometry import Axis
-from .launch import EXTRA_KEYS, constants, extra_constants, token_constants
+from .launch import EXTRA_KEYS, constants, extra_constants, table_constants
 
 GRIDS = {
     "7x7": (Axis(56, 7), Axis(56, 7)),  # small windows: few tiles, all masked
@@ -25,7 +25,7 @@ E4M3_FLAGS = ("e4m3", "e4m3, bias, extra", "e4m3, wide, grouped", "e4m3, ones")
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
 
 
-FLOATS = {"lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "bias_ptr", "factor_ptr"}
+FLOATS = {"lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "pairs_ptr", "bias_ptr", "factor_ptr"}
 E4M3 = {"q_ptr", "k_ptr", "extra_k_ptr"}
 MASK = {"extra_mask_ptr": "u8", "extra_ends_ptr": "i32"}
 
@@ -96,6 +96,7 @@ def _window_variants(
     axes = GRIDS[grid]
     for flags in all_flags:
         full, wide, ones, e4m3, masked = (word in flags for word in ("bias", "wide", "ones", "e4m3", "masked"))
+        pairs = full and kernel == "query" and size.queries <= configs.PAIR_ROWS
         widths = (64 if flags == NARROW_KEYS else head_dim, head_dim)
         with configs.override(size=size):
             config = configs.choose(
@@ -116,6 +117,8 @@ def _window_variants(
                 fixed |= dict.fromkeys(MASK)
         if kernel == "forward":
             fixed |= dict(QUANTIZED=e4m3) if e4m3 else dict(QUANTIZED=False, factor_ptr=None)
+        if kernel == "query":
+            fixed |= dict(DBIAS=True) if pairs else dict(DBIAS=False, pairs_ptr=None)
         if not full:
             fixed["bias_ptr"] = None
         if widths[0] == widths[1]:
@@ -124,17 +127,17 @@ def _window_variants(
             fixed |= dict(start=None, counts=None)
         made = _source(KERNELS[kernel], TYPES[dtype], head_dim, len(axes), fixed, ones)
         yield Variant(kernel, grid, TYPES[dtype], head_dim, flags, config.queries, config.keys, made, options)
+        if pairs:
+            fixed = dict(table_constants(axes, config.queries), start=None, counts=None)
+            options = {"num_warps": fixed.pop("num_warps")}
+            made = _source(table_kernel, TYPES[dtype], head_dim, len(axes), fixed)
+            yield Variant("table", grid, TYPES[dtype], head_dim, flags, config.queries, (), made, options)
 
 
 def _token_variants(dtype, head_dim: int, precision: str) -> Iterator[Variant]:
-    """The kernels that walk all tokens."""
+    """The kernel that walks all tokens."""
     axes = GRIDS["7x7"]
-    widths = (head_dim, head_dim)
-    fixed = dict(token_constants(axes, widths, dtype.itemsize), GROUP=1, start=None, counts=None)
-    for flags in ("bias", "bias, ones"):
-        made = _source(bias_kernel, TYPES[dtype], head_dim, len(axes), fixed, "ones" in flags)
-        yield Variant("bias", "7x7", TYPES[dtype], head_dim, flags, (), (), made, {})
-    fixed = dict(extra_constants(*widths, dtype.itemsize, precision), GROUP=1)
+    fixed = dict(extra_constants(head_dim, head_dim, dtype.itemsize, precision), GROUP=1)
     options = {"num_warps": fixed.pop("num_warps")}
     for flags in ("extra", "extra, ones", "masked extra"):
         masked = "masked" in flags

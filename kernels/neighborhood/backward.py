@@ -2,6 +2,9 @@
 
 With P = exp(S - lse) and delta = rowsum(dO * O) - dlse, dS = P * (dO V^T - delta) (arXiv:2205.14135, appendix B.4).
 `query_kernel` walks the windows for dQ and leaves delta behind, `key_kernel` walks the inverse windows for dK and dV.
+For the gradient of a relative position table `query_kernel` also leaves dS of every visible pair, and `table_kernel`
+sums it. A query sees at most as many consecutive keys on an axis as its window is long, so the position of a key modulo
+the window tells the pairs of a query apart.
 The latter computes transposed tiles directly: some Triton releases miscompile the transpose of an MMA result on Hopper.
 """
 
@@ -10,10 +13,10 @@ import triton.language as tl
 
 from ..common.triton.extra import extra_end, extra_view, load_extra_pair
 from ..common.triton.memory import inside, offset
-from ..common.triton.softmax import LOG2E, key_step, query_step
+from ..common.triton.softmax import LOG2E, key_step, logit_gradient, query_step
 from .forward import logits_tile
 from .tile import (
-    bounds,
+    below,
     describe,
     grids,
     group_view,
@@ -28,26 +31,56 @@ from .tile import (
     spans,
     tile_count,
     tile_origin,
+    visible,
 )
 
 
-@triton.jit(do_not_specialize=["extra"])
+@triton.jit
+def program_pairs(pairs_ptr, ROWS: tl.constexpr, WINDOW: tl.constexpr):
+    """The pairs of this program, of `[programs, ROWS, keys of a window]`."""
+    return pairs_ptr + tl.program_id(0).to(tl.int64) * (ROWS * WINDOW[0] * WINDOW[1] * WINDOW[2])
+
+
+@triton.jit
+def store_pairs(
+    pairs_ptr, ds, corner, steps, lo, count,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):
+    """Store dS of the visible pairs of a tile whose keys begin at `corner` and go on by `steps`."""
+    key = shift(corner, steps)
+    row = tl.arange(0, QUERIES[0] * QUERIES[1] * QUERIES[2]) * (WINDOW[0] * WINDOW[1] * WINDOW[2])
+    slot = (key[0] % WINDOW[0] * WINDOW[1] + key[1] % WINDOW[1]) * WINDOW[2] + key[2] % WINDOW[2]
+    place = pairs_ptr + row[:, None] + slot[None, :]
+    if MASKED:
+        tl.store(place, ds, mask=visible(key, lo, count, QUERIES, KEYS))
+    else:
+        tl.store(place, ds)
+
+
+@triton.jit(do_not_specialize=["extra", "skip"])
 def query_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, do_ptr, do_strides,
     lse_ptr, dlse_ptr, delta_ptr, dq_ptr, dq_strides,
-    bias_ptr, extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, extra_ends_ptr,
-    lengths, start, counts, heads, extra, scale,
+    bias_ptr, pairs_ptr, extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, extra_ends_ptr,
+    lengths, start, counts, skip, heads, extra, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr, TABLE: tl.constexpr, EXTRA: tl.constexpr, EXTRA_MASK: tl.constexpr, PART: tl.constexpr,
+    BIAS: tl.constexpr, TABLE: tl.constexpr, DBIAS: tl.constexpr,
+    EXTRA: tl.constexpr, EXTRA_MASK: tl.constexpr, PART: tl.constexpr,
     INNER: tl.constexpr, BORDER: tl.constexpr, DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dQ, and delta for the other kernels. dQ has the strides of out unless others are given; lse, its gradient and
-    delta are contiguous; see `forward_kernel`."""
+    delta are contiguous; see `forward_kernel`.
+
+    With `DBIAS` a program also leaves dS of its visible pairs in `pairs_ptr`, `[programs, queries, keys of a window]`.
+    Such a launch may be one of several; `skip` programs belong to those before."""
     lengths, start, counts = grids(lengths, start, counts, PART)
-    batch, head, group, n, first = program(tl.program_id(0), counts, heads, QUERIES, DILATION, CAUSAL)
+    pid = tl.program_id(0)
+    if DBIAS:
+        pid += skip
+    batch, head, group, n, first = program(pid, counts, heads, QUERIES, DILATION, CAUSAL)
     n, begin, nq, origin = part(group, n, lengths, start, counts, DILATION, PART)
     if (first[0] >= nq[0]) | (first[1] >= nq[1]) | (first[2] >= nq[2]):
         return
@@ -89,12 +122,15 @@ def query_kernel(
             (TABLE[0] // 2 - position[0], TABLE[1] // 2 - position[1], TABLE[2] // 2 - position[2]), BIAS_STRIDES
         )
         factor = LOG2E
+    ROWS: tl.constexpr = QUERIES[0] * QUERIES[1] * QUERIES[2]
+    if DBIAS:
+        pairs_ptr = program_pairs(pairs_ptr, ROWS, WINDOW)
 
     starts, visits, inner, inner_visits = spans(
         first, n, begin, nq, QUERIES, KEYS, WINDOW, STRIDE, CAUSAL, False, PART
     )
 
-    dq = tl.zeros([QUERIES[0] * QUERIES[1] * QUERIES[2], BLOCK_D], tl.float32)
+    dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for MASKED in tl.static_range(1 - INNER, 1 + BORDER):
         for t in tl.range(0, tile_count(visits, inner_visits, MASKED), num_stages=STAGES):
             corner = tile_origin(t, starts, visits, inner, inner_visits, KEYS, MASKED, INNER)
@@ -106,7 +142,10 @@ def query_kernel(
                 q, k, corner, k_steps, lo, count, bias_ptr, bias_row, scale,
                 QUERIES, KEYS, BIAS, BIAS_STRIDES, MASKED, PRECISION,
             )
-            dq = query_step(dq, q, do, lse2, delta, s, k, v, factor, PRECISION)
+            ds = logit_gradient(do, lse2, delta, s, v, factor, PRECISION)
+            if DBIAS:
+                store_pairs(pairs_ptr, ds, corner, k_steps, lo, count, QUERIES, KEYS, WINDOW, MASKED)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     if EXTRA:
         extra_k_ptr = extra_view(extra_k_ptr, extra_k_strides, batch, head // GROUP)
         extra_v_ptr = extra_view(extra_v_ptr, extra_v_strides, batch, head // GROUP)
@@ -122,6 +161,63 @@ def query_kernel(
     d = tl.arange(0, BLOCK_D)
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + offset(row, dq_sp)[:, None] + d[None, :], dq, mask=keep[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _range(step, count, keep, WINDOW: tl.constexpr):
+    """Smallest range of steps on one axis that holds the `count` steps from `step` on of all queries of `keep`."""
+    return tl.min(tl.where(keep, step, WINDOW), 0), tl.max(tl.where(keep, step + count, -WINDOW), 0)
+
+
+@triton.jit(do_not_specialize=["skip"])
+def table_kernel(
+    pairs_ptr, partial_ptr, lengths, start, counts, skip, heads,
+    QUERIES: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
+    PART: tl.constexpr, ENTRIES: tl.constexpr,
+):
+    """Sums `[programs, table]` of the pairs of a tile of queries by table entry, that is by the step from query to key.
+
+    Entries of no pair are left as they are. Programs and pairs are those of `query_kernel`; `ENTRIES` of the last two
+    axes are summed at a time.
+    """
+    lengths, start, counts = grids(lengths, start, counts, PART)
+    _, _, group, n, first = program(tl.program_id(0) + skip, counts, heads, QUERIES, DILATION, CAUSAL)
+    n, begin, nq, _ = part(group, n, lengths, start, counts, DILATION, PART)
+    if (first[0] >= nq[0]) | (first[1] >= nq[1]) | (first[2] >= nq[2]):
+        return
+    ROWS: tl.constexpr = QUERIES[0] * QUERIES[1] * QUERIES[2]
+    TABLE: tl.constexpr = ((2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1), 2 * WINDOW[2] - 1, 1)
+    pairs_ptr = program_pairs(pairs_ptr, ROWS, WINDOW)
+    partial_ptr += tl.program_id(0).to(tl.int64) * ((2 * WINDOW[0] - 1) * TABLE[0])
+    partial_ptr += offset((WINDOW[0] - 1, WINDOW[1] - 1, WINDOW[2] - 1), TABLE)
+
+    # steps from a query to the first key that it sees, and the range of the steps of all queries
+    row = shift(first, local(QUERIES))
+    keep = inside(row, nq)
+    position = shift(row, begin)
+    lo, count = row_bounds(row, n, begin, nq, WINDOW, STRIDE, CAUSAL, False, PART)
+    step_x, step_y, step_z = lo[0] - position[0], lo[1] - position[1], lo[2] - position[2]
+    first_x, end_x = _range(step_x, count[0], keep, WINDOW[0])
+    first_y, end_y = _range(step_y, count[1], keep, WINDOW[1])
+    first_z, end_z = _range(step_z, count[2], keep, WINDOW[2])
+
+    # sums over queries of `[queries, entries on y, entries on z]`
+    pairs_row = tl.arange(0, ROWS) * (WINDOW[0] * WINDOW[1] * WINDOW[2])
+    for x in range(first_x, end_x):
+        see_x = keep & below(x - step_x, count[0])
+        place_x = pairs_row + (position[0] + x) % WINDOW[0] * (WINDOW[1] * WINDOW[2])
+        for y_entry in range(first_y, end_y, ENTRIES[0]):
+            y = y_entry + tl.arange(0, ENTRIES[0])
+            see_y = see_x[:, None] & below(y[None, :] - step_y[:, None], count[1][:, None])
+            place_y = place_x[:, None] + (position[1][:, None] + y[None, :]) % WINDOW[1] * WINDOW[2]
+            for z_entry in range(first_z, end_z, ENTRIES[1]):
+                z = z_entry + tl.arange(0, ENTRIES[1])
+                see_z = below(z[None, :] - step_z[:, None], count[2][:, None])
+                place_z = (position[2][:, None] + z[None, :]) % WINDOW[2]
+                place = pairs_ptr + place_y[:, :, None] + place_z[:, None, :]
+                pairs = tl.load(place, mask=see_y[:, :, None] & see_z[:, None, :], other=0.0)
+                to = partial_ptr + x * TABLE[0] + (y * TABLE[1])[:, None] + z[None, :]
+                tl.store(to, tl.sum(pairs, 0), mask=(y < WINDOW[1])[:, None] & (z < WINDOW[2])[None, :])
 
 
 @triton.jit
@@ -284,67 +380,6 @@ def extra_kernel(
         dk, dv = tl.where(see[:, None], dk, 0.0), tl.where(see[:, None], dv, 0.0)
     tl.store(dk_ptr + row * D + d[None, :], dk * scale, mask=store & (d < D)[None, :])
     tl.store(dv_ptr + row * DV + value_d[None, :], dv, mask=store & (value_d < DV)[None, :])
-
-
-@triton.jit
-def bias_kernel(
-    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides, lse_ptr, delta_ptr,
-    bias_ptr, partial_ptr, lengths, start, counts, batches, heads, chunk, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    QUERIES: tl.constexpr,
-    WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr, PART: tl.constexpr,
-):
-    """Partial table gradients `[chunks, heads, table]` (float32): a program takes one table entry, that is one offset
-    from query to key, and one chunk of all queries of all batches."""
-    NY: tl.constexpr = 2 * WINDOW[1] - 1
-    NZ: tl.constexpr = 2 * WINDOW[2] - 1
-    TABLE: tl.constexpr = (2 * WINDOW[0] - 1) * NY * NZ
-    pid = tl.program_id(0)
-    entry = pid % TABLE
-    head = pid // TABLE % heads
-    part = pid // TABLE // heads
-    ox, oy, oz = entry // (NY * NZ) - WINDOW[0] + 1, entry // NZ % NY - WINDOW[1] + 1, entry % NZ - WINDOW[2] + 1
-    bias = tl.load(bias_ptr + head * TABLE + entry).to(tl.float32)
-    lengths, start, counts = grids(lengths, start, counts, PART)
-    tokens = counts[0] * counts[1] * counts[2]
-    total = tl.cast(batches, tl.int64) * tokens
-    d, value_d = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    acc = tl.zeros([QUERIES], tl.float32)
-    for begin in range(0, chunk, QUERIES):
-        t = part.to(tl.int64) * chunk + begin + tl.arange(0, QUERIES)
-        batch = t // tokens
-        query = token((t % tokens).to(tl.int32), counts)
-        place = shift(query, start) if PART else query
-        see = (begin + tl.arange(0, QUERIES) < chunk) & (t < total)
-        see &= sees(place[0], ox, lengths[0], 0, WINDOW, STRIDE, DILATION, CAUSAL)
-        see &= sees(place[1], oy, lengths[1], 1, WINDOW, STRIDE, DILATION, CAUSAL)
-        see &= sees(place[2], oz, lengths[2], 2, WINDOW, STRIDE, DILATION, CAUSAL)
-        key = shift(place, (ox * DILATION[0], oy * DILATION[1], oz * DILATION[2]))
-        load = see[:, None] & (d < D)[None, :]
-        q = row_vectors(q_ptr, q_strides, batch, query, head, d, load).to(tl.float32)
-        k = row_vectors(k_ptr, k_strides, batch, key, head // GROUP, d, load).to(tl.float32)
-        load = see[:, None] & (value_d < DV)[None, :]
-        v = row_vectors(v_ptr, v_strides, batch, key, head // GROUP, value_d, load).to(tl.float32)
-        do = row_vectors(do_ptr, do_strides, batch, query, head, value_d, load).to(tl.float32)
-        where = row_offset(row_strides(counts, heads), batch, query, head)
-        lse = tl.load(lse_ptr + where, mask=see, other=float("inf"))
-        delta = tl.load(delta_ptr + where, mask=see, other=0.0)
-        p = tl.exp2((tl.sum(q * k, 1) * scale + bias - lse) * LOG2E)
-        acc += tl.where(see, p * (tl.sum(do * v, 1) - delta), 0.0)
-    tl.store(partial_ptr + (part.to(tl.int64) * heads + head) * TABLE + entry, tl.sum(acc, 0))
-
-
-@triton.jit
-def sees(
-    query, step, length, A: tl.constexpr,
-    WINDOW: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr,
-):
-    """Mask of queries at grid coordinates of axis `A` that see the key `step` positions further in their group."""
-    group = query % DILATION[A]
-    position = query // DILATION[A]
-    n = (length - group + DILATION[A] - 1) // DILATION[A]
-    lo, hi = bounds(position, n, 0, n, A, WINDOW, STRIDE, CAUSAL, False, False)
-    return (position + step >= lo) & (position + step < hi)
 
 
 @triton.jit

@@ -123,6 +123,8 @@ MASK_COST = 0.125  # work that the mask adds, per work of the tile; counted by `
 # Pointers cost 5 to 13 instructions per tile for narrow heads, but 45 and many registers for wide ones.
 FEW_TILES, NARROW_HEAD = 6, 32
 
+PAIR_ROWS = 64  # queries of a program that stores dS of its pairs, where there is a choice: more spill registers
+
 forced = Overrides(*Config._fields, "size")
 override = forced.override
 
@@ -177,13 +179,17 @@ def choose(
     device: Device,
     descriptor: bool,
     wide: bool,
+    pairs: bool = False,
 ) -> Config:
     """Launch parameters of one kernel for a grid of up to three axes.
 
-    `descriptor` says whether tensor descriptors are possible; programs with few tiles use pointers even then.
+    `descriptor` says whether tensor descriptors are possible; programs with few tiles use pointers even then. `pairs`
+    says whether the kernel stores dS of its pairs, for the gradient of a bias table.
     """
     table = SIZES[device, kernel, itemsize]
     sizes = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
+    if pairs:
+        sizes = [size for size in sizes if size.queries <= PAIR_ROWS] or sizes
     if isinstance(size := forced.get("size"), Size):
         sizes = (size,)
     size = min(sizes, key=lambda size: shapes(kernel, axes, size)[0])

@@ -1,6 +1,6 @@
 """Launches of the neighborhood kernels; imported, and triton with it, when a kernel first runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
 
@@ -22,17 +22,19 @@ from ..common.launching import (
     with_scratch,
 )
 from . import configs
-from .backward import bias_kernel, extra_kernel, key_kernel, query_kernel
+from .backward import extra_kernel, key_kernel, query_kernel, table_kernel
 from .call import NeighborhoodCall
 from .forward import forward_kernel
 from .geometry import Axis, query_count, query_range
 
 EXTRA_KEYS = 32  # an iteration of the forward and the query's gradient: four warps side by side need 32 columns
 GRADIENT_EXTRA_KEYS = 16  # a program of the gradient of extra keys
-# The kernels that walk all tokens: programs to aim for, enough to fill any device several times over, and the fewest
-# queries that one takes.
+# The gradient of extra keys, which walks all tokens: programs to aim for, enough to fill any device several times over,
+# and the fewest queries that one takes.
 PROGRAMS = 4096
 MIN_CHUNK = 256
+PAIR_BYTES = 128 * 2**20  # that the gradient of a relative position table takes; launches are cut to it
+TABLE_ENTRIES = 32  # of a table, that a program sums at a time
 
 
 def window_constants(axes: tuple[Axis, ...], widths: tuple[int, int]) -> dict:
@@ -99,9 +101,18 @@ def widen(bias: Tensor, lengths: tuple[int, int, int]) -> Tensor:
     return torch.nn.functional.pad(bias, [m for margin in margins for m in (margin, margin)]).contiguous()
 
 
-def token_constants(axes: tuple[Axis, ...], widths: tuple[int, int], itemsize: int) -> dict:
-    """Compile-time arguments of the kernel of the table gradient."""
-    return dict(window_constants(axes, widths), QUERIES=configs.token_block(max(widths), itemsize))
+@lru_cache(maxsize=1024)
+def table_constants(axes: tuple[Axis, ...], queries: tuple[int, int, int]) -> dict:
+    """Compile-time arguments of the kernel that sums the pairs of tiles of `queries` by table entry."""
+    fixed = window_constants(axes, (1, 1))
+    _, y, z = (1 << (n - 1).bit_length() for n in fixed["WINDOW"])
+    last = min(TABLE_ENTRIES, z)
+    return dict(
+        **{name: fixed[name] for name in ("WINDOW", "STRIDE", "DILATION", "CAUSAL", "PART")},
+        QUERIES=queries,
+        ENTRIES=(min(TABLE_ENTRIES // last, y), last),
+        num_warps=max(1, prod(queries) // 16),
+    )
 
 
 def extra_constants(head_dim: int, value_dim: int, itemsize: int, precision: str) -> dict:
@@ -131,7 +142,11 @@ def programs(axes: tuple[Axis, ...], tile: tuple[int, ...], batch_heads: int, *,
 
 
 def configure(
-    kernel: configs.Kernel, axes: tuple[Axis, ...], walked: tuple[Tensor, ...], tensors: tuple[Tensor, ...]
+    kernel: configs.Kernel,
+    axes: tuple[Axis, ...],
+    walked: tuple[Tensor, ...],
+    tensors: tuple[Tensor, ...],
+    pairs: bool = False,
 ) -> configs.Config:
     """Launch parameters of a kernel that walks tiles of `walked`; `tensors` are all that it addresses."""
     config = configs.choose(
@@ -142,6 +157,7 @@ def configure(
         device=device_class(walked[0].device),
         descriptor=has_descriptors(walked[0].device),
         wide=needs_wide(*tensors),
+        pairs=pairs,
     )
     return config._replace(descriptor=config.descriptor and aligned(*walked))
 
@@ -241,33 +257,46 @@ def backward(
     group = heads // key_heads
     q, k, v, do = ((x, grid_strides(x, rank)) for x in (query, key, value, grad_out))
     with torch.cuda.device_of(query):
-        config = configure("query", axes, (key, value), (query, key, value, grad_out, dq))
+        pairs = bias is not None and wanted[0]
+        config = configure("query", axes, (key, value), (query, key, value, grad_out, dq), pairs)
         fixed = constants(axes, config, widths, precision(query))
-        query_kernel[(programs(axes, config.queries, batch * heads),)](
-            *q,
-            *k,
-            *v,
-            out,
-            grid_strides(out, rank),
-            *do,
-            lse,
-            grad_lse,
-            delta,
-            dq,
-            None if alike else grid_strides(dq, rank),
-            bias if bias is None else widen(bias, fixed["TABLE"]),
-            *extras,
-            *grids(axes),
-            heads,
-            extra,
-            scale,
-            GROUP=group,
-            EXTRA_KEYS=EXTRA_KEYS,
-            BIAS=bias is not None,
-            EXTRA=additional_keys is not None,
-            EXTRA_MASK=additional_mask is not None,
-            **fixed,
-        )
+        wide_bias = bias if bias is None else widen(bias, fixed["TABLE"])
+
+        def launch_query(count: int, skip: int = 0, stored: Tensor | None = None):
+            query_kernel[(count,)](
+                *q,
+                *k,
+                *v,
+                out,
+                grid_strides(out, rank),
+                *do,
+                lse,
+                grad_lse,
+                delta,
+                dq,
+                None if alike else grid_strides(dq, rank),
+                wide_bias,
+                stored,
+                *extras,
+                *grids(axes),
+                skip,
+                heads,
+                extra,
+                scale,
+                GROUP=group,
+                EXTRA_KEYS=EXTRA_KEYS,
+                BIAS=bias is not None,
+                EXTRA=additional_keys is not None,
+                EXTRA_MASK=additional_mask is not None,
+                DBIAS=pairs,
+                **fixed,
+            )
+
+        dbias, tiles = None, programs(axes, config.queries, 1)
+        if bias is not None and pairs:
+            dbias = table_gradient(launch_query, axes, bias, batch, tiles, config.queries)
+        else:
+            launch_query(tiles * batch * heads)
         config = configure("key", axes, (query, grad_out), (query, key, value, grad_out, dk))
         if any(query_count(a) < a.dilation for a in axes):  # no descriptor of a dilation group without queries
             config = config._replace(descriptor=False)
@@ -291,7 +320,6 @@ def backward(
             BIAS=bias is not None,
             **fixed,
         )
-        dbias = None if bias is None or not wanted[0] else bias_gradient(q, k, v, do, lse, delta, bias, axes, scale)
         dek, dev = (None, None)
         if extra and any(wanted[1:]):
             dek, dev = extra_gradient(
@@ -302,31 +330,35 @@ def backward(
     return dq, dk, dv, dbias, dek, dev
 
 
-def bias_gradient(q, k, v, do, lse, delta, bias: Tensor, axes: tuple[Axis, ...], scale: float) -> Tensor:
-    """Gradient of the relative position table: partial sums of chunks of queries, added by torch in a fixed order."""
-    query, heads, entries = q[0], bias.shape[0], prod(bias.shape[1:])
-    total = query.shape[0] * prod(map(query_count, axes))
-    chunk = max(MIN_CHUNK, cdiv(total, cdiv(PROGRAMS, heads * entries)))
-    chunks = cdiv(total, chunk)
-    partial = torch.empty(chunks, heads, entries, dtype=torch.float32, device=query.device)
-    bias_kernel[(chunks * heads * entries,)](
-        *q,
-        *k,
-        *v,
-        *do,
-        lse,
-        delta,
-        bias.contiguous(),
-        partial,
-        *grids(axes),
-        query.shape[0],
-        heads,
-        chunk,
-        scale,
-        GROUP=heads // k[0].shape[-2],
-        **token_constants(axes, (query.shape[-1], v[0].shape[-1]), query.element_size()),
-    )
-    return partial.sum(0).view(bias.shape).to(bias.dtype)
+def table_gradient(
+    launch: Callable, axes: tuple[Axis, ...], bias: Tensor, batch: int, tiles: int, queries: tuple[int, int, int]
+) -> Tensor:
+    """Gradient of the relative position table, summed in a fixed order over programs, then heads, then batch entries.
+
+    Args:
+        launch: launches `count` programs of the query's gradient after `skip` others, which store `pairs`.
+        axes: the neighborhood.
+        bias: the table `[heads, …]`.
+        batch: number of batch entries.
+        tiles: programs per head of a batch entry.
+        queries: tile of queries of a program.
+    """
+    heads, entries = bias.shape[0], prod(bias.shape[1:])
+    stored = prod(queries) * prod(a.window for a in axes)
+    most = max(1, PAIR_BYTES // (4 * (stored + entries)))  # programs of a launch
+    at_once, step = max(1, most // tiles), min(tiles, most)  # heads, and tiles of one head where all are too many
+    fixed = table_constants(axes, queries)
+    total = torch.zeros(batch * heads, entries, dtype=torch.float32, device=bias.device)
+    pairs = torch.empty(min(at_once, len(total)) * step, stored, dtype=torch.float32, device=bias.device)
+    for first in range(0, len(total), at_once):
+        sums = total[first : first + at_once]
+        for tile in range(0, tiles, step):
+            count, skip = len(sums) * min(step, tiles - tile), first * tiles + tile
+            launch(count, skip, pairs)
+            partial = torch.zeros(count, entries, dtype=torch.float32, device=bias.device)
+            table_kernel[(count,)](pairs, partial, *grids(axes), skip, heads, **fixed)
+            sums += partial.view(len(sums), -1, entries).sum(1)
+    return total.view(batch, *bias.shape).sum(0).to(bias.dtype)
 
 
 def extra_gradient(

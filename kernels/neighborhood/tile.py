@@ -252,7 +252,7 @@ def _border_tile(t, counts, inner, inner_counts):
 
 
 @triton.jit
-def _below(a, b):
+def below(a, b):
     """Mask of 0 <= a < b, for b >= 0: one comparison."""
     return tl.cast(a, tl.uint32) < tl.cast(b, tl.uint32)
 
@@ -268,11 +268,11 @@ def visible(column, lo, count, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     if ROWS[1] * COLUMNS[1] > 1:
         seen_y = count[1][:, None]
         if ROWS[0] * COLUMNS[0] > 1:
-            seen_y = tl.where(_below(column[0][None, :] - lo[0][:, None], count[0][:, None]), seen_y, 0)
-        seen = tl.where(_below(column[1][None, :] - lo[1][:, None], seen_y), seen, 0)
+            seen_y = tl.where(below(column[0][None, :] - lo[0][:, None], count[0][:, None]), seen_y, 0)
+        seen = tl.where(below(column[1][None, :] - lo[1][:, None], seen_y), seen, 0)
     elif ROWS[0] * COLUMNS[0] > 1:
-        seen = tl.where(_below(column[0][None, :] - lo[0][:, None], count[0][:, None]), seen, 0)
-    return _below(column[2][None, :] - lo[2][:, None], seen)
+        seen = tl.where(below(column[0][None, :] - lo[0][:, None], count[0][:, None]), seen, 0)
+    return below(column[2][None, :] - lo[2][:, None], seen)
 
 
 @triton.jit

@@ -94,8 +94,8 @@ def call_scan() -> None:
 
 
 CALLS = {
-    "neighborhood": (lambda: call_neighborhood(False), {"forward", "query", "key", "bias", "extra"}),
-    "neighborhood, descriptors": (lambda: call_neighborhood(True), {"forward", "query", "key", "bias", "extra"}),
+    "neighborhood": (lambda: call_neighborhood(False), {"forward", "query", "key", "table", "extra"}),
+    "neighborhood, descriptors": (lambda: call_neighborhood(True), {"forward", "query", "key", "table", "extra"}),
     "neighborhood, e4m3": (call_neighborhood_e4m3, {"forward"}),
     "window": (call_window, {"forward", "window"}),
     "block_sparse": (call_block_sparse, {"forward", "query", "count", "place", "key", "extra"}),

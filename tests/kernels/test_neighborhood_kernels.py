@@ -66,6 +66,32 @@ def test_the_table_is_widened_around_its_middle():
     assert torch.equal(launch.widen(bias, (1, 3, 5)), bias)
 
 
+@pytest.mark.parametrize("most", [1, 4, 7, 11, 30, 100])
+def test_launches_of_the_table_gradient_take_every_program_once_in_bounded_memory(most, monkeypatch):
+    from foveal.kernels.neighborhood import launch
+
+    axes, batch, heads, tiles, queries = (Axis(20, 3),), 3, 2, 5, (1, 1, 4)
+    entries, stored, taken = 5, 3 * 4, []
+    values = torch.randn(batch * heads * tiles, entries)
+
+    def store(count, skip, pairs):
+        assert len(pairs) >= count and pairs.shape[1] == stored and len(pairs) <= most
+        taken.extend(range(skip, skip + count))
+
+    class Sums:  # stands in for the kernel
+        def __getitem__(self, grid):
+            def run(pairs, partial, lengths, start, counts, skip, heads, **fixed):
+                partial += values[skip : skip + grid[0]]
+
+            return run
+
+    monkeypatch.setattr(launch, "PAIR_BYTES", 4 * (stored + entries) * most)
+    monkeypatch.setattr(launch, "table_kernel", Sums())
+    found = launch.table_gradient(store, axes, torch.empty(heads, entries), batch, tiles, queries)
+    assert taken == list(range(batch * heads * tiles))
+    torch.testing.assert_close(found, values.view(batch, heads, tiles, entries).sum((0, 2)))
+
+
 def check_report(**kwargs) -> None:
     for row in kernel_checks.check_report(operators=["neighborhood"], unspilled=kernel_checks.must_not_spill, **kwargs):
         if row.arch == "sm_90" and row.kernel in ("forward", "query", "key"):

@@ -31,11 +31,17 @@ def softmax_step(acc, m, l, s, v, factor, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def query_step(dq, q, do, lse2, delta, s, k, v, factor, PRECISION: tl.constexpr):
-    """Add the contribution of a tile of keys to dQ / scale; `lse2` is the base-2 log-sum-exp."""
+def logit_gradient(do, lse2, delta, s, v, factor, PRECISION: tl.constexpr):
+    """dS of a tile of logits `s`, which `factor` makes base 2; `lse2` is the base-2 log-sum-exp."""
     p = tl.exp2(s * factor - lse2[:, None])
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    ds = p * (dp - delta[:, None])
+    return p * (dp - delta[:, None])
+
+
+@triton.jit
+def query_step(dq, q, do, lse2, delta, s, k, v, factor, PRECISION: tl.constexpr):
+    """Add the contribution of a tile of keys to dQ / scale; see `logit_gradient`."""
+    ds = logit_gradient(do, lse2, delta, s, v, factor, PRECISION)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 

@@ -11,9 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from foveal.kernels.neighborhood import configs, geometry, tile
+from foveal.kernels.neighborhood import launch as neighborhood_launch
 from foveal.kernels.neighborhood.configs import Size
 from foveal.kernels.ops import na2d
 from neighborhood_matrix import (
+    OPERATORS,
     Case,
     cases,
     check,
@@ -24,6 +26,7 @@ from neighborhood_matrix import (
     masked_cases,
     run,
 )
+from operator_matrix import gradients
 from torch.utils.flop_counter import FlopCounterMode
 
 QUICK = (  # by default; all others are slow
@@ -31,6 +34,8 @@ QUICK = (  # by default; all others are slow
     "test_random_cases_match_the_reference[2-0]",
     "test_random_cases_match_the_reference[3-0]",
     "test_windows_per_head[1]",
+    "test_table_gradient[three axes-65536]",
+    "test_a_frozen_table",
     "test_nan_in_a_key",
     "test_memory_around",
 )
@@ -56,10 +61,9 @@ MASKED = replace(FULL, extra=19, value_dim=5, additional_mask="mask")
 
 
 def affordable(case: Case) -> bool:
-    """The interpreter takes about ten milliseconds a program: few tiles, few entries of the bias table."""
+    """The interpreter takes about ten milliseconds a program: few tiles."""
     slices = case.batch * case.heads * prod(case.dilation)
-    entries = case.heads * prod(2 * w - 1 for w in case.window) if case.bias else 0
-    return slices <= 6 and case.batch * case.heads * prod(case.shape) <= 240 and entries <= 30
+    return slices <= 6 and case.batch * case.heads * prod(case.shape) <= 240
 
 
 @cache
@@ -121,10 +125,28 @@ def test_any_scale(scale):
     check(replace(FULL, scale=scale), torch.float32, "triton")
 
 
-def test_bias_on_three_axes():
-    """More table entries than the random cases afford."""
-    case = Case(shape=(3, 4, 6), window=(3, 3, 3), stride=(1, 2, 1), dilation=(1, 1, 2), causal=(True, False, False))
-    check(replace(case, heads=1, key_heads=1, bias=True), torch.float32, "triton")
+TABLES = {
+    "rows longer than are summed at a time": Case((90,), (77,), (4,), (1,), (False,), batch=2),
+    "dilation groups of several lengths": Case((11, 13), (3, 5), (1, 2), (3, 2), (False, True), key_heads=1, extra=3),
+    "three axes": Case((3, 4, 6), (3, 3, 3), (1, 2, 1), (1, 1, 2), (True, False, False)),
+}
+
+
+@pytest.mark.parametrize("memory", [2**27, 2**16, 1])
+@pytest.mark.parametrize("name", TABLES)
+def test_table_gradient(name, memory, monkeypatch):
+    """In one launch, in several of some heads each, and one program at a time."""
+    monkeypatch.setattr(neighborhood_launch, "PAIR_BYTES", memory)
+    check(replace(TABLES[name], bias=True), torch.float32, "triton")
+
+
+def test_a_frozen_table_costs_nothing_and_changes_nothing(monkeypatch):
+    expected, inputs = run(FULL, make_inputs(FULL, torch.float32), "triton"), make_inputs(FULL, torch.float32)
+    bias = inputs.pop("bias").detach()
+    monkeypatch.setattr(neighborhood_launch, "table_gradient", None)
+    found = gradients(inputs, *OPERATORS[2](**inputs, bias=bias, **FULL.options, impl="triton"), FULL.seed + 1)
+    assert found.keys() == expected.keys() - {"bias"}
+    assert all(torch.equal(x, expected[name]) for name, x in found.items())
 
 
 def test_pinned_tiles_are_right():
