@@ -24,6 +24,7 @@ from .plan import Finding
 
 RANDOM_CASES = 40  # of an operator, over all ranks
 REPEATS = 50
+HALF = (torch.float16, torch.bfloat16)  # dtypes of kernels that only an explicit request takes
 MOST_WRONG = 4  # cases after which no more are tried
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
@@ -50,8 +51,10 @@ def cases_of(declared: Declared, context: Context) -> Iterator[tuple[Any, dict]]
 def values(context: Context, name: str, impl: str = "triton") -> Finding:
     """Hold outputs and all gradients of an operator to the float64 reference, by the error rule of the tests."""
     declared, checked, wrong = DECLARED[name], 0, []
+    dtypes = HALF if impl in declared.on_request else context.dtypes
     for i, (case, forced) in enumerate(cases_of(declared, context)):
-        for dtype in context.dtypes if i < len(declared.cases) else context.dtypes[i % len(context.dtypes) :][:1]:
+        case = declared.on_request[impl](case) if impl in declared.on_request else case
+        for dtype in dtypes if i < len(declared.cases) else dtypes[i % len(dtypes) :][:1]:
             if context.late or len(wrong) >= MOST_WRONG:
                 break
             try:
@@ -168,12 +171,14 @@ def tests(context: Context, file: str, marker: str = "gpu") -> Finding:
 
 
 def gluon(context: Context, name: str) -> Finding:
-    """Hold `impl="gluon"` to the reference, to its own bits, and to the plain kernels' time."""
+    """Hold `impl="gluon"` to the reference and to its own bits."""
     if "gluon" not in OPERATORS[name].modules:
         raise SkippedError(f"{name} attention has no impl='gluon' yet")
+    if not context.on_gpu or torch.cuda.get_device_capability(context.device) != (9, 0):
+        raise SkippedError("impl='gluon' is for compute capability 9.0")
     finding = values(context, name, "gluon")
     declared = DECLARED[name]
-    for case in declared.cases:
+    for case in map(declared.on_request["gluon"], declared.cases):
         inputs = declared.matrix.make_inputs(case, torch.float16, context.device)
         assert_same_bits(lambda case=case, inputs=inputs: declared.matrix.run(case, inputs, "gluon"), REPEATS)
     finding.notes.append(f"the same bits {REPEATS + 1} times")

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from .calling import IMPLEMENTATIONS, Impl, Mask, PerAxis, PerHead, entries, is_integer
+from .calling import IMPLEMENTATIONS, ON_REQUEST, Impl, Mask, PerAxis, PerHead, entries, is_integer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,8 +83,8 @@ def _check_text(name: str, x: Any, first: Given) -> None:
 
 
 def _check_impl(name: str, x: Any, first: Given) -> None:
-    if x not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"{name}={x!r} must be one of {('auto', *IMPLEMENTATIONS)}")
+    if x not in (accepted := ("auto", *IMPLEMENTATIONS, *ON_REQUEST)):
+        raise ValueError(f"{name}={x!r} must be one of {accepted}")
 
 
 def _check_axes(kind: type, name: str, x: Any, first: Given) -> None:

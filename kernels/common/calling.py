@@ -1,8 +1,11 @@
 """Checks of how arguments fit together, and facts of a call that choose its implementation."""
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from math import prod
 from numbers import Integral
@@ -12,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-Impl = Literal["auto", "triton", "torch", "reference"]
+Impl = Literal["auto", "triton", "gluon", "torch", "reference"]
 T = TypeVar("T")
 PerAxis = T | Sequence[T]
 PerHead = PerAxis[T] | Sequence[PerAxis[T]]  # one value, one per axis, or one of these per head
 Mask = Annotated[Tensor, "bool mask or integer lengths"]
 IMPLEMENTATIONS = ("triton", "torch", "reference")
+ON_REQUEST = ("gluon",)  # of some operators; `impl="auto"` never takes them
 HAS_TRITON = find_spec("triton") is not None
+OLDEST_GLUON = (3, 6)  # of Triton, whose Gluon has what our kernels call
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TRITON_HEAD_DIM = 256
 
@@ -210,6 +215,37 @@ def triton_obstacle(
         return f"head_dim {query.shape[-1]} exceeds {limits[0]}"
     if value is not None and limits[1] is not None and value.shape[-1] > limits[1]:
         return f"head_dim {value.shape[-1]} of value exceeds {limits[1]}"
+    return None
+
+
+@lru_cache
+def triton_version() -> str | None:
+    """Version of Triton, None without it."""
+    for name in ("triton", "pytorch-triton"):  # of nightly builds of PyTorch
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            pass
+    return None
+
+
+def gluon_obstacle(query: Tensor, value: Tensor, head_dims: tuple[int, ...]) -> str | None:
+    """Why kernels in Gluon cannot take these tensors, or None when they can: those of Hopper, in half precision, with
+    heads of one of `head_dims`."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if query.device.type != "cuda" or torch.version.hip:
+        return f"device {query.device} is not CUDA, and Gluon has no interpreter"
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(query.device)) != (9, 0):
+        return f"compute capability {found[0]}.{found[1]} is not 9.0 (H100, H200), whose instructions it consists of"
+    known = triton_version()
+    if known is not None and tuple(int(x) for x in re.findall(r"\d+", known)[:2]) < OLDEST_GLUON:
+        return f"Triton {known} is older than 3.6, whose Gluon it is written in"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {query.dtype} is not float16 or bfloat16"
+    for name, x in (("query", query), ("value", value)):
+        if x.shape[-1] not in head_dims:
+            return f"head_dim {x.shape[-1]} of {name} is not one of {head_dims}"
     return None
 
 

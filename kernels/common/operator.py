@@ -64,9 +64,11 @@ class Operator:
         fake: empty outputs from (query, key, value, call).
         flows: per output, whether a gradient flows into it. Others are kept for the backward pass and not returned.
         modules: module of each implementation; without "triton" the dispatcher has no operator.
-        graph: implementation, other than "triton", that is one operator of a compiled graph on CPU.
+        graph: implementation without kernels that is one operator of a compiled graph on CPU.
         max_head_dims: largest head dims of query and of value that the Triton kernels take; None for any.
         unsupported: further reasons of `impl="triton"` from (query, key, value, call), or None.
+        on_request: implementations with kernels that "auto" never takes, by name: why each cannot take (query, key,
+            value, call), or None. Where no call is known yet, `call` is None.
         prepare: changes (query, key, value, call) before the dispatcher, such as a sign taken into the query.
         title: the attention, as an error calls it.
     """
@@ -87,12 +89,15 @@ class Operator:
         graph: str | None = None,
         max_head_dims: tuple[int, int | None] = (MAX_TRITON_HEAD_DIM, MAX_TRITON_HEAD_DIM),
         unsupported: Callable[..., str | None] | None = None,
+        on_request: dict[str, Callable[..., str | None]] | None = None,
         prepare: Callable[..., tuple] | None = None,
     ):
         self.name, self.package, self.call, self.title = name, package, call, title
         self.flops, self.summarize, self.fake, self.flows = flops, summarize, fake, tuple(flows)
         self.modules = modules or {"triton": "launch", "torch": "tiled", "reference": "reference"}
         self.max_head_dims, self.unsupported, self.prepare = max_head_dims, unsupported, prepare
+        self.on_request = on_request or {}
+        self.with_kernels = ("triton", *self.on_request)
         self._loaded: dict[str, Any] = {}  # modules by implementation
         self.codec = codec(call)
         self.arguments = ", ".join(f"{schema} {suffix[1:]}" for schema, suffix in self.codec.arguments)
@@ -101,8 +106,8 @@ class Operator:
         self.dispatched: dict[str, Callable] = {}
         if "triton" in self.modules:
             self.dispatched["triton"] = self._define(name, "triton")
-        if graph is not None:
-            self.dispatched[graph] = self._define(f"{name}_{graph}", graph)
+        for impl in (*self.on_request, *(() if graph is None else (graph,))):
+            self.dispatched[impl] = self._define(f"{name}_{impl}", impl)
         OPERATORS[name] = self
 
     def module(self, impl: str):
@@ -120,6 +125,8 @@ class Operator:
             reasons["triton"] = triton_obstacle(query, value, self.max_head_dims)
             if reasons["triton"] is None and self.unsupported is not None:
                 reasons["triton"] = self.unsupported(query, key, value, call)
+        for impl, obstacle in self.on_request.items():
+            reasons[impl] = obstacle(query, key, value, call)
         return reasons
 
     def select_impl(self, query: Tensor, key: Tensor, value: Tensor, call: Any, impl: Impl = "auto") -> Impl:
@@ -135,16 +142,17 @@ class Operator:
             raise ValueError(f"impl={impl!r} must be one of {('auto', *self.modules)}")
         if impl in ("torch", "reference"):
             return impl
-        why = self.unsupported_reasons(query, key, value, call)["triton"]
-        if why is not None and impl == "triton":
-            raise NotImplementedError(f"impl='triton' cannot take this call: {why}")
-        return "triton" if why is None else "torch"
+        wanted: Impl = "triton" if impl == "auto" else impl
+        why = self.unsupported_reasons(query, key, value, call)[wanted]
+        if why is not None and impl != "auto":
+            raise NotImplementedError(f"impl={impl!r} cannot take this call: {why}")
+        return wanted if why is None else "torch"
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, call: Any, *, impl: Impl = "auto") -> Any:
         """Outputs of a checked call."""
         chosen = self.select_impl(query, key, value, call, impl)
         with without_autocast(query.device):
-            if chosen == "triton" or (chosen in self.dispatched and is_compiled_on_cpu(query)):
+            if chosen in self.with_kernels or (chosen in self.dispatched and is_compiled_on_cpu(query)):
                 return self.dispatch(chosen, query, key, value, call)
             return self.module(chosen).attend(query, key, value, call)
 
@@ -171,7 +179,7 @@ class Operator:
         def register(function: Callable) -> Callable:
             FUNCTIONS[function.__name__] = Public(self, make_call, summarize or self.summarize)
             for impl in self.modules:
-                if impl != "triton":  # a graph that traces the call cannot import
+                if impl not in self.with_kernels:  # a graph that traces the call cannot import
                     self.module(impl)
             return function
 

@@ -1,16 +1,18 @@
 """Ahead-of-time compilation of the neighborhood kernels: every kernel, dtype and pinned size, without a device."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from triton.compiler import ASTSource
 
 from ..common.launching import Device
 from ..tools.variants import TYPES, Variant, source
-from . import configs
+from . import configs, gluon
 from .backward import extra_kernel, key_kernel, query_kernel, table_kernel
 from .forward import forward_kernel
 from .geometry import Axis
+from .gluon_forward import forward_kernel as gluon_kernel
 from .launch import EXTRA_KEYS, constants, extra_constants, table_constants
 
 GRIDS = {
@@ -132,6 +134,24 @@ def _window_variants(
             options = {"num_warps": fixed.pop("num_warps")}
             made = _source(table_kernel, TYPES[dtype], head_dim, len(axes), fixed)
             yield Variant("table", grid, TYPES[dtype], head_dim, flags, config.queries, (), made, options)
+
+
+def gluon_variants() -> Iterator[Variant]:
+    """The Gluon forward of sm_90 with every size, and the first size with the flags that it has."""
+    half = [dtype for dtype in TYPES if dtype.itemsize == 2]
+    for dtype, (head_dim, sizes) in product(half, configs.GLUON_SIZES.items()):
+        for size, (grid, axes) in product(sizes, GRIDS.items()):
+            several = size == sizes[0] and grid == "21x21"
+            for flags in ("", "wide, grouped", "ones", "part") if several else ("",):
+                with configs.override(size=size):
+                    config = gluon.configure(axes, head_dim, wide="wide" in flags)
+                fixed = dict(gluon.constants(axes, config, head_dim), GROUP=1 + ("grouped" in flags))
+                fixed["PART"] = flags == "part"
+                options = dict(num_warps=fixed.pop("num_warps"), num_stages=config.stages)
+                fixed |= {} if fixed["PART"] else dict(start=None, counts=None)
+                made = _source(gluon_kernel, TYPES[dtype], head_dim, len(axes), fixed, flags == "ones")
+                known = ("gluon", grid, TYPES[dtype], head_dim, flags)
+                yield Variant(*known, config.queries, config.keys, made, options, gluon.CONSUMERS.value)
 
 
 def _token_variants(dtype, head_dim: int, precision: str) -> Iterator[Variant]:

@@ -11,6 +11,7 @@ from math import copysign
 
 from torch import Tensor
 
+from ..common.calling import gluon_obstacle
 from ..common.operator import Operator
 from . import cost
 from .geometry import Axis
@@ -29,6 +30,12 @@ class NeighborhoodCall:
     additional_keys: Tensor | None = None
     additional_values: Tensor | None = None
     additional_mask: Tensor | None = None
+
+    @property
+    def additions(self) -> tuple[str, ...]:
+        """Names of what is added to the logits or to the keys."""
+        extra = self.additional_keys is not None and self.additional_keys.shape[1] > 0
+        return ("bias",) * (self.bias is not None) + ("additional_keys",) * extra
 
     @property
     def additional(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -57,13 +64,33 @@ def _prepare(query: Tensor, key: Tensor, value: Tensor, call: NeighborhoodCall) 
     return query, key, value, call if scale == call.scale else replace(call, scale=scale)
 
 
+GLUON_HEAD_DIMS = (64, 128)
+GLUON_LACKS = {
+    "bias": "its consumers have no registers left for a bias",
+    "additional_keys": "it has no loop over additional keys",
+}
+
+
+def gluon_unsupported(query: Tensor, key: Tensor, value: Tensor, call) -> str | None:
+    """Why the Gluon forward cannot take a call, or None; `call` has `additions`, or is None."""
+    if (why := gluon_obstacle(query, value, GLUON_HEAD_DIMS)) is not None:
+        return why
+    if query.shape[-1] != value.shape[-1]:
+        return f"head_dim {value.shape[-1]} of value is not that of query, {query.shape[-1]}"
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.stride(-1) != 1 or any(n == 0 or n % 8 for n in x.stride()[:-1]):  # descriptors address by 16 bytes
+            return f"{name}.stride()={x.stride()} must end in 1, the others multiples of 8 and not 0"
+    return next((GLUON_LACKS[name] for name in (() if call is None else call.additions)), None)
+
+
 neighborhood = Operator(
     "neighborhood",
     package=__name__.rpartition(".")[0],
     call=NeighborhoodCall,
     differentiable=("bias", "additional_keys", "additional_values"),
     flops=_flops,
-    modules={"triton": "launch", "torch": "compiled", "reference": "reference"},
+    modules={"triton": "launch", "gluon": "gluon", "torch": "compiled", "reference": "reference"},
+    on_request={"gluon": gluon_unsupported},
     graph="torch",
     prepare=_prepare,
     title="neighborhood attention",

@@ -115,6 +115,11 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
     ("amd", "query", 4): {64: (Size(16, 16, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
     ("amd", "key", 4): {64: (Size(16, 16, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
 }
+# head dim -> sizes of the Gluon forward: two consumers of 64 queries, of four warps each, and a producer
+GLUON_SIZES: dict[int, tuple[Size, ...]] = {
+    64: (Size(128, 128, 4, 3), Size(128, 64, 4, 4)),
+    128: (Size(128, 128, 4, 2), Size(128, 64, 4, 3)),
+}
 SAME_COST = 1.1  # costs within 10 % count as equal: the estimate is no more accurate
 TILE_OVERHEAD = 4096  # fixed work per visited tile, in (query, key) pairs
 MASK_COST = 0.125  # work that the mask adds, per work of the tile; counted by `tools.compile_report --loop`
@@ -180,16 +185,19 @@ def choose(
     descriptor: bool,
     wide: bool,
     pairs: bool = False,
+    sizes: tuple[Size, ...] | None = None,
 ) -> Config:
     """Launch parameters of one kernel for a grid of up to three axes.
 
     `descriptor` says whether tensor descriptors are possible; programs with few tiles use pointers even then. `pairs`
-    says whether the kernel stores dS of its pairs, for the gradient of a bias table.
+    says whether the kernel stores dS of its pairs, for the gradient of a bias table. `sizes` take the place of the
+    table's.
     """
-    table = SIZES[device, kernel, itemsize]
-    sizes = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
+    if sizes is None:
+        table = SIZES[device, kernel, itemsize]
+        sizes = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
     if pairs:
-        sizes = [size for size in sizes if size.queries <= PAIR_ROWS] or sizes
+        sizes = tuple(size for size in sizes if size.queries <= PAIR_ROWS) or sizes
     if isinstance(size := forced.get("size"), Size):
         sizes = (size,)
     size = min(sizes, key=lambda size: shapes(kernel, axes, size)[0])

@@ -33,6 +33,11 @@ class Neighborhoods(NamedTuple):
     qk_dtype: torch.dtype | None
     grid: Sequence[int] | None
 
+    @property
+    def additions(self) -> tuple[str, ...]:
+        """Names of what is added to the logits or to the keys."""
+        return ("bias",) * self.bias + ("additional_keys",) * (self.extra > 0)
+
 
 def find_neighborhoods(
     query: Tensor,
@@ -90,8 +95,10 @@ def summarize(
         e4m3, dtype = why is None, str(query.dtype).removeprefix("torch.")
         summary["query_key_products"] = "of e4m3 numbers" + ("" if e4m3 else f" restored to {dtype}: {why}")
     width, itemsize = max(head_dim, value.shape[-1]), 1 if e4m3 else query.itemsize
-    if len(groups) == 1 and impl == "triton":
-        tiling = _tiling(groups[0].axes, query.device, width, itemsize, extra)
+    known = {"device": query.device, "width": width, "itemsize": itemsize, "extra": extra, "gluon": impl == "gluon"}
+    tiled = impl in ("triton", "gluon")
+    if len(groups) == 1 and tiled:
+        tiling = _tiling(groups[0].axes, **known)
         summary["forward_tiles"] = f"{tiling}: queries by keys, {tiling.visited:,} visited a head"
         summary["useful_pairs"] = f"{tiling.efficiency:.0%} of those computed"
         summary["unmasked_tiles"] = f"{tiling.interior_share:.0%} of those visited"
@@ -99,8 +106,8 @@ def summarize(
     if len(groups) > 1:
         for group in groups:
             text = f"{_describe(group.axes)}, {_pairs(group, extra) / _count(group.heads) / tokens:,.6g} keys per query"
-            if impl == "triton":
-                tiling = _tiling(group.axes, query.device, width, itemsize, extra)
+            if tiled:
+                tiling = _tiling(group.axes, **known)
                 text += f", tiles of {tiling}, {tiling.efficiency:.0%} of the computed pairs useful"
             summary[_name(group.heads)] = text
     return summary
@@ -134,7 +141,7 @@ def _describe(axes: tuple[Axis, ...]) -> str:
     return ", ".join(words)
 
 
-def _tiling(axes: tuple[Axis, ...], device: torch.device, width: int, itemsize: int, extra: int):
+def _tiling(axes: tuple[Axis, ...], *, device: torch.device, width: int, itemsize: int, extra: int, gluon: bool):
     """The tiles that the forward kernel visits."""
     from ..common.launching import device_class
     from . import configs, simulator
@@ -147,6 +154,7 @@ def _tiling(axes: tuple[Axis, ...], device: torch.device, width: int, itemsize: 
         device=device_class(device) if torch.cuda.is_available() else "hopper",
         descriptor=False,  # neither this nor the width of offsets changes the tile
         wide=False,
+        sizes=configs.GLUON_SIZES[width] if gluon else None,
     )
     rows, columns = config.queries[-len(axes) :], config.keys[-len(axes) :]  # kernels see three axes
     return simulator.simulate(axes, rows, columns, extra=extra)

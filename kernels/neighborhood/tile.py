@@ -175,10 +175,15 @@ def _axis_part(group, length, start, count, DILATION: tl.constexpr):
 
 
 @triton.jit
-def local(TILE: tl.constexpr):
-    """Coordinates of the tokens of a tile relative to its first: three `[tokens]` vectors, C order."""
-    i = tl.arange(0, TILE[0] * TILE[1] * TILE[2])
+def coordinates(i, TILE: tl.constexpr):
+    """Coordinates of token number `i` of a tile relative to its first, C order."""
     return i // (TILE[1] * TILE[2]), i // TILE[2] % TILE[1], i % TILE[2]
+
+
+@triton.jit
+def local(TILE: tl.constexpr):
+    """`coordinates` of all tokens of a tile: three `[tokens]` vectors."""
+    return coordinates(tl.arange(0, TILE[0] * TILE[1] * TILE[2]), TILE)
 
 
 @triton.jit

@@ -116,7 +116,8 @@ class Row(Head):
 class LoopRow(Head):
     """One iteration of hot loop number `loop` of a variant, in the order of its code; see `sass.Loop`.
 
-    `programs` fit on an SM, of whose matrix units they reach `share` at most.
+    `programs` fit on an SM, of whose matrix units they reach `share` at most. Consumers of one program count as
+    programs, each with its own loops.
     """
 
     registers: int
@@ -173,7 +174,8 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 def _variants(operator: str, arch: str) -> list:
     module = import_module(f"{DECLARED[operator].package}.aot")
     known = ARCHITECTURES[arch]
-    found = module.variants(device=known.device, tf32=arch.startswith("sm_"), descriptors=known.descriptors)
+    found = list(module.variants(device=known.device, tf32=arch.startswith("sm_"), descriptors=known.descriptors))
+    found += module.gluon_variants() if arch == "sm_90" and hasattr(module, "gluon_variants") else ()
     return [variant for variant in found if known.e4m3 or "e4m3" not in variant.flags]
 
 
@@ -193,7 +195,8 @@ def count_loops(operator: str, arch: str, index: int) -> list[LoopRow]:
     kernel = triton.compile(variant.source, target=_target(arch), options=variant.options)
     registers, _ = _nvidia_usage(kernel.asm["ptx"], kernel.asm["cubin"], arch)
     shared, columns = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0) or 0
-    programs = sass.resident_programs(arch, registers=registers, shared=shared, warps=warps, tensor_columns=columns)
+    needs = dict(registers=registers, shared=shared, warps=kernel.metadata.num_warps, tensor_columns=columns)
+    programs = variant.consumers * sass.resident_programs(arch, **needs)
     rows = []
     for i, loop in enumerate(sass.hot_loops(sass.disassemble(kernel.asm["cubin"]), arch, warps)):
         counts = (loop.products, loop.tensor, loop.special, loop.float32, loop.integer, loop.memory, loop.issue)

@@ -17,7 +17,8 @@ DIVISIBLE = [["tt.divisibility", 16]]
 class Variant(NamedTuple):
     """A kernel with all that fixes its machine code; `source` and `options` are what `triton.compile` takes.
 
-    `queries` and `keys` are its tiles as the report prints them, empty for a kernel without.
+    `queries` and `keys` are its tiles as the report prints them, empty for a kernel without. `consumers` are the parts
+    of a program that multiply, each with warps and hot loops of its own.
     """
 
     kernel: str
@@ -29,6 +30,7 @@ class Variant(NamedTuple):
     keys: tuple[int, ...]
     source: ASTSource
     options: dict
+    consumers: int = 1
 
 
 def source(
@@ -67,4 +69,7 @@ def source(
             signature[name], values[name] = "constexpr", 1
         else:
             signature[name] = "fp32" if name in floats else "i32"
-    return ASTSource(kernel, signature, values, attributes)
+    kind = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as kind
+    return kind(kernel, signature, values, attributes)

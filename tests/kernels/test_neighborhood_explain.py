@@ -26,7 +26,7 @@ def on_cuda(**options):
 def test_cpu_takes_the_tiled_path():
     explanation = explain(ops.na2d, *tensors(), window=5, impl="auto")
     assert explanation.impl == "torch" and explanation.operator == "na2d"
-    assert list(explanation.reasons) == ["triton", "torch", "reference"]
+    assert list(explanation.reasons) == ["triton", "gluon", "torch", "reference"]
     assert "cpu is neither CUDA nor ROCm" in explanation.reasons["triton"]
     assert explanation.reasons["torch"] is None
 

@@ -18,7 +18,7 @@ import torch
 from foveal.kernels.neighborhood import configs
 from foveal.kernels.neighborhood.configs import Size
 from foveal.kernels.ops import na1d, na2d, na3d
-from neighborhood_matrix import Case, cases, check, errors, make_inputs, run
+from neighborhood_matrix import Case, cases, check, errors, for_gluon, make_inputs, run
 from operator_matrix import assert_same_bits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")]
@@ -35,6 +35,10 @@ BIAS = Case(
 )
 
 
+def random_half(case: Case) -> torch.dtype:
+    return DTYPES[1 + case.seed % 2]
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_random_cases_keep_the_error_rule(rank, sweep):
     for case in islice(cases(rank, sweep.stop, seed=3), sweep.start, None):
@@ -46,6 +50,18 @@ def test_random_cases_keep_the_error_rule(rank, sweep):
             forced["wide"] = True
         with configs.override(**forced):
             check(case, random.choice(DTYPES), "triton", device="cuda")
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("place", [0, 1])
+def test_random_cases_of_the_gluon_forward(rank, place, sweep, monkeypatch):
+    """Every size of its table; gradients are of the Triton kernels."""
+    if torch.version.hip or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("impl='gluon' is for compute capability 9.0")
+    for head_dim, sizes in list(configs.GLUON_SIZES.items()):
+        monkeypatch.setitem(configs.GLUON_SIZES, head_dim, sizes[place : place + 1])
+    for case in map(for_gluon, islice(cases(rank, sweep.stop, seed=37), sweep.start, None)):
+        check(case, random_half(case), "gluon", device="cuda")
 
 
 @pytest.mark.parametrize("head_dim", [1, 8, 24, 32, 48, 64, 80, 96, 128, 160, 256])

@@ -28,6 +28,7 @@ class Declared:
         sizes: cases that differ in sizes alone, so that one graph serves them.
         forced: launch parameters under which even small cases have several parts.
         ranks: of the random cases; None for an operator whose cases have a rank of their own.
+        on_request: by implementation that "auto" never takes, the case most like a given one that it takes.
     """
 
     matrix: Any
@@ -36,6 +37,7 @@ class Declared:
     sizes: tuple = ()
     forced: Mapping[str, Any] = field(default_factory=dict)
     ranks: tuple[int | None, ...] = (None,)
+    on_request: Mapping[str, Callable] = field(default_factory=dict)
 
     def public(self, case: Any) -> Callable:
         """The public function that takes a case: its tensors, `case.options` and `impl`."""
@@ -77,6 +79,7 @@ DECLARED = {
         # no length equals another size, which would be taken for it
         tuple(replace(_MASKED, shape=shape) for shape in ((12, 14), (13, 11), (16, 15))),
         ranks=(1, 2, 3),
+        on_request={"gluon": neighborhood_matrix.for_gluon},
     ),
     "window": Declared(
         window_matrix,

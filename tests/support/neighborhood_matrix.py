@@ -134,6 +134,17 @@ def masked_cases(rank: int, n: int, seed: int) -> Iterator[Case]:
     return islice(filter(is_masked, cases(rank, 10**6, seed)), n)
 
 
+def plain(case: Case, head_dim: int) -> Case:
+    """The case without bias and extra keys, with heads of `head_dim` features in a layout that descriptors address."""
+    layout = ("contiguous", "fused", "heads_first")[case.seed % 3]
+    return replace(case, bias=False, extra=0, additional_mask="", value_dim=None, head_dim=head_dim, layout=layout)
+
+
+def for_gluon(case: Case) -> Case:
+    """The case as `impl="gluon"` takes it."""
+    return plain(case, 64 << case.seed % 2)
+
+
 def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> Inputs:
     """Tensor arguments by name, None where the case has none: leaves that require gradients, values set by the seed."""
     randn = seeded_randn(case.seed, dtype, device)
