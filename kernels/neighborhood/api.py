@@ -267,8 +267,9 @@ def na2d(
             each batch entry and head (SageAttention, arXiv:2410.02367, section 4.2), and matrix units that have
             products of e4m3 numbers make those at twice the rate of half precision. Values and probabilities stay as
             they are. Inference only; docs/numerics.md has the error.
-        impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "torch"
-            or "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
+        impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "gluon",
+            "torch" or "reference" insist on one. "gluon" is a forward for Hopper in half precision, head dims 64 and
+            128, whose values no GPU has checked yet. `foveal.kernels.ops.explain` says which a call takes and why.
 
     Returns:
         output `[B, H, W, heads, value_dim]` in the dtype of query, `[B, H * W, heads, value_dim]` with `grid`; with
