@@ -109,6 +109,17 @@ def test_given_first_frames_are_clean_and_have_no_loss():
     task.training_step(batch, 0).backward()
 
 
+def test_given_last_frames_leave_something_to_make():
+    video = a_batch(1000)["video"]  # three frames of patches
+    t, weight = task_alone(first_frame=0.5, last_frame=1.0).draw_time(video)
+    assert not t[:, 2].any() and not weight[:, 2].any() and (t[:, 1] > 0).all() and (weight[:, 1] == 1).all()
+    assert torch.equal(t == 0, weight == 0) and 0.45 < (weight[:, 0] == 0).float().mean() < 0.55
+    t, weight = task_alone(first_frame=1.0, last_frame=1.0).draw_time(video[:, :, :4])
+    assert not t[:, 0].any() and (t[:, 1] > 0).all() and (weight == torch.tensor([0.0, 1.0])).all()
+    t, weight = task_alone(first_frame=1.0).draw_time(video[:, :, :2])
+    assert (t > 0).all() and (weight == 1).all()
+
+
 def test_validation_loss_is_at_fixed_times_and_leaves_padding_out():
     task, batch = task_alone(), a_batch()
     task.eval()

@@ -161,6 +161,55 @@ def test_given_frames_are_clean_at_timestep_zero():
     assert calls[0][1][0, 3] == 1000
 
 
+def test_the_last_frame_is_given_beside_the_first():
+    pipe, images = tiny_pipe("class"), torch.rand(2, 1, 8, 8, generator=seeded(2))
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: calls.append((args[0].clone(), args[1])))
+    call = {"class_labels": 1, "num_inference_steps": 3, "output_type": "pt"}
+    made = pipe(**call, image=images[0], last_image=images[1], generator=seeded()).frames
+    torch.testing.assert_close(made[0, [0, 3]], images)
+    for hidden_states, timestep in calls:
+        torch.testing.assert_close(hidden_states[0, :, [0, 3]], (images.transpose(0, 1) - 0.2) / 0.4)
+        assert not timestep[:, [0, 3]].any() and (timestep[:, 1:3] == timestep[0, 1]).all() and timestep[0, 1] > 0
+    alone = pipe(**call, last_image=images[1], generator=seeded()).frames
+    torch.testing.assert_close(alone[0, 3], images[1])
+    assert not torch.allclose(alone[0, 1:3], made[0, 1:3], atol=1e-3), "the first frame changes what is between"
+    free = pipe(**call, generator=seeded()).frames
+    assert not torch.allclose(alone[0, :3], free[0, :3], atol=1e-3), "the last frame changes what is before"
+    both = pipe(**call, video=images[None], last_image=images[1], generator=seeded()).frames
+    torch.testing.assert_close(both[0, [0, 1, 3]], images[[0, 1, 1]])
+
+
+def test_the_last_latent_holds_its_picture_still():
+    pipe = tiny_pipe("class", vae=wan(temperal_downsample=[True, True]), in_channels=4, patch_size=(1, 2, 2))
+    image = torch.rand(2, 3, 16, 24, generator=seeded(2))
+    call = CALL | {"class_labels": [1, 2], "height": 16, "width": 24, "num_frames": 9, "output_type": "latent"}
+    latents = pipe(**call, last_image=image, generator=seeded()).frames
+    still = encode(pipe.vae, image[:, :, None].expand(-1, -1, 5, -1, -1))
+    assert latents.shape[2] == 3 and not torch.allclose(still[:, :, 0], still[:, :, 1], atol=1e-3)
+    torch.testing.assert_close(latents[:, :, 2], still[:, :, 1])
+    pipe = tiny_pipe("class", patch_size=(2, 4, 4))
+    picture = torch.rand(1, 1, 8, 8, generator=seeded(2))
+    made = pipe(class_labels=1, num_inference_steps=1, last_image=picture, output_type="pt").frames
+    torch.testing.assert_close(made[:, 2:], picture[:, None].expand(1, 2, 1, 8, 8))
+
+
+def test_last_images_that_cannot_be_are_named():
+    picture = torch.rand(1, 8, 8)
+    call = {"class_labels": 1, "num_inference_steps": 1, "last_image": picture}
+    with pytest.raises(ValueError, match="last_image needs a model that sees later frames"):
+        tiny_pipe("class", **CAUSAL)(**call)
+    pipe = tiny_pipe("class")
+    with pytest.raises(ValueError, match="4 frames are given of 4"):
+        pipe(**call, video=picture.expand(3, 1, 8, 8))
+    with pytest.raises(ValueError, match="last_image has 2 for 1 videos of 1 prompts"):
+        pipe(**call | {"last_image": picture.expand(2, 1, 8, 8)})
+    with pytest.raises(ValueError, match="last_image has floating-point values from 2 to 2"):
+        pipe(**call | {"last_image": torch.full((1, 8, 8), 2.0)})
+    with pytest.raises(ValueError, match="without last_image"):
+        pipe(**call, video=picture.expand(4, 1, 8, 8), strength=1.0)
+
+
 def test_an_image_fills_the_first_patch():
     pipe = tiny_pipe("class", patch_size=(2, 4, 4))
     image = torch.rand(1, 1, 8, 8, generator=seeded(2))

@@ -45,7 +45,8 @@ class VideoDiffusionTask(Task):
             learning rate stays.
         shift, time_mean, time_std: of the density of the times; see `flow.sample_time`. Sample with the same shift.
         time_per: "video" or "frame": one time for a video or for every frame of patches (diffusion forcing).
-        first_frame: chance that the first frame of patches is given: clean, with time 0 and no loss.
+        first_frame, last_frame: chance that the first or the last frame of patches is given: clean, with time 0 and no
+            loss. A frame that is all that is left of a clip is not given.
         condition_dropout: chance that class or text is left out, for classifier-free guidance. A dropped class is the
             null class, a dropped text is zeros.
         new_noise: draw times, noise and dropped conditions anew in every epoch; off, a batch has the same ones each
@@ -80,6 +81,7 @@ class VideoDiffusionTask(Task):
         time_std: float = 1.0,
         time_per: str = "video",
         first_frame: float = 0.0,
+        last_frame: float = 0.0,
         condition_dropout: float = 0.1,
         new_noise: bool = True,
         gradient_checkpointing: bool = False,
@@ -95,6 +97,7 @@ class VideoDiffusionTask(Task):
         _check_patches(model, clip_sizes)
         for name, chance in (
             ("first_frame", first_frame),
+            ("last_frame", last_frame),
             ("condition_dropout", condition_dropout),
             ("teacher_weight", teacher_weight),
         ):
@@ -116,12 +119,8 @@ class VideoDiffusionTask(Task):
             text_dim,
         )
         self.density = {"shift": shift, "mean": time_mean, "std": time_std}
-        self.shift, self.time_per, self.first_frame, self.condition_dropout = (
-            shift,
-            time_per,
-            first_frame,
-            condition_dropout,
-        )
+        self.shift, self.time_per, self.condition_dropout = shift, time_per, condition_dropout
+        self.given_frames = {0: first_frame, -1: last_frame}
         self.new_noise, self.gradient_checkpointing = new_noise, gradient_checkpointing
         self.lora, self.teacher_weight = None if lora is None else dict(lora), teacher_weight
         self.teacher = None if teacher is None else Teacher(teacher)
@@ -170,13 +169,15 @@ class VideoDiffusionTask(Task):
             t = sample_time((batch, frames), **self.density, device=video.device)
         else:
             t = sample_time((batch,), **self.density, device=video.device)
-        if not self.first_frame:
+        if not any(self.given_frames.values()):
             return t, torch.ones_like(t)
         t = t.view(batch, -1).expand(batch, frames).clone()
-        given = torch.rand(batch, device=video.device, dtype=torch.float32) < self.first_frame
-        t[given, 0] = 0
         weight = torch.ones_like(t)
-        weight[given, 0] = 0
+        for place, chance in self.given_frames.items():
+            if chance:
+                given = torch.rand(batch, device=video.device, dtype=torch.float32) < chance
+                given &= weight.sum(dim=1) > 1  # something has to be left to make
+                t[given, place] = weight[given, place] = 0
         return t, weight
 
     def loss(self, video: Tensor, noise: Tensor, t: Tensor, weight: Tensor, condition: dict[str, Tensor]) -> Tensor:

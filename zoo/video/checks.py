@@ -89,6 +89,7 @@ def check_told(
 
 def check_frames(
     image: Any,
+    last_image: Any,
     video: Any,
     segment_frames: Sequence[int] | None,
     chunk_frames: int | None,
@@ -100,6 +101,8 @@ def check_frames(
     """Raises ValueError, naming the argument, unless given frames, segments and chunks fit the video and the model."""
     if image is not None and video is not None:
         raise ValueError("image and video must not be given both: image is the first frame, video several")
+    if last_image is not None and transformer.is_causal:
+        raise ValueError("last_image needs a model that sees later frames; the layers of this one are causal in time")
     if segment_frames is not None:
         conditioning = transformer.config.conditioning
         if conditioning not in ("cross", "joint"):
@@ -113,7 +116,9 @@ def check_frames(
             raise ValueError(f"chunk_frames={chunk_frames} must be in 1..{token_frames}, the frames of tokens")
 
 
-def check_strength(strength: float | None, video: Any, chunk_frames: int | None, guidance_rescale: float) -> None:
+def check_strength(
+    strength: float | None, video: Any, last_image: Any, chunk_frames: int | None, guidance_rescale: float
+) -> None:
     """Raises ValueError, naming the argument, unless a video is there to change, in one go."""
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale={guidance_rescale} must be in 0..1")
@@ -121,8 +126,8 @@ def check_strength(strength: float | None, video: Any, chunk_frames: int | None,
         return
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength} must be more than 0 and at most 1")
-    if video is None or chunk_frames is not None:
-        raise ValueError(f"strength={strength} changes a video: give video, without chunk_frames")
+    if video is None or last_image is not None or chunk_frames is not None:
+        raise ValueError(f"strength={strength} changes a video: give video, without last_image and chunk_frames")
 
 
 def _check_texts(name: str, value: Any, *, nested: bool) -> None:

@@ -1,4 +1,4 @@
-"""Conditions of a call of the pipeline: classes, texts and first frames, wanted and unwanted, for each video."""
+"""Conditions of a call of the pipeline: classes, texts and given frames, wanted and unwanted, for each video."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class Conditions:
         prompt_embeds, negative_prompt_embeds: `[B, L, text_dim]`.
         prompt_attention_mask, negative_prompt_attention_mask: `[B, L]` bool; None: every token counts.
         segments: frames of the video that each part of the text belongs to.
-        first_frames: clean frames that each video begins with, `[B, C, frames, H, W]`, as the model sees them.
+        first_frames, last_frames: clean frames that each video begins and ends with, `[B, C, frames, H, W]`, as the
+            model sees them.
     """
 
     class_labels: Tensor | None = None
@@ -58,6 +59,7 @@ class Conditions:
     negative_prompt_attention_mask: Tensor | None = None
     segments: Segments | None = None
     first_frames: Tensor | None = None
+    last_frames: Tensor | None = None
 
     @property
     def videos(self) -> int | None:
@@ -69,6 +71,27 @@ class Conditions:
     def known(self) -> int:
         """Frames of `first_frames`."""
         return 0 if self.first_frames is None else self.first_frames.shape[2]
+
+    @property
+    def known_last(self) -> int:
+        """Frames of `last_frames`."""
+        return 0 if self.last_frames is None else self.last_frames.shape[2]
+
+    def hold(self, latents: Tensor) -> Tensor:
+        """Latents `[B, C, T, H, W]` with the given frames in their places."""
+        made = latents[:, :, self.known : latents.shape[2] - self.known_last]
+        parts = [x for x in (self.first_frames, made, self.last_frames) if x is not None]
+        return torch.cat(parts, dim=2) if len(parts) > 1 else latents
+
+    def timesteps(self, t: Tensor, latents: Tensor, patch: int) -> Tensor:
+        """Timesteps `[B]`, or with given frames, which have 0, `[B, T / patch]`; `patch` is that of time."""
+        if not self.known and not self.known_last:
+            return t.expand(len(latents))
+        frames = latents.shape[2] // patch
+        timesteps = t.repeat(len(latents), frames)
+        timesteps[:, : self.known // patch] = 0
+        timesteps[:, frames - self.known_last // patch :] = 0
+        return timesteps
 
     def repeat(self, times: int) -> Conditions:
         """Each row so often, one after the other: several videos of each prompt."""

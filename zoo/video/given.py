@@ -129,19 +129,20 @@ def _has_axes(given: Any, axes: int) -> bool:
     return isinstance(given, np.ndarray | Tensor) and given.ndim == axes
 
 
-def read_images(given: Any, *, channels: int, height: int, width: int) -> Tensor:
+def read_images(given: Any, *, channels: int, height: int, width: int, name: str = "image") -> Tensor:
     """One image, or one for each video, as `[N, C, 1, height, width]` in 0..1, float32.
 
     Args:
         given: a Pillow image of any mode, an array `[H, W]`, `[H, W, C]` or `[N, H, W, C]`, a tensor `[H, W]`,
             `[C, H, W]` or `[N, C, H, W]`, or a list of these, of any size.
         channels: C of the result.
+        name: of the argument, for errors.
 
     Raises:
-        ValueError: names `image`, what it is and what is accepted.
+        ValueError: names the argument, what it is and what is accepted.
     """
     size = {"channels": channels, "height": height, "width": width}
-    return torch.stack([_fit("image", picture, **size) for picture in _items("image", given, 4)])
+    return torch.stack([_fit(name, picture, **size) for picture in _items(name, given, 4)])
 
 
 def read_videos(given: Any, *, channels: int, height: int, width: int) -> Tensor:

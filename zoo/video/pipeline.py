@@ -258,33 +258,39 @@ class VideoDiTPipeline(TransformerPipeline):
         )
 
     def prepare_given(
-        self, image: Any, video: Any, *, height: int, width: int, batch: int, prompts: int, device: torch.device
+        self, name: str, given: Any, *, height: int, width: int, batch: int, prompts: int, device: torch.device
     ) -> Tensor | None:
-        """Frames that are given, as the model sees them, `[B, C, frames, H, W]`.
+        """Frames that are given, as the model sees them, `[B, C, frames, H, W]`; None where none are.
 
-        An image is repeated where a patch holds several frames.
+        A picture is held still where a patch or a latent holds several frames.
+
+        Args:
+            name: "image", "last_image" or "video".
+            given: see `__call__`.
 
         Raises:
             ValueError: pictures that cannot be read, frames that do not fill patches, or not as many images or videos
                 as prompts or as clips to make.
         """
-        if image is None and video is None:
+        if given is None:
             return None
         space, patch = self.latent_space, self.transformer.config.patch_size[0]
         size = {"channels": 3 if self.vae else space.channels, "height": height, "width": width}
-        if image is not None:
-            pixels = read_images(image, **size).repeat(1, 1, (patch - 1) * space.time + 1, 1, 1)
-        else:
-            pixels = read_videos(video, **size)
+        if name == "video":
+            pixels = read_videos(given, **size)
             self.token_frames(pixels.shape[2], "frames of video")
-        name, count = ("image", len(pixels)) if image is not None else ("video", len(pixels))
+        else:  # the first latent is that of one frame; before the last ones there is one more, which is dropped
+            still = (patch if name == "last_image" else patch - 1) * space.time + 1
+            pixels = read_images(given, name=name, **size).repeat(1, 1, still, 1, 1)
+        count = len(pixels)
         if count not in (1, prompts, batch):
             raise ValueError(
                 f"{name} has {count} for {batch} videos of {prompts} prompts; one, or one for each is accepted"
             )
         pixels = pixels.to(device=device, dtype=torch.float32)
-        given = self.normalise(pixels) if self.vae is None else encode(self.vae, pixels)
-        return given.repeat_interleave(batch // count, dim=0)
+        seen = self.normalise(pixels) if self.vae is None else encode(self.vae, pixels)
+        seen = seen[:, :, -patch:] if name == "last_image" else seen
+        return seen.repeat_interleave(batch // count, dim=0)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Pixels `[B, C, T, H, W]` in 0..1 as a model of pixels sees them."""
@@ -369,6 +375,7 @@ class VideoDiTPipeline(TransformerPipeline):
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         negative_prompt: str | list[str] | None = None,
         image: Any = None,
+        last_image: Any = None,
         video: Any = None,
         strength: float | None = None,
         height: int | None = None,
@@ -406,7 +413,8 @@ class VideoDiTPipeline(TransformerPipeline):
                 list of such lists.
             class_labels: of models of classes, one or several: integers, or names where the pipeline has `labels`.
             negative_prompt: what guidance leads away from, one for all or one for each; the null text when None.
-            image: the first frame, one for all or one for each, of any size; see `given.read_images`.
+            image, last_image: the first and the last frame, one for all or one for each, of any size; see
+                `given.read_images`.
             video: the first frames, for all or for each, of any size; see `given.read_videos`. With strength, the video
                 to change.
             strength: share of the steps in (0, 1] that change a video (SDEdit, arXiv:2108.01073): noise is added up to
@@ -472,8 +480,8 @@ class VideoDiTPipeline(TransformerPipeline):
         told = {"encoder": self.text_encoder is not None, "null_text": self.config.null_text}
         check_told(texts, class_labels, conditioning=config.conditioning, guidance_scale=guidance_scale, **told)
         sizes = {"num_frames": num_frames, "token_frames": tokens}
-        check_frames(image, video, segment_frames, chunk_frames, transformer=self.transformer, **sizes)
-        check_strength(strength, video, chunk_frames, guidance_rescale)
+        check_frames(image, last_image, video, segment_frames, chunk_frames, transformer=self.transformer, **sizes)
+        check_strength(strength, video, last_image, chunk_frames, guidance_rescale)
         perturbation.check(self.transformer)
         device = self._execution_device
         steps = num_inference_steps if sigmas is None else len(sigmas)
@@ -482,18 +490,18 @@ class VideoDiTPipeline(TransformerPipeline):
         conditions = self.prepare_conditions(texts, class_labels, device=device).repeat(num_videos_per_prompt)
         batch = conditions.videos or num_videos_per_prompt
         size = {"height": height, "width": width, "batch": batch, "prompts": batch // num_videos_per_prompt}
-        given = self.prepare_given(image, video, device=device, **size)
+        first = ("video", video) if image is None else ("image", image)
+        given = self.prepare_given(*first, device=device, **size)
         space = self.latent_space
         shape = (batch, config.in_channels, space.frames(num_frames), height // space.space, width // space.space)
         latents, begin = draw_noise(shape, generator=generator, device=device, latents=latents), 0
         if strength is None:
-            conditions = replace(conditions, first_frames=given)
+            last = self.prepare_given("last_image", last_image, device=device, **size)
+            conditions = replace(conditions, first_frames=given, last_frames=last)
         else:
             latents, begin = begin_with(given, latents, self.scheduler, strength)
-        if conditions.known >= shape[2]:
-            raise ValueError(
-                f"{conditions.known} frames are given of {shape[2]}; at least one patch of frames must be left"
-            )
+        if (known := conditions.known + conditions.known_last) >= shape[2]:
+            raise ValueError(f"{known} frames are given of {shape[2]}; at least one patch of frames must be left")
         options = {"chunk_frames": chunk_frames, "callback": callback_on_step_end, "callback_inputs": inputs}
         options["begin"] = begin
         latents = self.denoise(latents, conditions, perturbation, steps=steps, sigmas=sigmas, **options)
@@ -566,18 +574,12 @@ class VideoDiTPipeline(TransformerPipeline):
         return torch.cat(done, dim=2)
 
     def step(self, latents: Tensor, t: Tensor, conditions: Conditions, **arguments: Any) -> Tensor:
-        """One step of the scheduler; first frames that are given stay clean, at timestep 0."""
+        """One step of the scheduler; frames that are given stay clean, at timestep 0."""
         self._current_timestep = t
-        timestep = t.expand(len(latents))
-        fixed, known = conditions.first_frames, conditions.known
-        if fixed is not None:
-            latents = torch.cat([fixed, latents[:, :, known:]], dim=2)
-            patch = self.transformer.config.patch_size[0]
-            timestep = t.repeat(len(latents), latents.shape[2] // patch)
-            timestep[:, : known // patch] = 0
+        latents = conditions.hold(latents)
+        timestep = conditions.timesteps(t, latents, self.transformer.config.patch_size[0])
         velocity = self.velocity(latents, timestep, conditions, **arguments)
-        latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
-        return latents if fixed is None else torch.cat([fixed, latents[:, :, known:]], dim=2)
+        return conditions.hold(self.scheduler.step(velocity, t, latents, return_dict=False)[0])
 
     def finish(self, latents: Tensor, output_type: str, output_path: Any, fps: float) -> Any:
         """Convert the model's result to `output_type`."""
