@@ -1,7 +1,7 @@
 """`foveal eval`: accuracy of a model on a folder of images."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,7 +30,9 @@ def evaluate(
     model: Model,
     data: Annotated[Path, typer.Argument(metavar="FOLDER", help="CLASS/*.jpg, or test/, val/ or train/ of such.")],
     split: Annotated[str | None, typer.Option(help="train, val or test; by default test, else val.")] = None,
-    labels: Annotated[str | None, typer.Option(help="A .csv file with the columns file and label.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="A .csv file: file and label, or the labels or values of the model.")
+    ] = None,
     img_size: ImgSize = None,
     batch_size: BatchSize = 64,
     workers: Workers = None,
@@ -39,7 +41,7 @@ def evaluate(
     container: Container = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model on images whose classes are known.
+    """Measure a model on images whose classes, labels or values are known.
 
     Example: foveal eval runs/mine/2026-01-31_12-00-00 photos/test
 
@@ -52,6 +54,10 @@ def evaluate(
         from ..zoo.inference.evaluate import list_labelled
         from ..zoo.tasks.confusion import per_class
 
+        if opened.targets != "class":
+            options = {"batch_size": batch_size, "workers": workers, "device": pick_device(device)}
+            _evaluate_table(opened, data, split=split, labels=labels, out=out, as_json=as_json, **options)
+            return
         images = list_labelled(data, split=split, labels=labels)
         count = pick_workers(workers, len(images))
         found = measure(opened, images, batch_size=batch_size, num_workers=count, device=pick_device(device))
@@ -74,3 +80,38 @@ def evaluate(
         if told["unreadable"]:
             typer.echo(f"{told['unreadable']} images could not be read and do not count: unreadable.csv")
         tell_files(written)
+
+
+def _evaluate_table(
+    opened: Any,
+    data: Path,
+    *,
+    split: str | None,
+    labels: str | None,
+    out: Path | None,
+    as_json: bool,
+    batch_size: int,
+    workers: int | None,
+    device: Any,
+) -> None:
+    """Measures a model of labels or values on a table, and tells it."""
+    from ..zoo.inference.tables import evaluate_table, list_targets
+
+    images = list_targets(data, opened, split=split, labels=labels)
+    count = pick_workers(workers, len(images))
+    found = evaluate_table(opened, images, batch_size=batch_size, num_workers=count, device=device)
+    written, told = found.write(new_folder(out, "eval")), found.summary
+    if as_json:
+        print_json(told)
+        return
+    rows = found.rows
+    shown = [["–" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
+             for row in rows[:MOST_ROWS]]  # fmt: skip
+    print_rows([list(rows[0]), *shown], right=tuple(range(1, len(rows[0]))))
+    if len(rows) > MOST_ROWS:
+        typer.echo(f"… and {len(rows) - MOST_ROWS} more in the table per {opened.targets.removesuffix('s')}")
+    means = "  ".join(f"{name} {told[name]}" for name in ("map", "f1", "mae", "rmse", "r2") if name in told)
+    typer.echo(f"\n{means}  {told['num_images']} images at {told['img_size']} pixels")
+    if told["unreadable"]:
+        typer.echo(f"{told['unreadable']} images could not be read and do not count: unreadable.csv")
+    tell_files(written)

@@ -28,7 +28,9 @@ MOST_ROWS = 50  # images of the printed table when a file has them all
 def predict(
     model: Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Files, or folders of them.")],
-    topk: Annotated[int, typer.Option("--topk", "-k", help="Classes of each image.")] = 1,
+    topk: Annotated[
+        int | None, typer.Option("--topk", "-k", help="Classes of each image [1; labels: those of at least 0.5].")
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write a table: file, prediction, probability, ….")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Draw the first images with their classes: a .png file.")] = None,
     img_size: ImgSize = None,
@@ -38,7 +40,7 @@ def predict(
     container: Container = None,
     as_json: AsJson = False,
 ) -> None:
-    """Name the classes of images.
+    """Name the classes, labels or values of images.
 
     Example: foveal predict flowers photos/ --topk 3 --csv names.csv --sheet sheet.png
 
@@ -60,10 +62,14 @@ def predict(
             print_json([prediction.as_dict for prediction in made])
             return
         shown = made[:MOST_ROWS] if csv else made
-        table = [["file", *[cell for _ in range(min(topk, opened.num_classes)) for cell in ("class", "p")]]]
+        if opened.targets == "class":
+            table = [["file", *[cell for _ in range(min(topk or 1, opened.num_classes)) for cell in ("class", "p")]]]
+        else:
+            table = [["file", opened.targets]]
         for prediction in shown:
             cells = [cell for _, name, share in prediction.top for cell in (name, f"{share:.3f}")]
-            row = [str(prediction.path), *(cells or [f"cannot be read: {prediction.error}"])]
+            cells = cells if opened.targets == "class" else [prediction.in_words]
+            row = [str(prediction.path), *([f"cannot be read: {prediction.error}"] if prediction.error else cells)]
             table.append(row + [""] * (len(table[0]) - len(row)))
         print_rows(table)
         if len(made) > len(shown):

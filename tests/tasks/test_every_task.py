@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 from foveal import train
+from image_folders import write
 from train_helpers import configure, differences
 
 PRETRAINING = ("callbacks=pretraining", "metric=val/loss", "metric_mode=min")
+TABLE = ("data=imagetable", "data.root=TABLE", "data.columns=[one,two]", "data.img_size=32")
 OPTIONS = {
     "classification": (),
     "probing": ("task.neighbors=3",),
+    "multilabel": ("callbacks=multilabel", "metric=val/map", *TABLE),
+    "regression": ("callbacks=regression", "metric=val/r2", *TABLE, "data.targets=values"),
     "pretraining": (
         *PRETRAINING,
         "task.masking=hard",
@@ -22,11 +26,20 @@ OPTIONS = {
 }
 
 
+def write_table(root: Path) -> Path:
+    """A folder of 32 grey images and a table of two numbers for each, 0 or 1."""
+    write(root, *[f"{i}.png" for i in range(32)])
+    rows = [f"{i}.png,{i % 2},{i // 16},{'train' if i < 24 else 'val'}" for i in range(32)]
+    (root / "labels.csv").write_text("\n".join(["file,one,two,split", *rows]))
+    return root
+
+
 def fit(run: Path, name: str, steps: int = -1, checkpoint: Path | None = None) -> dict:
     """State of a task after two epochs of two batches, or after fewer steps of them."""
     few = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "data.batch_size=8", "logger=none")
     options = (*few, *OPTIONS[name], "trainer.max_epochs=2", f"++trainer.max_steps={steps}", "task.scheduler=null")
-    tiny = name in ("classification", "probing")  # others have models of their own
+    tiny = name in ("classification", "probing", "multilabel", "regression")  # others have models of their own
+    options = [option.replace("TABLE", str(write_table(run.parent / "images"))) for option in options]
     trainer, task, data = train.build(configure(run, f"task={name}", *options, tiny=tiny))
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return dict(task.state_dict())

@@ -4,6 +4,7 @@ from .digits import Digits
 from .images import ImageFolder, TimmDataset
 from .latent_videos import VideoLatents
 from .moving_digits import MovingDigits
+from .tables import ImageTable
 from .videofolder import VideoFolder
 
-__all__ = ["Digits", "ImageFolder", "MovingDigits", "TimmDataset", "VideoFolder", "VideoLatents"]
+__all__ = ["Digits", "ImageFolder", "ImageTable", "MovingDigits", "TimmDataset", "VideoFolder", "VideoLatents"]

@@ -133,7 +133,7 @@ class SeededData(LightningDataModule):
 
 
 class ImageData(SeededData):
-    """Images `[B, C, H, W]` (float, normalised) with targets `[B]` (int64).
+    """Images `[B, C, H, W]` (float, normalised) with targets `[B]` (int64) or, of a table, `[B, T]` (float32).
 
     An image that cannot be read does not count. A batch to evaluate has `PADDING` as its target, a batch to train on is
     that much smaller; the file and the reason go to `unreadable`. Order and augmentation of the others stay.
@@ -150,6 +150,8 @@ class ImageData(SeededData):
     Attributes:
         unreadable: reasons by path, by split; of this process.
     """
+
+    fewest_classes = 2
 
     def __init__(
         self,
@@ -172,8 +174,8 @@ class ImageData(SeededData):
             raise ValueError(
                 f"data.std={list(std)} must have as many values as data.mean={list(mean)}, each above zero"
             )
-        if num_classes < 2:
-            raise ValueError(f"data.num_classes={num_classes} must be at least 2")
+        if num_classes < self.fewest_classes:
+            raise ValueError(f"data.num_classes={num_classes} must be at least {self.fewest_classes}")
         if not isinstance(img_size, int) or img_size < 1:
             raise ValueError(f"data.img_size={img_size!r} must be a number of pixels, at least 1")
         self.classes = classes or ClassTable(tuple(str(i) for i in range(num_classes)))

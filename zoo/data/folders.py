@@ -6,9 +6,10 @@ import csv
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from timm.utils import natural_key
 
@@ -235,8 +236,12 @@ def list_folder(root: Path, *, fraction: float, seed: int) -> Listing:
     return _list_classes(root, fraction=fraction, seed=seed)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line numbers and rows of a table with a header, separated by commas, semicolons or tabs; columns in lower case.
+def table_rows(path: Path, *, fold: Callable[[str], str] = str.lower) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line numbers and rows of a table with a header, separated by commas, semicolons or tabs.
+
+    Args:
+        path: of the table.
+        fold: what names of columns go through.
 
     Raises:
         ValueError: it is no such table.
@@ -246,7 +251,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             header = file.readline()
             file.seek(0)
             reader = csv.reader(file, delimiter=max(",;\t", key=header.count))
-            columns = [column.strip().lower() for column in next(reader, [])]
+            columns = [fold(column.strip()) for column in next(reader, [])]
             for row in reader:
                 if any(cell.strip() for cell in row):
                     yield reader.line_num, dict(zip(columns, (cell.strip() for cell in row), strict=False))
@@ -263,6 +268,54 @@ def _cell(row: dict[str, str], names: Sequence[str], *, line: int, table: Path) 
     raise ValueError(f"data.labels={str(table)!r}, line {line}: the column {names[0]} {columns}")
 
 
+def read_parts(
+    rows: Iterable[tuple[int, dict[str, str]]],
+    target_of: Callable[[int, dict[str, str]], Any],
+    *,
+    table: Path,
+    root: Path,
+    found: dict[str, Any],
+) -> dict[str, list[str]]:
+    """Paths of a table by split, "" where the row says none, in natural order.
+
+    Args:
+        rows: line numbers and rows, see `table_rows`.
+        target_of: the target of a row.
+        table: they are of, for messages.
+        root: that files start from.
+        found: where the target of each path goes.
+
+    Raises:
+        FileNotFoundError: files of the table are not there.
+        ValueError: no column `file`, a split that is unknown, a file with two targets or in two splits.
+    """
+    parts: dict[str, list[str]] = {split: [] for split in (*SPLITS, "")}
+    splits: dict[str, str] = {}
+    missing, count = [], 0
+    for line, row in rows:
+        lower = {column.lower(): cell for column, cell in row.items()}
+        name = _cell(lower, FILE_COLUMNS, line=line, table=table).replace("\\", "/")
+        target = target_of(line, row)
+        split = SPLIT_NAMES.get(lower.get("split", "").lower(), lower.get("split", ""))
+        if split not in parts:
+            raise ValueError(
+                f"data.labels={str(table)!r}, line {line}: split={split!r} must be one of {', '.join(SPLITS)}"
+            )
+        path, count = str(root / name), count + 1
+        if found.setdefault(path, target) != target or splits.setdefault(path, split) != split:
+            raise ValueError(f"data.labels={str(table)!r}, line {line}: {name} has another label or split further up")
+        if not os.path.isfile(path):
+            missing.append(f"{path} (line {line})")
+        parts[split].append(path)
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {count} files of data.labels={str(table)!r} do not exist, the first is {missing[0]}"
+        )
+    for paths in parts.values():
+        paths.sort(key=lambda path: (natural_key(path), path))
+    return parts
+
+
 def list_table(table: Path, *, root: Path, fraction: float, seed: int) -> Listing:
     """Images and classes of a table with the columns `file` (or `file_name`), `label` and, if wanted, `split`.
 
@@ -277,30 +330,13 @@ def list_table(table: Path, *, root: Path, fraction: float, seed: int) -> Listin
         FileNotFoundError: files of the table are not there.
         ValueError: a column is missing, a split unknown, a file in two classes or splits; the message names the line.
     """
-    parts: dict[str, list[Image]] = {split: [] for split in (*SPLITS, "")}
-    told: dict[str, tuple[str, str]] = {}
-    missing = []
-    for line, row in _rows(table):
-        name = _cell(row, FILE_COLUMNS, line=line, table=table).replace("\\", "/")
-        label = _cell(row, LABEL_COLUMNS, line=line, table=table)
-        split = SPLIT_NAMES.get(row.get("split", "").lower(), row.get("split", ""))
-        if split not in parts:
-            raise ValueError(
-                f"data.labels={str(table)!r}, line {line}: split={split!r} must be one of {', '.join(SPLITS)}"
-            )
-        path = str(root / name)
-        if told.setdefault(path, (label, split)) != (label, split):
-            raise ValueError(f"data.labels={str(table)!r}, line {line}: {name} has another label or split further up")
-        if not os.path.isfile(path):
-            missing.append(f"{path} (line {line})")
-        parts[split].append((path, label))
-    rows = sum(map(len, parts.values()))
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {rows} files of data.labels={str(table)!r} do not exist, the first is {missing[0]}"
-        )
-    for images in parts.values():
-        images.sort(key=lambda image: (natural_key(image[0]), image[0]))
+    labels: dict[str, str] = {}
+
+    def label_of(line: int, row: dict[str, str]) -> str:
+        return _cell(row, LABEL_COLUMNS, line=line, table=table)
+
+    paths = read_parts(table_rows(table), label_of, table=table, root=root, found=labels)
+    parts = {split: [(path, labels[path]) for path in some] for split, some in paths.items()}
     undecided = parts.pop("")
     if undecided:
         train, val = hold_out(undecided, root=root, fraction=fraction, seed=seed)
@@ -318,7 +354,7 @@ def _is_needed(table: Path, root: Path) -> bool:
     train = _folder_of(root, "train")
     if train and scan(train).images:
         return False
-    columns = next((row.keys() for _, row in _rows(table)), set())
+    columns = next((row.keys() for _, row in table_rows(table)), set())
     if columns & set(FILE_COLUMNS) and columns & set(LABEL_COLUMNS):
         return True
     say(f"{table} has no columns file and label and tells no classes; there are {listed(columns)}")

@@ -44,15 +44,14 @@ class Files(Reader):
     """timm's reader of listed files.
 
     Args:
-        images: path and class of each.
-        classes: their numbers.
+        samples: path and target of each.
         root: that names of files are told from.
+        class_to_idx: labels by name, where targets are labels.
     """
 
-    def __init__(self, images: Sequence[tuple[str, str]], *, classes: ClassTable, root: str):
+    def __init__(self, samples: Sequence[tuple[str, int]], *, root: str, class_to_idx: Mapping[str, int] | None = None):
         super().__init__()
-        self.root, self.class_to_idx = root, classes.labels
-        self.samples = [(path, classes.labels[name]) for path, name in images]
+        self.root, self.class_to_idx, self.samples = root, dict(class_to_idx or {}), list(samples)
 
     def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
         path, target = self.samples[index]
@@ -385,7 +384,9 @@ class ImageFolder(TransformedImages):
             return
         for split in SPLITS:
             images = self.listing.images.get(split, self.listing.images["val"])
-            reader = Files(images, classes=self.classes, root=self.root)
+            labels = self.classes.labels
+            samples = [(path, labels[name]) for path, name in images]
+            reader = Files(samples, root=self.root, class_to_idx=labels)
             self.datasets[split] = Images(
                 self.root, reader=reader, input_img_mode=self.mode, transform=self._transform(split)
             )

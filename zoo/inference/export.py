@@ -52,6 +52,8 @@ def _about(opened: OpenedModel) -> dict[str, str]:
     facts: dict[str, Any] = {"preprocessing": images}
     if opened.class_names:
         facts["class_names"] = list(opened.class_names)
+    if opened.targets != "class":
+        facts["targets"] = opened.targets
     return {key: json.dumps(value) for key, value in facts.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,12 +35,14 @@ class OpenedModel:
         class_names: by class number; None: not known.
         preprocessing: `input_size` `(C, H, W)`, `mean`, `std`, `crop_pct`, `crop_mode`, `interpolation`, as in timm's
             `pretrained_cfg`.
+        targets: "class", one of each image; "labels", any number; "values", numbers.
     """
 
     model: nn.Module
     source: str
     class_names: tuple[str, ...] | None
     preprocessing: Mapping[str, Any]
+    targets: str = "class"
 
     @property
     def num_classes(self) -> int:
@@ -73,9 +76,16 @@ class OpenedModel:
         return (images.float().cpu() * std + mean).clamp(0, 1)
 
     @torch.inference_mode()
+    def predictions(self, images: torch.Tensor) -> torch.Tensor:
+        """`[B, C, H, W]` → `[B, num_classes]` in float32: probabilities, of sum 1 of classes, or values."""
+        outputs = self.model(images).float()
+        if self.targets == "class":
+            return outputs.softmax(-1)
+        return outputs.sigmoid() if self.targets == "labels" else outputs
+
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        """`[B, C, H, W]` → `[B, num_classes]` in float32, of sum 1."""
-        return self.model(images).float().softmax(-1)
+        """`predictions` of a model of classes or labels."""
+        return self.predictions(images)
 
     def resized(self, img_size: int | None) -> OpenedModel:
         """This model on images of other pixels a side; one made for a size is set to it, positions interpolated.
@@ -147,12 +157,14 @@ def open_model(source: str | Path, *, img_size: int | None = None, container: st
     path = Path(source)
     if path.is_dir() and (path / "config.json").is_file():
         opened = _of_timm(f"local-dir:{path}", str(source))
+        told = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        opened = replace(opened, targets=str(told.get("targets", "class")))
     elif path.exists():
         model, config = read_run(path, container=container)
         names, images = config.get("label_names"), dict(config.get("pretrained_cfg") or {})
         preprocessing = {**resolve_model_data_config(model), **images}
         names = tuple(map(str, names)) if names else None
-        opened = OpenedModel(model, str(source), names, preprocessing)
+        opened = OpenedModel(model, str(source), names, preprocessing, str(config.get("targets", "class")))
     elif "/" in str(source) and not str(source).startswith(REMOTE):
         raise WeightsError(f"{source} does not exist; expected a run, a checkpoint, an exported folder or a timm model")
     else:

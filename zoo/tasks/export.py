@@ -27,6 +27,7 @@ from ...weights.load import parameters, save
 from ...weights.read import read
 from ...weights.training import CONFIG, metadata
 
+WHAT = {"class": "Classes", "labels": "Labels", "values": "Values"}  # that outputs are of
 NOT_OF_THE_RUN = ("tag", "license", "origin_url", "description", "notes", "label_names", "label_descriptions")
 
 
@@ -122,6 +123,7 @@ def card(config: Mapping[str, Any], name: str) -> str:
     architecture = config["architecture"]
     ours = model_entrypoint(architecture).__module__.startswith("foveal.")
     imports = "import timm\n" + ("import foveal.zoo  # registers the model\n" if ours else "")
+    what = WHAT[config.get("targets", "class")]
     lines = [
         "---",
         "library_name: timm",
@@ -130,14 +132,14 @@ def card(config: Mapping[str, Any], name: str) -> str:
         "---",
         f"# {name}",
         "",
-        f"`{architecture}` with {config['num_classes']} classes, trained with foveal.",
+        f"`{architecture}` with {config['num_classes']} {what.lower()}, trained with foveal.",
         "",
         f'```python\n{imports}\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)",
         "```",
     ]
     if config.get("label_names"):
-        lines += ["", "Classes, in the order of the outputs: " + ", ".join(map(str, config["label_names"])) + "."]
+        lines += ["", f"{what}, in the order of the outputs: {', '.join(map(str, config['label_names']))}."]
     return "\n".join(lines) + "\n"
 
 
@@ -149,6 +151,7 @@ def _write_config(model: nn.Module, config: Mapping[str, Any], path: Path) -> No
     if own["fixed_input_size"] and own["input_size"] != tuple(images.get("input_size", own["input_size"])):
         del images["input_size"]  # timm takes no other size for a model whose weights are of one
     model_config = {"pretrained_cfg": images, **({"label_names": list(names)} if names else {})}
+    model_config |= {"targets": config["targets"]} if "targets" in config else {}
     save_config_for_hf(model, str(path), model_config=model_config, data_config=images)
 
 

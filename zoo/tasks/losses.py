@@ -97,3 +97,31 @@ class ClassLoss(nn.Module):
         share = targets if weights is None else targets * weights
         losses = -(share * (1 - log_p.exp()) ** self.gamma * log_p).sum(-1)
         return losses.sum() / share.sum() if weights is not None else losses.mean()
+
+
+class LabelLoss(nn.Module):
+    """Mean over images and labels of the binary cross-entropy, times `|target - p| ** gamma` (arXiv:1708.02002, eq. 4).
+
+    Args:
+        gamma: 0 is the plain cross-entropy.
+        weights: of each label, by which the images that have it count; None: 1.
+    """
+
+    def __init__(self, *, gamma: float = 0.0, weights: Sequence[float] | None = None):
+        super().__init__()
+        self.name, self.gamma = "focal" if gamma else "bce", gamma
+        self.weights: Tensor | None = None if weights is None else torch.tensor(weights)  # as in `ClassLoss`
+
+    def forward(self, logits: Tensor, targets: Tensor, *, plain: bool = False) -> Tensor:
+        """The loss.
+
+        Args:
+            logits: `[B, labels]`.
+            targets: 0 or 1, `[B, labels]`; rows with NaN do not count.
+            plain: without weights, to compare models by.
+        """
+        real = ~targets.isnan().any(dim=1)
+        logits, targets = logits[real], targets[real].to(logits.dtype)
+        weights = None if plain or self.weights is None else self.weights.to(logits)
+        losses = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
+        return (losses * (targets - logits.sigmoid()).abs().pow(self.gamma) if self.gamma else losses).mean()

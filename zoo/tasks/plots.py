@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,37 @@ def save_figure(figure, path: Path) -> Path:
     return path
 
 
-def plot_curves(rows: Sequence[dict[str, float]], *, path: Path, loss: str = "Cross-entropy") -> Path:
-    """Draws loss, validation accuracy and learning rate over the epochs.
+@dataclass(frozen=True)
+class Curve:
+    """A quantity of validation that is better the larger it is, beside the loss.
+
+    Attributes:
+        name: of the metric.
+        title, label: of its panel and axis.
+        percent: it is shown as such.
+        loss: title of the loss, which is in nats unless it is just that.
+    """
+
+    name: str
+    title: str
+    label: str
+    percent: bool = True
+    loss: str = "Loss"
+
+    def value(self, x: float) -> str:
+        return f"{100 * x:.2f} %" if self.percent else f"{x:.4g}"
+
+
+ACCURACY = Curve("val/acc1", "Validation accuracy", "top-1", loss="Cross-entropy")
+
+
+def plot_curves(rows: Sequence[dict[str, float]], *, path: Path, curve: Curve = ACCURACY) -> Path:
+    """Draws loss, a metric of validation and learning rate over the epochs.
 
     Args:
-        rows: one dict an epoch with `epoch`, `train/loss`, `val/loss`, `val/acc1`, `lr`; missing values are skipped.
+        rows: one dict an epoch with `epoch`, `train/loss`, `val/loss`, the metric, `lr`; missing values are skipped.
         path: where the PNG goes.
-        loss: what it is, for the title.
+        curve: the metric.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -48,15 +73,16 @@ def plot_curves(rows: Sequence[dict[str, float]], *, path: Path, loss: str = "Cr
         losses, accuracy, rate = figure.subplots(1, 3)
         draw(losses, "train/loss", color=TRAIN, label="training (augmented)")
         draw(losses, "val/loss", color=VAL, label="validation")
-        losses.set(title=loss, ylabel="nats", yscale="log")
+        losses.set(title=curve.loss, ylabel="" if curve.loss == "Loss" else "nats", yscale="log")
         losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         losses.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         losses.yaxis.set_minor_formatter(NullFormatter())
         losses.legend(frameon=False)
-        draw(accuracy, "val/acc1", color=VAL)
-        accuracy.set(title="Validation accuracy", ylabel="top-1")
-        accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
-        _mark_best(accuracy, rows)
+        draw(accuracy, curve.name, color=VAL)
+        accuracy.set(title=curve.title, ylabel=curve.label)
+        if curve.percent:
+            accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
+        _mark_best(accuracy, rows, curve)
         draw(rate, "lr", color=MUTED)
         rate.set(title="Learning rate at the end of the epoch", ylim=(0, None))
         rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -67,12 +93,12 @@ def plot_curves(rows: Sequence[dict[str, float]], *, path: Path, loss: str = "Cr
         return save_figure(figure, path)
 
 
-def _mark_best(ax, rows: Sequence[dict[str, float]]) -> None:
-    validated = [row for row in rows if "val/acc1" in row]
+def _mark_best(ax, rows: Sequence[dict[str, float]], curve: Curve) -> None:
+    validated = [row for row in rows if curve.name in row]
     if validated:
-        best = max(validated, key=lambda row: row["val/acc1"])
-        ax.plot(best["epoch"] + 1, best["val/acc1"], "o", color=VAL, markersize=5)
-        text = f"best {100 * best['val/acc1']:.2f} %, epoch {int(best['epoch']) + 1}"
+        best = max(validated, key=lambda row: row[curve.name])
+        ax.plot(best["epoch"] + 1, best[curve.name], "o", color=VAL, markersize=5)
+        text = f"best {curve.value(best[curve.name])}, epoch {int(best['epoch']) + 1}"
         ax.text(0.97, 0.05, text, transform=ax.transAxes, ha="right", color=VAL)
 
 

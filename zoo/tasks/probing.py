@@ -30,7 +30,7 @@ class ProbingTask(ClassificationTask):
 
     def __init__(self, *, head: Mapping[str, Any], neighbors: int = 0, **options: Any):
         super().__init__(**options)
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["targets"])
         self.head_cfg, self.neighbors = dict(head), neighbors
         if "name" not in self.head_cfg:
             raise ValueError(f"task.head={self.head_cfg} must name a head: linear or ep")

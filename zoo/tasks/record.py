@@ -160,7 +160,8 @@ def _next_steps(run_dir: Path, shown: str) -> list[str]:
     """Commands that use what a run made; `shown` is its folder as a shell takes it."""
     if (run_dir / "pipeline" / "model_index.json").is_file():
         return [f"  foveal sample {shown} clips.gif"]
-    if (run_dir / "per_class.csv").is_file() and (run_dir / "checkpoints" / "last.ckpt").is_file():
+    tables = ("per_class.csv", "per_label.csv", "per_value.csv")
+    if any((run_dir / name).is_file() for name in tables) and (run_dir / "checkpoints" / "last.ckpt").is_file():
         return [
             f"  foveal predict {shown} IMAGES --csv names.csv --sheet sheet.png",
             f"  foveal export {shown} FOLDER        (timm and the Hugging Face hub; FILE.onnx, FILE.pt2)",
@@ -175,6 +176,10 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
     units = {
         "acc1": ("accuracy", 100, ".2f", " %"),
         "acc5": ("top-5", 100, ".2f", " %"),
+        "map": ("mean average precision", 100, ".2f", " %"),
+        "f1": ("F1", 100, ".2f", " %"),
+        "mae": ("mean absolute error", 1, ".4g", ""),
+        "r2": ("R²", 1, ".4f", ""),
         "accuracy": ("accuracy of samples", 100, ".0f", " %"),
         "frechet": ("Fréchet distance", 1, ".1f", ""),
         "loss": ("loss", 1, ".4f", ""),
@@ -192,6 +197,9 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
         "predictions.png",
         "confusion.png",
         "per_class.csv",
+        "per_label.csv",
+        "per_value.csv",
+        "values.png",
         "receptive_field.png",
         "samples.gif",
         "samples.png",

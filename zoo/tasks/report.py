@@ -20,7 +20,7 @@ from ...kernels.neighborhood.plot import plot_composed_receptive_field
 from ..data.loader import PADDING
 from .checkpoint import replacing
 from .confusion import count_confusion, write_confusion
-from .plots import first_stage, plot_curves, plot_predictions
+from .plots import Curve, first_stage, plot_curves, plot_predictions
 
 MOST_MISTAKES, MOST_IMAGES = 24, 60
 LOSS_TITLES = {"ce": "Cross-entropy", "bce": "Binary cross-entropy", "focal": "Focal loss"}
@@ -36,15 +36,15 @@ def read_unreadable(run_dir: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-class _Sample:
+class Sample:
     """At most `most` of the items offered, each with the same chance; the same ones in every run."""
 
     def __init__(self, most: int):
         self.most, self.offered = most, 0
-        self.items: list[tuple[Tensor, int, int]] = []
+        self.items: list[tuple[Any, ...]] = []
         self._random = random.Random(0)
 
-    def offer(self, item: tuple[Tensor, int, int]) -> None:
+    def offer(self, item: tuple[Any, ...]) -> None:
         self.offered += 1
         if len(self.items) < self.most:
             self.items.append(item)
@@ -102,8 +102,13 @@ class Report(MetricTable):
 
     def __init__(self, dirpath: str):
         super().__init__(dirpath)
-        self._mistakes, self._right = _Sample(MOST_MISTAKES), _Sample(MOST_IMAGES)
+        self._mistakes, self._right = Sample(MOST_MISTAKES), Sample(MOST_IMAGES)
         self._confusion: Tensor | None = None
+
+    def curve(self, task: LightningModule) -> Curve:
+        """What `curves.png` shows."""
+        loss = getattr(getattr(task, "loss", None), "name", "ce")
+        return Curve("val/acc1", "Validation accuracy", "top-1", loss=LOSS_TITLES[loss])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
@@ -129,11 +134,10 @@ class Report(MetricTable):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.rows:
-            loss = LOSS_TITLES[getattr(getattr(pl_module, "loss", None), "name", "ce")]
-            plot_curves(self.rows, loss=loss, path=self.dirpath / "curves.png")
+            plot_curves(self.rows, curve=self.curve(pl_module), path=self.dirpath / "curves.png")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mistakes, self._right, self._confusion = _Sample(MOST_MISTAKES), _Sample(MOST_IMAGES), None
+        self._mistakes, self._right, self._confusion = Sample(MOST_MISTAKES), Sample(MOST_IMAGES), None
         size, dtype = trainer.datamodule.img_size, next(pl_module.parameters()).dtype  # pyright: ignore
         image = torch.zeros(1, pl_module.in_chans, size, size, device=pl_module.device, dtype=dtype)  # pyright: ignore
         found = first_stage(pl_module.model, image)  # pyright: ignore - on every rank: sharded weights meet in forward
