@@ -26,6 +26,7 @@ from foveal.layers.binary import bias_of_offsets, resize_offsets, signs
 from foveal.layers.causal import rotate_by_index
 from foveal.layers.mixture import taken_rows
 from foveal.layers.partial import distance_buckets
+from foveal.zoo.backbones.ninformer import InnerGate
 from golden_weights import image_a, value
 from torch import nn
 from torch.nn import functional as F
@@ -342,3 +343,16 @@ def test_mlps_along_tokens_refuse_another_grid():
             layer(torch.zeros(1, 3, 2, 4))
     with pytest.raises(ValueError, match=r"grid_size=\(3, 2\) must be \(2, 3\)"):
         TokenMlp2d(4, grid_size=(2, 3)).set_grid_size((3, 2))
+
+
+def test_an_inner_network_gates_a_linear_layer():
+    """NiNformer: the gate is a function of all tokens, what it scales of the own token alone."""
+    gate, x = InnerGate(8, grid_size=(3, 4)).double(), torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    inner = gate.mixer(x.flatten(1, 2)).view(x.shape)
+    torch.testing.assert_close(gate(x), gate.proj(x) * inner)
+    elsewhere = x.clone()
+    elsewhere[:, 2, 3, 0] += 1
+    assert not torch.equal(gate(x)[:, 0, 0], gate(elsewhere)[:, 0, 0])
+    gate.mixer.forward = torch.ones_like  # a network that lets everything pass
+    torch.testing.assert_close(gate(x), gate.proj(x))
+    torch.testing.assert_close(gate(x)[:, 0, 0], gate(elsewhere)[:, 0, 0])
