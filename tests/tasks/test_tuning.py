@@ -7,9 +7,10 @@ import pytest
 import timm
 import torch
 from foveal import train
-from foveal.weights import load
+from foveal.weights import WeightsError, load
 from foveal.zoo.data.loader import PADDING, EpochSampler
 from foveal.zoo.inference.source import open_model
+from foveal.zoo.tasks.export import export_run
 from foveal.zoo.tasks.losses import ClassLoss, balanced_weights, check_loss
 from foveal.zoo.tasks.lr_find import LearningRateFinder, suggest
 from foveal.zoo.tasks.tuning import check_tuning, freeze_statistics, merge_lora, set_trainable, tune
@@ -179,6 +180,21 @@ def test_a_run_with_adapters_leaves_plain_weights(tmp_path):
     assert not torch.equal(merged["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.base_layer.weight"])
     opened = open_model(tmp_path)
     assert opened.names == tuple("0123456789") and opened.img_size == 32
+
+
+def test_a_run_with_prompts_moves_prompts_alone_and_opens(tmp_path):
+    prompt = "task.prompt={kind:tcpa,pool_cls:3,pool_image:3,topk_cls:2,topk_image:2,weight:0.1,random_epochs:1}"
+    before, after = run(tmp_path, "task.tuning=prompt", prompt)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in after if ".prompts." in name or name.startswith("head.")}
+    opened = open_model(tmp_path).model
+    assert all(torch.equal(value, after[name]) for name, value in opened.state_dict().items())
+    with pytest.raises(WeightsError, match="has prompts"):
+        export_run(tmp_path, tmp_path / "exported")
+    with pytest.raises(ValueError, match=r"task.prompt=.*'length': 0.* does not work: length=0"):
+        tune(vit(), "prompt", prompt={"length": 0})
+    with pytest.raises(ValueError, match=r"needs task.tuning=prompt, not probe"):
+        check_tuning("probe", None, None, {"length": 1})
 
 
 def test_the_suggested_rate_is_where_the_loss_falls_fastest():

@@ -27,7 +27,7 @@ class ClassificationTask(ImageTask):
     """Trains a timm model on `(images [B, C, H, W], targets [B] int64)`.
 
     Args:
-        model, num_classes, in_chans, img_size, targets, tuning, unfreeze_epoch, lora: see `ImageTask`.
+        model, num_classes, in_chans, img_size, targets, tuning, unfreeze_epoch, lora, prompt: see `ImageTask`.
         class_names: of the data, by label; kept in checkpoints under `hyper_parameters`.
         optimizer, scheduler, lr_batch: see `EpochTask`.
         label_smoothing: 0 to 1.
@@ -63,6 +63,7 @@ class ClassificationTask(ImageTask):
         tuning: str = "full",
         unfreeze_epoch: int | None = None,
         lora: Mapping[str, Any] | None = None,
+        prompt: Mapping[str, Any] | None = None,
         mixup: Mapping[str, Any] | None = None,
         compile: Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -77,6 +78,7 @@ class ClassificationTask(ImageTask):
             tuning=tuning,
             unfreeze_epoch=unfreeze_epoch,
             lora=lora,
+            prompt=prompt,
             optimizer=optimizer,
             scheduler=scheduler,
             lr_batch=lr_batch,
@@ -140,7 +142,7 @@ class ClassificationTask(ImageTask):
         images, targets = batch
         if self.mixup is not None:
             images, targets = self._mix(images, targets)
-        return self.loss(self(images), targets)
+        return self.with_matching(self.loss(self(images), targets))
 
     def evaluate(self, split: str, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the logits `[B, num_classes]`, which the report draws."""

@@ -26,6 +26,7 @@ from ...weights import WeightsError, check_state_dict
 from ...weights.load import parameters, save
 from ...weights.read import read
 from ...weights.training import CONFIG, metadata
+from ..prompts import add_prompts
 
 WHAT = {"class": "Classes", "labels": "Labels", "values": "Values"}  # that outputs are of
 NOT_OF_THE_RUN = ("tag", "license", "origin_url", "description", "notes", "label_names", "label_descriptions")
@@ -53,6 +54,8 @@ def export_run(run: Path, folder: Path, *, container: str | None = None, force: 
     checkpoint, folder = checkpoint_of(run), Path(folder)
     data = read(checkpoint)
     config = _config(data, checkpoint)
+    if "prompts" in config:
+        raise WeightsError(f"{checkpoint} has prompts, which timm's folders have no place for; `foveal` opens the run")
     model = _build(config, parameters(data, container, checkpoint), checkpoint)
     with _filling(folder, force=force) as scratch:
         _write_config(model, config, scratch / "config.json")
@@ -113,6 +116,8 @@ def _build(config: Mapping[str, Any], weights: dict[str, Tensor], checkpoint: Pa
         raise WeightsError(f"{checkpoint}: cannot build {name} with {arguments}: {error}") from error
     if not hasattr(model, "pretrained_cfg"):
         raise WeightsError(f"{checkpoint}: {name} is not built by timm's build_model_with_cfg, which local-dir: needs")
+    if "prompts" in config:
+        add_prompts(model, **config["prompts"])
     check_state_dict(weights, model.state_dict(), problem=f"{checkpoint} does not fit {name}")
     model.load_state_dict(weights)
     return model.eval()

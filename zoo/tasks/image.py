@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from ..data.names import say, unknown_name
+from ..prompts import matching_loss, prompts_of
 from .epochs import EpochTask
 from .model import make_model
 from .portable import describe_model
@@ -34,10 +35,12 @@ class ImageTask(EpochTask):
         in_chans: of the data.
         img_size: pixels a side of the data, for models that are made for one size; None: the model's own.
         targets: of the data: "class", "labels" or "values".
-        tuning: "full", "probe" (the classifier alone; no gradients of the others are computed) or "lora"; see
-            `tuning.tune`.
+        tuning: "full", "probe" (the classifier alone; no gradients of the others are computed), "lora" or "prompt";
+            see `tuning.tune`.
         unfreeze_epoch: with "probe", the epoch, from 0, at which everything begins to train.
         lora: with "lora", `rank`, `alpha`, `dropout`, `targets`.
+        prompt: with "prompt", `kind` and further arguments of `foveal.zoo.prompts.add_prompts`; `weight` of the loss
+            that draws tokens and keys of "tcpa" together, and `random_epochs`, in which they are matched at random.
         options: see `EpochTask`. The model's `no_weight_decay()` is obeyed.
 
     Raises:
@@ -58,6 +61,7 @@ class ImageTask(EpochTask):
         tuning: str = "full",
         unfreeze_epoch: int | None = None,
         lora: Mapping[str, Any] | None = None,
+        prompt: Mapping[str, Any] | None = None,
         **options: Any,
     ):
         _check_name(model["name"])
@@ -66,13 +70,16 @@ class ImageTask(EpochTask):
                 f"data.targets={targets} needs task={TASK_OF[targets]}; task={TASK_OF[self.targets]} trains on "
                 f"data.targets={self.targets}"
             )
-        check_tuning(tuning, unfreeze_epoch, lora)
+        check_tuning(tuning, unfreeze_epoch, lora, prompt)
         metrics = {f"{split}_loss": MeanMetric() for split in ("val", "test")}
         for split in ("val", "test"):
             metrics |= {f"{split}_{name}": metric for name, metric in self.make_metrics(num_classes).items()}
         super().__init__(metrics=metrics, **options)
         self.model_cfg, self.num_classes, self.in_chans, self.img_size = dict(model), num_classes, in_chans, img_size
         self.tuning, self.unfreeze_epoch, self.lora = tuning, unfreeze_epoch, dict(lora or {})
+        self.prompt = dict(prompt or {})
+        self.match_weight = self.prompt.pop("weight", 0.01)
+        self.random_epochs = self.prompt.pop("random_epochs", 0)
 
     def make_metrics(self, num_classes: int) -> dict[str, Metric]:
         """Metrics of a split by name, beside the loss."""
@@ -101,7 +108,7 @@ class ImageTask(EpochTask):
             img_size=self.img_size,
             pretrained=self.model_cfg.get("pretrained", False),
         )
-        return tune(model, self.tuning, self.lora)
+        return tune(model, self.tuning, self.lora, self.prompt)
 
     def configure_optimizers(self):
         if self.unfreeze_epoch is None:
@@ -114,15 +121,21 @@ class ImageTask(EpochTask):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        if self.tuning != "probe":
+        if self.tuning not in ("probe", "prompt"):
             return
         assert self.model is not None
+        for prompts in prompts_of(self.model):
+            prompts.random = self.current_epoch < self.random_epochs
         frozen = self.unfreeze_epoch is None or self.current_epoch < self.unfreeze_epoch
         if frozen:
             freeze_statistics(self.model)
         else:
             set_trainable(self.model, "full")
             self.model.train()
+
+    def with_matching(self, loss: Tensor) -> Tensor:
+        """The loss of a step, with prompts also what draws tokens and keys together."""
+        return loss + self.match_weight * matching_loss(self.model) if self.tuning == "prompt" else loss
 
     def on_fit_start(self) -> None:
         """Weights that were trained on other pixels than the data give are worse than they need to be."""

@@ -75,7 +75,7 @@ class MultiLabelTask(ImageTask):
 
     def training_loss(self, batch: Batch) -> Tensor:
         images, targets = batch
-        return self.loss(self(images), targets)
+        return self.with_matching(self.loss(self(images), targets))
 
     def evaluate(self, split: str, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the logits `[B, labels]`, which the report draws."""

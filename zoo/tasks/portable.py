@@ -31,9 +31,9 @@ def describe_model(task: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Adds `timm_config` to a checkpoint that is being saved, in the words of timm's `config.json`.
 
     `architecture`, `model_args` and `num_classes` build `task.model`; `label_names` are the classes in the order of the
-    outputs; `targets`, where an image has not just one class, is "labels" or "values"; `pretrained_cfg` is the
-    preprocessing of the images that it was evaluated on and, where training began with released weights, their license
-    and origin. Facts that are not known are left out.
+    outputs; `targets`, where an image has not just one class, is "labels" or "values"; `prompts` are arguments of
+    `add_prompts`; `pretrained_cfg` is the preprocessing of the images that it was evaluated on and, where training
+    began with released weights, their license and origin. Facts that are not known are left out.
     """
     name, pretrained = task.model_cfg["name"], task.model_cfg.get("pretrained")  # pyright: ignore
     data = getattr(task.trainer, "datamodule", None)
@@ -45,6 +45,8 @@ def describe_model(task: LightningModule, checkpoint: dict[str, Any]) -> None:
         "num_classes": task.num_classes,
         "pretrained_cfg": getattr(data, "preprocessing", {}) | origin,
     }
+    if getattr(task, "tuning", None) == "prompt":
+        config["prompts"] = dict(task.prompt)  # pyright: ignore
     names = task.hparams.get("class_names")
     kind = getattr(task, "targets", "class")
     config |= {"targets": kind} if kind != "class" else {}

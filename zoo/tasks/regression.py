@@ -77,7 +77,7 @@ class RegressionTask(ImageTask):
     def training_loss(self, batch: Batch) -> Tensor:
         images, targets = batch
         real = ~targets.isnan().any(dim=1)
-        return self.loss(self(images)[real], self.standardise(targets[real]))
+        return self.with_matching(self.loss(self(images)[real], self.standardise(targets[real])))
 
     def evaluate(self, split: str, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the values `[B, values]` in the units of the data, which the report draws."""

@@ -1,4 +1,4 @@
-"""Training a part of a model: the classifier alone (probe), adapters of low rank (LoRA), or everything."""
+"""Training a part of a model: the classifier alone (probe), adapters of low rank (LoRA), prompts, or everything."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..data.classes import listed
 from ..data.foreign import reason
 from ..data.names import unknown_name
+from ..prompts import add_prompts, prompts_of
 
-TUNINGS = ("full", "probe", "lora")
+TUNINGS = ("full", "probe", "lora", "prompt")
 ADAPTER = "default"  # peft's name of the one adapter
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": r".*\.(qkv|q|kv|proj)"}
 
@@ -37,19 +38,22 @@ def set_trainable(model: nn.Module, tuning: str) -> None:
     """Switches gradients on for the parameters that `tuning` trains, and off for the others."""
     heads = tuple(f"{name}." for name in classifier_names(model)) if tuning != "full" else ()
     for name, parameter in model.named_parameters():
-        trained = tuning == "full" or name.startswith(heads) or (tuning == "lora" and ".lora_" in name)
+        added = {"lora": ".lora_", "prompt": ".prompts."}.get(tuning)
+        trained = tuning == "full" or name.startswith(heads) or (added is not None and added in name)
         parameter.requires_grad_(trained)
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    """Puts all but the classifier in evaluation mode: no dropout, and batch statistics stay."""
+    """Puts all but the classifier and prompts in evaluation mode: no dropout, and batch statistics stay."""
     heads = classifier_names(model)
     model.eval()
-    for name in heads:
-        model.get_submodule(name).train()
+    for module in [*map(model.get_submodule, heads), *prompts_of(model)]:
+        module.train()
 
 
-def check_tuning(tuning: str, unfreeze_epoch: int | None, lora: Mapping[str, Any] | None) -> None:
+def check_tuning(
+    tuning: str, unfreeze_epoch: int | None, lora: Mapping[str, Any] | None, prompt: Mapping[str, Any] | None = None
+) -> None:
     """Refuses options that `tune` does not take.
 
     Raises:
@@ -61,6 +65,8 @@ def check_tuning(tuning: str, unfreeze_epoch: int | None, lora: Mapping[str, Any
     if unfreeze_epoch is not None and (tuning != "probe" or unfreeze_epoch < 1):
         raise ValueError(f"task.unfreeze_epoch={unfreeze_epoch} needs task.tuning=probe and must be at least 1")
     check_lora(lora or {}, LORA, needed=tuning == "lora")
+    if prompt and tuning != "prompt":
+        raise ValueError(f"task.prompt={dict(prompt)} needs task.tuning=prompt, not {tuning}")
 
 
 def check_lora(lora: Mapping[str, Any], known: Mapping[str, Any], *, needed: bool = True) -> None:
@@ -108,22 +114,33 @@ def lora_config(model: nn.Module, options: Mapping[str, Any]) -> Any:
         raise ValueError(f"task.lora={dict(options)} does not work: {reason(error)}") from error
 
 
-def tune(model: nn.Module, tuning: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
+def tune(
+    model: nn.Module,
+    tuning: str,
+    lora: Mapping[str, Any] | None = None,
+    prompt: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Prepares a model to train a part of it.
 
     Args:
         model: of timm; LoRA replaces linear layers in it.
         tuning: "full", everything; "probe", the classifier; "lora", the classifier and adapters of low rank
-            (arXiv:2106.09685) beside linear layers.
+            (arXiv:2106.09685) beside linear layers; "prompt", the classifier and prompts of each block.
         lora: `rank`, `alpha` (the adapters count `alpha / rank`), `dropout`, and `targets`, a regular expression that
             the names of linear layers fit as a whole.
+        prompt: `kind` and further arguments of `foveal.zoo.prompts.add_prompts`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: no layer fits `targets`, or the model has no classifier.
+        ValueError: no layer fits `targets`, the model has no classifier or takes no prompts.
     """
+    if tuning == "prompt":
+        try:
+            add_prompts(model, **(prompt or {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"task.prompt={dict(prompt or {})} does not work: {reason(error)}") from error
     if tuning == "lora":
         from peft import inject_adapter_in_model
 
