@@ -3,6 +3,7 @@
 from .api import scored_attention
 from .columns import ColumnMask, ring_positions
 from .filtering import Filter
+from .grouped import Landmark
 from .mixing import MultiToken
 from .ordered import CoPE, Path, Selective
 from .plain import Signed, Softmax, Softplus
@@ -16,6 +17,7 @@ __all__ = [
     "CoPE",
     "ColumnMask",
     "Filter",
+    "Landmark",
     "LocalLinear",
     "MultiToken",
     "Parallax",

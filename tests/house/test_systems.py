@@ -17,7 +17,7 @@ SHELVES = {  # folders of which every file is a system, but for these
     "layers": {"base", "completion", "dense", "positions"},
     "zoo/backbones": set(),
     "zoo/control/recipes": set(),
-    "zoo/heads": {"attentions"},
+    "zoo/heads": {"attentions", "parts"},
     "zoo/pretraining": set(),
     "zoo/restoration": {"base"},
 }

@@ -10,6 +10,7 @@ from foveal.kernels.scored import (
     ColumnMask,
     CoPE,
     Filter,
+    Landmark,
     LocalLinear,
     MultiToken,
     Parallax,
@@ -68,6 +69,7 @@ def scores(tokens: int, heads: int, dim: int) -> dict:
         "path": Path(unit(double(2, tokens, heads, dim)), 2 * torch.rand(2, tokens, heads, dtype=torch.float64)),
         "selective": Selective(1),
         "multi_token": MultiToken(double(heads, 1, 2, 3), identity, double(1, heads, heads)),
+        "landmark": Landmark(3),
         "parallax": Parallax(double(2, tokens, heads, dim)),
         "local_linear": LocalLinear(0.3),
         "filter": Filter(
@@ -124,6 +126,18 @@ def test_multi_token_recorded():
     ):
         found = scored_attention(*tensors, score=score, mask=ColumnMask.causal(12)).transpose(1, 2)
         torch.testing.assert_close(found, z[name], rtol=0, atol=1e-13)
+
+
+def test_landmarks_recorded():
+    z = recorded("landmark")
+    eye = torch.eye(15, dtype=torch.float64).expand(1, 2, 15, 15).transpose(1, 2)
+    query = z["scores"].transpose(1, 2)  # times the identity are the logits, and values of the identity the weights
+    found = scored_attention(query, eye, eye, score=Landmark(4), mask=ColumnMask.causal(15), scale=1.0)
+    torch.testing.assert_close(found.transpose(1, 2), z["probs"], rtol=0, atol=1e-14)
+    everywhere = scored_attention(query, eye, torch.ones_like(eye), score=Landmark(4), scale=1.0)
+    torch.testing.assert_close(everywhere, torch.ones_like(everywhere))
+    alone = scored_attention(query, eye, eye, score=Landmark(15), scale=1.0).transpose(1, 2)
+    torch.testing.assert_close(alone, z["scores"].softmax(-1))  # one section: plain attention
 
 
 def test_neutral_parameters_are_softmax_attention():

@@ -6,6 +6,7 @@ import timm
 import torch
 from foveal.zoo.heads.attach import attach_head, predict_by_neighbors, tokens_of
 from foveal.zoo.heads.localization import SpatialTokenViT, box_of
+from foveal.zoo.heads.paired import PairedViT
 from recorded_modules import fill, noise, recorded
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 0}
@@ -121,3 +122,40 @@ def test_boxes():
     left, top, right, bottom = box_of(found, size=(32, 32))
     assert abs(left - 12) <= 2 and abs(top - 8) <= 2 and abs(right - 28) <= 2 and abs(bottom - 20) <= 2
     assert box_of(torch.ones(4, 6)) == (0, 0, 6, 4)
+
+
+# pairs of images and salient patches
+
+
+def test_an_image_that_is_its_own_partner_distracts_nobody():
+    model, x = PairedViT(vit().double(), 5).eval(), torch.randn(3, 3, 32, 32).double()
+    out = model(x, torch.arange(3))
+    torch.testing.assert_close(out.paired, out.whole, rtol=1e-10, atol=1e-10)
+    other = model(x, torch.tensor([1, 2, 0])).paired
+    assert (other - out.whole).abs().max() > 1e-3
+    assert model(x).paired is None
+    torch.testing.assert_close(model.predict(x), (out.whole.softmax(-1) + out.local.softmax(-1)) / 2)
+
+
+def test_with_all_patches_the_local_branch_is_one_more_block():
+    trunk, x = vit().double().eval(), torch.randn(2, 3, 32, 32).double()
+    features = trunk.blocks(trunk._pos_embed(trunk.patch_embed(x)))
+    model = PairedViT(trunk, 5, ratio=1.0).eval()
+    whole = model.local_head(model.local_norm(model.local_block(features))[:, 0])
+    torch.testing.assert_close(model(x).local, whole)
+    torch.testing.assert_close(model(x).whole, model.head(trunk.norm(features)[:, 0]))
+    model.ratio = 0.25  # the class token's result depends on the keys alone, of which all are there
+    torch.testing.assert_close(model(x).local, whole)
+
+
+def test_losses_of_branches_are_weighed_by_what_is_learnt():
+    model, x, target = PairedViT(vit(), 5), torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    out = model(x, torch.tensor([1, 2, 3, 0]))
+    terms = [torch.nn.functional.cross_entropy(y, target) for y in out]
+    loss = model.loss(out, target)
+    torch.testing.assert_close(loss, sum(terms) / 2)
+    loss.backward()
+    torch.testing.assert_close(model.log_variances.grad, torch.stack([(1 - t) / 2 for t in terms]).detach())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="ratio=0 must lie"):
+        PairedViT(vit(), 5, ratio=0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.ops import scaled_attention
+from .parts import add_branches, embed, take_parts
 
 KERNEL = (  # of the smoothing in the loss, as published: a Gaussian of sigma 0.42
     (0.0026284618773611238, 0.04601160340728156, 0.00262846187736114),
@@ -49,14 +50,7 @@ class SpatialTokenViT(nn.Module):
 
     def __init__(self, vit: nn.Module, num_classes: int, *, scaled: int = 3, area: float = 0.35):
         super().__init__()
-        parts = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
-        missing = [name for name in parts if getattr(vit, name, None) is None]
-        if missing or getattr(vit, "num_prefix_tokens", 1) != 1:
-            raise ValueError(
-                f"{type(vit).__name__} has no {', '.join(missing) or 'single class token'}; expected timm's ViT"
-            )
-        for name in parts:
-            setattr(self, name, getattr(vit, name))  # parameters and modules keep their names
+        take_parts(self, vit)
         if not 0 <= scaled <= len(self.blocks):
             raise ValueError(f"scaled={scaled} must lie in [0, blocks={len(self.blocks)}]")
         dim, like = self.cls_token.shape[-1], self.cls_token
@@ -79,16 +73,13 @@ class SpatialTokenViT(nn.Module):
 
     def forward(self, images: Tensor) -> Localization:
         """Images `[B, C, H, W]` to logits and maps."""
-        x = self.patch_embed(images)
-        batch = len(x)
-        x = torch.cat([self.cls_token.expand(batch, -1, -1), x], dim=1) + self.pos_embed  # pyright: ignore
+        x, batch = embed(self, images), len(images)
         x = torch.cat([x, (self.loc_token + self.loc_embed).expand(batch, -1, -1)], dim=1)
         factors = []
         for index, block in enumerate(self.blocks):
             scaled = index >= len(self.blocks) - self.scaled
             out, factor = self._attend(block.attn, block.norm1(x), scaled)
-            x = x + block.drop_path1(block.ls1(out))
-            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+            x = add_branches(block, x, out)
             if scaled:
                 factors.append(factor[:, 1:-1])
         size = self.patch_embed.grid_size

@@ -244,6 +244,26 @@ MIXERS = (
         "layers/test_mixers.py::test_mlps_along_tokens_refuse_another_grid", "partial", "the mixing of tokens alone",
     ),
     System(
+        "Combiner, summaries of blocks", "arXiv:2107.05768", "layers.summaries:summarized_attention",
+        "layers/test_selected.py::test_summaries_of_other_blocks_and_own_tokens_share_a_softmax", "partial",
+        "the fixed form in both directions, each token once; not the axial forms",
+    ),
+    System(
+        "SPA, attention among selected tokens", "arXiv:2410.23608", "layers.selected:SelectedAttention",
+        "layers/test_selected.py::test_selected_tokens_attend_to_selected_tokens_of_their_image", "partial",
+        "the layer and its supervision; noise and temperature of the gate are ours",
+    ),
+    System(
+        "SwinBERT, a learned mask of a clip", "arXiv:2111.13196", "layers.learned_mask:LearnedMask",
+        "layers/test_selected.py::test_learned_masks_range_from_all_to_themselves", "partial",
+        "the mask with both biases and its lists; no captioning network",
+    ),
+    System(
+        "ConvFormer, convolved queries, keys and values", "arXiv:2304.02147", "layers.convolved:ConvolvedAttention",
+        "layers/test_selected.py::test_a_kernel_of_one_is_multi_head_attention", "idea",
+        "no code is public; the layer alone",
+    ),
+    System(
         "Attention of a minimal transformer", "arXiv:2410.13732", "layers:MinimalAttention",
         "zoo/test_minimal.py::test_collapsed_attention_is_separate_attention_with_the_product_of_its_matrices",
         note="by formula",
@@ -349,10 +369,9 @@ PROBES = (
     System(
         "DCAL",
         "CVPR 2022",
-        "layers.cross:pairwise_cross_attention, layers.cross:strongest_tokens",
-        "layers/test_pooling.py::test_a_partner_that_is_oneself_changes_nothing",
-        "partial",
-        "the attentions, by property",
+        "zoo.heads.paired:PairedViT, layers.cross:pairwise_cross_attention",
+        "zoo/test_probes.py::test_an_image_that_is_its_own_partner_distracts_nobody",
+        note="by formula; no code is public",
     ),
     System(
         "CanViT, glimpses and a canvas",

@@ -142,6 +142,13 @@ SCORES = (
         note="recorded",
     ),
     System(
+        "Landmark attention",
+        "arXiv:2305.16300",
+        "kernels.scored:Landmark",
+        "kernels/test_scored.py::test_landmarks_recorded",
+        note="recorded; in any order, no fused kernel",
+    ),
+    System(
         "Selective attention",
         "arXiv:2410.02703",
         "kernels.scored:Selective",
