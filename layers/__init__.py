@@ -6,7 +6,7 @@ from .base import ProjectedAttention2d
 from .binary import BinaryAttention2d
 from .box_gate import BoxGate
 from .causal import PostSoftmaxCausalAttention2d
-from .connectivity import LearnedConnectivity
+from .connectivity import ConnectivityAttention2d, LearnedConnectivity
 from .dense import DenseAttention2d
 from .efficient import EfficientAttention2d
 from .flow import FlowAttention2d
@@ -41,6 +41,7 @@ __all__ = [
     "BiLevelRoutingAttention2d",
     "BinaryAttention2d",
     "BoxGate",
+    "ConnectivityAttention2d",
     "DenseAttention2d",
     "EfficientAttention2d",
     "FlowAttention2d",

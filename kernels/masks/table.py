@@ -91,7 +91,7 @@ mask = masks.plan_mask(masks.HeadPlan.from_json(plan.to_json()), (5, 12, 20), la
 `foveal.layers.BoxGate` is SeerAttention's gate on grids: `gate.loss(query, key)` teaches it the map of the
 attention around it, which stays frozen, and `gate.mask(query, key, topk=16)` chooses blocks.
 `foveal.layers.LearnedConnectivity` is Sparsifiner's predictor for image grids of one size: `forward` is trained to
-resemble the attention's map, and `mask(query, key, share=0.25)` lists single keys.
+resemble the attention's map, and `mask(query, key, share=0.25)` lists single keys. The `sparsifiner_*` models have it.
 
 ## Not here
 

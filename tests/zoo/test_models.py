@@ -29,7 +29,7 @@ from timm.optim import create_optimizer_v2
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 MODELS = our_models()
-FIXED_WORDS = ("vitrpb", "mlp", "ninformer", "mega")
+FIXED_WORDS = ("vitrpb", "mlp", "ninformer", "mega", "sparsifiner")
 SMALL = [name for name in MODELS if name.startswith("test_")]
 LARGE = [name for name in MODELS if name not in SMALL]
 CHECKPOINTS = [name for model in MODELS for name in get_arch_pretrained_cfgs(model)]
@@ -297,7 +297,8 @@ def test_exports(name):
     x = image(model)
     exported = torch.export.export(model, (x,))
     calls = {node.target for node in exported.graph.nodes if node.op == "call_function"} - {operator.getitem}
-    foreign = {"litv2": {"torchvision"}, "biformer": {"higher_order"}}  # deformable convolution; routing under no_grad
+    chosen = {"higher_order"}  # a choice without gradient
+    foreign = {"litv2": {"torchvision"}, "biformer": chosen, "sparsifiner": chosen}  # deformable convolution
     assert {call.namespace for call in calls} - foreign.get(name.split("_")[1], set()) == {"aten"}
     torch.testing.assert_close(exported.module()(x), model(x))
 
