@@ -71,6 +71,9 @@ class HeadRouter(nn.Module):
         groups = self.wg_0(x).softmax(-1) * 2
         return torch.cat([groups[..., :1] * shared, groups[..., 1:] * routed], dim=-1)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"balance_loss": None}  # of a graph, which is neither copied nor stored
+
     def extra_repr(self) -> str:
         return f"shared={self.shared}, routed={self.routed}"
 

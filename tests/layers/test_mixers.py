@@ -1,5 +1,6 @@
 """Layers of the second half of the zoo: by definition, on odd maps, in half precision, on the meta device."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +271,7 @@ def test_router_leaves_heads_out_and_keeps_the_sum(shared, routed):
     router.train()(draw(2, 9, 16))
     assert (router.balance_loss is not None) is bool(routed)
     assert torch.isfinite(balance_loss(router))
+    assert copy.deepcopy(router).balance_loss is None  # a loss has a graph, which cannot be copied
     with pytest.raises(ValueError, match="routed=5"):
         HeadRouter(16, num_heads=4, shared=shared, routed=5)
 

@@ -129,6 +129,9 @@ def test_configuration_describes_the_model(name):
     assert {p.device.type for p in [*model.parameters(), *model.buffers()]} == {"meta"}
     statistics = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms
     assert all(name.endswith(statistics) for name, _ in model.named_buffers())
+    if any(word in name for word in FIXED_WORDS):
+        assert cfg["fixed_input_size"], "timm draws images of other sizes otherwise"
+    assert len(model.feature_info) >= (2 if name.startswith("test_") else 3), "timm's features_only asks for three maps"
     side = cfg["input_size"][1]
     assert cfg["pool_size"] == (math.ceil(side / model.feature_info[-1]["reduction"]),) * 2
     assert len(cfg["mean"]) == len(cfg["std"]) == cfg["input_size"][0]

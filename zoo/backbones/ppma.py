@@ -196,14 +196,18 @@ BASE = {
     "forms": LATE, "layer_scales": (None, None, 1e-6, 1e-6),
 }  # fmt: skip
 TINY_STAGES = {"num_heads": (2, 2), "mlp_ratios": (2, 2), "forms": LATE[-2:], "layer_scales": (None, 1.0)}
+PICO = {
+    "embed_dims": (24, 48, 96), "depths": (1, 2, 1), "num_heads": (2, 2, 4), "mlp_ratios": (2, 2, 2),
+    "forms": LATE[-3:], "layer_scales": (None, None, 1.0), "feature_dim": 128,
+}  # fmt: skip
 MODELS = {
     "ppma_t": Model("PPMA-Tiny.", PPMA, {"depths": (2, 2, 8, 2)}),
     "ppma_s": Model("PPMA-Small.", PPMA, SMALL),
     "ppma_b": Model("PPMA-Base; residual scales begin at 1e-6, as in RMT, whose layout this is.", PPMA, BASE),
     "ppma_pico": Model(
-        "Two stages for 32x32 single-channel images (handwritten digits).",
+        "Three stages for 32x32 single-channel images (handwritten digits).",
         PPMA,
-        {**TINY_STAGES, "embed_dims": (32, 64), "depths": (1, 2), "feature_dim": 128},
+        PICO,
     ),
     "test_ppma": Model(
         "PPMA for tests.", PPMA, {**TINY_STAGES, "embed_dims": (16, 24), "depths": (1, 2), "feature_dim": 32}

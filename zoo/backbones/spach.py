@@ -107,12 +107,17 @@ MODELS = {
     "test_spach_ms_mlp": several("test", "mlp", (1, 2), (1, 1), 16, img_size=64),
 }
 CONVERSION = Conversion(rename=official_names)
+ONE_SIZE = {"fixed_input_size": True}  # MLPs along tokens are learnt for one number of them
 register_family(
     __name__,
     MODELS,
     conversion=CONVERSION,
     cfg={"paper_ids": "arXiv:2108.13002"},
     cfgs={
+        **{f"spach_{size}_mlp.untrained": ONE_SIZE for size in ("xxs", "xs", "s")},
+        **{f"spach_ms_{size}_mlp.microsoft_in1k": ONE_SIZE for size in ("xxs", "s")},
+        "spach_ms_xs_mlp.untrained": ONE_SIZE,
+        "test_spach_ms_mlp.untrained": ONE_SIZE,
         "spach_ms_pico.untrained": DIGITS_CFG,
         "test_spach.untrained": {"pool_size": (8, 8)},
     },
