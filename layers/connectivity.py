@@ -200,11 +200,10 @@ class ConnectivityAttention2d(ProjectedAttention2d):
         predicted = kept = None
         if teach or self.sparse:
             predicted = self.mask_predictor(query.detach(), key.detach(), whole=not self.sparse)
-        if self.sparse:
-            kept = self._choose(predicted.detach())
+            kept = self._choose(predicted.detach()) if self.sparse else None
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [B, heads, N, d]
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=kept).transpose(1, 2).flatten(2)
-        return _WithLoss.apply(out, self._loss(query, key, predicted)) if teach else out
+        return _WithLoss.apply(out, self._loss(query, key, predicted)) if teach and predicted is not None else out
 
     def _choose(self, predicted: Tensor) -> Tensor:
         """The pairs that stay, bool `[B, heads, N, N]`."""
