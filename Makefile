@@ -18,15 +18,15 @@ train: $(STAMP)
 	$(BIN)/python train.py $(ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --maxschedchunk 1 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 # models at full size, compiled and exported; machine code of some variants of every kernel; whole training runs
 slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m "slow and not gpu and not multigpu and not network" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow and not gpu and not multigpu and not network" $(ARGS)
 
 # hours: every variant of every kernel compiled for every architecture, every case in Triton's interpreter
 exhaustive: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m "exhaustive and not gpu and not multigpu and not network" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "exhaustive and not gpu and not multigpu and not network" $(ARGS)
 
 # the rule of the compile report, on the main loops of one head dim: see docs/backends.md
 rule: $(STAMP)

@@ -15,7 +15,10 @@ from foveal.kernels.ops import sharded_neighborhood_attention
 from neighborhood_matrix import OPERATORS, Case, cases, make_inputs
 from sharded_ranks import SPLIT, Ranks, cotangents, gradients, make_step, piece
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),
+    pytest.mark.xdist_group("ranks"),  # three processes, which begin once
+]
 CLIP = Case(
     shape=(5, 6, 7),
     window=(3, 4, 3),
