@@ -216,7 +216,9 @@ linear = partial(Question, "linear", entry=None, backward=True, public="linear_a
 FORWARD = ((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2))
 KEY = ((32, 64, 4, 1), (64, 64, 8, 1), (64, 64, 8, 2), (32, 64, 4, 2))
 SMALL = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 1, 2), (16, 32, 1, 2), (32, 64, 2, 2))
-SMALL_QUERY = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 1, 2), (32, 32, 2, 2))
+SMALL_QUERY = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 1, 1), (32, 32, 1, 2), (32, 32, 2, 2))
+SMALL_KEY = ((64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 1, 1), (32, 32, 2, 2), (32, 16, 1, 2))
+NVIDIA: tuple[Device, ...] = ("hopper", "ampere", "ada")
 E4M3 = ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3))
 QUERY = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2))
 FORWARD_64 = ((128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2))
@@ -240,12 +242,16 @@ QUESTIONS: dict[str, tuple[Question, str]] = {
         "the first size of the forward at head dim 64",
     ),
     "forward of small windows": (
-        na2d(*DINAT, Entry("forward", 32), SMALL, devices=("hopper",)),
+        na2d(*DINAT, Entry("forward", 32), SMALL, devices=NVIDIA),
         "programs of one warp for windows of 7",
     ),
     "backward of small windows": (
-        na2d(*DINAT, Entry("query", 64), SMALL_QUERY, backward=True),
+        na2d(*DINAT, Entry("query", 32), SMALL_QUERY, backward=True, devices=NVIDIA),
         "programs of one or two warps for the query's gradient of windows of 7",
+    ),
+    "key gradient of small windows": (
+        na2d(*DINAT, Entry("key", 32), SMALL_KEY, backward=True, devices=NVIDIA),
+        "programs of one or two warps for the gradients of key and value of windows of 7",
     ),
     "descriptors of few tiles": (
         na2d(*DINAT, None, ({"descriptor": True}, {"descriptor": False}), devices=("hopper",)),

@@ -47,8 +47,9 @@ class Config(NamedTuple):
     wide: bool
 
 
-# (device, kernel, element bytes) -> {head dim up to: sizes}. Small and large windows choose among several sizes. One
-# byte stands for e4m3 queries and keys with values in half precision.
+# (device, kernel, element bytes) -> {head dim up to: sizes}. One byte stands for e4m3 queries and keys with values in
+# half precision. Windows choose among several sizes, see `choose`; programs of one warp are for small windows, of whose
+# larger tiles most pairs are masked.
 SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
     ("hopper", "forward", 1): {
         32: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
@@ -57,17 +58,19 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
         256: (Size(64, 32, 4, 2),),
     },
     ("hopper", "forward", 2): {
-        32: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
+        32: (Size(64, 64, 4, 2), Size(64, 32, 4, 2), Size(32, 32, 1, 2)),
         64: (Size(128, 64, 4, 3), Size(64, 64, 4, 3), Size(64, 32, 4, 3)),
         128: (Size(128, 128, 8, 2), Size(128, 64, 8, 2), Size(64, 64, 4, 2)),
         256: (Size(64, 32, 4, 2),),
     },
     ("hopper", "query", 2): {
+        32: (Size(64, 64, 4, 2), Size(64, 32, 4, 2), Size(32, 32, 1, 2)),
         64: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
         128: (Size(128, 64, 8, 2), Size(64, 64, 4, 2)),
         256: (Size(32, 32, 4, 1),),
     },
     ("hopper", "key", 2): {
+        32: (Size(64, 64, 4, 2), Size(32, 64, 4, 2), Size(32, 32, 1, 1)),
         64: (Size(64, 64, 4, 2), Size(32, 64, 4, 2)),
         128: (Size(32, 64, 4, 1),),
         256: (Size(32, 16, 4, 1),),
@@ -76,16 +79,19 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
     ("hopper", "query", 4): {64: (Size(16, 32, 4, 1),), 128: (Size(16, 16, 8, 1),), 256: (Size(16, 16, 8, 1),)},
     ("hopper", "key", 4): {64: (Size(16, 32, 4, 1),), 128: (Size(16, 16, 8, 1),), 256: (Size(16, 16, 8, 1),)},
     ("ampere", "forward", 2): {
+        32: (Size(128, 64, 4, 3), Size(64, 64, 4, 3), Size(64, 32, 4, 3), Size(32, 32, 1, 2)),
         64: (Size(128, 64, 4, 3), Size(64, 64, 4, 3), Size(64, 32, 4, 3)),
         128: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
         256: (Size(32, 16, 2, 1),),
     },
     ("ampere", "query", 2): {
+        32: (Size(64, 64, 4, 2), Size(64, 32, 4, 2), Size(32, 32, 1, 1)),
         64: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
         128: (Size(64, 32, 4, 2),),
         256: (Size(32, 32, 4, 1),),
     },
     ("ampere", "key", 2): {
+        32: (Size(64, 64, 4, 2), Size(32, 64, 4, 2), Size(32, 32, 1, 1)),
         64: (Size(64, 64, 4, 2), Size(32, 64, 4, 2)),
         128: (Size(32, 64, 4, 1),),
         256: (Size(32, 32, 4, 1),),
@@ -95,12 +101,23 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
     ("ampere", "key", 4): {64: (Size(16, 32, 4, 1),), 128: (Size(16, 16, 8, 1),), 256: (Size(16, 16, 8, 1),)},
     ("ada", "forward", 1): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 2),), 256: (Size(32, 16, 2, 1),)},
     ("ada", "forward", 2): {
+        32: (Size(64, 64, 4, 2), Size(64, 32, 4, 2), Size(32, 32, 1, 2)),
         64: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
         128: (Size(64, 32, 4, 2),),
         256: (Size(32, 16, 2, 1),),
     },
-    ("ada", "query", 2): {64: (Size(64, 32, 4, 2),), 128: (Size(64, 32, 4, 1),), 256: (Size(32, 32, 4, 1),)},
-    ("ada", "key", 2): {64: (Size(32, 64, 4, 2),), 128: (Size(32, 64, 4, 1),), 256: (Size(32, 32, 4, 1),)},
+    ("ada", "query", 2): {
+        32: (Size(64, 32, 4, 2), Size(32, 32, 1, 1)),
+        64: (Size(64, 32, 4, 2),),
+        128: (Size(64, 32, 4, 1),),
+        256: (Size(32, 32, 4, 1),),
+    },
+    ("ada", "key", 2): {
+        32: (Size(32, 64, 4, 2), Size(32, 32, 1, 1)),
+        64: (Size(32, 64, 4, 2),),
+        128: (Size(32, 64, 4, 1),),
+        256: (Size(32, 32, 4, 1),),
+    },
     ("ada", "forward", 4): {64: (Size(32, 32, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
     ("ada", "query", 4): {64: (Size(16, 16, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
     ("ada", "key", 4): {64: (Size(16, 16, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
@@ -121,8 +138,17 @@ GLUON_SIZES: dict[int, tuple[Size, ...]] = {
     128: (Size(128, 128, 4, 2), Size(128, 64, 4, 3)),
 }
 SAME_COST = 1.1  # costs within 10 % count as equal: the estimate is no more accurate
-TILE_OVERHEAD = 4096  # fixed work per visited tile, in (query, key) pairs
-MASK_COST = 0.125  # work that the mask adds, per work of the tile; counted by `tools.compile_report --loop`
+
+# Clocks of an SM, fitted to the counts of `tools.compile_report --loop` and of all instructions outside of loops: for a
+# pair of a visited tile (its softmax, or per feature of wide heads its products), for the mask on top of that, and for
+# what every warp issues once per tile and once per program.
+PAIR_CLOCKS, MASK_COST = 1 / 16, 0.125
+FEATURE_CLOCKS: dict[Device, float] = {"hopper": 1 / 640, "ampere": 1 / 512, "ada": 1 / 256, "amd": 1 / 512}
+TILE_CLOCKS = 40
+PROGRAM_CLOCKS, PROGRAM_CLOCKS_PER_FEATURE = 100, 3
+# Bytes per clock that an SM gets from L2, about what is published for H100, A100 and RTX 4090; for MI300, whose
+# programs share keys across eight L2s, from the cache behind.
+L2_BYTES: dict[Device, int] = {"hopper": 26, "ampere": 32, "ada": 16, "amd": 27}
 
 # Building two descriptors costs a third of the 1,000 instructions outside the loop, and a round trip to memory.
 # Pointers cost 5 to 13 instructions per tile for narrow heads, but 45 and many registers for wide ones.
@@ -152,22 +178,34 @@ def three_axes(tile: tuple[int, ...]) -> tuple[int, int, int]:
     return x, y, z
 
 
+def tile_clocks(kernel: Kernel, size: Size, head_dim: int, itemsize: int, device: Device) -> tuple[float, float, float]:
+    """Estimated clocks of an SM for a tile that is wholly visible, for one that takes the mask, and for a program."""
+    width = block_d(head_dim)
+    work = size.queries * size.keys * max(PAIR_CLOCKS, width * FEATURE_CLOCKS[device])
+    columns = size.queries if kernel == "key" else size.keys
+    loads = columns * 2 * width * itemsize / L2_BYTES[device]
+    inner, border = (max(loads, work * (1 + mask) + TILE_CLOCKS * size.warps) for mask in (0, MASK_COST))
+    return inner, border, (PROGRAM_CLOCKS + PROGRAM_CLOCKS_PER_FEATURE * width) * size.warps
+
+
 @lru_cache(maxsize=4096)
-def shapes(kernel: Kernel, axes: tuple[Axis, ...], size: Size) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
-    """Cheapest tile shapes of `size`.
+def shapes(
+    kernel: Kernel, axes: tuple[Axis, ...], size: Size, clocks: tuple[float, float, float]
+) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
+    """Cheapest tile shapes of `size`, whose tiles and programs take `clocks`, see `tile_clocks`.
 
     Returns:
-        estimated cost in pairs, query tile, key tile.
+        estimated clocks, query tile, key tile.
     """
     inverse = kernel == "key"
+    of_inner, of_border, of_program = clocks
     options = []
     for queries in splits(size.queries, len(axes)):
         for keys in splits(size.keys, len(axes)):
             rows, columns = (keys, queries) if inverse else (queries, keys)
             walks = [tile_walk(a, r, c, inverse=inverse) for a, r, c in zip(axes, rows, columns, strict=True)]
-            visited, tiles = prod([w.visited for w in walks]), prod([w.rows for w in walks])
-            work = visited + MASK_COST * (visited - prod([w.inner for w in walks]))
-            cost = work * (size.queries * size.keys + TILE_OVERHEAD) + tiles * TILE_OVERHEAD
+            tiles, visited, inner = (prod(counts) for counts in zip(*walks, strict=True))
+            cost = inner * of_inner + (visited - inner) * of_border + tiles * of_program
             options.append((cost, queries, keys))
     least = min(cost for cost, _, _ in options)
     # Among equal costs the most cubic shape wins, so that grids of other lengths share the compiled kernel.
@@ -200,8 +238,11 @@ def choose(
         sizes = tuple(size for size in sizes if size.queries <= PAIR_ROWS) or sizes
     if isinstance(size := forced.get("size"), Size):
         sizes = (size,)
-    size = min(sizes, key=lambda size: shapes(kernel, axes, size)[0])
-    _, queries, keys = shapes(kernel, axes, size)
+    costs = [shapes(kernel, axes, size, tile_clocks(kernel, size, head_dim, itemsize, device)) for size in sizes]
+    least = min(cost for cost, _, _ in costs)
+    (_, queries, keys), size = next(
+        option for option in zip(costs, sizes, strict=True) if option[0][0] <= SAME_COST * least
+    )
     inverse = kernel == "key"
     rows, columns = (keys, queries) if inverse else (queries, keys)
     walks = [tile_walk(a, r, c, inverse=inverse) for a, r, c in zip(axes, rows, columns, strict=True)]

@@ -111,7 +111,7 @@ def table_constants(axes: tuple[Axis, ...], queries: tuple[int, int, int]) -> di
         **{name: fixed[name] for name in ("WINDOW", "STRIDE", "DILATION", "CAUSAL", "PART")},
         QUERIES=queries,
         ENTRIES=(min(TABLE_ENTRIES // last, y), last),
-        num_warps=max(1, prod(queries) // 16),
+        num_warps=max(1, prod(queries) // 32),
     )
 
 
