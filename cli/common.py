@@ -92,12 +92,22 @@ def pick_workers(count: int | None, images: int) -> int:
     return 0 if images < 256 else min(MOST_WORKERS, available_cores())
 
 
-def open_source(source: str, *, img_size: int | None = None, container: str | None = None) -> Any:
-    """The model that a command names, with foveal's own registered."""
+def open_source(source: str, *, img_size: int | None = None, container: str | None = None, masks: bool = False) -> Any:
+    """The model that a command names, with foveal's own registered; with `masks`, also one of segmentation."""
     from .. import zoo  # noqa: F401
+    from ..weights import WeightsError
     from ..zoo.inference.source import open_model
 
-    return open_model(source, img_size=img_size, container=container)
+    try:
+        return open_model(source, img_size=img_size, container=container)
+    except WeightsError:
+        if not masks or not Path(source).exists():
+            raise
+        from ..zoo.inference.segmentation import holds_segmenter, open_segmenter
+
+        if not holds_segmenter(source):
+            raise
+        return open_segmenter(source, eval_size=img_size, container=container)
 
 
 def print_json(value: Any) -> None:

@@ -41,7 +41,7 @@ def evaluate(
     container: Container = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model on images whose classes, labels or values are known.
+    """Measure a model on images whose classes, labels, values or masks are known.
 
     Example: foveal eval runs/mine/2026-01-31_12-00-00 photos/test
 
@@ -49,7 +49,10 @@ def evaluate(
     predictions.csv.
     """
     with mistakes():
-        opened = open_source(model, img_size=img_size, container=container)
+        opened = open_source(model, img_size=img_size, container=container, masks=True)
+        if hasattr(opened, "eval_size"):
+            _evaluate_masks(opened, data, split=split, out=out, as_json=as_json, device=pick_device(device))
+            return
         from ..zoo.inference.evaluate import evaluate as measure
         from ..zoo.inference.evaluate import list_labelled
         from ..zoo.tasks.confusion import per_class
@@ -114,4 +117,31 @@ def _evaluate_table(
     typer.echo(f"\n{means}  {told['num_images']} images at {told['img_size']} pixels")
     if told["unreadable"]:
         typer.echo(f"{told['unreadable']} images could not be read and do not count: unreadable.csv")
+    tell_files(written)
+
+
+def _evaluate_masks(
+    opened: Any, data: Path, *, split: str | None, out: Path | None, as_json: bool, device: Any
+) -> None:
+    """Measures a segmenter on a folder of images and masks, and tells it."""
+    from ..zoo.inference.segmentation import evaluate_masks, find_pairs
+    from ..zoo.tasks.mask_report import per_class
+
+    found = evaluate_masks(opened, find_pairs(data, split=split), device=device)
+    written, told = found.write(new_folder(out, "eval")), found.summary
+    if as_json:
+        print_json(told)
+        return
+    rows = per_class(found.confusion, found.class_names)
+    shown = [
+        [
+            "–" if cell is None else f"{100 * cell:.1f} %" if isinstance(cell, float) else str(cell)
+            for cell in row.values()
+        ]
+        for row in rows[:MOST_ROWS]
+    ]
+    print_rows([list(rows[0]), *shown], right=(1, 2, 3, 4))
+    typer.echo(f"\nmIoU {told['miou']:.2f} %  pixels right {told['acc']:.2f} %  {told['num_images']} images")
+    if told["unreadable"]:
+        typer.echo(f"{told['unreadable']} images or masks cannot be read and do not count: unreadable.csv")
     tell_files(written)

@@ -1,7 +1,7 @@
 """`foveal predict`: classes of images."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,6 +33,7 @@ def predict(
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write a table: file, prediction, probability, ….")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Draw the first images with their classes: a .png file.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder for the masks that a segmentation run predicts.")] = None,
     img_size: ImgSize = None,
     batch_size: BatchSize = 64,
     workers: Workers = None,
@@ -40,7 +41,7 @@ def predict(
     container: Container = None,
     as_json: AsJson = False,
 ) -> None:
-    """Name the classes, labels or values of images.
+    """Name the classes, labels or values of images, or draw masks of them.
 
     Example: foveal predict flowers photos/ --topk 3 --csv names.csv --sheet sheet.png
 
@@ -50,7 +51,12 @@ def predict(
         from ..zoo.inference.files import find_images
 
         paths = find_images(images)
-        opened = open_source(model, img_size=img_size, container=container)
+        opened = open_source(model, img_size=img_size, container=container, masks=True)
+        if hasattr(opened, "eval_size"):
+            _predict_masks(opened, paths, masks, device=pick_device(device), as_json=as_json)
+            return
+        if masks is not None:
+            raise ValueError(f"--masks {masks} needs a run of task=segmentation, and {model} names classes of images")
         from ..zoo.inference import predict as shelf
         from ..zoo.inference.predict import write_predictions, write_sheet
 
@@ -75,3 +81,18 @@ def predict(
         if len(made) > len(shown):
             typer.echo(f"… and {len(made) - len(shown)} more in {csv}")
         tell_files(written)
+
+
+def _predict_masks(opened: Any, paths: list[Path], folder: Path | None, *, device: Any, as_json: bool) -> None:
+    """Writes the masks of images, and tells them."""
+    if folder is None:
+        raise ValueError("this is a run of task=segmentation: pass --masks FOLDER, for a mask of each image")
+    from ..zoo.inference.segmentation import write_masks
+
+    written, unreadable = write_masks(opened, paths, folder, device=device)
+    if as_json:
+        print_json({"masks": [str(path) for path in written], "unreadable": unreadable})
+        return
+    tell_files(written)
+    for path, why in unreadable.items():
+        typer.echo(f"{path} cannot be read: {why}", err=True)

@@ -22,6 +22,14 @@ OPTIONS = {
         "task.vit={patch_size:8,embed_dim:16,depth:1,num_heads:2,decoder_embed_dim:16,decoder_depth:1,decoder_num_heads:2}",
     ),
     "restoration": (*PRETRAINING, "data=photos", "data.crop=24", "task.network.args={width:8,up_width:8,depth:1}"),
+    "segmentation": (
+        "data=shapes",
+        "data.img_size=32",
+        "callbacks=segmentation",
+        "metric=val/miou",
+        "task.head.width=16",
+        "model.args={depths:[1,1,1],embed_dim:8,num_heads:[1,2,4]}",
+    ),
     "video": (),  # tests/tasks/test_video.py
 }
 

@@ -3,8 +3,20 @@
 from .digits import Digits
 from .images import ImageFolder, TimmDataset
 from .latent_videos import VideoLatents
+from .masks import MaskFolder
 from .moving_digits import MovingDigits
+from .shapes import Shapes
 from .tables import ImageTable
 from .videofolder import VideoFolder
 
-__all__ = ["Digits", "ImageFolder", "ImageTable", "MovingDigits", "TimmDataset", "VideoFolder", "VideoLatents"]
+__all__ = [
+    "Digits",
+    "ImageFolder",
+    "ImageTable",
+    "MaskFolder",
+    "MovingDigits",
+    "Shapes",
+    "TimmDataset",
+    "VideoFolder",
+    "VideoLatents",
+]

@@ -98,8 +98,8 @@ def _short(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def plot_confusion(matrix: Tensor, class_names: Sequence[str], *, path: Path) -> Path:
-    """Draws the matrix: colour is the share of the true class, numbers are images.
+def plot_confusion(matrix: Tensor, class_names: Sequence[str], *, path: Path, unit: str = "images") -> Path:
+    """Draws the matrix: colour is the share of the true class, numbers are images, or of pixels the share in percent.
 
     Of more than 40 classes those are drawn that take part in most mistakes.
 
@@ -107,13 +107,14 @@ def plot_confusion(matrix: Tensor, class_names: Sequence[str], *, path: Path) ->
         matrix: see `count_confusion`.
         class_names: by class number.
         path: where the PNG goes.
+        unit: what is counted, "images" or "pixels".
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     total, right, count = int(matrix.sum()), int(matrix.diagonal().sum()), len(matrix)
-    title = f"{100 * right / max(total, 1):.2f} % of {total:,} images right"
+    title = f"{100 * right / max(total, 1):.2f} % of {total:,} {unit} right"
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     if count > MOST_DRAWN:
         chosen = _most_confused(matrix)
@@ -135,7 +136,8 @@ def plot_confusion(matrix: Tensor, class_names: Sequence[str], *, path: Path) ->
         if len(names) <= MOST_NUMBERS:
             for i, j in matrix.nonzero().tolist():
                 colour = "white" if shares[i, j] > 0.5 else "black"
-                ax.text(j, i, f"{int(matrix[i, j])}", ha="center", va="center", color=colour, fontsize=8)
+                number = int(matrix[i, j]) if unit == "images" else round(100 * float(shares[i, j]))
+                ax.text(j, i, f"{number}", ha="center", va="center", color=colour, fontsize=8)
         bar = figure.colorbar(image, ax=ax, shrink=0.8, pad=0.02, label="share of the true class")
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         return save_figure(figure, path)

@@ -101,8 +101,8 @@ def _config(data: object, checkpoint: Path) -> Mapping[str, Any]:
     if not isinstance(config, Mapping):
         raise WeightsError(
             f"{checkpoint} does not say which timm model it is of: expected a checkpoint that this version of "
-            "foveal-train made of an image model; `foveal weights convert` writes the weights alone, and of video "
-            "models the run's folder `pipeline` is what diffusers loads"
+            "foveal-train made of an image model; `foveal weights convert` writes the weights alone, `foveal predict "
+            "--masks` uses models of segmentation, and of video models diffusers loads the run's folder `pipeline`"
         )
     return config
 

@@ -17,7 +17,12 @@ from .model import make_model
 from .portable import describe_model
 from .tuning import check_tuning, freeze_statistics, merge_lora, set_trainable, tune
 
-TASK_OF = {"class": "classification", "labels": "multilabel", "values": "regression"}  # by the targets of the data
+TASK_OF = {
+    "class": "classification",
+    "labels": "multilabel",
+    "values": "regression",
+    "masks": "segmentation",
+}  # by the targets of the data
 
 
 def _check_name(model: str) -> None:

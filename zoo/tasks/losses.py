@@ -125,3 +125,63 @@ class LabelLoss(nn.Module):
         weights = None if plain or self.weights is None else self.weights.to(logits)
         losses = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
         return (losses * (targets - logits.sigmoid()).abs().pow(self.gamma) if self.gamma else losses).mean()
+
+
+MASK_LOSSES = ("ce", "dice", "ce_dice")
+
+
+def check_mask_loss(name: str, class_weights: Any, num_classes: int) -> None:
+    """Refuses options that `MaskLoss` does not take.
+
+    Raises:
+        ValueError: names the key.
+    """
+    if name not in MASK_LOSSES:
+        raise unknown_name("task.loss", name, MASK_LOSSES)
+    if class_weights == "balanced":
+        raise ValueError("task.class_weights='balanced' is of images with one class; give a number for each class")
+    check_loss("ce", 0.0, class_weights, num_classes)
+
+
+class MaskLoss(nn.Module):
+    """Mean loss of the pixels of a batch.
+
+    Args:
+        name: "ce", cross-entropy of the softmax; "dice", one minus the mean over the classes of the batch of
+            `2 sum(p y) / sum(p + y)` (V-Net, arXiv:1606.04797, §3, without squares); "ce_dice", their sum.
+        weights: of the cross-entropy, one for each class; None: all 1.
+        smoothing: of the targets of the cross-entropy, 0 to 1.
+    """
+
+    def __init__(self, name: str, *, weights: Sequence[float] | None = None, smoothing: float = 0.0):
+        super().__init__()
+        self.name, self.smoothing = name, smoothing
+        self.weights: Tensor | None = None if weights is None else torch.tensor(weights)  # as in `ClassLoss`
+
+    def forward(self, logits: Tensor, masks: Tensor, *, plain: bool = False) -> Tensor:
+        """The loss, 0 where no pixel counts.
+
+        Args:
+            logits: `[B, classes, H, W]`.
+            masks: class numbers `[B, H, W]`; `PADDING` does not count.
+            plain: without smoothing and weights, to compare models by.
+        """
+        if not (masks != PADDING).any():
+            return 0.0 * logits.sum()
+        total = logits.new_zeros(())
+        if self.name != "dice":
+            weights = None if plain or self.weights is None else self.weights.to(logits)
+            smoothing = 0.0 if plain else self.smoothing
+            total = F.cross_entropy(logits, masks, weight=weights, ignore_index=PADDING, label_smoothing=smoothing)
+        return total if self.name == "ce" else total + dice_loss(logits, masks)
+
+
+def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """See `MaskLoss`; classes that no pixel of the batch has are left out."""
+    real = (masks != PADDING)[:, None]
+    classes = F.one_hot(masks.clamp(min=0), logits.shape[1]).permute(0, 3, 1, 2) * real
+    shares = logits.softmax(dim=1) * real
+    axes = (0, 2, 3)
+    both, either = (shares * classes).sum(axes), (shares + classes).sum(axes)
+    present = classes.sum(axes) > 0
+    return 1 - (2 * both[present] / either[present]).mean()

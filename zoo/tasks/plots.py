@@ -21,6 +21,15 @@ CELL, WIDEST_CELL = 0.95, 1.5  # inches of an image among predictions; the more,
 TRAIN, VAL, WRONG, MUTED = "#0072b2", "#d55e00", "#c1440e", "#868e96"
 
 
+def palette(count: int) -> list[tuple[int, int, int]]:
+    """Colours of classes as PASCAL VOC numbers them: black, then the bits of the label spread over red, green, blue."""
+    colours = []
+    for label in range(count):
+        channels = [sum((label >> (3 * bit + i) & 1) << (7 - bit) for bit in range(3)) for i in range(3)]
+        colours.append((channels[0], channels[1], channels[2]))
+    return colours
+
+
 def save_figure(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", facecolor="white")

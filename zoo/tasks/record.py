@@ -176,6 +176,8 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
     units = {
         "acc1": ("accuracy", 100, ".2f", " %"),
         "acc5": ("top-5", 100, ".2f", " %"),
+        "miou": ("mean intersection over union", 100, ".2f", " %"),
+        "acc": ("pixels right", 100, ".2f", " %"),
         "map": ("mean average precision", 100, ".2f", " %"),
         "f1": ("F1", 100, ".2f", " %"),
         "mae": ("mean absolute error", 1, ".4g", ""),

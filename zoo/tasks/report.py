@@ -188,7 +188,11 @@ class Report(MetricTable):
         if trainer.world_size > 1:
             torch.distributed.all_reduce(counts)
         if trainer.is_global_zero and int(counts.sum()):
-            write_confusion(counts.cpu(), trainer.datamodule.class_names, self.dirpath)  # pyright: ignore
+            self.write_tables(counts.cpu(), trainer.datamodule.class_names)  # pyright: ignore
+
+    def write_tables(self, counts: Tensor, class_names: Sequence[str]) -> None:
+        """Writes the confusion `[classes, classes]` and the table per class."""
+        write_confusion(counts, class_names, self.dirpath)
 
 
 def _values(trainer: Trainer, group: str) -> dict[str, float]:
