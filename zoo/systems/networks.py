@@ -172,6 +172,15 @@ TRAINING = (
         shown="`debug=lr_find`",
     ),
     System(
+        "Alarm for entropy collapse (σReparam's diagnosis)",
+        "arXiv:2303.06296",
+        "zoo.tasks.attention_watch:AttentionWatch",
+        "tasks/test_attention_watch.py::test_what_is_measured_is_the_attention_of_the_model",
+        "partial",
+        "the measure, not the reparametrisation",
+        "`callbacks=attention`",
+    ),
+    System(
         "Moving MNIST",
         "arXiv:1502.04681",
         "zoo.data.moving_digits:MovingDigits",

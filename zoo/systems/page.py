@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from .absent import ABSENT
 from .record import STATUS, System
 from .shelves import shelves
 
@@ -63,6 +64,8 @@ def ledger() -> str:
         cells = [(s.name, sources(s), s.code, s.reach, f"`{s.test.partition('::')[0]}`") for s in shelf.systems]
         columns = ("system", "source", "where", "how far", "test, in `tests/`")
         parts.append(f"## {shelf.title}\n\n{rows(columns, cells)}\n")
+    cells = [(a.name, link(a.source) or "–", a.reason) for a in ABSENT]
+    parts.append(f"## Not here\n\n{rows(('system', 'source', 'why'), cells)}\n")
     return "\n".join(parts)
 
 
