@@ -30,6 +30,7 @@ from .recurrence import (
     recurrent_chunk_attention,
 )
 from .routing import BiLevelRoutingAttention2d
+from .selection import SelectAndPackAttention2d, selection_loss
 from .shift import Shift2d
 from .state_space import LocalScanBlock, Scan1d, Scan2d, SelectiveScan
 from .triplet import TripletAttention2d
@@ -73,6 +74,7 @@ __all__ = [
     "Scan1d",
     "Scan2d",
     "ScanAttention",
+    "SelectAndPackAttention2d",
     "SelectiveScan",
     "Shift2d",
     "ShortLongConvolution",
@@ -85,4 +87,5 @@ __all__ = [
     "balance_loss",
     "exact_step",
     "recurrent_chunk_attention",
+    "selection_loss",
 ]

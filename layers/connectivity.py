@@ -197,13 +197,13 @@ class ConnectivityAttention2d(ProjectedAttention2d):
         """Tokens `[B, N, heads, d]` to `[B, N, dim]`."""
         learns = self.loss_weight > 0 and self.mask_predictor.proj_n.requires_grad
         teach = learns and torch.is_grad_enabled() and not exporting()
-        predicted = kept = None
+        predicted = None
         if teach or self.sparse:
             predicted = self.mask_predictor(query.detach(), key.detach(), whole=not self.sparse)
-            kept = self._choose(predicted.detach()) if self.sparse else None
+        kept = self._choose(predicted.detach()) if self.sparse and predicted is not None else None
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [B, heads, N, d]
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=kept).transpose(1, 2).flatten(2)
-        return _WithLoss.apply(out, self._loss(query, key, predicted)) if teach and predicted is not None else out
+        return out if predicted is None or not teach else _WithLoss.apply(out, self._loss(query, key, predicted))
 
     def _choose(self, predicted: Tensor) -> Tensor:
         """The pairs that stay, bool `[B, heads, N, N]`."""

@@ -50,14 +50,16 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
 - Agent, InLine and FLatten models learn positions for one input size, the checkpoint's, or `img_size=`. Images of other
   sizes go through with positions interpolated on the way; `model.set_input_size(...)` and loading interpolate them for
   good, by the authors' rule. Their repositories state no license: the links below lead to the authors' own files.
-- ShiftViT, PartialNet, MoH-ViT, Flowformer, PPMA, residual attention networks and the triplet networks take any size,
-  too, as do SPACH models with convolutions and attention. sMLPNet, NiNformer, Mega, Sparsifiner and SPACH models with
-  MLPs along tokens take the one that `img_size=` says. iLLaMA, BinaryAttention-DeiT and minimal ViTs learn positions
-  and interpolate them as Agent does.
+- ShiftViT, PartialNet, MoH-ViT, Flowformer, PPMA, SPA, residual attention networks and the triplet networks take any
+  size, too, as do SPACH models with convolutions and attention. sMLPNet, NiNformer, Mega, Sparsifiner and SPACH models
+  with MLPs along tokens take the one that `img_size=` says. iLLaMA, BinaryAttention-DeiT and minimal ViTs learn
+  positions and interpolate them as Agent does.
 - BinaryAttention-DeiT computes what 1-bit queries and keys and 8-bit weights and values would, by products of floats:
   it costs more than DeiT, and is there to have its results.
 - Sparsifiner masks the pairs that it leaves out, so it costs more than DeiT, too. Any training loop teaches its choice:
   first with `sparse=False`, which attends densely while the predictor learns, then without.
+- `timm.create_model("spa_iso_s", pack=True)` projects and attends selected tokens alone, with the same results. Such a
+  model waits for the device in each block. `foveal.layers.selection_loss` teaches gates where objects are.
 - `timm.create_model("moh_vit_s_80", skip_heads=True)` computes heads for the tokens that take them alone: 4 % less time
   at 224x224 on one CPU core, 16 % at 448x448. Such a model waits for the device in each block; graphs cannot hold it.
 - `impl=` chooses the attention kernels (see [Operations](operations.md)). A model takes the arguments of its layout
