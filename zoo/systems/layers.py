@@ -245,22 +245,22 @@ MIXERS = (
     ),
     System(
         "Combiner, summaries of blocks", "arXiv:2107.05768", "layers.summaries:summarized_attention",
-        "layers/test_selected.py::test_summaries_of_other_blocks_and_own_tokens_share_a_softmax", "partial",
+        "layers/test_summaries.py::test_summaries_of_other_blocks_and_own_tokens_share_a_softmax", "partial",
         "the fixed form in both directions, each token once; not the axial forms",
     ),
     System(
-        "SPA, attention among selected tokens", "arXiv:2410.23608", "layers.selected:SelectedAttention",
-        "layers/test_selected.py::test_selected_tokens_attend_to_selected_tokens_of_their_image", "partial",
-        "the layer and its supervision; noise and temperature of the gate are ours",
+        "SPA, attention among selected tokens", "arXiv:2410.23608", "layers:SelectAndPackAttention2d",
+        "layers/test_selection.py::test_selected_tokens_attend_to_each_other_and_the_others_pass", "partial",
+        "the layer and its supervision; no code is public",
     ),
     System(
         "SwinBERT, a learned mask of a clip", "arXiv:2111.13196", "layers.learned_mask:LearnedMask",
-        "layers/test_selected.py::test_learned_masks_range_from_all_to_themselves", "partial",
+        "layers/test_summaries.py::test_learned_masks_range_from_all_to_themselves", "partial",
         "the mask with both biases and its lists; no captioning network",
     ),
     System(
         "ConvFormer, convolved queries, keys and values", "arXiv:2304.02147", "layers.convolved:ConvolvedAttention",
-        "layers/test_selected.py::test_a_kernel_of_one_is_multi_head_attention", "idea",
+        "layers/test_summaries.py::test_a_kernel_of_one_is_multi_head_attention", "idea",
         "no code is public; the layer alone",
     ),
     System(

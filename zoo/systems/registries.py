@@ -24,6 +24,11 @@ UNRELEASED = {  # families without weights in the manifest: test, status, note
         "by formula; sizes are ours",
     ),
     "partialnet": ("zoo/test_goldens.py::partialnet", "exact", "recorded"),
+    "spa": (
+        "layers/test_selection.py::test_selected_tokens_attend_to_each_other_and_the_others_pass",
+        "partial",
+        "the layer; layout and sizes are ours",
+    ),
     "sparsifiner": ("zoo/test_goldens.py::sparsifiner", "exact", "recorded"),
     "ran": ("zoo/test_ran.py::test_parameters_are_those_of_the_authors", "exact", "by the authors' network files"),
 }

@@ -1,11 +1,10 @@
-"""Attention to a choice of tokens: selected ones, summaries of blocks, learned masks, convolved sequences."""
+"""Attention to summaries of blocks, by learned masks, of convolved sequences."""
 
 import pytest
 import torch
 from foveal.kernels.ops import block_sparse_attention
 from foveal.layers.convolved import ConvolvedAttention
 from foveal.layers.learned_mask import LearnedMask
-from foveal.layers.selected import SelectedAttention, selection_loss
 from foveal.layers.summaries import block_summaries, summarized_attention
 from torch.nn import functional as F
 
@@ -17,58 +16,6 @@ def seed():
 
 def double(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
-
-
-# tokens that a gate selects
-
-
-def test_selected_tokens_attend_to_selected_tokens_of_their_image():
-    layer, x = SelectedAttention(8, num_heads=2).double().eval(), double(3, 4, 5, 8)
-    with torch.no_grad():
-        layer.gate.bias.fill_(0.3)
-        x[2] -= 50 * layer.gate.weight[0]  # an image without any selected token
-    chosen = (layer.gate(x)[..., 0] > 0).flatten(1)
-    assert chosen[:2].any(1).all() and not chosen[:2].all(1).any() and not chosen[2].any()
-    out = (x + layer(x)).flatten(1, 2)
-    tokens = x.flatten(1, 2)
-    assert torch.equal(out[~chosen], tokens[~chosen]), "what is not selected keeps its bits"
-    for image in range(2):
-        q, k, v = layer.qkv(tokens[image, chosen[image]]).unflatten(-1, (3, 2, 4)).permute(1, 2, 0, 3)
-        expected = layer.proj(F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1))
-        torch.testing.assert_close(out[image, chosen[image]], tokens[image, chosen[image]] + expected)
-    order = [2, 0, 1]
-    torch.testing.assert_close(layer(x[order]), layer(x)[order])
-
-
-def test_with_all_tokens_selected_it_is_plain_attention():
-    layer, x = SelectedAttention(8, num_heads=2).double().eval(), double(2, 6, 8)
-    torch.nn.init.constant_(layer.gate.bias, 1e3)
-    q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-    torch.testing.assert_close(layer(x), layer.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
-    torch.nn.init.constant_(layer.gate.bias, -1e3)
-    assert not layer(x).any()
-
-
-def test_gates_learn_from_labels_and_from_the_task():
-    layer, x = SelectedAttention(8, num_heads=2).train(), torch.randn(4, 16, 8)
-    layer(x).square().sum().backward()
-    assert layer.gate.weight.grad.abs().sum() > 0
-    labels = torch.zeros(4, 12, 12)
-    labels[:, 4, 7] = 1  # one pixel in row 1, column 2 of 4 x 4 tokens of 3 x 3
-    logits = torch.full((4, 16), -30.0)
-    logits[:, 6] = 30.0
-    assert selection_loss(logits, labels, (4, 4)) < 1e-6
-    object_, optimizer = (x[..., 0] > 0).view(4, 4, 4), torch.optim.Adam(layer.gate.parameters(), lr=0.1)
-    for _ in range(60):
-        layer(x)
-        optimizer.zero_grad()
-        selection_loss(layer.gate_logits, object_, (4, 4)).backward()
-        optimizer.step()
-    assert ((layer.eval().gate(x)[..., 0] > 0) == object_.flatten(1)).float().mean() > 0.95
-    with pytest.raises(ValueError, match=r"grid=\(4, 5\) has 20 tokens"):
-        selection_loss(logits, labels, (4, 5))
-    with pytest.raises(ValueError, match="num_heads=3 must divide dim=8"):
-        SelectedAttention(8, num_heads=3)
 
 
 # summaries of blocks
