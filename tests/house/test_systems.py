@@ -27,9 +27,9 @@ MENTIONED = {  # papers that the code cites as background, and implements no mor
     "1703.06211": "deformable convolutions, torchvision's", "1801.04381": "MobileNetV2",
     "2012.12877": "DeiT", "2102.12122": "PVT", "2105.14217": "LIT, the layout of LITv2", "2106.13797": "PVT v2",
     "2107.00652": "CSWin", "2205.14135": "FlashAttention, its backward pass", "2309.11523": "RMT, PPMA's layout",
-    "1606.04797": "V-Net, Dice loss", "1612.01105": "PSPNet, pyramid pooling", "1807.10221": "UPerNet, of which the head is here with other norms",
+    "1606.04797": "V-Net, Dice loss", "1612.01105": "PSPNet, pyramid pooling",
+    "1807.10221": "UPerNet, of which the head is here with other norms",
     "2407.08608": "FlashAttention-3, its order of warps",
-    "2310.01777": "SEA, which is not here",
 }  # fmt: skip
 
 
