@@ -1,6 +1,7 @@
 """Ahead-of-time compilation of the block-sparse kernels: every kernel, dtype and pinned size, without a device."""
 
 from collections.abc import Iterator
+from itertools import product
 from math import prod
 
 import torch
@@ -8,9 +9,10 @@ from triton.compiler import ASTSource
 
 from ..common.launching import Device
 from ..tools.variants import TYPES, Variant, source
-from . import configs
+from . import configs, gluon
 from .backward import key_kernel, query_kernel
 from .forward import forward_kernel
+from .gluon_forward import forward_kernel as gluon_kernel
 from .launch import EXTRA_KEYS, constants
 
 BOXES = {  # axes of the grid, and a block of queries and of keys
@@ -77,6 +79,22 @@ def _flags(
     common += ("skip",) * (kernel == "forward" and room)
     whole = WHOLE_FLAGS if descriptors else WHOLE_FLAGS[:-1]
     return (*whole, *common[2:]) if grid == "4x4x8" else (*common, *whole[1:])
+
+
+def gluon_variants() -> Iterator[Variant]:
+    """The Gluon forward of sm_90, with blocks of keys of one tile and of a half, that divide the grid and do not."""
+    half = [dtype for dtype in TYPES if dtype.itemsize == 2]
+    rank, box, _ = BOXES["4x4x8"]
+    for dtype, head_dim, (grid, keys) in product(half, configs.GLUON_SIZES, {"4x4x8": box, "4x4x4": (4, 4, 4)}.items()):
+        parts = gluon.configure(box, keys, head_dim)
+        for flags in ("", "cut", "wide, grouped"):
+            facts = dict(wide="wide" in flags, even=flags != "cut")
+            fixed = dict(gluon.constants(parts, box, keys, head_dim, **facts), GROUP=1 + ("grouped" in flags))
+            options = dict(num_warps=fixed.pop("num_warps"), num_stages=parts.stages)
+            made = _source(gluon_kernel, TYPES[dtype], head_dim, rank, fixed, ones=False)
+            tiles = (2 * prod(parts.share),), (prod(parts.tile),)
+            known = ("gluon", grid, TYPES[dtype], head_dim, flags)
+            yield Variant(*known, *tiles, made, options, gluon.CONSUMERS.value)
 
 
 def _variants(

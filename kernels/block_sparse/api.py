@@ -70,8 +70,9 @@ def block_sparse_attention(
             is skipped where for all queries of the block its largest logit is below the largest so far plus
             log(skip_threshold). A softmax then lacks at most `skip_threshold` times its largest weight per skipped
             token. Gradients are those of what is left. None or 0 skips nothing, and `calibrate_skip` finds a value.
-        impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "torch"
-            or "reference" insist on one. `foveal.kernels.ops.explain` says which a call takes and why.
+        impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "gluon",
+            "torch" or "reference" insist on one. "gluon" is a forward for Hopper in half precision, head dims 64 and
+            128, whose values no GPU has checked yet. `foveal.kernels.ops.explain` says which a call takes and why.
 
     Returns:
         output `[B, *spatial, heads, value_dim]` in the dtype of query; with `return_lse` a tuple of it and the

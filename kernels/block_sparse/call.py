@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from ..common.arguments import ACCEPTED_DTYPES, DTYPES, check_dense
-from ..common.calling import Mask, additional_visibility, check_additional, check_grids, entries, resolve_scale
+from ..common.calling import (
+    Mask,
+    additional_visibility,
+    check_additional,
+    check_grids,
+    entries,
+    gluon_obstacle,
+    resolve_scale,
+)
 from ..common.launching import block_d, device_class
 from ..common.operator import Operator, output_and_lse
 from . import cost
-from .configs import SKIP_TOKENS, skip_bytes
+from .configs import SKIP_TOKENS, part, skip_bytes
 from .mask import BlockMask, boxes
 
 
@@ -151,6 +159,28 @@ def _unsupported(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCal
     return f"skip_threshold takes blocks of up to {most} tokens here, not {tokens}" if tokens > most else None
 
 
+def gluon_unsupported(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall | None) -> str | None:
+    """Why the Gluon forward cannot take a call, or None; `call` is None where none is known yet."""
+    if (why := gluon_obstacle(query, key, value)) is not None or call is None:
+        return why
+    mask = call.mask
+    given = {
+        "mask.bias": mask.bias,
+        "mask.q_len": mask.q_len,
+        "mask.kv_len": mask.kv_len,
+        "additional_keys": call.additional_keys,
+        "skip_threshold": call.skip_threshold,
+    }
+    if found := [name for name, x in given.items() if x is not None]:
+        return f"it does not take {found[0]}"
+    if call.scale <= 0:
+        return f"scale={call.scale} must be positive"
+    for name, block, least in (("query", mask.query_block, 128), ("key", mask.key_block, 64)):
+        if prod(block) < least or part(block, least) is None:
+            return f"mask.{name}_block={block} must have sides of powers of two and at least {least} tokens"
+    return None
+
+
 block_sparse = Operator(
     "block_sparse",
     package=__name__.rpartition(".")[0],
@@ -160,7 +190,9 @@ block_sparse = Operator(
     summarize=cost.summarize,
     fake=_outputs,
     flows=(True, True, False),
+    modules={"triton": "launch", "gluon": "gluon", "torch": "tiled", "reference": "reference"},
     unsupported=_unsupported,
+    on_request={"gluon": gluon_unsupported},
     graph="torch",
     title="block-sparse attention",
 )

@@ -94,6 +94,8 @@ WHOLE: dict[tuple[Device, Kernel], dict[int, tuple[Size, ...]]] = {
     ("amd", "query"): {64: (Size(64, 64, 2, 1),), 128: (Size(64, 32, 2, 1),)},
     ("amd", "key"): {64: (Size(64, 64, 2, 1),), 128: (Size(64, 32, 2, 1),)},
 }
+# head dim -> keys of a tile and stages of the Gluon forward, longest tiles first
+GLUON_SIZES: dict[int, tuple[tuple[int, int], ...]] = {64: ((128, 3), (64, 4)), 128: ((128, 2), (64, 3))}
 MIN_BOX = 64  # tokens; tiles of smaller blocks hold several
 
 SKIP_TOKENS = 128  # of a block that a program holds at once, with queries, keys and values of at most `skip_bytes` each

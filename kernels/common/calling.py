@@ -24,6 +24,7 @@ IMPLEMENTATIONS = ("triton", "torch", "reference")
 ON_REQUEST = ("gluon",)  # of some operators; `impl="auto"` never takes them
 HAS_TRITON = find_spec("triton") is not None
 OLDEST_GLUON = (3, 6)  # of Triton, whose Gluon has what our kernels call
+GLUON_HEAD_DIMS = (64, 128)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TRITON_HEAD_DIM = 256
 
@@ -229,9 +230,9 @@ def triton_version() -> str | None:
     return None
 
 
-def gluon_obstacle(query: Tensor, value: Tensor, head_dims: tuple[int, ...]) -> str | None:
+def gluon_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why kernels in Gluon cannot take these tensors, or None when they can: those of Hopper, in half precision, with
-    heads of one of `head_dims`."""
+    heads of one of `GLUON_HEAD_DIMS` and strides that tensor descriptors have."""
     if not HAS_TRITON:
         return "triton is not installed"
     if query.device.type != "cuda" or torch.version.hip:
@@ -243,9 +244,13 @@ def gluon_obstacle(query: Tensor, value: Tensor, head_dims: tuple[int, ...]) -> 
         return f"Triton {known} is older than 3.6, whose Gluon it is written in"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {query.dtype} is not float16 or bfloat16"
-    for name, x in (("query", query), ("value", value)):
-        if x.shape[-1] not in head_dims:
-            return f"head_dim {x.shape[-1]} of {name} is not one of {head_dims}"
+    if query.shape[-1] not in GLUON_HEAD_DIMS:
+        return f"head_dim {query.shape[-1]} is not one of {GLUON_HEAD_DIMS}"
+    if query.shape[-1] != value.shape[-1]:
+        return f"head_dim {value.shape[-1]} of value is not that of query, {query.shape[-1]}"
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.stride(-1) != 1 or any(n == 0 or n % 8 for n in x.stride()[:-1]):  # descriptors address by 16 bytes
+            return f"{name}.stride()={x.stride()} must end in 1, the others multiples of 8 and not 0"
     return None
 
 

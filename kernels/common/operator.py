@@ -120,14 +120,15 @@ class Operator:
 
     def unsupported_reasons(self, query: Tensor, key: Tensor, value: Tensor, call: Any) -> dict[str, str | None]:
         """For each implementation, why it cannot take a call, or None."""
-        reasons: dict[str, str | None] = dict.fromkeys(self.modules)
-        if "triton" in reasons:
-            reasons["triton"] = triton_obstacle(query, value, self.max_head_dims)
-            if reasons["triton"] is None and self.unsupported is not None:
-                reasons["triton"] = self.unsupported(query, key, value, call)
-        for impl, obstacle in self.on_request.items():
-            reasons[impl] = obstacle(query, key, value, call)
-        return reasons
+        return {impl: self._unsupported_reason(impl, query, key, value, call) for impl in self.modules}
+
+    def _unsupported_reason(self, impl: str, query: Tensor, key: Tensor, value: Tensor, call: Any) -> str | None:
+        if impl in self.on_request:
+            return self.on_request[impl](query, key, value, call)
+        if impl != "triton":
+            return None
+        reason = triton_obstacle(query, value, self.max_head_dims)
+        return self.unsupported(query, key, value, call) if reason is None and self.unsupported is not None else reason
 
     def select_impl(self, query: Tensor, key: Tensor, value: Tensor, call: Any, impl: Impl = "auto") -> Impl:
         """Name of the implementation of a call; an explicit request is kept or refused, never replaced.
@@ -143,7 +144,7 @@ class Operator:
         if impl in ("torch", "reference"):
             return impl
         wanted: Impl = "triton" if impl == "auto" else impl
-        why = self.unsupported_reasons(query, key, value, call)[wanted]
+        why = self._unsupported_reason(wanted, query, key, value, call)
         if why is not None and impl != "auto":
             raise NotImplementedError(f"impl={impl!r} cannot take this call: {why}")
         return wanted if why is None else "torch"

@@ -64,7 +64,6 @@ def _prepare(query: Tensor, key: Tensor, value: Tensor, call: NeighborhoodCall) 
     return query, key, value, call if scale == call.scale else replace(call, scale=scale)
 
 
-GLUON_HEAD_DIMS = (64, 128)
 GLUON_LACKS = {
     "bias": "its consumers have no registers left for a bias",
     "additional_keys": "it has no loop over additional keys",
@@ -73,13 +72,8 @@ GLUON_LACKS = {
 
 def gluon_unsupported(query: Tensor, key: Tensor, value: Tensor, call) -> str | None:
     """Why the Gluon forward cannot take a call, or None; `call` has `additions`, or is None."""
-    if (why := gluon_obstacle(query, value, GLUON_HEAD_DIMS)) is not None:
+    if (why := gluon_obstacle(query, key, value)) is not None:
         return why
-    if query.shape[-1] != value.shape[-1]:
-        return f"head_dim {value.shape[-1]} of value is not that of query, {query.shape[-1]}"
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.stride(-1) != 1 or any(n == 0 or n % 8 for n in x.stride()[:-1]):  # descriptors address by 16 bytes
-            return f"{name}.stride()={x.stride()} must end in 1, the others multiples of 8 and not 0"
     return next((GLUON_LACKS[name] for name in (() if call is None else call.additions)), None)
 
 

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 import torch
-from block_sparse_matrix import Case, cases, check, make_inputs, make_mask, run
+from block_sparse_matrix import Case, cases, check, for_gluon, make_inputs, make_mask, run
 from foveal.kernels.block_sparse import configs
 from foveal.kernels.block_sparse.configs import Size
 from foveal.kernels.ops import block_sparse_attention, explain, routing_attention2d
@@ -43,6 +43,14 @@ def test_random_cases_keep_the_error_rule(sweep):
         forced |= {"wide": True} if random.random() < 0.3 else {}
         with configs.override(**forced):
             check(case, random.choice(DTYPES), "triton", device="cuda")
+
+
+def test_random_cases_of_the_gluon_forward(sweep):
+    """Gradients are of the Triton kernels."""
+    if torch.version.hip or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("impl='gluon' is for compute capability 9.0")
+    for case in map(for_gluon, islice(cases(sweep.stop, seed=41), sweep.start, None)):
+        check(case, DTYPES[1 + case.seed % 2], "gluon", device="cuda")
 
 
 @pytest.mark.parametrize("head_dim", [1, 8, 24, 32, 48, 64, 80, 96, 128, 160, 256])

@@ -124,6 +124,23 @@ def cases(n: int, seed: int) -> Iterator[Case]:
         yield _case(Random(f"{seed}/{i}"))
 
 
+def plain(case: Case, head_dim: int, query_block: tuple[int, ...], key_block: tuple[int, ...]) -> Case:
+    """The case with these blocks and heads, without bias, lengths and extra keys, in a layout for descriptors."""
+    layout = ("contiguous", "fused", "heads_first")[case.seed % 3]
+    scale = case.scale if case.scale is None or case.scale > 0 else None
+    case = replace(case, query_block=query_block, key_block=key_block, head_dim=head_dim, value_dim=None, scale=scale)
+    case = replace(case, bias=False, q_len=False, kv_len=False, extra=0, additional_mask="", skip=False, layout=layout)
+    return replace(case, most=min(case.most, case.key_boxes))
+
+
+def for_gluon(case: Case) -> Case:
+    """The case as `impl="gluon"` takes it, on larger grids."""
+    shape, key_shape = (tuple(3 * n for n in lengths) for lengths in (case.shape, case.key_shape))
+    query_block, key_block = {1: ((128,), (64,)), 2: ((8, 16), (8, 8)), 3: ((4, 4, 8), (4, 4, 4))}[len(shape)]
+    key_block = query_block if case.seed % 3 == 0 else key_block
+    return plain(replace(case, shape=shape, key_shape=key_shape), 64 << case.seed % 2, query_block, key_block)
+
+
 def make_mask(case: Case, device: str | torch.device = "cpu", inverse: bool | None = None) -> BlockMask:
     """Random lists, their ignored entries full of nonsense; with its inverse if the case says so."""
     generator = torch.Generator().manual_seed(case.seed + 7)

@@ -107,6 +107,7 @@ DECLARED = {
             ),
         ),
         forced=dict(size=Size(16, 16, 4, 1), whole=True, descriptor=True),
+        on_request={"gluon": block_sparse_matrix.for_gluon},
     ),
     "agent": Declared(
         agent_matrix,

@@ -19,8 +19,6 @@ from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from foveal.kernels.neighborhood import gluon as launch
-from foveal.kernels.neighborhood import gluon_forward
 from torch import Tensor
 from triton import JITFunction
 from triton.language import constexpr
@@ -298,6 +296,9 @@ class Language:
     def sum(self, x, axis):
         return x.sum(axis)
 
+    def load(self, pointer: Pointer):
+        return pointer.storage[int(pointer.place)]
+
     def store(self, pointer: Pointer, value: Tensor, mask: Tensor):
         place, value, mask = torch.broadcast_tensors(pointer.place, value, mask)
         pointer.storage[place[mask].long()] = value[mask].to(pointer.storage.dtype)
@@ -408,7 +409,7 @@ class Plain:
 
     Args:
         program: whose memory and partitions they use.
-        constants: other values for constants of `gluon_forward`, such as fewer rows of a consumer.
+        constants: other values for constants of kernels by name, such as fewer rows of a consumer.
         edits: by name of a function, texts of its source to replace: mutations of which a test must fail.
     """
 
@@ -474,6 +475,7 @@ class Run:
         programs: in order of their launches, without those that had nothing to do.
     """
 
+    kernel: JITFunction
     random: Random
     constants: Mapping[str, int]
     edits: Mapping[str, tuple[str, str]]
@@ -484,7 +486,7 @@ class Run:
             assert num_warps == 4
             for number in range(grid[0]):
                 program = Program(number, self.random)
-                kernel = Plain(program, self.constants, self.edits).function(gluon_forward.forward_kernel)
+                kernel = Plain(program, self.constants, self.edits).function(self.kernel)
                 kernel(*as_arguments(arguments), **fixed)
                 if program.partitions:
                     self.programs.append(program)
@@ -494,14 +496,20 @@ class Run:
 
 @contextmanager
 def running(
-    seed: int, *, constants: Mapping[str, int] | None = None, edits: Mapping[str, tuple[str, str]] | None = None
+    launch: Any,
+    seed: int,
+    *,
+    constants: Mapping[str, int] | None = None,
+    edits: Mapping[str, tuple[str, str]] | None = None,
 ) -> Iterator[Run]:
-    """Inside the block the Gluon forward of neighborhood attention runs on CPU tensors, in an order of `seed`.
+    """Inside the block the `forward_kernel` that a module launches runs on CPU tensors, in an order of `seed`.
 
     Args:
+        launch: the module.
         constants, edits: of `Plain`.
     """
-    run, kernel = Run(Random(seed), constants or {}, edits or {}), launch.forward_kernel
+    kernel = launch.forward_kernel
+    run = Run(kernel, Random(seed), constants or {}, edits or {})
     launch.forward_kernel = run
     try:
         yield run
