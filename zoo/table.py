@@ -56,6 +56,7 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
   positions and interpolate them as Agent does.
 - BinaryAttention-DeiT computes what 1-bit queries and keys and 8-bit weights and values would, by products of floats:
   it costs more than DeiT, and is there to have its results.
+- Mega's weights are published for the base model alone, in an archive: unpack it and give the file's path.
 - Sparsifiner masks the pairs that it leaves out, so it costs more than DeiT, too. Any training loop teaches its choice:
   first with `sparse=False`, which attends densely while the predictor learns, then without.
 - `timm.create_model("spa_iso_s", pack=True)` projects and attends selected tokens alone, with the same results. Such a

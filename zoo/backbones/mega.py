@@ -148,7 +148,11 @@ def official_names(model: nn.Module) -> list:
 PICO = {"patch_size": 4, "embed_dim": 48, "depth": 4, "hidden_dim": 96, "key_dim": 24, "averages": 4}
 MODELS = {
     "mega_t_patch16_224": Model("Mega-Tiny; code only, no weights are published.", Mega, {}),
-    "mega_b_patch16_224": Model("Mega-Base.", Mega, {"embed_dim": 768, "hidden_dim": 1536, "key_dim": 256}),
+    "mega_b_patch16_224": Model(
+        "Mega-Base; its weights come in an archive to be unpacked by hand.",
+        Mega,
+        {"embed_dim": 768, "hidden_dim": 1536, "key_dim": 256},
+    ),
     "mega_pico": Model(
         "Four blocks on 4x4 patches for 32x32 single-channel images (handwritten digits).",
         Mega,

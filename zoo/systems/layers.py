@@ -123,7 +123,7 @@ RECURRENCES = (
         "arXiv:2209.10655",
         "layers:MovingAverageGatedAttention",
         "layers/test_recurrence.py::test_moving_average_is_its_recurrence",
-        note="recorded; no weights in the manifest",
+        note="recorded",
     ),
     System(
         "CHELA",

@@ -16,7 +16,6 @@ from .record import System
 
 ARXIV = re.compile(r"arXiv:\d{4}\.\d{5}")
 UNRELEASED = {  # families without weights in the manifest: test, status, note
-    "mega": ("zoo/test_goldens.py::mega", "exact", "recorded"),
     "minimal": ("zoo/test_minimal.py::test_reductions_save_matrices", "exact", "by formula; sizes are ours"),
     "ninformer": (
         "layers/test_mixers.py::test_an_inner_network_gates_a_linear_layer",
