@@ -13,7 +13,7 @@ from ..common.launching import aligned, grid_strides, needs_wide, padded, with_s
 from . import configs
 from .call import BlockSparseCall, empty_kept
 from .gluon_forward import CONSUMERS, ROWS, forward_kernel
-from .launch import backward, programs
+from .launch import backward, list_sizes, programs
 from .mask import divides
 
 __all__ = ["backward", "forward"]
@@ -86,7 +86,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) ->
             grid_strides(lse, rank),
             mask.kv_num.contiguous(),
             mask.kv_idx.contiguous(),
-            tuple(mask.kv_idx.shape[:2]),
+            list_sizes(mask, heads),
             mask.kv_idx.shape[-1],
             padded(shape, 1),
             padded(key_shape, 1),
