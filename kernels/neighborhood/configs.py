@@ -140,10 +140,15 @@ GLUON_SIZES: dict[int, tuple[Size, ...]] = {
 SAME_COST = 1.1  # costs within 10 % count as equal: the estimate is no more accurate
 
 # Clocks of an SM, fitted to the counts of `tools.compile_report --loop` and of all instructions outside of loops: for a
-# pair of a visited tile (its softmax, or per feature of wide heads its products), for the mask on top of that, and for
-# what every warp issues once per tile and once per program.
-PAIR_CLOCKS, MASK_COST = 1 / 16, 0.125
-FEATURE_CLOCKS: dict[Device, float] = {"hopper": 1 / 640, "ampere": 1 / 512, "ada": 1 / 256, "amd": 1 / 512}
+# pair of a visited tile (its softmax and, by head dim, the products that it does not hide), for the mask on top, and
+# for what every warp issues once per tile and once per program.
+PAIR_CLOCKS: dict[Device, dict[int, float]] = {
+    "hopper": {32: 1 / 16, 64: 1 / 12, 128: 1 / 5, 256: 2 / 5},
+    "ampere": {32: 1 / 16, 64: 1 / 8, 128: 1 / 4, 256: 1 / 2},
+    "ada": {32: 1 / 8, 64: 1 / 4, 128: 1 / 2, 256: 1.0},
+    "amd": {32: 1 / 16, 64: 1 / 8, 128: 1 / 4, 256: 1 / 2},  # not counted: products as fast as on ampere
+}
+MASK_COST = 0.125
 TILE_CLOCKS = 40
 PROGRAM_CLOCKS, PROGRAM_CLOCKS_PER_FEATURE = 100, 3
 # Bytes per clock that an SM gets from L2, about what is published for H100, A100 and RTX 4090; for MI300, whose
@@ -181,7 +186,7 @@ def three_axes(tile: tuple[int, ...]) -> tuple[int, int, int]:
 def tile_clocks(kernel: Kernel, size: Size, head_dim: int, itemsize: int, device: Device) -> tuple[float, float, float]:
     """Estimated clocks of an SM for a tile that is wholly visible, for one that takes the mask, and for a program."""
     width = block_d(head_dim)
-    work = size.queries * size.keys * max(PAIR_CLOCKS, width * FEATURE_CLOCKS[device])
+    work = size.queries * size.keys * PAIR_CLOCKS[device][max(32, width)]
     columns = size.queries if kernel == "key" else size.keys
     loads = columns * 2 * width * itemsize / L2_BYTES[device]
     inner, border = (max(loads, work * (1 + mask) + TILE_CLOCKS * size.warps) for mask in (0, MASK_COST))
