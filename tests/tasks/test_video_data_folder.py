@@ -9,6 +9,7 @@ import torch
 from foveal.zoo.data import VideoFolder
 from foveal.zoo.data.buckets import BucketSampler, nearest_bucket
 from foveal.zoo.data.clips import UnreadableVideo, cover, probe, read_clip
+from PIL import Image
 from safetensors.torch import save_file
 from video_files import damage, folder, open_folder, shown, write_video
 
@@ -241,6 +242,43 @@ def test_batches_of_a_folder_have_one_size_each(tmp_path):
     assert sorted(tuple(batch["video"].shape[3:]) for batch in data.train_dataloader()) == [(16, 32)] * 2 + [(32, 16)]
 
 
+def test_a_video_gives_the_longest_clip_that_fits_and_an_image_one_frame(tmp_path):
+    counts = {"long": 12, "short": 5, "brief": 3}
+    folder(tmp_path, **{f"train__a__{name}{i}": {"frames": counts[name]} for name in counts for i in range(2)})
+    for i in range(2):
+        Image.new("RGB", (48, 32), (200, 0, 10)).save(tmp_path / "train" / "a" / f"picture{i}.png")
+    data = open_folder(tmp_path, frames=[8, 1, 4], sizes=[[16, 24]])
+    clips = data.datasets["train"]
+    lengths = {video.path.stem[:-1]: clips.shape(i)[1] for i, video in enumerate(clips.videos)}
+    assert lengths == {"long": 8, "short": 4, "brief": 1, "picture": 1}
+    batches = [tuple(batch["video"].shape[2:]) for batch in data.train_dataloader()]
+    assert sorted(batches) == [(1, 16, 24)] * 2 + [(4, 16, 24), (8, 16, 24)]
+    (at,) = [i for i, video in enumerate(clips.videos) if video.path.stem == "picture0"]
+    pixels = (clips[at]["video"] + 1) / 2
+    torch.testing.assert_close(pixels[:, 0, 8, 12], torch.tensor([200, 0, 10]) / 255)
+    assert data.frames == 8 and [size[0] for size in data.clip_sizes[1]] == [1, 4, 8]
+    (tmp_path / "train" / "a" / "picture0.png").write_bytes(b"no")
+    again = open_folder(tmp_path, frames=[1, 4])
+    assert len(again.skipped) == 1 and "picture0.png" in again.skipped[0]
+    without = open_folder(tmp_path, frames=4)
+    assert len(without.listed) == 6 and len(without.datasets["train"]) == 4, "images and short videos are left out"
+
+
+def test_videos_come_several_times_in_an_epoch(tmp_path):
+    folder(tmp_path, a={}, b={}, c={})
+    (tmp_path / "metadata.csv").write_text("file_name,split,repeats\na.mp4,train,3\nb.mp4,train,\nc.mp4,val,2\n")
+    data = open_folder(tmp_path, num_repeats=2)
+    names = [video.path.stem for video in data.datasets["train"].videos]
+    assert names == ["a"] * 6 + ["b"] * 2 and len(data.datasets["val"]) == 1
+    first = data._seeded(data.datasets["train"])
+    assert len({tuple(shown((first[i, 0]["video"] + 1) / 2)) for i in range(6)}) > 1, "each has a time of its own"
+    with pytest.raises(ValueError, match=r"data\.num_repeats=0"):
+        open_folder(tmp_path, num_repeats=0)
+    (tmp_path / "metadata.csv").write_text("file_name,repeats\na.mp4,0\n")
+    with pytest.raises(ValueError, match=r"repeats='0' of a.mp4 in .*metadata.csv must be an integer of at least 1"):
+        open_folder(tmp_path)
+
+
 def test_errors(tmp_path):
     with pytest.raises(ValueError, match=r"data\.root is not set"):
         VideoFolder(root=None)
@@ -263,7 +301,16 @@ def test_errors(tmp_path):
     ):
         warnings.simplefilter("ignore")
         open_folder(tmp_path)
-    wrong = ({"frames": 0}, {"stride": 0}, {"fps": -1.0}, {"sizes": [[16]]}, {"held_out": 1.5}, {"text_length": 0})
+    wrong = (
+        {"frames": 0},
+        {"frames": []},
+        {"frames": [4, 0]},
+        {"stride": 0},
+        {"fps": -1.0},
+        {"sizes": [[16]]},
+        {"held_out": 1.5},
+        {"text_length": 0},
+    )
     for options in wrong:
         with pytest.raises(ValueError, match=rf"data\.{next(iter(options))}="):
             VideoFolder(root=str(tmp_path), **options)

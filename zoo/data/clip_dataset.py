@@ -12,17 +12,28 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .buckets import nearest_bucket
 from .clips import EndsEarly, UnreadableVideo, VideoInfo, cover, read_clip
 from .foreign import about
 from .video import Item
 from .videofiles import Video
 
+SLACK = 1e-3  # seconds that a video may be too short by: clocks are rounded
 TRIES = 20  # files in a row that may fail to decode before training stops
 
 
 def frame_gap(options: dict[str, Any], info: VideoInfo) -> float:
     """Seconds between two frames of a clip."""
     return options["stride"] / (options["fps"] or info.fps)
+
+
+def fit_clip(options: dict[str, Any], info: VideoInfo) -> dict[str, Any]:
+    """Options of the clip of a video: of `frames` the most that it is long enough for (else the fewest), and as `size`
+    that of `sizes` whose aspect ratio is nearest."""
+    counts = sorted(options["frames"], reverse=True)
+    clips = [{**options, "frames": count} for count in counts]
+    clip = next((clip for clip in clips if clip_room(clip, info) >= -SLACK), clips[-1])
+    return clip | {"size": options["sizes"][nearest_bucket(info.height, info.width, options["sizes"])]}
 
 
 def clip_room(options: dict[str, Any], info: VideoInfo) -> float:
@@ -33,7 +44,7 @@ def clip_room(options: dict[str, Any], info: VideoInfo) -> float:
 def too_short(path: Path, options: dict[str, Any], info: VideoInfo) -> str | None:
     """The reason why no clip fits a video; None if one does."""
     room = clip_room(options, info)
-    if room < -1e-3:
+    if room < -SLACK:
         return f"{path} lasts {info.seconds:.2f} s, and a clip {info.seconds - room:.2f} s"
     return None
 
@@ -55,12 +66,18 @@ def measured(video: Video, early: EndsEarly, options: dict[str, Any]) -> VideoIn
 class ClipDataset(Dataset):
     """A clip of each video: at a random time and place in training, in the middle otherwise.
 
+    Videos whose facts are known go to buckets, one for each number of frames and size.
+
     A video that turns out to be undecodable is named in the item's `broken`. In training the next one of its size takes
     its place; elsewhere the item does not count: its clip is empty and its `real` False.
     """
 
-    def __init__(self, videos: list[Video], buckets: list[int], *, options: dict[str, Any], training: bool):
-        self.videos, self.buckets, self.options, self.training = videos, buckets, options, training
+    def __init__(self, videos: list[Video], *, options: dict[str, Any], training: bool):
+        self.videos, self.training = videos, training
+        self.clips = [fit_clip(options, video.info) for video in videos if video.info is not None]
+        shapes = [self.shape(index) for index in range(len(videos))]
+        number = {shape: i for i, shape in enumerate(sorted(set(shapes)))}
+        self.buckets = buckets = [number[shape] for shape in shapes]
         self.peers: dict[int, list[int]] = {bucket: [] for bucket in set(buckets)}
         self.places: list[int] = []  # of every video among its peers
         for index, bucket in enumerate(buckets):
@@ -72,33 +89,34 @@ class ClipDataset(Dataset):
 
     def shape(self, index: int) -> tuple[int, ...]:
         """Of a clip, `(3, T, H, W)`."""
-        return 3, self.options["frames"], *self.options["sizes"][self.buckets[index]]
+        return 3, self.clips[index]["frames"], *self.clips[index]["size"]
 
-    def times(self, info: VideoInfo) -> np.ndarray:
-        """Seconds of the frames, `[T]`."""
-        start = max(0.0, clip_room(self.options, info)) * (float(torch.rand(())) if self.training else 0.5)
-        return start + frame_gap(self.options, info) * np.arange(self.options["frames"])
+    def times(self, clip: dict[str, Any], info: VideoInfo) -> np.ndarray:
+        """Seconds of the frames of a clip, `[T]`."""
+        start = max(0.0, clip_room(clip, info)) * (float(torch.rand(())) if self.training else 0.5)
+        return start + frame_gap(clip, info) * np.arange(clip["frames"])
 
-    def _frames(self, video: Video) -> Tensor:
+    def _frames(self, index: int) -> Tensor:
         """uint8 `[3, T, H, W]` of one clip."""
+        video, clip = self.videos[index], self.clips[index]
         assert video.info is not None
         try:
-            return read_clip(video.path, times=self.times(video.info))
+            return read_clip(video.path, times=self.times(clip, video.info))
         except EndsEarly as early:
-            return read_clip(video.path, times=self.times(measured(video, early, self.options)))
+            return read_clip(video.path, times=self.times(clip, measured(video, early, clip)))
 
     def _item(self, index: int, clip: Tensor) -> Item:
         video = self.videos[index]
         item: Item = {"video": clip, "label": video.label, "caption": video.caption}
         if video.embedding is not None:
-            item |= read_embedding(video.embedding, length=self.options["text_length"])
+            item |= read_embedding(video.embedding, length=self.clips[index]["text_length"])
         return item
 
     def _read(self, index: int) -> Item:
-        frames, (height, width) = self._frames(self.videos[index]), self.options["sizes"][self.buckets[index]]
+        frames, (height, width) = self._frames(index), self.clips[index]["size"]
         at = torch.rand(2).tolist() if self.training else (0.5, 0.5)
         clip = 2 * cover(frames, height=height, width=width, at=tuple(at)) - 1
-        if self.training and self.options["flip"] and torch.rand(()) < 0.5:
+        if self.training and self.clips[index]["flip"] and torch.rand(()) < 0.5:
             clip = clip.flip(-1)
         return self._item(index, clip)
 

@@ -17,11 +17,16 @@ import torch
 from torch import Tensor
 
 from ..pixels import cover
+from .folders import SUFFIXES as IMAGE_SUFFIXES
 from .foreign import reason
+from .pixels import UnreadableImage, read_image
 
-__all__ = ["SUFFIXES", "EndsEarly", "UnreadableVideo", "VideoInfo", "cover", "probe", "read_clip"]
+__all__ = ["PICTURES", "SUFFIXES", "EndsEarly", "UnreadableVideo", "VideoInfo", "cover", "probe", "read_clip"]
 
 SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm")
+
+
+PICTURES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in SUFFIXES)  # videos of one frame
 
 
 class UnreadableVideo(ValueError):
@@ -156,13 +161,24 @@ def _upright(stream: Any, frame: Any) -> np.ndarray:
     return pixels[:: -1 if upside_down else 1, :: -1 if mirror else 1]
 
 
+def _picture(path: Path) -> Tensor:
+    """uint8 RGB `[3, 1, H, W]` of an image file, turned as it says."""
+    try:
+        return torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)[:, None]
+    except UnreadableImage as error:
+        raise UnreadableVideo(str(error)) from error
+
+
 def probe(path: Path) -> VideoInfo:
-    """Reads the header, the first frame and the end of a video file.
+    """Reads the header, the first frame and the end of a video file; an image is a video of one frame.
 
     Raises:
         UnreadableVideo: it is no video, or its first frame cannot be decoded; the message names the file and the
             reason.
     """
+    if path.suffix.lower() in PICTURES:
+        height, width = _picture(path).shape[2:]
+        return VideoInfo(1.0, 1.0, height, width)
     with _opened(path, "opened as a video") as (container, stream):
         fps = _rate(path, stream)
         frame = next(container.decode(stream), None)
@@ -228,6 +244,8 @@ def read_clip(path: Path, *, times: np.ndarray) -> Tensor:
         EndsEarly: the video ends before the last time.
         UnreadableVideo: decoding fails.
     """
+    if path.suffix.lower() in PICTURES:
+        return _picture(path).expand(-1, len(times), -1, -1)
     with _opened(path, "decoded") as (container, stream):
         frames = _Frames(path, container, stream)
         slack = 0.1 * frames.gap  # clocks are rounded

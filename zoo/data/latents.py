@@ -24,8 +24,7 @@ import typer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .buckets import nearest_bucket
-from .clip_dataset import clip_room, frame_gap, measured
+from .clip_dataset import clip_room, fit_clip, frame_gap, measured
 from .clips import EndsEarly, UnreadableVideo, VideoInfo, cover, read_clip
 from .latent_videos import DESCRIPTION, load_vae, read_keys
 from .videofolder import Video, VideoFolder, read_embedding
@@ -101,8 +100,9 @@ def check_sizes(vae: Any, options: dict[str, Any]) -> None:
     from ..video.vae import latent_space
 
     space = latent_space(vae)
-    if (options["frames"] - 1) % space.time:
-        raise ValueError(f"--frames={options['frames']} must be {space.time} * n + 1 for a {type(vae).__name__}")
+    wrong = [count for count in options["frames"] if (count - 1) % space.time]
+    if wrong:
+        raise ValueError(f"--frames={wrong[0]} must be {space.time} * n + 1 for a {type(vae).__name__}")
     for height, width in options["sizes"]:
         if height % space.space or width % space.space:
             raise ValueError(f"--size={height}x{width} must be multiples of {space.space} for a {type(vae).__name__}")
@@ -136,19 +136,20 @@ class Encoder:
         try:
             return self._encode(video, video.info)
         except EndsEarly as early:
-            return self._encode(video, measured(video, early, self.options))
+            return self._encode(video, measured(video, early, fit_clip(self.options, video.info)))
 
     def _encode(self, video: Video, info: VideoInfo) -> list[str]:
         from ..video.vae import encode
 
-        height, width = self.options["sizes"][nearest_bucket(info.height, info.width, self.options["sizes"])]
+        clip = fit_clip(self.options, info)
+        height, width = clip["size"]
         cut: dict[str, Any] = {"height": height, "width": width}
         if any(info.turned):
             cut["turned"] = info.turned
         if info.stretched is not None:
             cut["stretched"] = info.stretched
         file, keys = file_hash(video.path), []
-        for times in clip_times(info, self.options, clips=self.clips):
+        for times in clip_times(info, clip, clips=self.clips):
             key = clip_key(file, self.identity, {"times": times, **cut})
             if f"{key}.latents" not in self.writer.known:
                 pixels = cover(read_clip(video.path, times=np.array(times)), height=height, width=width)
@@ -200,7 +201,7 @@ def encode_folder(
             yield str(error)
             continue
         item = {"split": video.split, "label": video.label, "caption": video.caption, "text": text}
-        listed += [{"key": key, **item} for key in keys]
+        listed += [{"key": key, **item} for key in keys] * (video.repeats if video.split == "train" else 1)
         yield None
     writer.flush()
     description = {
@@ -220,7 +221,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="videos: CLASS/*.mp4, or metadata.csv with captions")],
     out: Annotated[Path, typer.Argument(help="the cache; what it holds already is kept")],
     vae: Annotated[Path, typer.Option(help="folder of AutoencoderKLWan, AutoencoderKLLTXVideo or AutoencoderTiny")],
-    frames: Annotated[int, typer.Option(help="of a clip")] = 17,
+    frames: Annotated[list[int] | None, typer.Option(help="of a clip [17]; several: the most that fit a video")] = None,
     size: Annotated[list[str] | None, typer.Option(help="HEIGHTxWIDTH; several make buckets")] = None,
     fps: Annotated[float | None, typer.Option(help="rate to take frames at; by default the video's own")] = None,
     stride: Annotated[int, typer.Option(help="every how many frames")] = 1,
@@ -238,7 +239,7 @@ def main(
         data = VideoFolder(
             root=str(folder),
             captions=None if captions is None else str(captions),
-            frames=frames,
+            frames=frames or [17],
             sizes=[_size(one) for one in size or ["256x256"]],
             fps=fps,
             stride=stride,

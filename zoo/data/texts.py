@@ -21,6 +21,7 @@ import typer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .clips import PICTURES
 from .foreign import reason
 from .latents import file_hash
 from .videofiles import TABLES, Video, list_videos
@@ -109,16 +110,16 @@ def write_table(path: Path, videos: Sequence[Video], root: Path, folder: Path, i
     partial = path.with_suffix(f".{os.getpid()}.partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["file_name", "caption", "split", "embedding"])
+        table.writerow(["file_name", "caption", "split", "embedding", "repeats"])
         for video in videos:
             name = Path(os.path.relpath(video.path, root)).as_posix()
             embedding = (folder / embedding_name(video.caption, identity)).resolve()
-            table.writerow([name, video.caption, video.split, embedding])
+            table.writerow([name, video.caption, video.split, embedding, video.repeats])
     partial.replace(path)
 
 
 def read_captions(root: Path, captions: Path | None, held_out: float) -> list[Video]:
-    """The videos of a folder with their captions.
+    """The videos and captioned images of a folder with their captions.
 
     Raises:
         FileNotFoundError: no such folder or table.
@@ -129,7 +130,9 @@ def read_captions(root: Path, captions: Path | None, held_out: float) -> list[Vi
     if captions is not None and not captions.is_file():
         raise FileNotFoundError(f"--captions={str(captions)!r} does not exist")
     table = captions or next((root / name for name in TABLES if (root / name).exists()), None)
-    videos, _ = list_videos(root, captions=table, held_out=held_out)
+    videos, _ = list_videos(root, captions=table, held_out=held_out, pictures=True)
+    if table is None:  # covers and thumbnails lie beside videos, too
+        videos = [video for video in videos if video.caption or video.path.suffix.lower() not in PICTURES]
     without = [video.path.name for video in videos if not video.caption]
     if without:
         raise ValueError(

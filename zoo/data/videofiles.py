@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from timm.utils import natural_key
 
 from .classes import ClassTable, listed
-from .clips import SUFFIXES, VideoInfo
+from .clips import PICTURES, SUFFIXES, VideoInfo
 from .foreign import about
 from .names import say
 
@@ -28,18 +28,19 @@ SPLITS = {
 }
 SPLIT_NAMES = {name: split for split, names in SPLITS.items() for name in names}
 TABLES = ("metadata.csv", "metadata.jsonl")
-COLUMNS = ("file_name", "caption", "split", "embedding")
+COLUMNS = ("file_name", "caption", "split", "embedding", "repeats")
 
 
 @dataclass(frozen=True)
 class Video:
-    """A file of the folder and what is known of it."""
+    """A file of the folder and what is known of it; `repeats` is how often it comes in an epoch of training."""
 
     path: Path
     split: str
     label: int = 0
     caption: str = ""
     embedding: Path | None = None
+    repeats: int = 1
     info: VideoInfo | None = None
 
 
@@ -114,7 +115,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
                 f"{found}" + (", and file_name is empty" if isinstance(row, dict) and "file_name" in row else "")
             )
         for name in COLUMNS:
-            if not isinstance(row.get(name) or "", str):
+            if not isinstance(row.get(name) or "", (str, int) if name == "repeats" else str):
                 raise ValueError(f"data.captions={str(path)!r}, row {number}: {name}={row[name]!r} must be text")
     if not rows:
         raise ValueError(
@@ -136,15 +137,19 @@ def _from_table(root: Path, table: Path, held_out: float) -> list[Video]:
         if split not in SPLITS:
             raise ValueError(f"split={split!r} of {name} in {table} must be one of {', '.join(SPLITS)}")
         embedding = root / row["embedding"] if row.get("embedding") else None
-        videos.append(Video(root / name, split, caption=row.get("caption") or "", embedding=embedding))
+        repeats = str(row.get("repeats") or "1").strip()
+        if not repeats.isdecimal() or int(repeats) < 1:
+            raise ValueError(f"repeats={repeats!r} of {name} in {table} must be an integer of at least 1")
+        told = {"caption": row.get("caption") or "", "embedding": embedding, "repeats": int(repeats)}
+        videos.append(Video(root / name, split, **told))
     return videos
 
 
 # folders
 
 
-def _below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """The videos below a folder, through links but not in circles, without anything hidden."""
+def _below(folder: Path, suffixes: Sequence[str], above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """The files of these kinds below a folder, through links but not in circles, without anything hidden."""
     above = above | {os.path.realpath(folder)}
     try:
         entries = list(folder.iterdir())
@@ -155,14 +160,14 @@ def _below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
             continue
         if path.is_dir():
             if os.path.realpath(path) not in above:
-                yield from _below(path, above)
-        elif path.suffix.lower() in SUFFIXES:
+                yield from _below(path, suffixes, above)
+        elif path.suffix.lower() in suffixes:
             yield path  # a link to nowhere, too: it is listed as a file that cannot be opened
 
 
-def _videos(folder: Path) -> list[Path]:
+def _videos(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """In natural order, as `ClassTable` and timm have it."""
-    return sorted(_below(folder), key=lambda path: (natural_key(str(path)), str(path)))
+    return sorted(_below(folder, suffixes), key=lambda path: (natural_key(str(path)), str(path)))
 
 
 def _split_folders(root: Path, found: Sequence[Path]) -> dict[str, str]:
@@ -247,7 +252,12 @@ def _with_captions(videos: list[Video], root: Path) -> list[Video]:
 
 
 def list_videos(
-    root: Path, *, captions: Path | None, held_out: float, class_names: Sequence[str] | None = None
+    root: Path,
+    *,
+    captions: Path | None,
+    held_out: float,
+    class_names: Sequence[str] | None = None,
+    pictures: bool = False,
 ) -> tuple[list[Video], list[str]]:
     """The files of a folder, in natural order, and the names of its classes by label (none with a table).
 
@@ -259,6 +269,7 @@ def list_videos(
         captions: the table, if there is one; else text files beside the videos count.
         held_out: share of the videos to validate on where no folder or row says it.
         class_names: of the classes by label, to keep the numbers of another run; None: those to train on.
+        pictures: image files are listed, too.
 
     Raises:
         ValueError: no videos, a class that training lacks, a folder that may be a split or a class, a table that
@@ -266,9 +277,10 @@ def list_videos(
     """
     if captions is not None:
         return _from_table(root, captions, held_out), []
-    found = _videos(root)
+    suffixes = (*SUFFIXES, *PICTURES) if pictures else SUFFIXES
+    found = _videos(root, suffixes)
     if not found:
-        raise ValueError(f"data.root={str(root)!r} holds no videos ({', '.join(SUFFIXES)})")
+        raise ValueError(f"data.root={str(root)!r} holds no videos ({', '.join(suffixes)})")
     folders = _split_folders(root, found)
     below = {path: path.relative_to(root).parts[:-1] for path in found}
     if folders:

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .buckets import BucketSampler, nearest_bucket
-from .clip_dataset import ClipDataset, read_embedding, too_short
+from .buckets import BucketSampler
+from .clip_dataset import ClipDataset, fit_clip, read_embedding, too_short
 from .clips import UnreadableVideo, probe
 from .names import say
 from .video import VideoData
@@ -37,11 +37,14 @@ class VideoFolder(VideoData):
     Args:
         root: the folder.
         captions: the table; None: `root/metadata.csv` or `.jsonl` if there is one.
-        frames: of a clip.
+        frames: of a clip; several: a video gives the longest clip that it is long enough for, and every batch has one
+            length. With 1 among them, images of the folder are clips of one frame.
         sizes: `(height, width)` of the clips, one or several; a video goes to the size whose aspect ratio is nearest,
             and every batch has one size.
         fps: to take frames at, whatever the video's own; None: its own.
         stride: every how many of those frames.
+        num_repeats: times that each training video comes in an epoch, with a time, place and flip of its own; the
+            column `repeats` of the table multiplies it.
         held_out: share of the videos to validate on where no folder or table says it.
         flip: mirror half of the training clips.
         text_length: words that `text` is cut or padded to.
@@ -60,10 +63,11 @@ class VideoFolder(VideoData):
         root: str | None,
         captions: str | None = None,
         batch_size: int = 8,
-        frames: int = 16,
+        frames: int | Sequence[int] = 16,
         sizes: Sequence[Sequence[int]] = ((64, 64),),
         fps: float | None = None,
         stride: int = 1,
+        num_repeats: int = 1,
         held_out: float = 0.05,
         flip: bool = False,
         text_length: int = 64,
@@ -83,7 +87,10 @@ class VideoFolder(VideoData):
             raise FileNotFoundError(f"data.captions={captions!r} does not exist")
         if not sizes or any(isinstance(size, int) or len(size) != 2 or min(size) < 1 for size in sizes):
             raise ValueError(f"data.sizes={sizes} must be a list of [height, width]")
-        for name, value in (("frames", frames), ("stride", stride)):
+        counts = [frames] if isinstance(frames, int) else sorted(set(frames))
+        if not counts or not all(isinstance(count, int) and count >= 1 for count in counts):
+            raise ValueError(f"data.frames={frames} must be an integer of at least 1, or a list of such")
+        for name, value in (("stride", stride), ("num_repeats", num_repeats)):
             if value < 1:
                 raise ValueError(f"data.{name}={value} must be at least 1")
         if not 0 <= held_out < 1:
@@ -92,11 +99,12 @@ class VideoFolder(VideoData):
             raise ValueError(f"data.text_length={text_length} must be at least 1")
         if fps is not None and fps <= 0:
             raise ValueError(f"data.fps={fps} must be positive")
-        videos, classes = list_videos(Path(root), captions=table, held_out=held_out, class_names=class_names)
+        options: dict[str, Any] = {"held_out": held_out, "class_names": class_names, "pictures": 1 in counts}
+        videos, classes = list_videos(Path(root), captions=table, **options)
         super().__init__(
             batch_size=batch_size,
             channels=3,
-            frames=frames,
+            frames=counts[-1],
             height=sizes[0][0],
             width=sizes[0][1],
             mean=(0.5,) * 3,
@@ -108,8 +116,9 @@ class VideoFolder(VideoData):
             num_workers=num_workers,
         )
         self.root, self.class_names, self.listed = Path(root), classes, videos
+        self.num_repeats = num_repeats
         self.options = {
-            "frames": frames,
+            "frames": counts,
             "sizes": [tuple(size) for size in sizes],
             "fps": fps,
             "stride": stride,
@@ -122,9 +131,10 @@ class VideoFolder(VideoData):
 
     @property
     def clip_sizes(self) -> tuple[str, list[tuple[int, ...]]]:
-        sizes = self.options["sizes"]
-        said = f"data.frames={self.frames} and data.sizes={[list(size) for size in sizes]}"
-        return said, [(self.frames, *size) for size in sizes]
+        counts, sizes = self.options["frames"], self.options["sizes"]
+        shown = counts if len(counts) > 1 else counts[0]
+        said = f"data.frames={shown} and data.sizes={[list(size) for size in sizes]}"
+        return said, [(count, *size) for count in counts for size in sizes]
 
     @property
     def for_record(self) -> dict[str, Any]:
@@ -139,7 +149,7 @@ class VideoFolder(VideoData):
                 info = probe(video.path)
             except UnreadableVideo as error:
                 return str(error)
-            return too_short(video.path, self.options, info) or replace(video, info=info)
+            return too_short(video.path, fit_clip(self.options, info), info) or replace(video, info=info)
 
         self.skipped = []
         with ThreadPoolExecutor(16) as pool:
@@ -165,10 +175,9 @@ class VideoFolder(VideoData):
             say("there are no videos to validate on, and one of training stands in", [str(parts["train"][0].path)])
         parts["val"] = parts["val"] or parts["test"] or parts["train"][:1]
         parts["test"] = parts["test"] or parts["val"]
+        parts["train"] = [video for video in parts["train"] for _ in range(self.num_repeats * video.repeats)]
         for split, some in parts.items():
-            infos = [video.info for video in some]
-            buckets = [nearest_bucket(i.height, i.width, self.options["sizes"]) for i in infos if i is not None]
-            self.datasets[split] = ClipDataset(some, buckets, options=self.options, training=split == "train")
+            self.datasets[split] = ClipDataset(some, options=self.options, training=split == "train")
 
     def _sampler(self, split: str, **options: Any) -> BucketSampler:
         return BucketSampler(self.datasets[split].buckets, **options)  # pyright: ignore[reportAttributeAccessIssue]
