@@ -18,6 +18,7 @@ from foveal.zoo.pretraining import (
     random_order,
     relative_loss,
     restore,
+    second_view,
     visible_count,
 )
 from foveal.zoo.pretraining.autoencoder import take
@@ -239,3 +240,26 @@ def test_a_teacher_follows():
     before = teacher.weight.clone()
     follow(teacher, student, 0.9)
     torch.testing.assert_close(teacher.weight, 0.9 * before + 0.1 * student.weight)
+
+
+def test_second_views_are_turned_moved_and_brightened():
+    images, fixed = torch.randn(2, 1, 16, 16).double(), torch.Generator().manual_seed(0)
+    torch.testing.assert_close(second_view(images), images)
+    view = second_view(images, jitter=0.4, generator=fixed)
+    for a, b in zip(view, images, strict=True):  # a line through the pixels
+        slope = (a - a.mean()).flatten() / (b - b.mean()).flatten()
+        torch.testing.assert_close(slope, slope[:1].expand_as(slope))
+        assert 0.6 <= slope[0] <= 1.4
+    again = [second_view(images, degrees=20, shift=0.2, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*again) and (again[0] - images).abs().max() > 0.1
+    flat = torch.full((2, 3, 8, 8), 0.5)
+    torch.testing.assert_close(second_view(flat, degrees=45, shift=0.5), flat)  # borders reflect, nothing is black
+    with pytest.raises(ValueError, match="shift=-1"):
+        second_view(images, shift=-1)
+
+
+def test_statistics_of_a_teacher_follow():
+    student, teacher = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    student.running_mean += 1
+    follow(teacher, student, 0.75)
+    torch.testing.assert_close(teacher.running_mean, torch.full((2,), 0.25))

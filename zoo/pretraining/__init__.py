@@ -4,6 +4,7 @@ from .autoencoder import BroadContext, MaskedAutoencoder, VisibleViT, absolute_l
 from .crossview import CrossViewCompletion
 from .masking import color_noise, color_order, hard_order, pattern_order, random_order, restore, visible_count
 from .positions import DroppedPositions
+from .views import second_view
 
 __all__ = [
     "BroadContext",
@@ -20,5 +21,6 @@ __all__ = [
     "random_order",
     "relative_loss",
     "restore",
+    "second_view",
     "visible_count",
 ]

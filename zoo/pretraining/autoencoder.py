@@ -244,6 +244,8 @@ class BroadContext(nn.Module):
 
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """Move a teacher's parameters towards a student's: teacher = decay * teacher + (1 - decay) * student."""
-    for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
-        ours.lerp_(theirs, 1 - decay)
+    """Move a teacher's parameters and statistics towards a student's: decay * teacher + (1 - decay) * student."""
+    for kind in ("parameters", "buffers"):
+        for ours, theirs in zip(getattr(teacher, kind)(), getattr(student, kind)(), strict=True):
+            if ours.is_floating_point():
+                ours.lerp_(theirs, 1 - decay)

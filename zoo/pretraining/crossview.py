@@ -86,7 +86,7 @@ class CrossViewCompletion(nn.Module):
         norm_pix_loss: bool = True,
     ):
         super().__init__()
-        side = img_size // patch_size
+        side = self.side = img_size // patch_size
         self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, enc_embed_dim)
         for name, dim in (("enc", enc_embed_dim), ("dec", dec_embed_dim)):

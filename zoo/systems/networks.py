@@ -101,16 +101,16 @@ PRETRAINING = (
         "arXiv:2210.10716",
         "zoo.pretraining:CrossViewCompletion",
         "zoo/test_pretraining.py::test_cross_views_recorded",
-        "partial",
-        "the first version, recorded; no task",
+        note="the first version, recorded; second views are affine ones",
+        shown="`objective=cross_view`",
     ),
     System(
         "LUT, broad context",
         "arXiv:2310.13593",
         "zoo.pretraining:BroadContext",
         "zoo/test_pretraining.py::test_broad_context",
-        "partial",
-        "the objective, by formula; no task",
+        note="by formula; views and a constant decay of the teacher are ours",
+        shown="`task.broad_context`",
     ),
 )
 

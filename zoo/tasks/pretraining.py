@@ -1,4 +1,4 @@
-"""Pre-training without labels: pixels of masked patches, or places of patches whose position was dropped.
+"""Pre-training without labels: pixels of masked patches, alone or beside a second view, or places of patches.
 
 Orders of patches follow from the seeds that `Task` sets at each step; in evaluation from the number of the batch.
 """
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from ..data.loader import PADDING
+from ..data.names import unknown_name
 from ..pretraining import (
+    BroadContext,
+    CrossViewCompletion,
     DroppedPositions,
     MaskedAutoencoder,
     color_noise,
@@ -23,11 +26,17 @@ from ..pretraining import (
     hard_order,
     random_order,
     relative_loss,
+    second_view,
     visible_count,
 )
 from .epochs import EpochTask
 
-OBJECTIVES = {"pixels": MaskedAutoencoder, "positions": DroppedPositions}
+OBJECTIVES = {"pixels": MaskedAutoencoder, "positions": DroppedPositions, "cross_view": CrossViewCompletion}
+CONTEXT = {"weight": 0.25, "hidden": 4096, "degrees": 0.0, "shift": 0.1, "jitter": 0.4}
+VIEW = {"degrees": 20.0, "shift": 0.2, "jitter": 0.0}
+CROSS_NAMES = {name: f"enc_{name}" for name in ("embed_dim", "depth", "num_heads")} | {
+    f"decoder_{name}": f"dec_{name}" for name in ("embed_dim", "depth", "num_heads")
+}
 MASKINGS = ("random", "green", "red", "blue", "purple", "hard")
 
 
@@ -47,12 +56,15 @@ class PretrainingTask(EpochTask):
 
     Args:
         vit: arguments of `MaskedAutoencoder` or `DroppedPositions`: `patch_size`, `embed_dim`, `depth`, ….
-        objective: "pixels" or "positions".
+        objective: "pixels", "positions", or "cross_view" (pixels of a masked image beside a second view of it, CroCo).
         masking: "random", a color of ColorMAE's patterns ("green", "red", "blue", "purple"), or "hard" (the patches of
             which a teacher expects most), which needs loss_prediction.
         ratio: share of masked patches.
         loss_prediction: pixels only: predict the loss of each patch, too.
-        teacher_decay: share of the teacher that stays in a step, for "hard".
+        teacher_decay: share of the teacher that stays in a step, for "hard" and broad_context.
+        view: cross_view only: `degrees`, `shift` and `jitter` of `second_view`.
+        broad_context: pixels only: `weight`, `hidden` and the `second_view` of a loss on views that share no visible
+            patch, with a teacher that sees both whole (LUT); None: none.
         position: positions only: `drop_ratio`, `sigma` (of the first epoch, falling to 0 linearly) and `guided`.
         optimizer, scheduler, lr_batch, compile, seed: as in `EpochTask`.
         img_size, in_chans: of the data.
@@ -72,6 +84,8 @@ class PretrainingTask(EpochTask):
         loss_prediction: bool = False,
         teacher_decay: float = 0.999,
         position: Mapping[str, Any] | None = None,
+        view: Mapping[str, Any] | None = None,
+        broad_context: Mapping[str, Any] | None = None,
         optimizer: Mapping[str, Any],
         scheduler: Mapping[str, Any] | None = None,
         lr_batch: int | None = None,
@@ -90,7 +104,12 @@ class PretrainingTask(EpochTask):
                 f"task.masking={masking!r}, task.loss_prediction={loss_prediction}, task.objective={objective!r}: "
                 "losses are predicted of pixels, and hard patches by predicted losses"
             )
-        names = ["loss"] + ["rank"] * loss_prediction + ["accuracy"] * (objective == "positions")
+        _check_keys("view", view, VIEW)
+        _check_keys("broad_context", broad_context, CONTEXT)
+        if broad_context is not None and objective != "pixels":
+            raise ValueError(f"task.broad_context needs task.objective=pixels, not {objective}")
+        names = ["loss"] + ["wrong_view"] * (objective == "cross_view") + ["context"] * (broad_context is not None)
+        names += ["rank"] * loss_prediction + ["accuracy"] * (objective == "positions")
         metrics: dict[str, Metric] = {f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in names}
         super().__init__(
             metrics=metrics, optimizer=optimizer, scheduler=scheduler, lr_batch=lr_batch, compile=compile, seed=seed
@@ -99,19 +118,30 @@ class PretrainingTask(EpochTask):
         self.vit_cfg = dict(vit) | {"img_size": img_size, "in_chans": in_chans}
         self.objective, self.masking, self.ratio = objective, masking, ratio
         self.loss_prediction, self.teacher_decay, self.position = loss_prediction, teacher_decay, dict(position or {})
+        self.view = VIEW | dict(view or {})
+        self.context = None if broad_context is None else CONTEXT | dict(broad_context)
         self._patterns: Tensor | None = None
 
     def make_model(self) -> nn.Module:
         options = {"loss_prediction": self.loss_prediction} if self.objective == "pixels" else {}
-        return Pretrainer(OBJECTIVES[self.objective](**self.vit_cfg, **options), with_teacher=self.masking == "hard")
+        given = self.vit_cfg
+        if self.objective == "cross_view":
+            given = {CROSS_NAMES.get(name, name): x for name, x in given.items()}
+        student = OBJECTIVES[self.objective](**given, **options)
+        if self.context is not None:
+            student.context = BroadContext(student.norm.normalized_shape[0], self.context["hidden"])
+        return Pretrainer(student, with_teacher=self.masking == "hard" or self.context is not None)
 
     def names_matter(self) -> bool:
         return False
 
     def trunk_state_dict(self) -> dict[str, Tensor]:
         """Weights of the trunk by the names of timm's `VisionTransformer`, for fine-tuning."""
-        parts = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
-        return {n: x for n, x in self.model.student.state_dict().items() if n.startswith(parts)}
+        parts, found = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm."), self.model.student.state_dict()
+        if self.objective == "cross_view":  # a trunk without a class token
+            found = {n.removeprefix("enc_"): x for n, x in found.items()}
+            found["pos_embed"] = found["pos_embed"][None]
+        return {n: x for n, x in found.items() if n.startswith(parts)}
 
     @property
     def _progress(self) -> float:
@@ -143,8 +173,16 @@ class PretrainingTask(EpochTask):
             options["sigma"] *= 1 - self._progress
             found = student(images, order, drop_order, ratio=self.ratio, **options)
             return {"loss": found.loss, "accuracy": found.accuracy}
+        if self.objective == "cross_view":
+            other, masked = second_view(images, **self.view, generator=generator), int(self.ratio * order.shape[1])
+            losses = {"loss": student(images, other, order, masked=masked).loss}
+            if generator is not None:
+                losses["wrong_view"] = student(images, other.roll(1, 0), order, masked=masked).loss
+            return losses
         found = student(images, order, ratio=self.ratio)
         losses = {"loss": found.losses.mean()}
+        if self.context is not None:
+            losses["context"] = self._context_loss(images, order, found.features, generator)
         if self.loss_prediction:
             predicted = found.predicted_losses.gather(1, order[:, order.shape[1] - found.losses.shape[1] :])
             losses |= {
@@ -153,9 +191,23 @@ class PretrainingTask(EpochTask):
             }
         return losses
 
+    def _context_loss(
+        self, images: Tensor, order: Tensor, features: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """Loss of two views whose visible patches are disjoint, from the features of the first one."""
+        student, teacher, options = self.model.student, self.model.teacher.eval(), dict(self.context or {})
+        view = {name: options[name] for name in VIEW}
+        other = second_view(images, **view, generator=generator)
+        _, visible = BroadContext.disjoint(order, self.ratio)
+        students = features[:, 1:].mean(1), student.encode(other, visible)[:, 1:].mean(1)
+        with torch.no_grad():
+            whole = tuple(teacher.context.head(teacher.encode(x)[:, 1:].mean(1)) for x in (images, other))
+        return student.context.loss(students, whole)
+
     def training_loss(self, batch: Any) -> Tensor:
         found = self.losses(batch[0])
-        return found["loss"] + found.get("prediction", 0.0)
+        context = self.context["weight"] * found["context"] if self.context is not None else 0.0
+        return found["loss"] + found.get("prediction", 0.0) + context
 
     def weight(self, batch: Any) -> Any:
         return len(batch[0])
@@ -172,6 +224,11 @@ class PretrainingTask(EpochTask):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.model.teacher is not None:
             follow(self.model.teacher, self.model.student, self.teacher_decay)
+
+
+def _check_keys(name: str, given: Mapping[str, Any] | None, known: Mapping[str, Any]) -> None:
+    if unknown := sorted(set(given or {}) - set(known)):
+        raise unknown_name(f"task.{name}", unknown[0], known)
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
