@@ -140,7 +140,7 @@ def _from_table(root: Path, table: Path, held_out: float) -> list[Video]:
         repeats = str(row.get("repeats") or "1").strip()
         if not repeats.isdecimal() or int(repeats) < 1:
             raise ValueError(f"repeats={repeats!r} of {name} in {table} must be an integer of at least 1")
-        told = {"caption": row.get("caption") or "", "embedding": embedding, "repeats": int(repeats)}
+        told: dict[str, Any] = {"caption": row.get("caption") or "", "embedding": embedding, "repeats": int(repeats)}
         videos.append(Video(root / name, split, **told))
     return videos
 
