@@ -2,14 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
 from foveal import train
 from foveal.zoo.data import VideoLatents
 from foveal.zoo.data.video import VideoData
-from foveal.zoo.tasks.video_report import VideoReport, collect
+from foveal.zoo.tasks.video_prompts import read_prompts, sample_prompts
+from foveal.zoo.tasks.video_report import VideoReport, collect, make_pipeline
 from lightning.pytorch import Trainer
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from video_tasks import task_alone, tiny
@@ -63,6 +67,53 @@ def test_fewer_texts_than_samples_come_round_again(tmp_path, val, sizes, texts):
     trainer.fit(task, datamodule=NoiseData(val=val, sizes=sizes))
     assert report.texts == texts and report.made.shape == (4, 1, 6, 12, 12)
     assert (tmp_path / "samples" / "step_0000001.gif").is_file()
+
+
+def test_conditions_of_ones_own_are_sampled(tmp_path):
+    Image.fromarray(np.full((20, 30), 200, np.uint8)).save(tmp_path / "grey.png")
+    save_file({"text": torch.ones(2, 6)}, tmp_path / "a.safetensors")
+    table = tmp_path / "prompts.csv"
+    table.write_text(
+        "caption,embedding,image,last_image\na cat,a.safetensors,,\na dog,a.safetensors,grey.png,grey.png\n"
+    )
+    report = VideoReport(str(tmp_path / "run"), steps=1, samples_per_class=1, prompts=str(table))
+    options = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1}
+    trainer = Trainer(callbacks=[report], **options, **QUIET)
+    task, data = task_alone(conditioning="cross"), NoiseData(val=4)
+    trainer.fit(task, datamodule=data)
+    assert (tmp_path / "run" / "prompts" / "step_0000001.gif").is_file()
+    trainer.test(task, datamodule=data, verbose=False)
+    with Image.open(tmp_path / "run" / "prompts.gif") as sheet:
+        assert sheet.n_frames == 6
+    (cat, dog), pipeline = report._prompts, make_pipeline(task, data)
+    assert (cat.caption, dog.caption) == ("a cat", "a dog") and not cat.arguments.keys() & {"image", "last_image"}
+    first = sample_prompts(pipeline, [cat, dog], steps=1, guidance_scale=2.0)
+    assert torch.equal(first, sample_prompts(pipeline, [cat, dog], steps=1, guidance_scale=2.0))
+    given = torch.full((1, 12, 12), 200 / 255)
+    torch.testing.assert_close(first[1, :, 0], given)
+    torch.testing.assert_close(first[1, :, 5], given)
+    assert not torch.allclose(first[0, :, 0], given, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (None, {}, "does not exist"),
+        ("caption\n", {}, "has no rows"),
+        ("caption,prompt\na,b\n", {}, r"a column of .*='prompt' is not known"),
+        ("class\ncut\n", {"conditioning": "class", "class_names": ["cat", "dog"]}, "line 2: class='cut' is not known"),
+        ("caption\na cat\n", {"conditioning": "cross"}, "line 2: the column embedding is empty"),
+        ("caption,embedding\na,b.safetensors\n", {"conditioning": "cross"}, "b.safetensors' cannot be read"),
+        ("image\nno.png\n", {}, r"image=.*no.png: No such file"),
+        ("caption,embedding\na,a.safetensors\n", {"conditioning": "cross", "text_dim": 6}, "has text of 4 channels"),
+    ],
+)
+def test_tables_of_conditions_that_cannot_be_used_are_named(tmp_path, text, options, message):
+    save_file({"text": torch.ones(2, 4)}, tmp_path / "a.safetensors")
+    if text is not None:
+        (tmp_path / "prompts.csv").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_prompts(tmp_path / "prompts.csv", **{"conditioning": None} | options)
 
 
 def test_collected_videos_have_the_size_asked_for():

@@ -236,12 +236,15 @@ def list_folder(root: Path, *, fraction: float, seed: int) -> Listing:
     return _list_classes(root, fraction=fraction, seed=seed)
 
 
-def table_rows(path: Path, *, fold: Callable[[str], str] = str.lower) -> Iterator[tuple[int, dict[str, str]]]:
+def table_rows(
+    path: Path, *, fold: Callable[[str], str] = str.lower, key: str = "data.labels"
+) -> Iterator[tuple[int, dict[str, str]]]:
     """Line numbers and rows of a table with a header, separated by commas, semicolons or tabs.
 
     Args:
         path: of the table.
         fold: what names of columns go through.
+        key: of the configuration, for errors.
 
     Raises:
         ValueError: it is no such table.
@@ -256,7 +259,7 @@ def table_rows(path: Path, *, fold: Callable[[str], str] = str.lower) -> Iterato
                 if any(cell.strip() for cell in row):
                     yield reader.line_num, dict(zip(columns, (cell.strip() for cell in row), strict=False))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"data.labels={str(path)!r} is no table of text in UTF-8: {error}") from error
+        raise ValueError(f"{key}={str(path)!r} is no table of text in UTF-8: {error}") from error
 
 
 def _cell(row: dict[str, str], names: Sequence[str], *, line: int, table: Path) -> str:

@@ -21,6 +21,7 @@ from .video import VideoDiffusionTask
 from .video_metrics import ClipJudge, change_beyond_shift, conditional_accuracy, fit_judge, frechet_distance
 from .video_model import plain_model, save_lora
 from .video_plots import plot_strips, plot_video_curves, write_grid
+from .video_prompts import Prompt, read_prompts, sample_prompts
 
 JUDGE_CLIPS, SAMPLE_BATCH = 4000, 50
 
@@ -95,6 +96,8 @@ class VideoReport(MetricTable):
         judge_steps: batches that train a small 3-D CNN on the data, which says how many samples show their class and
             in whose features the Fréchet distance to held-out videos is; 0: no judge. It needs classes.
         judged: samples for it, at least 2.
+        prompts: a table of conditions of one's own, see `video_prompts.read_prompts`; each is sampled where a grid is,
+            to `prompts/step_*.gif` and at the end `prompts.gif`. None: none.
 
     Raises:
         ValueError: `judged` or `guidance_scale` is too small.
@@ -110,6 +113,7 @@ class VideoReport(MetricTable):
         fps: int = 8,
         judge_steps: int = 0,
         judged: int = 100,
+        prompts: str | None = None,
     ):
         super().__init__(dirpath)
         for name, value, least in (("judged", judged, 2), ("guidance_scale", guidance_scale, 0)):
@@ -119,6 +123,14 @@ class VideoReport(MetricTable):
         self.steps, self.guidance_scale = steps, guidance_scale
         self.judge_steps, self.judged = judge_steps, judged
         self._validations = 0
+        self.prompts, self._prompts = prompts, list[Prompt]()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the conditions of one's own before anything is trained."""
+        task, data = pl_module, trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if self.prompts is not None and not self._prompts:
+            facts = {"class_names": data.class_names, "text_dim": task.text_dim}
+            self._prompts = read_prompts(self.prompts, conditioning=task.conditioning, **facts)  # pyright: ignore
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"validations": self._validations}
@@ -179,6 +191,21 @@ class VideoReport(MetricTable):
         shown = captions[:classes] if task.conditioning == "class" else captions
         write_grid(videos, captions=shown, columns=classes, path=path, title=title, fps=self.fps)
 
+    def _sheet(self, task: VideoDiffusionTask, data: VideoData, path: Path, title: str) -> None:
+        """A grid of the conditions of one's own, if there are some."""
+        if not self._prompts:
+            return
+        training = task.training
+        task.eval()
+        with task.trainer.precision_plugin.forward_context():  # as in training
+            options = {"steps": self.steps, "guidance_scale": self.guidance_scale}
+            videos = sample_prompts(make_pipeline(task, data), self._prompts, **options)
+        task.train(training)
+        if task.trainer.is_global_zero:
+            shown = {"captions": [prompt.caption for prompt in self._prompts], "columns": min(len(videos), 4)}
+            pixels = data.pixels(videos, device=task.device)
+            write_grid(pixels, path=path, title=title, fps=self.fps, **shown)
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not self.sample_every:
             return
@@ -187,6 +214,8 @@ class VideoReport(MetricTable):
             path = self.dirpath / "samples" / f"step_{trainer.global_step:07d}.gif"
             title = f"step {trainer.global_step:,}, guidance {self.guidance_scale:g}"
             self._grid(pl_module, trainer.datamodule, path, title)  # pyright: ignore
+            path = self.dirpath / "prompts" / path.name
+            self._sheet(pl_module, trainer.datamodule, path, title)  # pyright: ignore
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.rows:
@@ -215,6 +244,7 @@ class VideoReport(MetricTable):
         title = f"generated, {self.steps} steps, guidance {self.guidance_scale:g}"
         if _takes_part(task):
             self._grid(task, data, self.dirpath / "samples.gif", title)  # pyright: ignore[reportArgumentType]
+            self._sheet(task, data, self.dirpath / "prompts.gif", title)  # pyright: ignore[reportArgumentType]
         if not trainer.is_global_zero:
             return
         metrics |= {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("test/loss")}
