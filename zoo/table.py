@@ -69,8 +69,8 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
   `timm.create_model("agent_swin_t", num_agents=(9, 9, 25, 25), drop_path_rate=0.1)`.
 - `torch.compile(fullgraph=True)`, `torch.export` and `torch.onnx.export(dynamo=True)` work, the latter two with dynamic
   batches and image sizes: `dynamic_shapes=({0: AUTO, 2: AUTO, 3: AUTO},)`, `AUTO = torch.export.Dim.AUTO`. Logits of
-  onnxruntime are tested. Programs of ViT-rpb, Mega and `biformer_stl_nchw` keep their size. TorchScript refuses
-  (tracing takes `impl="reference"`).
+  onnxruntime are tested. Programs of ViT-rpb, Mega, Sparsifiner and `biformer_stl_nchw` keep their size.
+  TorchScript refuses (tracing takes `impl="reference"`).
 
 A layout takes any attention on maps `[B, H, W, dim]`. `attn` gets the `Place` of every block, and returns a module, or
 None where the layout's own attention stays:

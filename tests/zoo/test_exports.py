@@ -5,10 +5,11 @@ import pytest
 import timm
 import torch
 
-# ViT-rpb, Mega and MLPs along tokens are made for one size. Regions of the nchw BiFormer depend on it in a way that
+# ViT-rpb, Mega, Sparsifiner and MLPs along tokens are made for one size. Regions of the nchw BiFormer depend on it in a way that
 # binds the graph to it.
 ONE_SIZE = (
     "test_mega",
+    "test_sparsifiner",
     "test_mega_chela",
     "test_natten_vitrpb",
     "test_biformer_stl_nchw",
