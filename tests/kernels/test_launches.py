@@ -143,4 +143,5 @@ def test_images_of_any_size_take_few_kernels():
         for size in sizes:
             na2d(*leaves(1, *size, 3, 32), window=7, impl="triton")
     assert len(driver.launched) == len(sizes)
-    assert len(driver.compiled) <= 2
+    # tiles of 32 tokens, 4x8 or 8x4, by keys of the same shape or twice as long: within a tenth of the least clocks
+    assert len(driver.compiled) <= 4

@@ -5,8 +5,8 @@ import pytest
 import timm
 import torch
 
-# ViT-rpb, Mega, Sparsifiner and MLPs along tokens are made for one size. Regions of the nchw BiFormer depend on it in a way that
-# binds the graph to it.
+# ViT-rpb, Mega, Sparsifiner and MLPs along tokens are made for one size. Regions of the nchw BiFormer depend on it in a
+# way that binds the graph to it.
 ONE_SIZE = (
     "test_mega",
     "test_sparsifiner",
