@@ -297,29 +297,7 @@ def backward(
             dbias = table_gradient(launch_query, axes, bias, batch, tiles, config.queries)
         else:
             launch_query(tiles * batch * heads)
-        config = configure("key", axes, (query, grad_out), (query, key, value, grad_out, dk))
-        if any(query_count(a) < a.dilation for a in axes):  # no descriptor of a dilation group without queries
-            config = config._replace(descriptor=False)
-        fixed = constants(axes, config, widths, precision(query))
-        key_kernel[(programs(axes, config.keys, batch * key_heads, keys=True),)](
-            *q,
-            *k,
-            *v,
-            *do,
-            lse,
-            delta,
-            dk,
-            dv,
-            grid_strides(dk, rank),
-            None if alike else grid_strides(dv, rank),
-            bias if bias is None else widen(bias, fixed["TABLE"]),
-            *grids(axes),
-            key_heads,
-            scale,
-            GROUP=group,
-            BIAS=bias is not None,
-            **fixed,
-        )
+        _launch_keys(q, k, v, do, lse, delta, dk, dv, call)
         dek, dev = (None, None)
         if extra and any(wanted[1:]):
             dek, dev = extra_gradient(
@@ -328,6 +306,35 @@ def backward(
     if additional_keys is not None and not extra:
         dek, dev = torch.empty_like(additional_keys), torch.empty_like(additional_values)
     return dq, dk, dv, dbias, dek, dev
+
+
+def _launch_keys(q, k, v, do, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, call: NeighborhoodCall) -> None:
+    """Fill dk and dv; `q`, `k`, `v` and `do` are tensors with their strides."""
+    (query, _), (grad_out, _), axes, bias = q, do, call.axes, call.bias
+    key_heads = dk.shape[-2]
+    config = configure("key", axes, (query, grad_out), (query, k[0], v[0], grad_out, dk))
+    if any(query_count(a) < a.dilation for a in axes):  # no descriptor of a dilation group without queries
+        config = config._replace(descriptor=False)
+    fixed = constants(axes, config, (dk.shape[-1], dv.shape[-1]), precision(query))
+    key_kernel[(programs(axes, config.keys, query.shape[0] * key_heads, keys=True),)](
+        *q,
+        *k,
+        *v,
+        *do,
+        lse,
+        delta,
+        dk,
+        dv,
+        grid_strides(dk, len(axes)),
+        None if dk.shape[-1] == dv.shape[-1] else grid_strides(dv, len(axes)),
+        bias if bias is None else widen(bias, fixed["TABLE"]),
+        *grids(axes),
+        key_heads,
+        call.scale,
+        GROUP=query.shape[-2] // key_heads,
+        BIAS=bias is not None,
+        **fixed,
+    )
 
 
 def table_gradient(

@@ -71,7 +71,7 @@ class MultiLabelTask(ImageTask):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and self.class_weights == "balanced":
-            self.loss.weights = getattr(self.trainer, "datamodule").positive_weights  # noqa: B009 - set by the trainer
+            self.loss.weights = self.trainer.datamodule.positive_weights  # pyright: ignore - set by the trainer
 
     def training_loss(self, batch: Batch) -> Tensor:
         images, targets = batch

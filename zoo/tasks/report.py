@@ -106,7 +106,7 @@ class Report(MetricTable):
         self._confusion: Tensor | None = None
 
     def curve(self, task: LightningModule) -> Curve:
-        """What `curves.png` shows."""
+        """Metric, title and axis of `curves.png`."""
         loss = getattr(getattr(task, "loss", None), "name", "ce")
         return Curve("val/acc1", "Validation accuracy", "top-1", loss=LOSS_TITLES[loss])
 
