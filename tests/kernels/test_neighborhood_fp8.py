@@ -232,7 +232,8 @@ def test_explain_says_whether_products_are_of_e4m3():
 # graphs
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_whole_on_cpu_for_any_size(backend):
     torch._dynamo.reset()
     compiled = torch.compile(partial(na2d, return_lse=True), fullgraph=True, dynamic=True, backend=backend)

@@ -135,6 +135,7 @@ def test_average_is_refused_with_sharded_weights(tmp_path):
         next(callback for callback in trainer.callbacks if type(callback).__name__ == "EMA").setup(trainer, task, "fit")
 
 
+@pytest.mark.slow
 def test_strategies_that_start_the_script_again_are_refused_in_a_sweep(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = ["-m", "seed=0,1", "trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]

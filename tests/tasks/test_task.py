@@ -210,7 +210,12 @@ VIT = ("model=timm", "model.name=vit_tiny_patch16_224", "model.args={img_size:32
 
 
 @pytest.mark.parametrize(
-    "model", [(), (*VIT, "+model.args.num_heads=2", "task.optimizer.lr=2e-3")], ids=["natten_dinat_pico", "vit"]
+    "model",
+    [
+        (),
+        pytest.param((*VIT, "+model.args.num_heads=2", "task.optimizer.lr=2e-3"), marks=pytest.mark.slow),
+    ],
+    ids=["natten_dinat_pico", "vit"],
 )
 def test_overfits_eight_images(tmp_path, model):
     recorder = Recorder()
