@@ -1,8 +1,9 @@
 """Block-sparse attention in plain PyTorch: fast on CPU, right on any device, forward and backward.
 
 Tokens are laid out block by block, so that what a block of queries attends to is a few long rows of memory. Blocks of
-queries are then batches of small dense attentions. Chunks of them bound the keys, values and logits held at a time, and
-only inputs, output and log-sum-exp are kept for the backward, so memory is linear in tokens.
+queries are then batches of small dense attentions: PyTorch's fused one on CPU where it serves, else two products and a
+softmax. Chunks of them bound the keys, values and logits held at a time, and only inputs, output and log-sum-exp are
+kept for the backward, so memory is linear in tokens.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from ..common import fused
 from ..common.calling import without_autocast
 from ..common.symbolic import exporting
 from . import gathered
@@ -26,6 +28,8 @@ from .skip import margins, without_skipped
 LOG2_E = 1 / math.log(2)  # logits are in base 2: exp2 is cheaper than exp
 LOGIT_BYTES = 1 << 20  # of one dense attention; what a chunk works on should stay in cache
 CHUNK_BYTES = 2 << 20, 4 << 20  # the least and the most
+FUSED_BYTES = 2 << 20  # of keys, values and their gradients, for each thread
+FUSED_ROWS = 32  # queries of a unit from which it is faster
 PART_BYTES = 4 << 20  # laid out block by block at a time,
 PART_RATIO = 1 / 8  # or this much of query, key and value if that is more
 COMPILED_PARTS = 8  # at most, of heads: in a compiled graph nothing may depend on the number of tokens
@@ -225,17 +229,35 @@ def _clear(x: Tensor, exists: Tensor | None, group: int) -> Tensor:
     return x
 
 
-def _splits(plan: _Plan, most: int, copies: int) -> int:
-    """Into how many chunks units are split, of which `copies` of keys and logits are held at a time."""
+def _is_fused(plan: _Plan) -> bool:
+    """Return whether PyTorch's fused attention, which is one for CPU, computes the units."""
+    if _tracing() or plan.query.device.type != "cpu" or plan.query.shape[-1] != plan.value.shape[-1]:
+        return False
+    return plan.query.shape[1] >= FUSED_ROWS and plan.query.shape[-1] > 0
+
+
+def _splits(plan: _Plan, most: int, copies: int, whole: bool) -> int:
+    """Into how many chunks units are split, of which `copies` of keys and logits are held at a time.
+
+    Args:
+        whole: units are computed by fused attention, which holds no logits.
+    """
     (units, rows, d), size = plan.query.shape, plan.key.element_size()
     keys = most * plan.key.shape[1] + (0 if plan.additional_keys is None else plan.additional_keys.shape[1])
-    unit = copies * size * keys * (max(d, plan.value.shape[-1]) + _rows_at_a_time(rows, keys))
     room = (plan.query.numel() + plan.key.numel() + plan.value.numel()) * size // 4
+    unit = copies * size * keys * max(d, plan.value.shape[-1])
+    if whole:  # fused attention shares units out among threads
+        threads = torch.get_num_threads()
+        many = threads * FUSED_BYTES // max(unit, 1) // threads * threads
+        return math.ceil(units / max(threads, many))
+    unit += copies * size * keys * _rows_at_a_time(rows, keys)
     return max(1, min(units, math.ceil(units * unit / min(max(CHUNK_BYTES[0], room), CHUNK_BYTES[1]))))
 
 
-def _chunks(plan: _Plan, kv_num: Tensor, kv_idx: Tensor, bias: Tensor | None, copies: int) -> Iterator[_Chunk]:
-    """Chunks of units in order."""
+def _chunks(
+    plan: _Plan, kv_num: Tensor, kv_idx: Tensor, bias: Tensor | None, copies: int, whole: bool = False
+) -> Iterator[_Chunk]:
+    """Chunks of units in order; see `_splits`."""
     device, units, look = kv_idx.device, plan.query.shape[0], not _tracing() and kv_idx.device.type == "cpu"
     lists, query_boxes, key_heads, key_boxes = plan.sizes
     most = int(kv_num.max()) if look and kv_num.numel() else kv_idx.shape[-1]  # looking at values costs nothing on CPU
@@ -257,12 +279,12 @@ def _chunks(plan: _Plan, kv_num: Tensor, kv_idx: Tensor, bias: Tensor | None, co
     if look and number.numel() and not 0 <= int(number.min()) <= int(number.max()) < key_boxes:
         raise ValueError(f"mask.kv_idx lists boxes {int(number.min())} to {int(number.max())}; there are {key_boxes}")
     where = torch.where(listed, head[:, None] * key_boxes + number, plan.key.shape[0] - 1)
-    splits = 1 if _tracing() else _splits(plan, most, copies)
+    splits = 1 if _tracing() else _splits(plan, most, copies, whole)
     for i in range(splits):
         part = slice(units * i // splits, units * (i + 1) // splits) if splits > 1 else slice(None)
         longest = int(num[part].max()) if look and not full and units else most
         added = None
-        if not full:
+        if not full and not (look and unmasked and listed[part, :longest].all()):
             chosen = None if values is None else values[part, :longest]
             added = _added(plan, listed[part, :longest], number[part, :longest], chosen, head[part])
         yield _Chunk(part, where[part, :longest].flatten(), head[part], added, longest * plan.key.shape[1])
@@ -326,10 +348,19 @@ def _forward(plan: _Plan, kv_num, kv_idx, bias, scale: float) -> tuple[Tensor, T
     accumulate = torch.promote_types(plan.query.dtype, torch.float32)
     rows = plan.query.shape[:2]
     out, lse = plan.query.new_empty(*rows, plan.value.shape[-1]), plan.query.new_empty(rows, dtype=accumulate)
-    for chunk in _chunks(plan, kv_num, kv_idx, bias, 2):
+    whole = _is_fused(plan)
+    for chunk in _chunks(plan, kv_num, kv_idx, bias, 2, whole):
         k, v = _take(plan.key, plan.additional_keys, chunk), _take(plan.value, plan.additional_values, chunk)
         if k.shape[1] == 0:
             out[chunk.units], lse[chunk.units] = 0, -math.inf
+            continue
+        if whole:
+            q = plan.query[chunk.units].to(accumulate)
+            unit_out, unit_lse = fused.forward(q[:, None], k[:, None], v[:, None], mask=_natural(chunk), scale=scale)
+            out[chunk.units] = unit_out[:, 0].to(out.dtype)
+            lse[chunk.units] = unit_lse[:, 0]
+            if chunk.added is not None:
+                lse[chunk.units].masked_fill_((chunk.added == -math.inf).all(-1), -math.inf)
             continue
         for part in _row_slices(plan.query.shape[1], k.shape[1]):
             rows = (chunk.units, part)
@@ -347,8 +378,19 @@ def _forward(plan: _Plan, kv_num, kv_idx, bias, scale: float) -> tuple[Tensor, T
     return out, lse
 
 
-def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, grad_lse) -> list:
-    """Gradients of query (units), key, value (blocks), extra key and extra value."""
+def _natural(chunk: _Chunk) -> Tensor | None:
+    """What is added to natural logits, `[n, 1, 1, keys + extra]`."""
+    return None if chunk.added is None else chunk.added[:, None] / LOG2_E
+
+
+def _backward(
+    plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, grad_lse, out: Tensor | None = None
+) -> list:
+    """Gradients of query (units), key, value (blocks), extra key and extra value.
+
+    Args:
+        out: output of the units where the log-sum-exp has no gradient and fused attention computes them, else None.
+    """
     accumulate = lse.dtype
     grad_query = torch.empty_like(plan.query)
     grads = [
@@ -357,15 +399,21 @@ def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, gr
     ]
     hidden = _hidden(plan, lse.shape)
     dead = lse == -math.inf if hidden is None else hidden | (lse == -math.inf)
-    base = (lse * LOG2_E).masked_fill(dead, math.inf)  # the weights of queries that see nothing are zero
-    for chunk in _chunks(plan, kv_num, kv_idx, bias, 4):
+    lse = lse.masked_fill(dead, math.inf)  # the weights of queries that see nothing are zero
+    base = lse * LOG2_E
+    for chunk in _chunks(plan, kv_num, kv_idx, bias, 4, out is not None):
         k, v = _take(plan.key, plan.additional_keys, chunk), _take(plan.value, plan.additional_values, chunk)
-        sums = torch.zeros_like(k), torch.zeros_like(v)
-        for part in _row_slices(plan.query.shape[1], k.shape[1]):
+        if out is not None:
+            rows = [x[chunk.units].to(accumulate)[:, None] for x in (grad_out, plan.query, out)]
+            of_query, *sums = _fused_backward(rows, k, v, lse[chunk.units], _natural(chunk), scale)
+            grad_query[chunk.units] = of_query.to(grad_query.dtype)
+        else:
+            sums = [torch.zeros_like(k), torch.zeros_like(v)]
+        for part in _row_slices(plan.query.shape[1], k.shape[1]) if out is None else ():
             rows = (chunk.units, part)
-            q = plan.query[rows].to(accumulate) * (scale * LOG2_E)
+            q = plan.query[rows].to(accumulate) * scale
             grad = grad_out[rows].to(accumulate)
-            weights = _logits(q, k, chunk.added).sub_(base[rows][..., None]).exp2_()
+            weights = _logits(q * LOG2_E, k, chunk.added).sub_(base[rows][..., None]).exp2_()
             sums[1].baddbmm_(weights.mT, grad)
             slope = torch.bmm(grad, v.mT).mul_(weights)
             mean = slope.sum(-1, keepdim=True).sub_(grad_lse[rows][..., None])
@@ -377,10 +425,19 @@ def _backward(plan: _Plan, kv_num, kv_idx, bias, scale: float, grad_out, lse, gr
             box_grad.index_add_(0, chunk.boxes, total[:, : chunk.count].reshape(-1, *box_grad.shape[1:]))
             if extra_grad is not None:
                 extra_grad.index_add_(0, chunk.heads, total[:, chunk.count :])
-    for grad in grads[::2]:
-        if grad is not None:
-            grad.mul_(1 / LOG2_E)
     return [grad_query, *grads]
+
+
+def _fused_backward(
+    rows: Sequence[Tensor], k: Tensor, v: Tensor, lse: Tensor, mask: Tensor | None, scale: float
+) -> list[Tensor]:
+    """Gradients of queries, keys and values of a chunk; `rows` are gradient of the output, query and output."""
+    grad, q, out = rows
+    if not k.shape[1]:
+        return [torch.zeros_like(q[:, 0]), torch.zeros_like(k), torch.zeros_like(v)]
+    lse = lse[:, None]
+    found = fused.backward(grad, q, k[:, None], v[:, None], out, lse, mask=mask, scale=scale)
+    return [x[:, 0] for x in found]
 
 
 def _operands(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> _Operands:
@@ -475,8 +532,8 @@ def backward(
     call: BlockSparseCall,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, additional keys and values, None where not given; the output is not read."""
-    (_, lse, kept), (grad_out, grad_lse) = outputs, gradients
+    """Gradients of query, key, value, additional keys and values, None where not given."""
+    (out, lse, kept), (grad_out, grad_lse) = outputs, gradients
     call = without_skipped(call, kept)
     operands, key_heads = _operands(query, key, value, call), key.shape[-2]
     block = call.mask.query_block, call.mask.key_block
@@ -487,11 +544,12 @@ def backward(
     for part in _parts(operands):
         x = _select(operands, *part)
         plan = _make_plan(x, block)
-        grad, base, sub = (
+        whole = out is not None and _is_fused(plan) and not grad_lse[part[0]].any()
+        grad, base, sub, *output = (
             _box(_heads(t, *part, key_heads), block[0], plan.group, 0)
-            for t in (grad_out, lse[..., None], grad_lse[..., None])
+            for t in (grad_out, lse[..., None], grad_lse[..., None], *([out] if out is not None and whole else []))
         )
-        found = _backward(plan, x.kv_num, x.kv_idx, x.bias, call.scale, grad, base[..., 0], sub[..., 0])
+        found = _backward(plan, x.kv_num, x.kv_idx, x.bias, call.scale, grad, base[..., 0], sub[..., 0], *output)
         to: list = [None if g is None else _heads(g, *part, key_heads) for g in grads]
         _unbox(found[0], to[0], block[0], plan.group)
         for total, target in zip(found[1:3], to[1:3], strict=True):
@@ -513,16 +571,16 @@ class _Attention(torch.autograd.Function):
             additional_keys, additional_values, BlockMask(*mask), ctx.scale, additional_mask, ctx.skip_threshold
         )
         out, lse, kept = forward(query, key, value, call)
-        saved = (query, key, value, additional_keys, additional_values, additional_mask, lse, kept)
+        saved = (query, key, value, additional_keys, additional_values, additional_mask, out, lse, kept)
         ctx.save_for_backward(*saved, *lists)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        query, key, value, keys, values, visible, lse, kept, *lists = ctx.saved_tensors
+        query, key, value, keys, values, visible, out, lse, kept, *lists = ctx.saved_tensors
         mask = BlockMask(ctx.query_block, ctx.key_block, *lists)
         call = BlockSparseCall(keys, values, mask, ctx.scale, visible, ctx.skip_threshold)
         with without_autocast(grad_out.device):  # as in the forward
-            grads = backward(query, key, value, (None, lse, kept), (grad_out, grad_lse), call, (True, True))
+            grads = backward(query, key, value, (out, lse, kept), (grad_out, grad_lse), call, (True, True))
         return *grads, *(None,) * 10

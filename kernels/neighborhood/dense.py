@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..common import fused
 from ..common.calling import is_plain_call, resolve_scale, wants_gradient
 from ..common.symbolic import known
 from ..window import tiled as windows
@@ -29,9 +30,6 @@ MOST_KEYS = 128  # of a window that is a whole group: its logits are kept for th
 # one that is seen both are equal.
 MOST_MASKED = 1024
 MOST_HIDDEN = 5
-# What `scaled_dot_product_attention` calls on CPU; it does not return its log-sum-exp, which a backward needs.
-FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _is_whole(axes: tuple[Axis, ...]) -> bool:
@@ -181,7 +179,7 @@ def forward(
     """Output and log-sum-exp of calls that `serves` accepts."""
     hidden = _hidden(axes, query, bias)
     rows = [_dense_rows(x, axes) for x in (query, key, value)]
-    out, lse = FUSED(*rows, attn_mask=hidden, scale=scale)
+    out, lse = fused.forward(*rows, mask=hidden, scale=scale)
     return _from_rows(out, query, axes), _from_rows(lse[..., None], query, axes)[..., 0]
 
 
@@ -200,6 +198,6 @@ def backward(
     hidden = _hidden(axes, query, None)
     grad, q, k, v, o = (_dense_rows(x, axes) for x in (grad_out, query, key, value, out))
     sums = _dense_rows(lse[..., None], axes)[..., 0]
-    grads = FUSED_BACKWARD(grad, q, k, v, o, sums, 0.0, False, attn_mask=hidden, scale=scale)
+    grads = fused.backward(grad, q, k, v, o, sums, mask=hidden, scale=scale)
     dq, dk, dv = (_from_rows(x, query, axes) for x in grads)
     return dq, dk, dv
