@@ -1,14 +1,16 @@
-"""`foveal plot`: receptive fields, block masks, the attention of a token."""
+"""`foveal plot`: receptive fields, block masks, the attention of a token, maps of words of a generator."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import Container, ImgSize, Model, mistakes, open_source
+from .common import Container, Device, ImgSize, Model, mistakes, open_source, pick_device
 
 plot = typer.Typer(
-    help="Draw receptive fields, block masks and the attention of a token.", no_args_is_help=True, rich_markup_mode=None
+    help="Draw receptive fields, block masks, the attention of a token and maps of words.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 Numbers = Annotated[str | None, typer.Option(help="One number, or one for each axis: 3,7,7.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The .png file to write.")]
@@ -144,3 +146,32 @@ def attention(
         found = token_attention(opened.model, images, place=(row, column), layer=chosen)
         plot_token_attention(found, opened.denormalize(images)[0], path=out)
         typer.echo(f"{out}: layer {found.layer}")
+
+
+@plot.command("words")
+def words(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A pipeline of diffusers, a folder or a name.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
+    chosen: Annotated[list[str], typer.Argument(metavar="WORDS...", help="Words of the prompt, a map each.")],
+    steps: Annotated[int | None, typer.Option("--steps", help="By default the pipeline's own.")] = None,
+    size: Annotated[str | None, typer.Option("--size", help="Pixels, height,width: 512,768.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same image.")] = 0,
+    device: Device = None,
+    out: Out = Path("words.png"),
+) -> None:
+    """Draw which places of a generated image attend to which words.
+
+    Example: foveal plot words stable-diffusion-v1-5/stable-diffusion-v1-5 "a photo of a cat" cat photo
+
+    Means over heads, layers and steps, of any pipeline whose tokenizers are known: UNets, Flux, SD3, QwenImage, Wan, ….
+    """
+    with mistakes():
+        _check_png(out)
+        sizes = _numbers(size, "size")
+        if size is not None and (isinstance(sizes, int) or len(sizes or ()) != 2):
+            raise ValueError(f"--size {size} must be height,width, such as 512,768")
+        from ..zoo.control.plot import draw_words
+        from ..zoo.inference.sample import open_generator
+
+        pipe = open_generator(model).to(pick_device(device))
+        typer.echo(str(draw_words(pipe, prompt, chosen, out, steps=steps, size=sizes, seed=seed)))

@@ -47,6 +47,37 @@ def overlay(image: Any, maps: Mapping[str, Tensor], path: str | Path) -> Path:
     return Path(path)
 
 
+def draw_words(
+    pipe: Any,
+    prompt: str,
+    words: Sequence[str],
+    path: str | Path,
+    *,
+    steps: int | None = None,
+    size: Any = None,
+    seed: int = 0,
+) -> Path:
+    """Runs a pipeline once and draws the maps of words over its image.
+
+    Args:
+        pipe: of diffusers, whose tokenizers are known.
+        prompt: text that holds the words.
+        words: to draw.
+        path: of the picture.
+        steps: num_inference_steps; the pipeline's own when None.
+        size: height and width; the pipeline's own when None.
+        seed: of the noise.
+
+    Raises:
+        ValueError: a word that the prompt does not hold, or a generator whose tokenizers are not known.
+    """
+    call: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+    if size is not None:
+        call |= dict(zip(("height", "width"), size, strict=True))
+    image, maps = heatmap(pipe, prompt, words, generator=torch.Generator().manual_seed(seed), **call)
+    return overlay(image, maps, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Loads a pipeline, draws words of a prompt."""
     parser = argparse.ArgumentParser(prog="python -m foveal.zoo.control.plot", description=__doc__)
@@ -58,18 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=None, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
+    options = {"steps": given.steps, "size": given.size, "seed": given.seed}
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(given.model)
-    if torch.cuda.is_available():
-        pipe.to("cuda")
-    call = {"num_inference_steps": given.steps}
-    if given.size is not None:
-        call |= dict(zip(("height", "width"), given.size, strict=True))
-    call = {name: value for name, value in call.items() if value is not None}
-    generator = torch.Generator().manual_seed(given.seed)
-    image, maps = heatmap(pipe, given.prompt, given.words, generator=generator, **call)
-    print(overlay(image, maps, given.out))
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    print(draw_words(pipe, given.prompt, given.words, given.out, **options))
 
 
 if __name__ == "__main__":

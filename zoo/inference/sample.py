@@ -69,6 +69,15 @@ def open_pipeline(source: str | Path) -> Any:
     return pipeline
 
 
+def open_generator(source: str) -> Any:
+    """A pipeline of a folder, see `open_pipeline`, or one that diffusers knows by name and downloads."""
+    if Path(source).exists():
+        return open_pipeline(source)
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(source)
+
+
 def _classes(given: Sequence[str], pipeline: Any) -> list[Any]:
     """Names as they are, numbers as integers where the pipeline does not know them as names."""
     names = getattr(pipeline, "labels", None) or {}
