@@ -81,6 +81,8 @@ def visible(layer: dict, grid: tuple[int, int, int]) -> Tensor:
             return all(sees(i, j, *axis) for i, j, axis in zip(a, b, axes, strict=True))
         if kind == "spatial":
             return a[0] == b[0]
+        if kind == "first":
+            return b[0] == 0
         later = causal and b[0] > a[0]
         return not later and (kind == "dense" or a[1:] == b[1:])
 

@@ -122,6 +122,23 @@ def test_equals_the_definition(layer, grid, causal, text):
     check_definition(*case(layer, grid, text), grid, see, masked=text == "masked", causal=causal)
 
 
+@pytest.mark.parametrize("text", [None, "seen", "masked"])
+def test_frames_that_see_the_first_one_equal_the_definition(text):
+    layer, grid = {"type": "first"}, GRIDS[0]
+    see = visible(layer, grid)[None, None]
+    check_definition(*case(layer, grid, text), grid, see, masked=text == "masked", causal=True)
+
+
+def test_tokens_with_words_of_their_own_see_these_alone():
+    """A mask by token equals one call for each token with its own words."""
+    attention, x, text, see = module(None), draw(2, 6, DIM), draw(2, 4, DIM, seed=1), draw(2, 6, 4, seed=2) > 0
+    see[..., 0] = True
+    out, _ = attention(x, text, see)
+    for token in range(6):
+        alone, _ = attention(x[:, token : token + 1], text, see[:, token])
+        torch.testing.assert_close(out[:, token : token + 1], alone, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("text", [None, "masked"])
 @pytest.mark.parametrize("grid", GRIDS, ids=name)
 @pytest.mark.parametrize("layer", SPARSE, ids=lambda layer: layer["mask"])

@@ -70,7 +70,9 @@ class VideoAttnProcessor:
 
     def cross(self, query: Tensor, text: Text) -> Tensor:
         """Cross-attention of tokens `[B, S, heads, d]` to a text."""
-        mask = None if text.mask is None else text.mask[:, None, None]
+        mask = None
+        if text.mask is not None:  # [B, L], or [B, S, L] where each token has its own words
+            mask = text.mask[:, None, None] if text.mask.dim() == 2 else text.mask[:, None]
         return self.dense(query, text.key, text.value, attn_mask=mask)
 
     def see(self, attn: "VideoAttention", query: Tensor, key: Tensor, value: Tensor, text: Text | None) -> Tensor:
@@ -185,7 +187,7 @@ class VideoAttention(nn.Module, AttentionModuleMixin):
         Args:
             hidden_states: `[B, S, dim]`, a video in raster order.
             encoder_hidden_states: text `[B, L, dim]`.
-            attention_mask: words that count, bool `[B, L]`.
+            attention_mask: words that count, bool `[B, L]`; for cross-attention also `[B, S, L]`, by token.
             rotary_emb: of `positions.rotary_embedding`; not for cross-attention.
             grid: tokens along (t, h, w), product S; not for cross-attention.
             cache: earlier frames of a causal rollout.

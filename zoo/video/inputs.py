@@ -88,10 +88,10 @@ def check_inputs(
         raise ValueError(f"kv_cache needs causal layers; attention={config.attention} has others")
     if kv_cache is not None and kv_cache.append and checkpointing and torch.is_grad_enabled():
         raise ValueError("kv_cache cannot append under gradient checkpointing, which calls every layer twice")
-    _check_conditions(config, batch, encoder_hidden_states, class_labels, encoder_attention_mask)
+    _check_conditions(config, batch, tokens, encoder_hidden_states, class_labels, encoder_attention_mask)
 
 
-def _check_conditions(config, batch, encoder_hidden_states, class_labels, encoder_attention_mask) -> None:
+def _check_conditions(config, batch, tokens, encoder_hidden_states, class_labels, encoder_attention_mask) -> None:
     conditioning = config.conditioning
     if (class_labels is not None) != (conditioning == "class"):
         raise ValueError(f"class_labels must be given when conditioning='class', and only then; it is {conditioning!r}")
@@ -113,14 +113,20 @@ def _check_conditions(config, batch, encoder_hidden_states, class_labels, encode
             )
     if encoder_attention_mask is not None and (
         encoder_hidden_states is None
-        or encoder_attention_mask.shape != encoder_hidden_states.shape[:2]
+        or encoder_attention_mask.shape not in _mask_shapes(encoder_hidden_states, tokens, conditioning)
         or encoder_attention_mask.dtype.is_floating_point
         or encoder_attention_mask.dtype.is_complex
     ):
         raise ValueError(
             f"encoder_attention_mask ({encoder_attention_mask.dtype}, shape {_shape(encoder_attention_mask)}) must be "
-            "bool, or integers of 0 and 1, of the shape [B, L] of encoder_hidden_states"
+            "bool, or integers of 0 and 1, of the shape [B, L] of encoder_hidden_states, or with conditioning='cross' of "
+            f"[B, tokens={tokens}, L]"
         )
+
+
+def _mask_shapes(text: Tensor, tokens: int, conditioning: str) -> list[tuple[int, ...]]:
+    batch, words = text.shape[:2]
+    return [(batch, words), (batch, tokens, words)] if conditioning == "cross" else [(batch, words)]
 
 
 def _shape(x: Tensor) -> list[int]:

@@ -18,7 +18,7 @@ from ...kernels.ops import merge_attentions, na3d
 
 Attend = Callable[..., Tensor]  # attention of [B, queries, heads, d] to [B, keys, heads, d], with attn_mask
 Sizes = tuple[Any, ...]  # an integer for each of t, h, w, or such a tuple for each head
-TYPES = ("dense", "window", "spatial", "temporal", "sparse")
+TYPES = ("dense", "window", "spatial", "temporal", "first", "sparse")
 OPTIONS = {  # of types that take more than "causal"
     "window": ("causal", "window", "stride", "dilation"),
     "sparse": ("mask", "options", "budget", "flat"),
@@ -31,7 +31,7 @@ class Text:
 
     Attributes:
         key, value: `[B, L, heads, d]`.
-        mask: which words count, bool `[B, L]`; all when None.
+        mask: which words count, bool `[B, L]`, of cross-attention also `[B, S, L]`; all when None.
         parts: frames of the queries and the words they see; together all frames, in order. All see all when None.
     """
 
@@ -51,8 +51,9 @@ class Pattern:
     """Attention of one layer, from its entry in the config.
 
     Attributes:
-        type: "dense", "window", "spatial" (each frame by itself), "temporal" (each place by itself) or "sparse".
-        causal: whether a frame sees no later frame; nothing to a spatial layer.
+        type: "dense", "window", "spatial" (each frame by itself), "temporal" (each place by itself), "first" (every
+            frame sees the first one alone) or "sparse".
+        causal: whether a frame sees no later frame; nothing to a spatial layer, always of a "first" one.
         window, stride, dilation: of "window", along (t, h, w), or one such tuple per head; see
             `foveal.kernels.ops.na3d`.
         mask: of "sparse", a name in `foveal.kernels.masks`, or "package.module:name" of a function
@@ -92,7 +93,7 @@ class Pattern:
         if not isinstance(causal, bool):
             raise ValueError(f"attention={layer!r}: causal={causal!r} must be true or false")
         if kind != "window":
-            return cls(kind, causal)
+            return cls(kind, causal or kind == "first")
         if "window" not in options:
             raise ValueError(f"attention={layer!r} needs a window")
         sizes = [_sizes(layer, name, options.get(name, 1)) for name in ("window", "stride", "dilation")]
@@ -222,6 +223,8 @@ def attend(
     """
     if pattern.type == "sparse":
         return _sparse(pattern, query, key, value, text)
+    if pattern.type == "first":
+        return _first(query, key, value, text, dense)
     if pattern.type == "window" or (text is not None and pattern.type != "dense"):
         return _window(pattern, query, key, value, text, qk_dtype)
     if pattern.type == "spatial":
@@ -239,6 +242,19 @@ def attend(
     for frames, words in text.parts:
         seen = slice(0, past + frames.stop) if pattern.causal else slice(None)
         outs.append(_frames(pattern.causal, q[:, frames], k[:, seen], v[:, seen], text.part(words), dense))
+    return torch.cat(outs, dim=1).unflatten(1, query.shape[1:4])
+
+
+def _first(query: Tensor, key: Tensor, value: Tensor, text: Text | None, dense: Attend) -> Tensor:
+    """Attention of every frame to the first frame of the video, and to a text (Puppet-Master, all-to-first)."""
+    parts = [(slice(None), text)] if text is None or text.parts is None else [(f, text.part(w)) for f, w in text.parts]
+    key, value, outs = key[:, 0].flatten(1, 2), value[:, 0].flatten(1, 2), []
+    for frames, words in parts:
+        k, v, mask = key, value, None
+        if words is not None:
+            mask = key_mask(words, key.shape[1])
+            k, v = torch.cat([words.key, key], dim=1), torch.cat([words.value, value], dim=1)
+        outs.append(dense(query[:, frames].flatten(1, 3), k, v, attn_mask=mask))
     return torch.cat(outs, dim=1).unflatten(1, query.shape[1:4])
 
 

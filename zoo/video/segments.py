@@ -95,6 +95,8 @@ class SegmentAttnProcessor(VideoAttnProcessor):
         self.segments, self.inner = segments, inner or VideoAttnProcessor()
 
     def cross(self, query: Tensor, text: Text) -> Tensor:
+        if text.mask is not None and text.mask.dim() == 3:
+            raise ValueError("encoder_attention_mask [B, tokens, L] and segments both say which words a token sees")
         frames = sum(self.segments.frames)
         self.segments.check(frames if query.shape[1] % frames == 0 else -1, text.key.shape[1])
         query = query.unflatten(1, (frames, -1))  # [B, T, tokens, heads, d]

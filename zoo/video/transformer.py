@@ -47,8 +47,8 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
             "joint" (text tokens attend along with the video; see `JointVideoDiTBlock`).
         num_classes: with "class"; label num_classes is the null class of classifier-free guidance.
         text_dim: with "cross" and "joint", channels of encoder_hidden_states.
-        attention: what layers see, layer i takes attention[i % len(attention)]: "dense", "spatial", "temporal" or a
-            dict such as {"type": "window", "window": [3, 3, 3], "stride": 1, "dilation": 1, "causal": True}; "causal"
+        attention: what layers see, layer i takes attention[i % len(attention)]: "dense", "spatial", "temporal", "first"
+            (every frame sees the first one) or a dict such as {"type": "window", "window": [3, 3, 3], "stride": 1, "dilation": 1, "causal": True}; "causal"
             (in time) goes with these types. Windows fit themselves to small videos; see `pattern.Pattern.fit`. Or
             {"type": "sparse", "mask": "vsa", "options": {"block": [2, 4, 4]}, "budget": 0.2}: blocks of a mask of
             `foveal.kernels.masks`, "flat": True for masks of the flattened grid; see `pattern.Pattern`.
@@ -215,7 +215,8 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
                 `[B, tokens]` in raster order.
             encoder_hidden_states: text `[B, L, text_dim]` of "cross" and "joint".
             class_labels: int64 `[B]` of "class", 0 to num_classes; num_classes means none.
-            encoder_attention_mask: words that count, `[B, L]`, bool or integers of 0 and 1; all when None.
+            encoder_attention_mask: words that count, `[B, L]`, bool or integers of 0 and 1; all when None. With "cross"
+                also `[B, tokens, L]`, the words that each token of the video sees, at least one: regional prompts.
             positions: coordinates (t, h, w) of the tokens, `[tokens, 3]` or `[B, tokens, 3]`, any real numbers; those
                 of the grid when None, counted on from the frames in kv_cache.
             kv_cache: earlier frames of a rollout; hidden_states continues them. Needs a causal model.
