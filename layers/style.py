@@ -1,4 +1,4 @@
-"""Style transfer by few keys: distributed attention to regions, progressive attention to one region (ICCV 2023)."""
+"""Style transfer by attention: to few keys, distributed and progressive (StyA2K, ICCV 2023), or to all (PAMA)."""
 
 from __future__ import annotations
 
@@ -91,3 +91,50 @@ class AllToKeyAttention(nn.Module):
             )
             made.append(from_regions(attend(q, k, v), (content.shape[2], content.shape[3])))
         return content + self.fusion1(made[0]) + self.fusion2(made[1])
+
+
+class ManifoldAlignment(nn.Module):
+    """Content features rearranged by attention to all of a style, and fused with the content by a gate (PAMA).
+
+    One of the three blocks of "Consistent Style Transfer" on features of VGG. Logits are not scaled; every convolution
+    but the fusion's is followed by ReLU6. Parameters are named as in the official code.
+
+    Args:
+        channels: of the features, even.
+
+    Raises:
+        ValueError: odd channels.
+    """
+
+    def __init__(self, channels: int = 512, *, device=None, dtype=None):
+        super().__init__()
+        if channels % 2:
+            raise ValueError(f"channels={channels} must be even")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        def conv(inputs: int, outputs: int, size: int) -> nn.Conv2d:
+            return nn.Conv2d(inputs, outputs, size, padding=size // 2, padding_mode="reflect", **dd)
+
+        half = channels // 2
+        self.conv_in, self.conv_out = conv(channels, channels, 3), conv(channels, channels, 3)
+        self.attn = nn.ModuleDict({name: conv(channels, half, 1) for name in "fgh"})
+        self.attn["out_conv"] = conv(half, channels, 1)
+        parts = {"proj1": conv(2 * channels, channels, 1)}
+        parts |= {name: conv(channels, channels, 1) for name in ("proj2", "proj3")}
+        parts |= {f"fuse{size}x": conv(channels, 1, size) for size in (1, 3, 5)}
+        self.fuse = nn.ModuleDict(parts)
+
+    def attend(self, content: Tensor, style: Tensor) -> Tensor:
+        """Style features for each place of a content, `[B, C, H, W]`."""
+        made = (("f", standardize(content)), ("g", standardize(style)), ("h", style))
+        q, k, v = (F.relu6(self.attn[name](x)).flatten(2).mT for name, x in made)
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=1.0)[:, 0]
+        return F.relu6(self.attn["out_conv"](out.mT.unflatten(2, content.shape[2:])))
+
+    def forward(self, content: Tensor, style: Tensor) -> Tensor:
+        """`[B, C, H, W]` and `[B, C, h, w]` to `[B, C, H, W]`; H and W at least 3, for the reflected borders."""
+        content, style = (F.relu6(self.conv_in(x)) for x in (content, style))
+        aligned = F.relu6(self.conv_out(self.attend(content, style)))
+        joined = self.fuse["proj1"](torch.cat([content, aligned], 1))
+        gate = torch.stack([self.fuse[f"fuse{size}x"](joined).sigmoid() for size in (1, 3, 5)]).mean(0)
+        return gate * self.fuse["proj2"](content) + (1 - gate) * self.fuse["proj3"](aligned)

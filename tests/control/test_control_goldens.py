@@ -11,11 +11,11 @@ from diffusers import DDIMScheduler
 from foveal.zoo.control import edits, recipes
 from foveal.zoo.control.control import attend_edited
 from foveal.zoo.control.edit import Context
-from foveal.zoo.control.latents import Step
+from foveal.zoo.control.latents import Step, virtual_step
 from foveal.zoo.control.recipes.attencraft import classes
 from foveal.zoo.control.recipes.broadway import affine, energy
+from foveal.zoo.control.recipes.creatidesign import rules_of
 from foveal.zoo.control.recipes.ditctrl import reweighted, split_by_words
-from foveal.zoo.control.recipes.locatedit import step as locate_step
 from foveal.zoo.control.recipes.motionclr import shift
 from foveal.zoo.control.recipes.rag import cells
 from foveal.zoo.control.recipes.seg2any import BASE, HARD
@@ -25,6 +25,7 @@ from foveal.zoo.control.rows import Rows
 from foveal.zoo.control.terms import apply_right
 from foveal.zoo.control.words import cross_times, refinement_map, replacement_map, word_tokens
 from foveal.zoo.sites import Call, Layout, Moment, Operation, Site
+from foveal.zoo.token_merging import Matching, random_destinations
 from stub_tokenizer import PIECES, StubTokenizer
 from torch.nn.functional import layer_norm, linear
 
@@ -209,7 +210,7 @@ def test_masks_of_creatidesign():
     prompt[27:, 2:] = small(g["subject_masks_maps"], (2, 2))
     members, of_prompt = (edits.Members(streams, shares, same) for shares in (regions, prompt))
     for number, options in enumerate([{}, {"objects": False, "subject": False}, {"subject": False}]):
-        rules = recipes.creatidesign(**options)
+        rules = rules_of(**options)
         mine = edits.relate(members, members, rules).dense() == 0
         mine[6:11] = (edits.relate(of_prompt, of_prompt, rules).dense() == 0)[6:11]
         assert torch.equal(mine, g[f"mask{number}"]), number
@@ -233,6 +234,16 @@ def test_videograin():
     out = edits.sharpen(replace(call, scale=1.0), member, member, (0.3 * now * sizes)[None, :, None])
     mine = torch.einsum("bnhd,bmhd->bhnm", out.query, out.key)
     close(mine.softmax(-1), g["self.out"].softmax(-1))
+    logits, pairs = g["cross.logits"], g["cross.map"]  # [frames, heads, 16, 6] and [frames, 1, 16, 6]
+    for frame in range(2):  # words are members of the region whose pixels they are paired with
+        q = logits[frame : frame + 1].transpose(1, 2)
+        k = torch.eye(6).double()[None, :, None].expand(1, 6, 3, 6)
+        rows, group = pairs[frame, 0].unique(dim=0, return_inverse=True)
+        mine, theirs = torch.eye(len(rows))[group].double(), rows.T.double()
+        call, _ = operation(q, k, k, queries=("image",), keys=("text",), grid=(4, 4))
+        out = edits.sharpen(replace(call, scale=1.0), mine, theirs, (now * g["cross.size"][frame, 0])[None])
+        found = torch.einsum("bnhd,bmhd->bhnm", out.query, out.key)
+        close(found.softmax(-1), g["cross.out"][frame : frame + 1].softmax(-1))
 
 
 def test_ditctrl():
@@ -272,6 +283,45 @@ def test_consistedit():
     for name, moment in (("qk", Moment(2, 10)), ("v", Moment(7, 10))):
         now = [edit for edit in found if edit.schedule.active(moment)]
         close(edited(now, call, context, branches=branches, moment=moment).flatten(2), g[f"flux.{name}"])
+
+
+def test_mask2dit():
+    """Three scenes of three words and one frame of four tokens."""
+    g = golden("dit_mask2dit")
+    w = weights(g)
+    x = torch.cat([g["encoder_hidden_states"], g["hidden_states"]], 1)
+    q, k = (
+        layer_norm(project(w, f"to_{n}", x, 2), (8,), w[f"norm_{n}.weight"], w[f"norm_{n}.bias"], 1e-6) for n in "qk"
+    )
+    streams = ("text", "video")
+    call, context = operation(q, k, project(w, "to_v", x, 2), queries=streams, keys=streams, grid=(3, 2, 2))
+    words = {"a": (0, 1, 2), "b": (3, 4, 5), "c": (6, 7, 8)}
+    found = recipes.mask2dit((1, 1, 1), tuple(words))
+    out = linear(edited(found, call, context, words=words).flatten(2), w["to_out.0.weight"], w["to_out.0.bias"])
+    close(out[:, :9], g["text"], 1e-9)
+    close(out[:, 9:], g["video"], 1e-9)
+    groups = found[0].groups(call, Context(*context, Moment(), Rows(2), words))
+    assert torch.equal(groups.dense() == 0, g["mask"])
+
+
+def test_merged_tokens():
+    g = golden("dit_tome")
+    for case in range(3):
+        height, width, rows, columns, count, random = g[f"case{case}.args"].tolist()
+        x = g[f"case{case}.x"]
+        if random:
+            destination = random_destinations((height, width), (rows, columns), torch.Generator().manual_seed(3))
+        else:
+            destination = torch.zeros(height, width, dtype=torch.bool)
+            destination[: height // rows * rows : rows, : width // columns * columns : columns] = True
+            destination = destination.flatten()
+        merging = Matching(x, destination).merging(count)
+        merged = merging.merge(x)
+        assert merged.shape == g[f"case{case}.merged"].shape
+        close(merging.unmerge(merged), g[f"case{case}.back"])
+        # the same tokens, in another order
+        order = [y[y[:, 0].argsort()] for y in (merged[0], g[f"case{case}.merged"][0])]
+        close(*order)
 
 
 def test_trajectory_attention():
@@ -365,7 +415,7 @@ def test_refined_maps():
     maps = torch.nn.functional.interpolate(small, size=(32, 32)).mean(0).flatten(1)
     vima = refined_map(maps[..., None], edits.attend_mean([(q, k, 1.5)]))
     graph = (1.5 * torch.einsum("bnhd,bmhd->bhnm", q, k)).softmax(-1).mean(1)
-    locate = recipes.locatedit(maps, graph)
+    locate = edits.smooth_on_graph(maps, graph)
     for name, found in (("vima", vima), ("locate", locate)):
         found = found.unflatten(-1, (32, 32))
         close(found[:, None], g[f"{name}_map"], 2e-6)
@@ -378,9 +428,10 @@ def test_virtual_steps():
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     for timestep in (780, 180):
         at = Step.of(scheduler, timestep, 50)
-        for name, move in (("vima", recipes.vimaedit), ("locate", locate_step)):
+        for name in ("vima", "locate"):
             for suffix, mask in (("", g["mask"]), ("_nomask", None)):
-                out = move(g["x0"], g["x"], g["eps"], at, mask=mask, noise=g["noise"])
+                options = {"mask": mask, "noise": g["noise"], "gated": name == "vima"}
+                out = virtual_step(g["x0"], g["x"], g["eps"], at, **options)
                 close(out, g[f"{name}_{timestep}{suffix}"], 1e-6)
 
 
@@ -389,7 +440,7 @@ def test_training_losses():
     close(recipes.attencraft(g["p"].double(), g["mask"].double()), g["js"].double(), 1e-6)
     assert torch.equal(classes(g["maps"]), g["classes"].long())
     g = golden("unet_attention_regulation")
-    close(recipes.attention_regulation(g["maps"], g["weights"], threshold=0.4), g["loss"], 1e-6)
+    close(edits.regulation_loss(g["maps"], g["weights"], threshold=0.4), g["loss"], 1e-6)
 
 
 def test_pfb_diff():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from foveal.layers.regions import GDN, RegionTransform, ScaledDown, apply_kernels, region_attention, region_means
-from foveal.layers.style import AllToKeyAttention, from_regions, to_regions
+from foveal.layers.style import AllToKeyAttention, ManifoldAlignment, from_regions, to_regions
+from recorded_modules import FOLDER as GOLDENS
 from recorded_modules import fill, noise, recorded
 from torch.nn import functional as F
 
@@ -91,3 +92,19 @@ def test_all_to_key_properties():
         layer(content[..., :10], style[..., :10])
     with pytest.raises(ValueError, match="num_heads"):
         AllToKeyAttention(10, num_heads=4)
+
+
+def test_pama_recorded():
+    """Attention alone, and the whole block; the style's pixels have no order, a constant style none either."""
+    g = {k: torch.from_numpy(x).double() for k, x in np.load(GOLDENS / "control" / "unet_pama.npz").items()}
+    layer = ManifoldAlignment(8).double()
+    weights = {k.removeprefix("w_").replace("__", "."): x for k, x in g.items() if k.startswith("w_")}
+    layer.load_state_dict(weights)
+    torch.testing.assert_close(layer.attend(g["content"], g["style"]), g["attn"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer(g["content"], g["style"]), g["out"], rtol=1e-6, atol=1e-6)
+    shuffled = g["style"].flatten(2)[..., torch.randperm(45)].unflatten(2, (5, 9))
+    torch.testing.assert_close(layer.attend(g["content"], shuffled), layer.attend(g["content"], g["style"]))
+    same = layer.attend(g["content"], torch.ones_like(g["style"])).flatten(2)
+    torch.testing.assert_close(same, same[..., :1].expand_as(same))
+    with pytest.raises(ValueError, match="must be even"):
+        ManifoldAlignment(7)

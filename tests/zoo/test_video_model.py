@@ -1,10 +1,13 @@
 """VideoDiT as a whole: against a plain DiT written out, with every condition, timestep, size and error."""
 
 from math import prod
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from foveal.zoo.video import VideoDiT
+from foveal.zoo.video.modulation import SNRLayerNorm, between_ends
 from foveal.zoo.video.positions import grid_positions
 from torch import Tensor
 from torch.nn import functional as F
@@ -73,7 +76,7 @@ def test_an_image_goes_through_a_plain_dit(conditioning, layer, causal):
     torch.testing.assert_close(model(**given).sample, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("modulation", ["adaln_single", "td_ln"])
+@pytest.mark.parametrize("modulation", ["adaln_single", "td_ln", "td_ln_snr"])
 @pytest.mark.parametrize("conditioning", CONDITIONS)
 def test_every_parameter_learns_and_videos_do_not_mix(conditioning, modulation):
     layers = ["dense", WINDOW, "spatial", "temporal"]
@@ -99,7 +102,7 @@ def test_every_parameter_learns_and_videos_do_not_mix(conditioning, modulation):
     assert all(modulation == "td_ln" and "text_modulation.slope" in name for name in zero), zero
 
 
-@pytest.mark.parametrize("modulation", ["adaln_single", "td_ln"])
+@pytest.mark.parametrize("modulation", ["adaln_single", "td_ln", "td_ln_snr"])
 @pytest.mark.parametrize("conditioning", ["class", "joint"])
 def test_timesteps_per_video_frame_and_token_agree(conditioning, modulation):
     model = make(modulation=modulation, patch_size=(2, 1, 2), **CONDITIONS[conditioning])
@@ -113,6 +116,22 @@ def test_timesteps_per_video_frame_and_token_agree(conditioning, modulation):
     found = [model(**given | {"timestep": t}).sample for t in (frames, by_token)]
     torch.testing.assert_close(*found, **CLOSE)
     assert not torch.allclose(found[0], expected, rtol=1e-3)
+
+
+def test_ends_of_time_by_channel_are_dimr_s():
+    """The recorded parameter of DiMR; high SNR gives the first end, and a fresh norm has no time."""
+    g = np.load(Path(__file__).parents[1] / "goldens" / "control" / "dit_td_ln.npz")
+    names = ("param0", "param1", "nodecay_weight", "nodecay_bias")
+    first, second, slope, offset = (torch.from_numpy(g[name]) for name in names)
+    found = between_ends(first, second, slope, offset, torch.from_numpy(g["log_snr"])[:, None])
+    torch.testing.assert_close(found, torch.from_numpy(g["out"]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(between_ends(first, second, 0 * slope, offset, torch.tensor(1e3)), first)
+    norm = SNRLayerNorm(6).double()
+    torch.nn.init.normal_(norm.ends)
+    with torch.no_grad():
+        norm.ends[:, 1] = norm.ends[:, 0]
+    early, late = norm(torch.tensor([[0.0, 1.0]], dtype=torch.float64))[0].scale.unbind(1)
+    torch.testing.assert_close(early, late)
 
 
 def test_a_new_model_returns_zeros_and_its_blocks_nothing():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .latents import Step, clean_and_noise, ddim_step
+from .latents import Step, clean_and_noise, ddim_step, kind_of
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -60,14 +60,6 @@ class Inversion:
         return Inversion(*lists, error=error)
 
 
-def _kind(scheduler) -> str:
-    if hasattr(scheduler, "alphas_cumprod"):
-        return scheduler.config.prediction_type
-    if hasattr(scheduler, "sigmas") and "Flow" in type(scheduler).__name__:
-        return "flow"
-    raise ValueError(f"{type(scheduler).__name__} is no scheduler of DDIM's family or of flows")
-
-
 def _float(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -88,7 +80,7 @@ def ddim_invert(predict: Predict, latents: Tensor, scheduler, *, rounds: int = 0
     Raises:
         ValueError: another scheduler, or one without timesteps.
     """
-    kind, timesteps = _kind(scheduler), list(scheduler.timesteps)
+    kind, timesteps = kind_of(scheduler), list(scheduler.timesteps)
     if not timesteps:
         raise ValueError("scheduler has no timesteps; call set_timesteps(steps) first")
     x = _float(latents)
@@ -139,28 +131,26 @@ def ddpm_invert(predict: Predict, latents: Tensor, scheduler, *, seed: int = 0, 
     Args:
         predict: the model, with the source's prompt and guidance.
         latents: clean, `[B, C, H, W]`.
-        scheduler: of diffusion, after `set_timesteps`.
+        scheduler: of diffusion or of a flow, after `set_timesteps`.
         seed: of the noises.
-        eta: share of DDPM's noise, above 0.
+        eta: share of the ancestral sampler's noise, above 0.
 
     Raises:
-        ValueError: a scheduler of flows, or eta of 0.
+        ValueError: eta of 0 or less, or another scheduler.
     """
-    kind = _kind(scheduler)
-    if kind == "flow" or eta <= 0:
-        raise ValueError(f"eta={eta} must be above 0, and the scheduler one of diffusion, not of flows")
+    kind = kind_of(scheduler)
+    if eta <= 0:
+        raise ValueError(f"eta={eta} must be above 0: without noise there is none to keep; use ddim_invert")
     x0, timesteps = _float(latents), list(scheduler.timesteps)
     generator = torch.Generator(x0.device).manual_seed(seed)
 
-    def noised(timestep: int) -> Tensor:
-        alpha = float(scheduler.alphas_cumprod[timestep])
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-        return alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise
+    def draw() -> Tensor:
+        return torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
 
-    path = [noised(int(timestep)) for timestep in timesteps] + [x0]
+    steps = [Step.of(scheduler, timestep, len(timesteps)) for timestep in timesteps]
+    path = [step.noised(x0, draw()) for step in steps] + [x0]
     noises = []
-    for i, timestep in enumerate(timesteps):
-        step = Step.of(scheduler, int(timestep), len(timesteps))
+    for i, (step, timestep) in enumerate(zip(steps, timesteps, strict=True)):
         sigma = eta * step.variance**0.5
         mean = _mean(predict, path[i], timestep, step, sigma, kind)
         if sigma > 0:
@@ -183,9 +173,9 @@ def ddpm_replay(predict: Predict, inversion: Inversion, scheduler, *, first: int
     timesteps = list(scheduler.timesteps)
     x = inversion.latents[::-1][first]
     for i in range(first, len(timesteps)):
-        step = Step.of(scheduler, int(timesteps[i]), len(timesteps))
+        step = Step.of(scheduler, timesteps[i], len(timesteps))
         sigma = eta * step.variance**0.5
-        x = _mean(predict, x, timesteps[i], step, sigma, _kind(scheduler)) + sigma * inversion.noises[i]
+        x = _mean(predict, x, timesteps[i], step, sigma, kind_of(scheduler)) + sigma * inversion.noises[i]
     return x
 
 
@@ -208,7 +198,7 @@ def null_text_invert(
     Args:
         predict: `predict(latents, timestep, embeddings)`.
         latents: clean, `[B, C, H, W]`.
-        scheduler: of diffusion, after `set_timesteps`.
+        scheduler: of diffusion or of a flow, after `set_timesteps`.
         prompt_embeds, negative_embeds: `[B, tokens, channels]`.
         guidance_scale: of the sampling.
         inner_steps, tolerance: see above.
@@ -218,14 +208,12 @@ def null_text_invert(
     """
     if guidance_scale == 1:
         raise ValueError("guidance_scale=1 does not look at the negative embedding; there is nothing to invert")
-    kind = _kind(scheduler)
-    if kind == "flow":
-        raise ValueError("null-text inversion is for schedulers of diffusion, not of flows")
+    kind = kind_of(scheduler)
     inverted = ddim_invert(lambda x, t: predict(x, t, prompt_embeds), latents, scheduler)
     path, timesteps = inverted.latents[::-1], list(scheduler.timesteps)
     x, embedding, embeddings = path[0], _float(negative_embeds), []
     for i, timestep in enumerate(timesteps):
-        step = Step.of(scheduler, int(timestep), len(timesteps))
+        step = Step.of(scheduler, timestep, len(timesteps))
         with torch.no_grad():
             cond = _float(predict(x, timestep, prompt_embeds))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,36 +37,67 @@ def clean_and_noise(prediction: Tensor, sample: Tensor, alpha: float | Tensor, k
 
 @dataclass(frozen=True)
 class Step:
-    """A DDIM step from a timestep to the one before.
+    """A step of a sampler from a timestep to the one before, of diffusion or of a flow.
 
     Attributes:
-        alpha, before: cumulated alphas of both.
+        alpha, before: cumulated alphas of both; of a flow, its noise levels sigma.
+        flow: whether latents are `(1 - sigma) clean + sigma noise`, else `√alpha clean + √(1 - alpha) noise`.
     """
 
     alpha: float
     before: float
+    flow: bool = False
 
     @staticmethod
-    def of(scheduler, timestep: int, steps: int) -> Step:
-        """The step of a scheduler of diffusers with `alphas_cumprod`.
+    def of(scheduler, timestep: Any, steps: int) -> Step:
+        """The step of a scheduler of diffusers: with `alphas_cumprod`, or of flow matching by Euler.
 
         Raises:
-            ValueError: a scheduler without, such as one of flows.
+            ValueError: another scheduler, or a timestep that a flow's does not have.
         """
-        if not hasattr(scheduler, "alphas_cumprod"):
-            raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod; it is no scheduler of diffusion")
+        if kind_of(scheduler) == "flow":
+            found = (torch.as_tensor(scheduler.timesteps) == float(timestep)).nonzero().flatten()
+            if not len(found):
+                raise ValueError(f"timestep={float(timestep)} is none of scheduler.timesteps")
+            first, last = (float(scheduler.sigmas[int(found[0]) + i]) for i in (0, 1))
+            return Step(first, last, flow=True)
         previous = int(timestep) - scheduler.config.num_train_timesteps // steps
         before = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
         return Step(float(scheduler.alphas_cumprod[int(timestep)]), float(before))
 
+    def shares(self, alpha: float) -> tuple[float, float]:
+        """Factors of clean latents and of noise at a level."""
+        return (1 - alpha, alpha) if self.flow else (alpha**0.5, (1 - alpha) ** 0.5)
+
     @property
     def variance(self) -> float:
-        """Of the noise that DDPM adds."""
-        return (1 - self.before) / (1 - self.alpha) * (1 - self.alpha / self.before)
+        """Of the noise of the ancestral sampler, DDPM's: `n'² / n² (n² - (s / s')² n'²)`, s and n the shares."""
+        (s, n), (s_before, n_before) = self.shares(self.alpha), self.shares(self.before)
+        return n_before**2 / n**2 * max(n**2 - (s / s_before * n_before) ** 2, 0.0)
+
+    def noised(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """Latents at the timestep."""
+        s, n = self.shares(self.alpha)
+        return s * clean + n * noise
+
+
+def kind_of(scheduler: Any) -> str:
+    """What the model of a scheduler predicts: one of `KINDS`.
+
+    Raises:
+        ValueError: a scheduler that is neither of DDIM's family nor of flow matching.
+    """
+    if hasattr(scheduler, "alphas_cumprod"):
+        return scheduler.config.prediction_type
+    if hasattr(scheduler, "sigmas") and "Flow" in type(scheduler).__name__:
+        return "flow"
+    raise ValueError(f"{type(scheduler).__name__} is no scheduler of DDIM's family or of flows")
 
 
 def ddim_step(clean: Tensor, sample: Tensor, step: Step, sigma: Tensor | float = 0.0, noise: Tensor | None = None):
-    """`x_before = (√ā' - √ā b) x0 + b x + σ ε` with `b = √((1 - ā' - σ²) / (1 - ā))`.
+    """`x_before = (s' - s b) x0 + b x + σ ε` with `b = √((n'² - σ²) / n²)`, s and n the shares of clean and noise.
+
+    Of diffusion, DDIM's step; of a flow, Euler's when sigma is 0.
 
     Args:
         clean: estimate x0.
@@ -75,32 +107,37 @@ def ddim_step(clean: Tensor, sample: Tensor, step: Step, sigma: Tensor | float =
         noise: ε; None for none.
     """
     sigma = torch.as_tensor(sigma).to(sample)
-    b = ((1 - step.before - sigma.square()).clamp(min=0) / (1 - step.alpha)).sqrt()
-    out = (step.before**0.5 - step.alpha**0.5 * b) * clean + b * sample
+    (s, n), (s_before, n_before) = step.shares(step.alpha), step.shares(step.before)
+    b = (n_before**2 - sigma.square()).clamp(min=0).sqrt() / n
+    out = (s_before - s * b) * clean + b * sample
     return out if noise is None else out + sigma * noise
 
 
 def virtual_step(
     clean_source: Tensor,
     sample: Tensor,
-    noise_prediction: Tensor,
+    prediction: Tensor,
     step: Step,
     *,
+    kind: str = "epsilon",
+    source: Sequence[int] | None = None,
     mask: Tensor | None = None,
     noise: Tensor | None = None,
     eta: float = 1.0,
     clip: float | None = 1.0,
     gated: bool = True,
 ) -> Tensor:
-    """A step whose first row reconstructs the source exactly, without inversion (ViMAEdit).
+    """A step whose source row reconstructs the source exactly, without inversion (ViMAEdit).
 
-    The clean estimate becomes `x0 + x̂0 - x̂0[first row]`, then is clipped.
+    The clean estimate becomes `x0 + x̂0 - x̂0[source row]`, then is clipped.
 
     Args:
-        clean_source: x0, `[1, C, H, W]`.
-        sample: `[rows, C, H, W]`, the source first.
-        noise_prediction: of the rows.
+        clean_source: x0, `[1, C, …]`.
+        sample: `[rows, C, …]`.
+        prediction: of the rows.
         step: alphas.
+        kind: of the prediction, see `clean_and_noise`.
+        source: the source row of each row; the first one when None.
         mask: where noise is added, broadcastable; nowhere when None.
         noise: of all rows, `[1, C, H, W]`.
         eta: share of DDPM's noise.
@@ -108,8 +145,8 @@ def virtual_step(
         gated: whether sigma is 0 outside of the mask. LOCATEdit's has DDPM's coefficients everywhere, and noise
             everywhere once there is a mask.
     """
-    clean, _ = clean_and_noise(noise_prediction, sample, step.alpha, "epsilon")
-    clean = clean_source + clean - clean[:1]
+    clean, _ = clean_and_noise(prediction, sample, step.alpha, kind)
+    clean = clean_source + (clean - (clean[:1] if source is None else clean[list(source)]))
     if clip is not None:
         clean = clean.clamp(-clip, clip)
     sigma = eta * step.variance**0.5

@@ -39,6 +39,31 @@ def to_grid(masks: Tensor, grid: Sequence[int], *, mode: str = "nearest-exact") 
     return x.reshape(*leading, prod(grid))
 
 
+def regions_to_grid(masks: Tensor, grid: Sequence[int], *, mode: str = "nearest-exact") -> Tensor:
+    """Masks of regions on the tokens of a grid.
+
+    Args:
+        masks: `[regions, height, width]`, for all frames alike, or `[regions, frames, height, width]`. Of any size.
+        grid: tokens along (h, w) or (t, h, w).
+        mode: of `torch.nn.functional.interpolate`.
+
+    Returns:
+        float32 `[regions, tokens]` in raster order.
+
+    Raises:
+        ValueError: masks of other axes, or with frames on a grid without.
+    """
+    if masks.dim() not in (3, 4):
+        raise ValueError(
+            f"masks of {tuple(masks.shape)} must be [regions, height, width], or with frames before height"
+        )
+    if masks.dim() == 4 and len(grid) == 2:
+        raise ValueError(f"masks of {tuple(masks.shape)} have frames, the grid {tuple(grid)} of an image has none")
+    if masks.dim() == 3 and len(grid) == 3:
+        masks = masks[:, None].expand(-1, grid[0], -1, -1)
+    return to_grid(masks, grid, mode=mode)
+
+
 def box_mask(box: Sequence[float], size: Sequence[int], *, pixels: Sequence[int] | None = None) -> Tensor:
     """Mask of a box, bool `[height, width]`, True inside.
 

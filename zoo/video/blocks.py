@@ -46,7 +46,7 @@ class VideoDiTBlock(nn.Module):
         pattern: what attention sees.
         mlp, mlp_ratio: "gelu" or "swiglu", and hidden channels per channel.
         cross: attend to text after self-attention (unmodulated, output zero to begin with).
-        modulation: "adaln_single" or "td_ln".
+        modulation: "adaln_single", "td_ln" or "td_ln_snr".
         gated: gate the output of self-attention.
         eps: of norms.
     """

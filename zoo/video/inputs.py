@@ -119,8 +119,8 @@ def _check_conditions(config, batch, tokens, encoder_hidden_states, class_labels
     ):
         raise ValueError(
             f"encoder_attention_mask ({encoder_attention_mask.dtype}, shape {_shape(encoder_attention_mask)}) must be "
-            "bool, or integers of 0 and 1, of the shape [B, L] of encoder_hidden_states, or with conditioning='cross' of "
-            f"[B, tokens={tokens}, L]"
+            "bool, or integers of 0 and 1, of the shape [B, L] of encoder_hidden_states, or with conditioning='cross' "
+            f"of [B, tokens={tokens}, L]"
         )
 
 

@@ -77,4 +77,33 @@ class TimeDependentLayerNorm(nn.Module):
         return Modulation(shift, scale, None), Modulation(mlp_shift, mlp_scale, None)
 
 
-MODULATIONS = {"adaln_single": AdaLNSingle, "td_ln": TimeDependentLayerNorm}
+class SNRLayerNorm(nn.Module):
+    """TD-LN as the code of DiMR has it: `s = sigmoid((1 + w) logSNR / 4 + b)` by channel, `s p1 + (1 - s) p2`.
+
+    w = b = 0 and equal ends to begin with; 16 dim numbers a block. The log-SNR of rectified flow at time t is
+    `2 log((1 - t) / t)`, held to -20..20.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.ends = nn.Parameter(torch.zeros(2, 2, 2, dim))  # [attention or MLP, end, shift or scale - 1, dim]
+        self.slope = nn.Parameter(torch.zeros(2, 2, dim))
+        self.offset = nn.Parameter(torch.zeros(2, 2, dim))
+
+    def forward(self, conditioning: Tensor) -> tuple[Modulation, Modulation]:
+        """Modulation of attention and of MLP from the time `[B, M]` in [0, 1]."""
+        tiny = torch.finfo(conditioning.dtype).tiny
+        log_snr = 2 * ((1 - conditioning).clamp(min=tiny).log() - conditioning.clamp(min=tiny).log())
+        log_snr = log_snr.clamp(-20, 20)[..., None, None, None]
+        affine = between_ends(self.ends[:, 0], self.ends[:, 1], self.slope, self.offset, log_snr)  # [B, M, 2, 2, dim]
+        (shift, scale), (mlp_shift, mlp_scale) = (half.unsqueeze(3).unbind(2) for half in affine.unbind(2))
+        return Modulation(shift, scale, None), Modulation(mlp_shift, mlp_scale, None)
+
+
+def between_ends(first: Tensor, second: Tensor, slope: Tensor, offset: Tensor, log_snr: Tensor) -> Tensor:
+    """`s first + (1 - s) second` with `s = sigmoid((1 + slope) logSNR / 4 + offset)`; all broadcast."""
+    s = torch.sigmoid((1 + slope) * log_snr / 4 + offset)
+    return s * first + (1 - s) * second
+
+
+MODULATIONS = {"adaln_single": AdaLNSingle, "td_ln": TimeDependentLayerNorm, "td_ln_snr": SNRLayerNorm}

@@ -48,14 +48,15 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         num_classes: with "class"; label num_classes is the null class of classifier-free guidance.
         text_dim: with "cross" and "joint", channels of encoder_hidden_states.
         attention: what layers see, layer i takes attention[i % len(attention)]: "dense", "spatial", "temporal", "first"
-            (every frame sees the first one) or a dict such as {"type": "window", "window": [3, 3, 3], "stride": 1, "dilation": 1, "causal": True}; "causal"
-            (in time) goes with these types. Windows fit themselves to small videos; see `pattern.Pattern.fit`. Or
+            (every frame sees the first one) or a dict such as
+            {"type": "window", "window": [3, 3, 3], "stride": 1, "dilation": 1, "causal": True}; "causal" (in time) goes
+            with these types. Windows fit themselves to small videos; see `pattern.Pattern.fit`. Or
             {"type": "sparse", "mask": "vsa", "options": {"block": [2, 4, 4]}, "budget": 0.2}: blocks of a mask of
             `foveal.kernels.masks`, "flat": True for masks of the flattened grid; see `pattern.Pattern`.
         rope_theta: longest wavelength of the rotary embedding over 2 pi.
         rope_axes: channels of a head that turn with t, h and w; 24, 20, 20 of 64 in proportion when None.
-        modulation: "adaln_single" or "td_ln" (`modulation.TimeDependentLayerNorm`; the embedding of timestep and class
-            is then added to every token).
+        modulation: "adaln_single", "td_ln" (`modulation.TimeDependentLayerNorm`; the embedding of timestep and class
+            is then added to every token) or "td_ln_snr" (`modulation.SNRLayerNorm`, DiMR's own form).
         gated_attention: gate every head's output by 2 * sigmoid of a projection of its input.
         prediction: "velocity", or "video": the layers predict the clean video, from which the velocity follows as
             (noisy - clean) / max(t, 0.05). Few layers with large patches have an easier task so ("Back to Basics: Let
@@ -258,7 +259,7 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         embedding = self.embed_time(timestep, tokens.dtype)  # [B, M, dim], M = 1, frames or tokens
         if self.class_embed is not None and class_labels is not None:
             embedding = embedding + self.class_embed(class_labels)[:, None]
-        if self.config.modulation == "td_ln":
+        if self.config.modulation != "adaln_single":
             tokens = (tokens.unflatten(1, (embedding.shape[1], -1)) + embedding[:, :, None]).flatten(1, 2)
         conditioning = self.condition(timestep, embedding)
         if self.text_embed is not None and encoder_hidden_states is not None:

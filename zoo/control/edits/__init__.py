@@ -8,6 +8,7 @@ from .extend import Extend
 from .features import BlendFeatures, fuse_features
 from .fuse import Fuse, compose_regions
 from .importance import importance
+from .keep_reference import KeepReference
 from .key_mean import KeyMean
 from .latent_loss import LatentLoss
 from .merge_tokens import MergeTokens
@@ -18,13 +19,17 @@ from .perturb import Perturb
 from .positions import CopySpatialPositions
 from .recall import Keep, Recall
 from .refine_maps import attend_mean, smooth_on_graph, spread
+from .refined_mask import RefinedMask
 from .region_bias import RegionBias
+from .regulate import Regulate, gaussians, regulate, regulation_loss
 from .reweight import Reweight
+from .row_guidance import RowGuidance
 from .self_maps import SelfMaps
 from .share import Share
 from .sharpen import Sharpen, sharpen
 from .temperature import Temperature
 from .transfer import Transfer, alignment, gather_map
+from .virtual_inversion import VirtualInversion
 from .visible import Groups, Members, Visible, attend_by_groups, relate
 from .word_mask import Kept, WordMask
 
@@ -41,6 +46,7 @@ __all__ = [
     "Fuse",
     "Groups",
     "Keep",
+    "KeepReference",
     "Kept",
     "KeyMean",
     "LatentLoss",
@@ -48,13 +54,17 @@ __all__ = [
     "MergeTokens",
     "Perturb",
     "Recall",
+    "RefinedMask",
     "RegionBias",
+    "Regulate",
     "Reweight",
+    "RowGuidance",
     "SelfMaps",
     "Share",
     "Sharpen",
     "Temperature",
     "Transfer",
+    "VirtualInversion",
     "Visible",
     "WordMask",
     "alignment",
@@ -67,10 +77,13 @@ __all__ = [
     "foveate",
     "fuse_features",
     "gather_map",
+    "gaussians",
     "importance",
     "mixed_attention",
     "overwrite_logits",
     "path_tokens",
+    "regulate",
+    "regulation_loss",
     "relate",
     "sharpen",
     "smooth_on_graph",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...sites import Call, Schedule
 from ..edit import Context, Edit
-from ..regions import to_grid
+from ..regions import regions_to_grid
 from ..where import Where
 
 
@@ -18,7 +18,8 @@ class Contexts(Edit):
     """`out <- out + sum_i weight_i mask_i (attention to text_i - base)` in cross-attention.
 
     Args:
-        texts: `[texts, tokens, channels]`, encoded as the generator's own prompts.
+        texts: `[texts, tokens, channels]`, encoded as the generator's own prompts, and projected where it projects text
+            before its blocks (Wan, LTX).
         masks: `[texts, height, width]`, of pixels that read each text.
         weights: factor of each text; a number, `[texts]`, or a function of the step; 0 is neutral.
         base: "uncond" subtracts the output of the unconditional rows (SpaceTime attention), "own" that of the rows
@@ -67,14 +68,23 @@ class Contexts(Edit):
         grid = context.layout.grid_of(context.site)
         if context.span(call, "text", keys=True) is None or grid is None:
             return out
+        channels = context.site.module.to_k.in_features
+        if self.texts.shape[-1] != channels:
+            raise ValueError(
+                f"texts of {self.texts.shape[-1]} channels meet {context.site.path}, which reads {channels}: give them "
+                "as the blocks read them, after the generator's own projection of text"
+            )
         module, index = context.site.module, torch.tensor(rows, device=out.device)
-        masks = to_grid(self.masks, grid).to(out)
+        masks = regions_to_grid(self.masks, grid).to(out)
         base = out[list(rows if self.base == "own" else others)]
         mine = out[index]
         for text, mask, weight in zip(self.texts.to(out), masks, weights.to(out), strict=True):
-            key, value = (x(text)[None].unflatten(-1, (call.key.shape[2], -1)) for x in (module.to_k, module.to_v))
-            if getattr(module, "norm_k", None) is not None:
-                key = module.norm_k(key)
+            key, value = module.to_k(text)[None], module.to_v(text)[None]
+            heads, norm = call.key.shape[2], getattr(module, "norm_k", None)
+            over_all = norm is not None and norm.weight.numel() == key.shape[-1]  # Wan norms all heads together
+            key = norm(key) if over_all else key
+            key, value = (x.unflatten(-1, (heads, -1)) for x in (key, value))
+            key = key if norm is None or over_all else norm(key)
             key, value = (x.expand(len(rows), *x.shape[1:]) for x in (key, value))
             read = replace(call, query=call.query[index], key=key, value=value, mask=None).dense()
             mine = mine + weight * mask[:, None, None] * (read - base)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...sites import Call, Schedule
 from ..edit import Context, Edit
-from ..regions import to_grid
+from ..regions import regions_to_grid
 from ..where import Where
 
 
@@ -90,5 +90,7 @@ class Fuse(Edit):
         tokens = slice(*span)
         parts = [out[list(rows), tokens] for rows in regions]
         out = out.clone()
-        out[list(base), tokens] = compose_regions(out[list(base), tokens], parts, to_grid(self.masks, grid), self.delta)
+        out[list(base), tokens] = compose_regions(
+            out[list(base), tokens], parts, regions_to_grid(self.masks, grid), self.delta
+        )
         return out

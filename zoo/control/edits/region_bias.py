@@ -10,7 +10,7 @@ from torch import Tensor
 from ...sites import Call, Schedule
 from ..channels import with_bias
 from ..edit import Context, Edit
-from ..regions import to_grid
+from ..regions import regions_to_grid
 from ..where import Where
 
 MOST = 60.0  # exp(-60) is nothing beside 1, and bfloat16 still holds the logits beside it
@@ -60,7 +60,7 @@ class RegionBias(Edit):
         grid = context.layout.grid_of(context.site)
         if queries is None or text is None or grid is None:
             return call
-        inside = to_grid(self.regions, grid).T.to(call.query)
+        inside = regions_to_grid(self.regions, grid).T.to(call.query)
         factor = torch.zeros(context.rows.batch, call.query.shape[1], 1, len(self.words)).to(call.query)
         factor[list(rows), queries[0] : queries[1], 0] = self.outside + (self.strength - self.outside) * inside
         factor = factor.repeat_interleave(call.query.shape[0] // context.rows.batch, dim=0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...sites import Call, Schedule
 from ..channels import row_extremes, with_bias
 from ..edit import Context, Edit
-from ..regions import to_grid
+from ..regions import regions_to_grid
 from ..where import Where
 
 
@@ -68,7 +68,7 @@ class Sharpen(Edit):
         if queries is None or keys is None or grid is None:
             return call
         device = call.query.device
-        shares = to_grid(self.regions, grid).to(device).T  # [tokens, regions]
+        shares = regions_to_grid(self.regions, grid).to(device).T  # [tokens, regions]
         mine = torch.zeros(call.query.shape[1], len(self.regions), device=device)
         theirs = torch.zeros(call.key.shape[1], len(self.regions), device=device)
         mine[queries[0] : queries[1]] = shares

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...sites import Call, Schedule
 from ..edit import Context, Edit
-from ..regions import to_grid
+from ..regions import regions_to_grid
 from ..where import Where
 
 RULES = ("all", "none", "own", "region", "inside", "background", "region+background")
@@ -121,6 +121,7 @@ class Visible(Edit):
         rules: see `relate`.
         regions: masks `[regions, height, width]` or `[regions, frames, height, width]`, bool or shares in 0..1.
         words: word of the Control for each region; their tokens are the stream "entity".
+        reference: number of the region that the tokens of the stream "reference" are in, which has no word; the last.
         weights, fractional: see `relate`.
         branch: name of the prompt; all when None.
         where, schedule, guidance: sites, steps and rows.
@@ -139,17 +140,21 @@ class Visible(Edit):
         *,
         weights: Mapping[tuple[str, str], float] | None = None,
         fractional: bool = False,
+        reference: int | None = None,
         branch: str | None = None,
         where: Where | None = None,
         schedule: Schedule | None = None,
         guidance: str = "cond",
     ):
         count = 0 if regions is None else len(regions)
-        if words and len(words) != count:
-            raise ValueError(f"words={tuple(words)} must be one for each of the {count} regions")
+        if reference is not None and reference != count - 1:
+            raise ValueError(f"reference={reference} must be the last of the {count} regions")
+        named = count if reference is None else count - 1
+        if words and len(words) != named:
+            raise ValueError(f"words={tuple(words)} must be one for each of the {named} regions")
         if wrong := sorted(set(rules.values()) - set(RULES)):
             raise ValueError(f"rules have {wrong}; a rule is one of {RULES}")
-        self.rules, self.regions, self.words = dict(rules), regions, tuple(words)
+        self.rules, self.regions, self.words, self.reference = dict(rules), regions, tuple(words), reference
         self.weights, self.fractional = dict(weights or {}), fractional
         self.where, self.schedule = where or Where(), schedule or Schedule()
         self.guidance, self.branch, self.branches = guidance, branch, () if branch is None else (branch,)
@@ -178,7 +183,9 @@ class Visible(Edit):
             plain = "image" if stream == "video" else stream
             names[first:end] = [plain] * (end - first)
             if plain == "image" and count and grid is not None:
-                shares[first:end] = to_grid(self.regions, grid).T  # type: ignore[arg-type]
+                shares[first:end] = regions_to_grid(self.regions, grid).T  # type: ignore[arg-type]
+            if plain == "reference" and self.reference is not None:
+                shares[first:end, self.reference] = 1
             if stream == "text":
                 for region, word in enumerate(self.words):
                     for token in context.words[word]:

@@ -1,23 +1,16 @@
-"""Grad-SAM for latents: a mask of what depends on a word, by gradients."""
+"""Grad-SAM for latents: what does not depend on a word is taken from a reference image."""
 
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from ..edits import blend, importance
+from ...sites import Schedule
+from ..edits import KeepReference, importance
 from ..regions import gaussian_blur, normalize
 from ..registry import recipe
+from ..where import Where
 
 
-@recipe(
-    "Grad-SAM latent manipulation",
-    "arXiv:2408.16232",
-    "partial",
-    hosts="Stable Diffusion",
-    needs="a reference image, gradients",
-    cost="one evaluation with gradients",
-    missing="aggregation over layers and heads, kernel sizes, timesteps",
-)
-def grad_sam(
+def dependence_mask(
     output: Tensor,
     columns: Tensor,
     size: tuple[int, int],
@@ -26,7 +19,7 @@ def grad_sam(
     dilate: int = 3,
     threshold: float = 0.3,
 ) -> Tensor:
-    """Mask of the latents that depend on a word, bool `[*size]`.
+    """Mask of the tokens that a word decides, bool `[*size]`.
 
     Args:
         output: clean estimate, in the graph of columns.
@@ -40,6 +33,39 @@ def grad_sam(
     return normalize(smooth, "max") > threshold
 
 
-def manipulate(clean: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """`m clean + (1 - m) reference`, the reference noised to the same timestep."""
-    return blend(clean, reference, mask)
+@recipe(
+    "Grad-SAM latent manipulation",
+    "arXiv:2408.16232",
+    "partial",
+    hosts="Stable Diffusion",
+    needs="latents of a reference image, gradients",
+    cost="one evaluation with gradients in each chosen step",
+    missing="aggregation over layers and heads, kernel sizes, timesteps",
+)
+def grad_sam(
+    word: str,
+    reference: Tensor,
+    *,
+    steps: tuple[float, float] = (0.2, 0.6),
+    scale: int = 4,
+    blur: tuple[int, float] = (5, 1.0),
+    dilate: int = 3,
+    threshold: float = 0.3,
+    seed: int = 0,
+) -> list:
+    """Edits that update the latents through `Control.callback`: `z <- m z + (1 - m) z_ref`, noised to the timestep.
+
+    Args:
+        word: of the Control.
+        reference: clean latents, `[1, C, H, W]`.
+        steps: fractions of the run in which latents are kept, ours.
+        scale: latent pixels per token of the observed attentions.
+        blur, dilate, threshold: of the mask, ours; a threshold below 0 is neutral.
+        seed: of the reference's noise.
+    """
+    where = Where(kinds=("cross",), scales=(scale,))
+
+    def mask(output: Tensor, columns: Tensor, size: tuple[int, int]) -> Tensor:
+        return dependence_mask(output, columns, size, blur=blur, dilate=dilate, threshold=threshold)
+
+    return [KeepReference(word, reference, mask, where=where, schedule=Schedule(steps=steps), seed=seed)]

@@ -1,11 +1,15 @@
-"""LOCATEdit: masks that are smooth on the graph of self-attention."""
+"""LOCATEdit: Prompt-to-Prompt without inversion, with masks that are smooth on the graph of self-attention."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..edits import smooth_on_graph
-from ..latents import Step, virtual_step
+from ...sites import Schedule
+from ..edits import Blend, RefinedMask, RowGuidance, VirtualInversion
 from ..registry import recipe
+from ..swapping import swap_words
 
 WEIGHT = 15.0  # of the words that differ, on the map
 
@@ -15,24 +19,43 @@ WEIGHT = 15.0  # of the words that differ, on the map
     "LOCATEdit/LOCATEdit@bf5510d",
     "exact",
     hosts="Stable Diffusion with an IP-Adapter",
-    needs="self-attention maps at 32 x 32",
-    cost="a Cholesky factorization of 1024 x 1024 in each step",
+    needs="two prompts, latents of the source, maps='allow'; an offset of the image prompt (`sparse_offset`)",
+    cost="one attention row more; self-attention maps at 32 x 32 and a Cholesky factorization of 1024² in each step",
 )
-def locatedit(maps: Tensor, self_map: Tensor, *, slope: float = 4.0, weight: float = 0.5) -> Tensor:
-    """Refined maps `[B, tokens]`.
+def locatedit(
+    source: str,
+    target: str,
+    clean: Tensor,
+    words: Mapping[str, float] | tuple[str, ...],
+    *,
+    tokenizer: Any,
+    steps: int,
+    scale: int = 2,
+    guidance: float | None = 1.0,
+    slope: float = 4.0,
+    weight: float = 0.5,
+    **options: Any,
+) -> list:
+    """Edits for a Control of a pipeline with branches=("source", "target") and maps="allow", by `Control.callback`.
 
     Args:
-        maps: mean cross-attention of the words, `[B, tokens]`, as it is; the official code does not normalize it.
-        self_map: mean self-attention, `[B, tokens, tokens]`.
-        slope: of the confidence.
-        weight: of the Laplacian.
+        source, target: prompts.
+        clean: latents of the source image, `[1, C, H, W]`.
+        words: of the Control, that differ, with factors on their maps, `WEIGHT` by default.
+        tokenizer, steps, options: see `swapping.swap_words`; kind="refine", cross=0.4, self_attention=0.6 by default.
+        scale: latent pixels per token of the graph.
+        guidance: scale of the source's row; that of the pipeline when None.
+        slope, weight: of the confidence and of the Laplacian.
     """
-    return smooth_on_graph(maps, self_map, slope=slope, weight=weight)
-
-
-def step(clean_source: Tensor, sample: Tensor, noise_prediction: Tensor, at: Step, **options) -> Tensor:
-    """`latents.virtual_step` with DDPM's coefficients everywhere."""
-    return virtual_step(clean_source, sample, noise_prediction, at, gated=False, **options)
+    weights = dict(words) if isinstance(words, Mapping) else dict.fromkeys(words, WEIGHT)
+    options = {"kind": "refine", "cross": 0.4, "self_attention": 0.6, "weights": weights} | options
+    late = Schedule(steps=(int(0.2 * steps), None))
+    graph = {"method": "graph", "slope": slope, "weight": weight, "schedule": late}
+    mask = RefinedMask(*weights, scale=scale, cross_scales=(2 * scale,), **graph)
+    virtual = VirtualInversion(clean, mask=mask.above(0.8), gated=False)
+    edits = swap_words(source, target, tokenizer=tokenizer, steps=steps, **options)
+    edits += [mask, Blend(mask.above(0.2), schedule=late), virtual]
+    return edits if guidance is None else [*edits, RowGuidance({"source": guidance})]
 
 
 def sparse_offset(offset: Tensor, percent: float = 92.0) -> Tensor:

@@ -1,14 +1,16 @@
 """ViMAEdit: Prompt-to-Prompt without inversion, with masks spread by self-attention and noise inside of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..edits import spread
-from ..latents import Step, virtual_step
+from ...sites import Schedule
+from ..edits import Blend, RefinedMask, RowGuidance, VirtualInversion, spread
 from ..regions import normalize
 from ..registry import recipe
+from ..swapping import swap_words
 
 
 def refined_map(maps: Tensor, attend: Callable[[Tensor], Tensor], *, rounds: int = 5, keep: float = 0.5) -> Tensor:
@@ -27,21 +29,44 @@ def masks(maps: Tensor, size: tuple[int, int], *, threshold: float = 0.5) -> Ten
     "Null-0000/ViMAEdit@8d3ffa2",
     "exact",
     hosts="Stable Diffusion with an IP-Adapter",
-    needs="two prompts; an image prompt for its third part",
-    cost="five attention calls with one channel",
+    needs="two prompts, latents of the source; an image prompt for its third part (`edited_image_embedding`)",
+    cost="one attention row more, and five attention calls with one channel in each step",
 )
 def vimaedit(
-    clean_source: Tensor,
-    sample: Tensor,
-    noise_prediction: Tensor,
-    step: Step,
+    source: str,
+    target: str,
+    clean: Tensor,
+    words: Sequence[str] = (),
     *,
-    mask: Tensor | None = None,
-    noise: Tensor | None = None,
+    tokenizer: Any,
+    steps: int,
+    scale: int = 2,
     eta: float = 1.0,
-) -> Tensor:
-    """The step that reconstructs the source in the first row; see `latents.virtual_step`."""
-    return virtual_step(clean_source, sample, noise_prediction, step, mask=mask, noise=noise, eta=eta)
+    guidance: float | None = 1.0,
+    thresholds: tuple[float, float] = (0.5, 0.8),
+    **options: Any,
+) -> list:
+    """Edits for a Control of a pipeline with branches=("source", "target"), through `Control.callback`.
+
+    Args:
+        source, target: prompts.
+        clean: latents of the source image, `[1, C, H, W]`.
+        words: of the Control, that differ; without any, no mask is made, and neither blend nor noise.
+        tokenizer, steps, options: see `swapping.swap_words`; kind="refine", cross=0.4, self_attention=0.6 by default.
+        scale: latent pixels per token of the refined masks, 32 x 32 of 64 x 64 latents.
+        eta: share of the noise inside of the mask.
+        guidance: scale of the source's row; that of the pipeline when None.
+        thresholds: of the blend and of the noise.
+    """
+    options = {"kind": "refine", "cross": 0.4, "self_attention": 0.6} | options
+    edits = swap_words(source, target, tokenizer=tokenizer, steps=steps, **options)
+    late = Schedule(steps=(int(0.2 * steps), None))
+    mask = None
+    if words:
+        mask = RefinedMask(*words, scale=scale, cross_scales=(2 * scale,), schedule=late)
+        edits += [mask, Blend(mask.above(thresholds[0]), schedule=late)]
+    edits.append(VirtualInversion(clean, mask=None if mask is None else mask.above(thresholds[1]), eta=eta))
+    return edits if guidance is None else [*edits, RowGuidance({"source": guidance})]
 
 
 def edited_image_embedding(image: Tensor, source: Tensor, target: Tensor) -> Tensor:
