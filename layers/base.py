@@ -4,6 +4,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..kernels.common.calling import Impl
 from ..kernels.common.symbolic import exporting
@@ -15,6 +16,17 @@ def join_heads(x: Tensor) -> Tensor:
     An exported graph joins copies: a view would hold ONNX to the strides that attention had while it was traced.
     """
     return torch.cat(x.unbind(1), -1) if exporting() else x.transpose(1, 2).flatten(2)
+
+
+def convolve_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Depthwise convolution of `[B, H, W, C]` by `[C, 1, k, k]`, k odd; zero-padded.
+
+    Values are every third part of a projection. In memory of their own they are in `channels_last`, whose convolution
+    takes CPUs an eighth of the time of one on strides.
+    """
+    maps = x.contiguous().permute(0, 3, 1, 2)
+    out = F.conv2d(maps, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    return out.permute(0, 2, 3, 1)
 
 
 class ProjectedAttention2d(nn.Module):

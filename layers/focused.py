@@ -1,17 +1,101 @@
 """Focused linear attention: features that sharpen, and a convolution that restores rank (arXiv:2308.00442)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..kernels.common.calling import is_plain_call
 from ..kernels.ops import linear_attention
-from .base import BranchMixin, ProjectedAttention2d
+from .base import BranchMixin, ProjectedAttention2d, convolve_depthwise
 from .positions import resize_positions
 
 EPS = 1e-6  # keeps features and normalisers off zero, as upstream
+CHUNK = 1 << 17  # numbers that are worked on at a time on CPU: some tensors of them fit into its cache
+
+
+def focused_features(
+    x: Tensor, scale: Tensor, positions: Tensor | None = None, focus: float = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Features that sharpen: y ** focus of the norm of y = (ReLU(x + positions) + 1e-6) / softplus(scale), over all
+    channels together (arXiv:2308.00442, equation 5).
+
+    They are made in float32 at least: cubes of small numbers vanish in half precision. On CPU some tokens are taken
+    at a time, and made again for the gradient, which exists once.
+
+    Args:
+        x: `[B, N, dim]`.
+        scale: `[1, 1, dim]`.
+        positions: `[1, N, dim]`, added to x; nothing when None.
+        focus: power.
+        dtype: of the result; that of x when None.
+    """
+    dtype = dtype or x.dtype
+    if x.device.type == "cpu" and is_plain_call():
+        return _Focused.apply(x, scale, positions, focus, dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    placed = x.to(wide) if positions is None else x.to(wide) + positions
+    y = (F.relu(placed) + EPS) / F.softplus(scale.to(wide))
+    sharp = y**focus
+    return (sharp * (y.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))).to(dtype)
+
+
+class _Focused(torch.autograd.Function):
+    """Features of some tokens at a time."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, positions: Tensor | None, focus: float, dtype: torch.dtype) -> Tensor:
+        ctx.focus = focus
+        ctx.save_for_backward(x, scale, positions)
+        out = x.new_empty(x.shape, dtype=dtype)
+        for part, y in _parts(x, scale, positions):
+            sharp = y**focus
+            out[part] = sharp.mul_(y.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor):
+        x, scale, positions = ctx.saved_tensors
+        wide, focus = torch.promote_types(x.dtype, torch.float32), ctx.focus
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dscale = scale.new_zeros(scale.shape[-1], dtype=wide)
+        dpositions = None if positions is None else torch.zeros_like(positions)
+        inverse = _inverse(scale, wide)
+        for part, y in _parts(x, scale, positions):
+            # out = a * u / b with u = y ** focus, a = |y|, b = |u|
+            grad, u = grad_out[part].to(wide), y**focus
+            a, b = y.norm(dim=-1, keepdim=True), u.norm(dim=-1, keepdim=True)
+            along = (grad * u).sum(-1, keepdim=True) / b
+            dy = (grad - u * (along / b)).mul_(u).div_(y).mul_(a * (focus / b)).addcmul_(y, along / a)
+            dscale -= (dy * y).sum(0)
+            dy.masked_fill_(y <= EPS * inverse, 0).mul_(inverse)
+            dx[part] = dy
+            if dpositions is not None:
+                dpositions[0, part[1]] += dy
+        dscale *= inverse * scale.to(wide).flatten().sigmoid()
+        return dx, dscale.view(scale.shape).to(scale.dtype), dpositions, None, None
+
+
+def _inverse(scale: Tensor, wide: torch.dtype) -> Tensor:
+    return 1 / F.softplus(scale.to(wide)).flatten()
+
+
+def _parts(x: Tensor, scale: Tensor, positions: Tensor | None) -> Iterator[tuple[tuple[int, slice], Tensor]]:
+    """Entries of the batch and tokens, with y of them."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    inverse = _inverse(scale, wide)
+    tokens = max(1, CHUNK // x.shape[-1])
+    for entry in range(x.shape[0]):
+        for first in range(0, x.shape[1], tokens):
+            part = entry, slice(first, first + tokens)
+            y = x[part].to(wide, copy=True)
+            if positions is not None:
+                y += positions[0, part[1]]
+            yield part, y.relu_().add_(EPS).mul_(inverse)
 
 
 class FocusedLinearAttention2d(ProjectedAttention2d):
@@ -67,23 +151,18 @@ class FocusedLinearAttention2d(ProjectedAttention2d):
         self.positional_encoding = nn.Parameter(resized, requires_grad=table.requires_grad)
         self.grid_size = (grid_size[0], grid_size[1])
 
-    def _features(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Sharpened features of `[B, N, dim]`, made in float32 at least: cubes of small numbers vanish in half."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = (F.relu(x.to(wide)) + EPS) / F.softplus(self.scale.to(wide))
-        sharp = y**self.focus
-        norms = y.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True)
-        return (sharp * norms).to(dtype)
-
     def attend(self, query: Tensor, key: Tensor, value: Tensor, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Tokens `[B, N, heads, d]` to `[B, N, dim]`; the input `x` has no part in it."""
         heads = query.shape[2:]
-        placed = key.flatten(2) + resize_positions(self.positional_encoding, self.grid_size, grid_size)
-        query, key = (self._features(t, value.dtype).unflatten(2, heads) for t in (query.flatten(2), placed))
+        positions = resize_positions(self.positional_encoding, self.grid_size, grid_size)
+        placed = (query.flatten(2), None), (key.flatten(2), positions)
+        query, key = (
+            focused_features(t, self.scale, p, self.focus, value.dtype).unflatten(2, heads) for t, p in placed
+        )
         out = linear_attention(query, key, value, mean=True, eps=EPS, impl=self.impl).flatten(2)
-        maps = value.transpose(1, 2).flatten(0, 1).mT.unflatten(2, grid_size)  # [B * heads, d, H, W]
-        local = self.dwc(maps).flatten(2).mT.unflatten(0, (-1, self.num_heads))  # [B, heads, N, d]
-        return out + local.transpose(1, 2).flatten(2)
+        maps, repeats = value.flatten(2).unflatten(1, grid_size), self.num_heads
+        weight, bias = self.dwc.weight.repeat(repeats, 1, 1, 1), self.dwc.bias.repeat(repeats)  # pyright: ignore
+        return out + convolve_depthwise(maps, weight, bias).flatten(1, 2)
 
     def attention_macs(self, shape: tuple[int, int]) -> int:
         """Multiply-accumulates of the attention for one map of this size: the state, what is read of it, its sums."""

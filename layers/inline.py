@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.ops import linear_attention
-from .base import BranchMixin, ProjectedAttention2d
+from .base import BranchMixin, ProjectedAttention2d, convolve_depthwise
 
 
 class InLineAttention2d(ProjectedAttention2d):
@@ -40,7 +40,7 @@ class InLineAttention2d(ProjectedAttention2d):
         first = int(self.class_token)
         weight = self.residual(x.mean(1)[:, :, None]).view(-1, self.dim, 3, 3)
         local = convolve_each(value[:, first:].flatten(2).unflatten(1, grid_size), weight).flatten(1, 2)
-        return out + F.pad(local, (0, 0, first, 0))
+        return out + (F.pad(local, (0, 0, first, 0)) if first else local)
 
     def attention_macs(self, shape: tuple[int, int]) -> int:
         """Multiply-accumulates of attention and convolution for one image; `shape` is H and W, or tokens and dim."""
@@ -55,6 +55,9 @@ class InLineBranch2d(BranchMixin, InLineAttention2d):
 def convolve_each(x: Tensor, weight: Tensor) -> Tensor:
     """Depthwise 3x3 convolution of every map `[B, H, W, C]` by weights of its own, `[B, C, 3, 3]`; zero-padded."""
     batch, rows, columns, dim = x.shape
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        alone = zip(x.split(1), weight.unsqueeze(2), strict=True)
+        return torch.cat([convolve_depthwise(image, w) for image, w in alone])
     if not torch.compiler.is_compiling():
         maps = x.permute(0, 3, 1, 2).reshape(1, batch * dim, rows, columns)
         out = F.conv2d(maps, weight.reshape(batch * dim, 1, 3, 3), padding=1, groups=batch * dim)

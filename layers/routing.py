@@ -105,7 +105,8 @@ class BiLevelRoutingAttention2d(_PositionAttention):
         x = complete_multiples(x, (self.regions, self.regions))
         query, key, value = self._heads(self.qkv["qkv"](x))
         out = routing_attention2d(query, key, value, regions=self.regions, topk=self.topk, impl=self.impl)
-        out = crop(out.flatten(-2) + conv_nhwc(self.lepe, value.flatten(-2)), (rows, columns))
+        local = conv_nhwc(self.lepe, value.flatten(-2).contiguous())  # on strides it takes CPUs several times as long
+        out = crop(out.flatten(-2) + local, (rows, columns))
         return self.proj_drop(self.wo(out))
 
     def attention_macs(self, grid: tuple[int, int]) -> int:

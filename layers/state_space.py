@@ -150,7 +150,7 @@ class Scan2d(nn.Module):
         if x.dim() != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, H, W, {self.dim}]")
         inner, outer = self.in_proj(x).chunk(2, dim=-1)
-        tokens = F.silu(conv_nhwc(self.conv, inner)).flatten(1, 2)
+        tokens = F.silu(conv_nhwc(self.conv, inner.contiguous())).flatten(1, 2)
         out = torch.zeros_like(tokens)
         for i, kind in enumerate(self.orders):
             order, inverse = (t.to(x.device) for t in scan_order(x.shape[1:3], kind))

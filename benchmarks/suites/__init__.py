@@ -3,6 +3,8 @@
 from ..benchmark import Benchmark
 from ..operators import Operator
 from .agent import Agent
+from .cores import Cores
+from .families import Families
 from .hilo import HiLoLayer
 from .linear import Linear
 from .masks import Masks
@@ -15,7 +17,7 @@ from .video import Video
 from .window import Window
 
 OPERATORS: tuple[Operator, ...] = (Neighborhood(), Window(), Routing(), Agent(), Linear(), Scan(), Masks())
-REGISTRY: tuple[Benchmark, ...] = (*OPERATORS, HiLoLayer(), Scaling(OPERATORS), Models(), Video())
+REGISTRY: tuple[Benchmark, ...] = (*OPERATORS, Cores(), HiLoLayer(), Scaling(OPERATORS), Models(), Families(), Video())
 SUITES = tuple(dict.fromkeys(benchmark.suite for benchmark in REGISTRY))
 
 

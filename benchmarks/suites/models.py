@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import foveal.zoo  # noqa: F401  registers the models
 import timm
@@ -28,6 +28,7 @@ PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "swin_small_patch4_win
 PEERS += ("vit_small_patch16_224",)
 QUICK = (*SMALL, *PEERS[:2])  # default sizes on a CPU
 RIVALS = [(name, peer) for name in OURS for peer in (PEERS[2:4] if name == "natten_dinat_s" else PEERS[:2])]
+SIZED = ("swin", "agent", "vit", "inline", "flatten", "flowformer", "illama", "binary", "smlpnet")  # learn a size
 SIZES = (224, 384, 512, 1024)
 BATCHES = {"cpu": {224: 8, 384: 4, 512: 2, 1024: 1}, "cuda": {224: 128, 384: 48, 512: 24, 1024: 6}}
 
@@ -46,8 +47,11 @@ class Case:
 
 
 def build(name: str, size: int) -> nn.Module:
-    """Model with random weights; its windows and biases fit images of this size."""
-    options: dict[str, Any] = {"img_size": size} if name.startswith(("swin", "agent", "vit")) else {}
+    """Model with random weights; its windows and biases fit images of this size. "MODEL window 56" has such windows."""
+    name, _, window = name.partition(" window ")
+    options: dict[str, Any] = {"img_size": size} if name.startswith(SIZED) else {}
+    if window:
+        options["window_size"] = int(window)
     return timm.create_model(name, **options)
 
 
@@ -79,6 +83,10 @@ def training(model: Any, images: Tensor, precision: Callable) -> Callable[[], Te
     return call
 
 
+def and_compiled(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name + suffix for name in names for suffix in ("", " compiled"))
+
+
 def short(name: str) -> str:
     return name.replace("_patch4_window7_224", "").replace("_patch16_224", "")
 
@@ -87,14 +95,16 @@ class Models(Benchmark):
     name = "backbones"
     suite = "models"
     title = "Backbones"
-    our_names = tuple(name + suffix for name in OURS for suffix in ("", " compiled"))
+    our_names = and_compiled(OURS)
     rivals = tuple((name + suffix, peer + suffix) for name, peer in RIVALS for suffix in ("", " compiled"))
     modes = ("inference", "training step")
+    case: ClassVar[type[Case]] = Case
+    cpu_sizes: ClassVar[Sequence[int]] = (224, 512)  # by default
 
     def cases(self, device: torch.device, *, everything: bool = False) -> Iterator[Case]:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        for size in SIZES if everything or device.type != "cpu" else (224, 512):
-            yield Case(size, BATCHES[device.type][size], dtype)
+        for size in SIZES if everything or device.type != "cpu" else self.cpu_sizes:
+            yield self.case(size, BATCHES[device.type][size], dtype)
 
     def makers(self, case: Case, mode: str, device: torch.device, *, everything: bool = False) -> dict[str, Maker]:
         quick = device.type == "cpu" and not everything
@@ -109,9 +119,13 @@ class Models(Benchmark):
             images = torch.randn(case.batch, 3, case.size, case.size, device=device)
             return step(torch.compile(model, dynamic=False) if compiled else model, images, precision)
 
-        names = QUICK if quick else (*OURS, *PEERS)
+        names = self.names(case, quick=quick)
         made: dict[str, Maker] = {name: partial(make, name, False) for name in names}
         return made if quick else made | {f"{name} compiled": partial(make, name, True) for name in names}
+
+    def names(self, case: Case, *, quick: bool) -> Sequence[str]:
+        """Models of a size; `quick` leaves out those that take a CPU long."""
+        return QUICK if quick else (*OURS, *PEERS)
 
     def derive(self, case: Case, mode: str, measured: Sequence[Metric], device: torch.device) -> Iterator[Metric]:
         """Images per second."""

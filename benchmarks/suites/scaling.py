@@ -44,17 +44,21 @@ class Scaling(Benchmark):
         return self.operators[case.kernel].work(case, mode)
 
     def conclude(self, rows: Sequence[Row]) -> Iterator[Row]:
-        """Slope of log time over log tokens, per kernel, provider and mode."""
-        series: dict[tuple[str, ...], list[Row]] = {}
-        for row in rows:
-            if row.metric == "time":
-                series.setdefault((row.kernel, row.provider, row.mode), []).append(row)
-        for timed in series.values():
-            tokens = [figures.tokens_of(row) for row in timed]
-            if len(set(tokens)) > 1:
-                slope = np.polyfit(np.log(tokens), np.log([row.p50 for row in timed]), 1)[0]
-                span = f"{min(tokens)} to {max(tokens)} tokens"
-                yield replace(timed[-1], metric="exponent", unit="", case=span, p20=None, p50=float(slope), p80=None)
+        return exponents(rows)
 
     def plot(self, rows: Sequence[Row], path: Path) -> None:
         figures.lines(rows, path, title=self.title)
+
+
+def exponents(rows: Sequence[Row]) -> Iterator[Row]:
+    """Slope of log time over log tokens, per kernel, provider and mode."""
+    series: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.metric == "time":
+            series.setdefault((row.kernel, row.provider, row.mode), []).append(row)
+    for timed in series.values():
+        tokens = [figures.tokens_of(row) for row in timed]
+        if len(set(tokens)) > 1:
+            slope = np.polyfit(np.log(tokens), np.log([row.p50 for row in timed]), 1)[0]
+            span = f"{min(tokens)} to {max(tokens)} tokens"
+            yield replace(timed[-1], metric="exponent", unit="", case=span, p20=None, p50=float(slope), p80=None)

@@ -59,35 +59,33 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: LinearCall) -> tupl
     out = query.new_empty(*query.shape[:-1], v.shape[-1])
     for part in _parts(q, v):
         x = _load(q, part, call.relu)
-        y = x @ matrix[part[0]]
+        y, into = _product(x, matrix[part[0]]).transpose(1, 2), out.flatten(1, -3)[part]
         if call.has_normaliser:
-            y /= call.bounded(x @ state.keys[part[0]].mT)
-        if call.centered:
-            y += _first(v, part) + state.values[part[0]]
-        out.flatten(1, -3)[part] = y.transpose(1, 2)
+            torch.div(y, call.bounded(_product(x, state.keys[part[0]].mT)).transpose(1, 2), out=into)
+        elif call.centered:
+            torch.add(y, (_first(v, part) + state.values[part[0]]).transpose(1, 2), out=into)
+        else:
+            into.copy_(y)
     return out, packed
 
 
 def _sum_state(k: Tensor, v: Tensor, call: LinearCall) -> Tensor:
-    """The packed state."""
+    """The packed state, in one pass over keys and values."""
     (batch, keys, heads, d), e = k.shape, v.shape[-1]
     packed = k.new_zeros(batch, heads, d * e + d + e, dtype=_accumulate(k))
     state = _unpack(packed, d, e)
     share = 1 / keys if call.mean else 1.0
-    if call.centered:
-        for part in _parts(k, v):
-            x, y = _load(k, part, call.relu), _load(v, part)
-            state.keys[part[0]].add_(x.sub_(_first(k, part, call.relu)).sum(2, keepdim=True))
-            state.values[part[0]].add_(y.sub_(_first(v, part)).sum(2, keepdim=True))
-        packed *= share
     for part in _parts(k, v):
         x, y = _load(k, part, call.relu), _load(v, part)
         if call.centered:
-            x.sub_(_first(k, part, call.relu)).sub_(state.keys[part[0]])
-            y.sub_(_first(v, part)).sub_(state.values[part[0]])
-        elif call.has_normaliser:
+            x.sub_(_first(k, part, call.relu))
+            y.sub_(_first(v, part))
+            state.values[part[0]].add_(y.sum(2, keepdim=True), alpha=share)
+        if call.centered or call.has_normaliser:
             state.keys[part[0]].add_(x.sum(2, keepdim=True), alpha=share)
-        state.matrix[part[0]].add_(x.mT @ y, alpha=share)
+        state.matrix[part[0]].add_(_product(x.mT, y), alpha=share)
+    if call.centered:
+        state.matrix.sub_(state.keys.mT @ state.values)
     return packed
 
 
@@ -123,18 +121,18 @@ def _query_gradient(q: Tensor, do: Tensor, state: _State, call: LinearCall, dq: 
     for part in _parts(q, do):
         x, dy = _load(q, part, call.relu), _load(do, part)
         if not call.has_normaliser:
-            dx = dy @ state.matrix[part[0]].mT
+            dx = _product(dy, state.matrix[part[0]].mT)
         else:
-            met = x @ state.keys[part[0]].mT
+            met = _product(x, state.keys[part[0]].mT)
             normaliser = call.bounded(met)
             dy /= normaliser
-            dx = dy @ state.matrix[part[0]].mT
+            dx = _product(dy, state.matrix[part[0]].mT)
             dn = (dx * x).sum(-1, keepdim=True).div_(normaliser).neg_()
             if call.floor is not None:
                 dn *= met >= call.floor
             dx.addcmul_(dn, state.keys[part[0]])
-            found.keys[part[0]].add_(dn.mT @ x)
-        found.matrix[part[0]].add_(x.mT @ dy)
+            found.keys[part[0]].add_(_product(dn.mT, x))
+        found.matrix[part[0]].add_(_product(x.mT, dy))
         if call.centered:
             found.values[part[0]].add_(dy.sum(2, keepdim=True))
         dq[part] = (_through_relu(dx, x) if call.relu else dx).transpose(1, 2)
@@ -147,13 +145,13 @@ def _key_gradient(k: Tensor, v: Tensor, state: _State, found: _State, call: Line
         x, y = _load(k, part, call.relu), _load(v, part)
         if call.centered:
             y.sub_(_first(v, part)).sub_(state.values[part[0]])
-        dx = y @ found.matrix[part[0]].mT
+        dx = _product(y, found.matrix[part[0]].mT)
         if call.has_normaliser:
             dx += found.keys[part[0]]
         dk[part] = (_through_relu(dx, x) if call.relu else dx).transpose(1, 2)
         if call.centered:
             x.sub_(_first(k, part, call.relu)).sub_(state.keys[part[0]])
-        dy = x @ found.matrix[part[0]]
+        dy = _product(x, found.matrix[part[0]])
         if call.centered:
             dy += found.values[part[0]]
         dv[part] = dy.transpose(1, 2)
@@ -170,17 +168,23 @@ def _parts(x: Tensor, y: Tensor) -> list[Part]:
 
 
 def _load(x: Tensor, part: Part, relu: bool = False) -> Tensor:
-    """A part `[entries, heads, tokens, d]` as a tensor of its own, in the dtype of sums.
-
-    Memory is read in its order first, and transposed in cache.
-    """
-    own = x[part].to(_accumulate(x), copy=True)
-    return (own.relu_() if relu else own).transpose(1, 2).contiguous()
+    """A part as a tensor of its own in the dtype of sums: a view `[entries, heads, tokens, d]` of memory in the order
+    of tokens."""
+    own = x[part].to(_accumulate(x), copy=True, memory_format=torch.contiguous_format)
+    return (own.relu_() if relu else own).transpose(1, 2)
 
 
 def _first(x: Tensor, part: Part, relu: bool = False) -> Tensor:
     """First token, subtracted before averaging (shifted mean): a large common offset would cost precision."""
     return _load(x, (part[0], slice(1)), relu)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """`x @ y` of `[entries, heads, ...]`; BLAS reads the heads of an entry where they are, `@` would copy them."""
+    out = x.new_empty(*x.shape[:-1], y.shape[-1])
+    for i in range(x.shape[0]):
+        torch.bmm(x[i], y[i], out=out[i])
+    return out
 
 
 def _accumulate(x: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from rich.console import Console
 from typer.testing import CliRunner
@@ -14,8 +15,10 @@ from benchmarks.__main__ import app
 from benchmarks.benchmark import Work, WrongResultError
 from benchmarks.records import Row
 from benchmarks.runner import Runner, check_agreement, matches
-from benchmarks.suites import REGISTRY, SUITES, of_suite
+from benchmarks.suites import REGISTRY, SUITES, models, of_suite
 from benchmarks.suites.agent import Agent
+from benchmarks.suites.cores import CORES, Cores
+from benchmarks.suites.families import OURS, TOKENS, WIDE, Families
 from benchmarks.suites.linear import Linear
 from benchmarks.suites.masks import Masks
 from benchmarks.suites.neighborhood import Case, Neighborhood
@@ -87,6 +90,7 @@ def test_the_registry_has_every_suite_and_leaves_gpu_sizes_out_on_cpu():
         "linear",
         "scan",
         "masks",
+        "cores",
         "hilo",
     }
     with pytest.raises(ValueError, match="suite='kernel' must be one of"):
@@ -183,6 +187,37 @@ def test_ours_and_the_written_out_form_are_held_to_the_reference(benchmark, dtyp
     )
     with pytest.raises(WrongResultError, match=f"{case.kernel} .* off by"):
         benchmark.verify(case, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", CORES)
+def test_linear_attentions_are_held_to_their_authors_operations(kernel, dtype, monkeypatch):
+    benchmark, case = Cores(), replace(next(c for c in Cores().cases(CPU) if c.kernel == kernel), side=9, dtype=dtype)
+    benchmark.verify(case, CPU)
+    if dtype == torch.float32:  # both run, and agree
+        for mode in benchmark.modes:
+            made = benchmark.makers(case, mode, CPU)
+            assert made.keys() >= {"foveal", "eager"} and any(x.startswith("dense") for x in made) == (
+                kernel == "inline"
+            )
+            check_agreement(made["eager"]()(), made["foveal"]()(), dtype)  # pyright: ignore
+            assert benchmark.work(case, mode).flops > 0
+    monkeypatch.setattr(Cores, "ours", lambda self, case, layer: lambda **x: 1.05 * CORES[kernel].ours(layer, **x))
+    with pytest.raises(WrongResultError, match=f"{kernel} .* off by"):
+        benchmark.verify(case, CPU)
+
+
+def test_every_family_has_its_rivals_and_its_sizes():
+    benchmark, cases = Families(), list(Families().cases(CPU))
+    assert [case.size for case in cases] == [224, 384, 512, 1024]
+    for case in cases:
+        names = benchmark.makers(case, "inference", CPU).keys()
+        assert (WIDE in names) == (case.size == 224) and (set(TOKENS) <= names) == (case.size < 512)
+        assert not benchmark.makers(case, "training step", CPU)
+    assert {x for x, _ in benchmark.rivals} == set(benchmark.our_names) and ("inline_swin_t", WIDE) in benchmark.rivals
+    assert all(timm.is_model(name) for name in OURS)
+    with torch.device("meta"):
+        assert models.build(WIDE, 224).layers[0].blocks[0].window_size == (56, 56)  # pyright: ignore
 
 
 def test_a_peer_that_computes_something_else_is_left_out(tmp_path):

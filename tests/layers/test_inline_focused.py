@@ -12,6 +12,7 @@ from foveal.layers import (
     InLineBranch2d,
     ProjectedAttention2d,
 )
+from foveal.layers.focused import focused_features
 from foveal.layers.inline import convolve_each
 from golden_weights import image_a, load_synthetic
 from torch import nn
@@ -177,3 +178,21 @@ def test_errors_and_refusals(name):
         torch.jit.script(layer)
     assert isinstance(layer, ProjectedAttention2d)
     assert {p.device.type for p in LAYERS[name](device="meta").parameters()} == {"meta"}
+
+
+def test_focused_features_of_some_tokens_at_a_time_are_those_of_all(monkeypatch):
+    """Values, gradients, those of positions and scales included, and what a compiler traces."""
+    monkeypatch.setattr("foveal.layers.focused.CHUNK", 3 * 16)
+    x, scale, positions = (
+        draw(*size).requires_grad_() for size in ((2, 11, 16), (1, 1, 16), (1, 11, 16))
+    )  # fmt: skip
+
+    def compiled(*tensors):
+        monkeypatch.setattr("foveal.layers.focused.is_plain_call", lambda: False)
+        return focused_features(*tensors)
+
+    outs = [focused_features(x, scale, positions), compiled(x, scale, positions)]
+    torch.testing.assert_close(*outs, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(y.sin().sum(), (x, scale, positions)) for y in outs]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
