@@ -1,7 +1,8 @@
 """Attentions of the linear family between their projections: feature maps, normalisers and convolutions included.
 
 Each against the operations of its authors' code, written out in their order, on the grids of 224, 448 and 896 pixels
-at a stride of 4. Dense attention, the same for all, is measured beside the first. Weights are random. The growth of time with the number of tokens is in the rows of the metric "exponent".
+at a stride of 4. Dense attention, the same for all, is measured beside the first. Weights are random. Rows of the
+metric "exponent" hold the growth of time with the number of tokens.
 """
 
 import copy
@@ -197,8 +198,8 @@ class Cores(Benchmark):
         """Hold the layer on a small map to its formulation in float64."""
         small = Case(case.kernel, 12, 1, case.dtype)
         layer, eager = self.layer(small, device), CORES[case.kernel].eager
-        given = as_leaves(self.inputs(small, device))
-        exact = as_leaves(given, torch.float64)
+        given = as_leaves({**self.inputs(small, device)})
+        exact = as_leaves({**given}, torch.float64)
         found = gradients(given, self.ours(small, layer)(**given), None, 1)
         truth = gradients(exact, eager(copy.deepcopy(layer).double(), **exact), None, 1)
         yardstick = gradients(given, eager(layer, **given), None, 1) if case.dtype.itemsize < 4 else None

@@ -4,11 +4,13 @@ import pytest
 import torch
 from foveal.kernels.block_sparse.reference import dense_bias
 from foveal.kernels.masks.named import resolve
+from foveal.layers import Scan2d
 from foveal.zoo.video.attention import VideoAttention
-from foveal.zoo.video.pattern import Pattern
+from foveal.zoo.video.pattern import Pattern, attend
 from foveal.zoo.video.positions import default_axes, grid_positions, rotary_embedding
 from torch.nn import functional as F
 from video_helpers import draw, inputs, make, visible
+from video_models import tiny_model
 
 HEADS, SIZE = 2, 12
 DIM = HEADS * SIZE
@@ -243,6 +245,10 @@ def test_fused_projections_change_nothing(options):
         ({"type": "sparse", "mask": "vsa", "options": {"tile": 2}}, "has no"),
         ({"type": "sparse", "mask": "vsa", "budget": 2}, "budget=2"),
         ({"type": "sparse", "mask": "psa", "flat": True}, "must be one of"),
+        ({"type": "local_scan", "window": [8, 8]}, r"window=\[8, 8\]"),
+        ({"type": "local_scan", "shift": 8}, "shift=8 must be an integer from 0 to window - 1"),
+        ({"type": "local_scan", "options": {"heads": 2}}, "some of"),
+        ({"type": "local_scan", "causal": True}, "local_scan takes"),
     ],
 )
 def test_wrong_layers_are_named(layer, message):
@@ -290,3 +296,56 @@ def test_dense_attention_knows_tokens_by_position_alone():
     given["hidden_states"] = shuffled(given["hidden_states"])
     positions = grid_positions((3, 2, 2))[order]
     torch.testing.assert_close(model(**given, positions=positions).sample, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_local_scan_layers_see_their_window_of_their_frame():
+    """Windows of a frame whose sides they do not divide, moved: those of the rolled frame, without what only rolling
+    joined (Swin)."""
+    (rows, columns), window, shift = (7, 5), 4, 3
+    query, key, value = (draw(2, 3, rows, columns, HEADS, SIZE, seed=i) for i in range(3))
+
+    def labels(length: int) -> torch.Tensor:
+        place = (torch.arange(length) - shift) % length
+        return 2 * (place // window) + (torch.arange(length) < shift)
+
+    label = (10 * labels(rows)[:, None] + labels(columns)).flatten()
+    flat = (x.flatten(0, 1).flatten(1, 2) for x in (query, key, value))
+    expected = softmax_attention(*flat, label[:, None] == label).view(2, 3, rows, columns, HEADS, SIZE)
+    pattern = Pattern.from_config({"type": "local_scan", "window": window, "shift": shift})
+    found = attend(pattern, query, key, value, text=None, dense=None)  # pyright: ignore
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert not pattern.remembers
+
+
+@pytest.mark.parametrize("modulation", ["adaln_single", "td_ln"])
+def test_local_scan_blocks_are_lamamba_diffs(modulation):
+    """Scans, windows, MLP, each shifted, scaled and gated, each frame alone; at first nothing but the input."""
+    layers = [{"type": "local_scan", "window": 2, "options": {"state_dim": 4}}]
+    layers.append({**layers[0], "shift": 1})
+    model = tiny_model(None, attention=layers, modulation=modulation).double()
+    x, time = draw(1, 1, 3, 12, 20), torch.tensor([300.0])
+    block = model.blocks[1]
+    tokens, grid = draw(1, 3 * 3 * 5, 32), (3, 3, 5)
+    conditioning = model.condition(time, model.embed_time(time, torch.float64))
+    rope = rotary_embedding(grid_positions(grid), axes=model.rope_axes, theta=100.0, dtype=torch.float64)
+    expected = tokens
+    (part,) = block.scan_modulation(conditioning)
+    frames = part.modulate(expected, 1e-6).view(3, 3, 5, -1)
+    expected = part.residual(expected, Scan2d.forward(block.scan, frames).view(tokens.shape))
+    attention, mlp = block.modulation(conditioning)
+    update, _ = block.attn1(attention.modulate(expected, 1e-6), rotary_emb=rope, grid=grid)
+    expected = attention.residual(expected, update)
+    expected = mlp.residual(expected, block.mlp(mlp.modulate(expected, 1e-6)))
+    torch.testing.assert_close(block(tokens, None, conditioning, None, rope, grid), expected)
+
+    out = model(x, time).sample
+    x[:, :, 2] += 1
+    assert torch.equal(out[:, :, :2], model(x, time).sample[:, :, :2]) and model.is_causal
+    grads = torch.autograd.grad(model(x, time).sample.square().sum(), list(model.parameters()))
+    assert all(grad.abs().max() > 0 for (name, _), grad in zip(model.named_parameters(), grads, strict=True)
+               if name.startswith("blocks.1.scan"))  # fmt: skip
+
+
+def test_text_that_attends_along_has_no_place_in_local_scan_layers():
+    with pytest.raises(ValueError, match="local_scan layers have no place for the text of 'joint'"):
+        tiny_model("joint", attention=["dense", {"type": "local_scan"}])

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from .attention import Grid, VideoAttention
 from .kv_cache import LayerCache
+from .local_scan import frame_scan
 from .modulation import MODULATIONS, wide
 from .pattern import Pattern
 
@@ -38,7 +39,7 @@ MLPS = {"gelu": GeluMLP, "swiglu": SwiGLU}
 
 
 class VideoDiTBlock(nn.Module):
-    """Attention, optional cross-attention to text, MLP.
+    """Attention, optional cross-attention to text, MLP; where the pattern says so, scans of each frame before them.
 
     Args:
         dim: channels, `heads * head_dim`.
@@ -69,6 +70,10 @@ class VideoDiTBlock(nn.Module):
         sizes = {"heads": heads, "head_dim": head_dim, "eps": eps}
         self.eps = eps
         self.modulation = MODULATIONS[modulation](dim)
+        self.scan = self.scan_modulation = None
+        if pattern.type == "local_scan":
+            self.scan = frame_scan(dim, heads, pattern.options)
+            self.scan_modulation = MODULATIONS[modulation](dim, parts=1)
         self.attn1 = VideoAttention(dim, pattern=pattern, gated=gated, **sizes)
         self.attn2 = VideoAttention(dim, pattern=None, **sizes) if cross else None
         self.mlp = MLPS[mlp](dim, mlp_ratio)
@@ -86,6 +91,9 @@ class VideoDiTBlock(nn.Module):
     ) -> Tensor:
         """One layer: `[B, S, dim]` to the same; see `VideoAttention.forward` and `modulation` for the arguments."""
         options = attention_kwargs or {}
+        if self.scan is not None and self.scan_modulation is not None:
+            (part,) = self.scan_modulation(conditioning)
+            hidden_states = part.residual(hidden_states, self.scan(part.modulate(hidden_states, self.eps), grid))
         attention, mlp = self.modulation(conditioning)
         update, _ = self.attn1(
             attention.modulate(hidden_states, self.eps), rotary_emb=rotary_emb, grid=grid, cache=cache, **options

@@ -45,15 +45,14 @@ class Modulation(NamedTuple):
 class AdaLNSingle(nn.Module):
     """One projection of the timestep for all blocks and a table of offsets in each (PixArt-alpha, arXiv:2310.00426)."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, parts: int = 2):
         super().__init__()
-        self.scale_shift_table = nn.Parameter(torch.zeros(6, dim))
+        self.scale_shift_table = nn.Parameter(torch.zeros(3 * parts, dim))
 
-    def forward(self, conditioning: Tensor) -> tuple[Modulation, Modulation]:
-        """Modulation of attention and of MLP from the shared projection `[B, M, 6, dim]`."""
-        values = self.scale_shift_table + conditioning  # [B, M, 6, dim]
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = values.unsqueeze(3).unbind(2)
-        return Modulation(shift, scale, gate), Modulation(mlp_shift, mlp_scale, mlp_gate)
+    def forward(self, conditioning: Tensor) -> tuple[Modulation, ...]:
+        """Modulation of attention and of MLP, or of the first alone, from the shared projection `[B, M, 6, dim]`."""
+        values = self.scale_shift_table + conditioning[:, :, : len(self.scale_shift_table)]  # [B, M, 3 * parts, dim]
+        return tuple(Modulation(*part.unbind(2)) for part in values.unsqueeze(3).split(3, dim=2))
 
 
 class TimeDependentLayerNorm(nn.Module):
@@ -63,18 +62,17 @@ class TimeDependentLayerNorm(nn.Module):
     w = 4 and b = -2 to begin with: the first end belongs to noise, the second to data, and they learn apart.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, parts: int = 2):
         super().__init__()
-        self.ends = nn.Parameter(torch.zeros(2, 2, 2, dim))  # [attention or MLP, end, shift or scale - 1, dim]
-        self.slope = nn.Parameter(torch.full((2,), 4.0))
-        self.offset = nn.Parameter(torch.full((2,), -2.0))
+        self.ends = nn.Parameter(torch.zeros(parts, 2, 2, dim))  # [attention or MLP, end, shift or scale - 1, dim]
+        self.slope = nn.Parameter(torch.full((parts,), 4.0))
+        self.offset = nn.Parameter(torch.full((parts,), -2.0))
 
-    def forward(self, conditioning: Tensor) -> tuple[Modulation, Modulation]:
-        """Modulation of attention and of MLP from the time `[B, M]` in [0, 1]."""
-        s = torch.sigmoid(self.slope * conditioning[..., None] + self.offset)[..., None, None]  # [B, M, 2, 1, 1]
-        affine = s * self.ends[:, 0] + (1 - s) * self.ends[:, 1]  # [B, M, 2, 2, dim]
-        (shift, scale), (mlp_shift, mlp_scale) = (half.unsqueeze(3).unbind(2) for half in affine.unbind(2))
-        return Modulation(shift, scale, None), Modulation(mlp_shift, mlp_scale, None)
+    def forward(self, conditioning: Tensor) -> tuple[Modulation, ...]:
+        """Modulation of attention and of MLP, or of the first alone, from the time `[B, M]` in [0, 1]."""
+        s = torch.sigmoid(self.slope * conditioning[..., None] + self.offset)[..., None, None]  # [B, M, parts, 1, 1]
+        affine = s * self.ends[:, 0] + (1 - s) * self.ends[:, 1]  # [B, M, parts, 2, dim]
+        return tuple(Modulation(*part.unsqueeze(3).unbind(2), None) for part in affine.unbind(2))
 
 
 class SNRLayerNorm(nn.Module):

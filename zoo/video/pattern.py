@@ -15,13 +15,15 @@ from torch import Tensor
 from ...kernels.common.calling import is_per_head
 from ...kernels.masks.named import attend_lists, named_lists, resolve
 from ...kernels.ops import merge_attentions, na3d
+from .local_scan import attend_windows, check_local_scan
 
 Attend = Callable[..., Tensor]  # attention of [B, queries, heads, d] to [B, keys, heads, d], with attn_mask
 Sizes = tuple[Any, ...]  # an integer for each of t, h, w, or such a tuple for each head
-TYPES = ("dense", "window", "spatial", "temporal", "first", "sparse")
+TYPES = ("dense", "window", "spatial", "temporal", "first", "sparse", "local_scan")
 OPTIONS = {  # of types that take more than "causal"
     "window": ("causal", "window", "stride", "dilation"),
     "sparse": ("mask", "options", "budget", "flat"),
+    "local_scan": ("window", "shift", "options"),
 }
 
 
@@ -52,7 +54,8 @@ class Pattern:
 
     Attributes:
         type: "dense", "window", "spatial" (each frame by itself), "temporal" (each place by itself), "first" (every
-            frame sees the first one alone) or "sparse".
+            frame sees the first one alone), "sparse" or "local_scan" (windows of each frame, behind scans of it; see
+            `local_scan`).
         causal: whether a frame sees no later frame; nothing to a spatial layer, always of a "first" one.
         window, stride, dilation: of "window", along (t, h, w), or one such tuple per head; see
             `foveal.kernels.ops.na3d`.
@@ -61,6 +64,7 @@ class Pattern:
         options: keyword arguments of the mask.
         budget: share of the keys that a query sees, in (0, 1], for masks that take one.
         flat: the mask is given the tokens as one sequence in raster order.
+        shift: of "local_scan", how far its windows, of the side window[1], are moved; options are those of its scans.
     """
 
     type: str = "dense"
@@ -72,6 +76,7 @@ class Pattern:
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: float | None = None
     flat: bool = False
+    shift: int = 0
 
     @classmethod
     def from_config(cls, layer: str | Mapping[str, Any]) -> "Pattern":
@@ -89,6 +94,10 @@ class Pattern:
             raise ValueError(f"attention={layer!r} has {sorted(options.keys() - known)}; {kind} takes {sorted(known)}")
         if kind == "sparse":
             return cls._sparse(layer, options)
+        if kind == "local_scan":
+            window, shift, scans = options.get("window", 8), options.get("shift", 0), options.get("options") or {}
+            check_local_scan(layer, window, shift, scans)
+            return cls(kind, window=(1, window, window), options=dict(scans), shift=shift)
         causal = options.get("causal", False)
         if not isinstance(causal, bool):
             raise ValueError(f"attention={layer!r}: causal={causal!r} must be true or false")
@@ -140,7 +149,7 @@ class Pattern:
     @property
     def remembers(self) -> bool:
         """Return whether a frame attends to other frames, so that a rollout needs their keys."""
-        return self.type != "spatial"
+        return self.type not in ("spatial", "local_scan")
 
     def first_needed(self, frames: int) -> int:
         """First frame that any frame from `frames` on can see, down to where stride and dilation groups of all heads
@@ -221,6 +230,8 @@ def attend(
         dense: what computes attention without a pattern.
         qk_dtype: what queries and keys of windows are rounded to; see `foveal.kernels.ops.na3d`.
     """
+    if pattern.type == "local_scan":
+        return attend_windows(query, key, value, pattern.window[1], pattern.shift)
     if pattern.type == "sparse":
         return _sparse(pattern, query, key, value, text)
     if pattern.type == "first":

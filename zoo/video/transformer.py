@@ -52,7 +52,9 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
             {"type": "window", "window": [3, 3, 3], "stride": 1, "dilation": 1, "causal": True}; "causal" (in time) goes
             with these types. Windows fit themselves to small videos; see `pattern.Pattern.fit`. Or
             {"type": "sparse", "mask": "vsa", "options": {"block": [2, 4, 4]}, "budget": 0.2}: blocks of a mask of
-            `foveal.kernels.masks`, "flat": True for masks of the flattened grid; see `pattern.Pattern`.
+            `foveal.kernels.masks`, "flat": True for masks of the flattened grid; see `pattern.Pattern`. Or
+            {"type": "local_scan", "window": 8, "shift": 4}, LaMamba-Diff's: scans of each frame, then attention in its
+            windows; not with "joint".
         rope_theta: longest wavelength of the rotary embedding over 2 pi.
         rope_axes: channels of a head that turn with t, h and w; 24, 20, 20 of 64 in proportion when None.
         modulation: "adaln_single", "td_ln" (`modulation.TimeDependentLayerNorm`; the embedding of timestep and class
@@ -133,6 +135,8 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
             "eps": eps,
         }
         if conditioning == "joint":
+            if any(pattern.type == "local_scan" for pattern in self.patterns):
+                raise ValueError(f"attention={attention!r}: local_scan layers have no place for the text of 'joint'")
             blocks = (
                 JointVideoDiTBlock(dim, pattern=pattern, last=i == num_layers - 1, **common)
                 for i, pattern in enumerate(self.patterns)
@@ -166,7 +170,8 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         if self.class_embed is not None:
             nn.init.normal_(self.class_embed.weight, std=0.02)
         zero = [self.proj_out, self.modulation_proj]
