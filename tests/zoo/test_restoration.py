@@ -48,6 +48,29 @@ def test_shadow_remover_recorded():
     torch.testing.assert_close(found, recorded("rasm_e8")["y"], rtol=1e-6, atol=1e-6)
 
 
+@torch.no_grad()
+def test_catanet_recorded(monkeypatch):
+    """The official code sorts without stability: its order among tokens of one center is recorded, and checked here."""
+    model, orders = fill(CATANet(scale=4, official_overlap=True).double()), iter(recorded("catanet_x4")["orders"])
+
+    def order(self, normed: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+        given = next(orders).long()[None]
+        nearest = (F.normalize(normed, dim=-1) @ F.normalize(centers, dim=-1).T).argmax(-1)
+        assert torch.equal(given.sort().values[0], torch.arange(32 * 40))
+        assert (nearest.gather(1, given).diff() >= 0).all()
+        return given
+
+    monkeypatch.setattr(type(model.blocks[0][0]), "order", order)
+    assert sum(p.numel() for p in model.parameters()) == 535195
+    found = model(noise((1, 3, 32, 40), 11))[..., ::5, ::5]
+    torch.testing.assert_close(found, recorded("catanet_x4")["y"].double(), rtol=1e-6, atol=1e-6)
+
+
+def test_tokens_of_a_center_keep_their_order():
+    block = CATANet(depth=1).blocks[0][0]
+    assert torch.equal(block.order(torch.ones(1, 900, 40), block.means)[0], torch.arange(900))
+
+
 @pytest.mark.parametrize("scale", [2, 3, 4])
 @pytest.mark.parametrize(
     "make", [lambda s: A2N(scale=s, width=8, up_width=8, depth=2), lambda s: CATANet(scale=s, depth=2)]
