@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
@@ -206,7 +206,10 @@ class BagHead(nn.Module):
         self.mask_top, self.mask_ratio = mask_top, mask_ratio
         self.dimreduction = nn.ModuleDict({"fc1": nn.Linear(dim, inner, bias=False, **dd)})
         self.attention = GatedAttention(inner, hidden, branches, **dd)
-        self.classifier = nn.ModuleList(_Linear(inner, num_classes, **dd) for _ in range(branches))
+        # a single branch pools as the bag does, and its classifier would never learn
+        self.classifier = nn.ModuleList(
+            _Linear(inner, num_classes, **dd) for _ in range(branches if branches > 1 else 0)
+        )
         self.Slide_classifier = _Linear(inner, num_classes, **dd)
 
     def mask_strongest(self, logits: Tensor) -> Tensor:
@@ -250,22 +253,31 @@ class BagHead(nn.Module):
             logits = self.mask_strongest(logits)
         weights = logits.softmax(-1)
         pooled = weights @ hidden  # [B, branches, inner]
-        each = torch.stack([f(pooled[:, k]) for k, f in enumerate(self.classifier)], dim=1)
-        return each, self.Slide_classifier(weights.mean(1, keepdim=True) @ hidden)[:, 0], weights
+        whole = self.Slide_classifier(weights.mean(1, keepdim=True) @ hidden)
+        each = [f(pooled[:, k]) for k, f in enumerate(self.classifier)]
+        return torch.stack(each, dim=1) if each else whole, whole[:, 0], weights
 
-    def losses(self, tokens: Tensor, target: Tensor, *, mask: Tensor | None = None) -> dict[str, Tensor]:
+    def losses(
+        self,
+        tokens: Tensor,
+        target: Tensor,
+        *,
+        mask: Tensor | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    ) -> dict[str, Tensor]:
         """Losses of training, to be added: `bag`, `branches` and `diversity`, the likeness of the branches' weights.
 
         Args:
             tokens: instances `[B, N, dim]`.
             target: classes `[B]`.
             mask: instances that are there, bool `[B, N]`.
+            loss: of logits `[B, classes]` and targets `[B]`, a mean over bags.
         """
         each, whole, weights = self.branches(tokens, mask=mask)
         count = each.shape[1]
-        found = {"bag": F.cross_entropy(whole, target)}
+        found = {"bag": loss(whole, target)}
         if count > 1:
-            found["branches"] = F.cross_entropy(each.flatten(0, 1), target.repeat_interleave(count))
+            found["branches"] = loss(each.flatten(0, 1), target.repeat_interleave(count))
             pairs = [F.cosine_similarity(weights[:, i], weights[:, j]) for i, j in combinations(range(count), 2)]
             found["diversity"] = torch.stack(pairs).mean()
         return found

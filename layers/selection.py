@@ -36,14 +36,34 @@ class SelectAndPackAttention2d(ProjectedAttention2d):
 
         In training `logits` becomes those of the gate, `[B, H, W]`, for `selection_loss`.
         """
+        out, _, logits = self.attend_selected(x)
+        if self.training:
+            self.logits = logits
+        return out
+
+    def attend_selected(self, x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend, and tell what is selected.
+
+        Args:
+            x: `[B, H, W, dim]`.
+            mask: tokens that may be selected, bool `[B, H, W]`; all when None.
+
+        Returns:
+            attended: `[B, H, W, dim]`, zero for tokens that are not selected.
+            weight: see `select`, `[B, H * W]`.
+            logits: of the gate, `[B, H, W]`; very small where the mask is False.
+
+        Raises:
+            ValueError: another shape.
+        """
         if x.dim() != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, H, W, {self.dim}]")
         logits = self.gate(x).squeeze(-1)
-        if self.training:
-            self.logits = logits
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -1e4)  # finite in half precision, too
         chosen, weight = self.select(logits.flatten(1))
         attend = self._packed if self.pack else self._masked
-        return (attend(x.flatten(1, 2), chosen) * weight.to(x.dtype)[..., None]).view(x.shape)
+        return (attend(x.flatten(1, 2), chosen) * weight.to(x.dtype)[..., None]).view(x.shape), weight, logits
 
     def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Choose tokens by their logits `[B, N]`.

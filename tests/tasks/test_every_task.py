@@ -12,6 +12,7 @@ TABLE = ("data=imagetable", "data.root=TABLE", "data.columns=[one,two]", "data.i
 OPTIONS = {
     "classification": (),
     "probing": ("task.neighbors=3",),
+    "bags": ("data=digit_bags", "callbacks=bags", "metric=val/auroc"),
     "multilabel": ("callbacks=multilabel", "metric=val/map", *TABLE),
     "regression": ("callbacks=regression", "metric=val/r2", *TABLE, "data.targets=values"),
     "pretraining": (

@@ -41,6 +41,7 @@ class SeededData(LightningDataModule):
 
     item = "images"  # what messages call the items
     seeded_dataset = SeededDataset
+    collate: Callable[[list[Any]], Any] | None = None  # makes a batch of items; None: PyTorch's
 
     def __init__(self, *, batch_size: int, seed: int = 0, shuffle: bool = True, num_workers: int | None = 0):
         super().__init__()
@@ -98,6 +99,7 @@ class SeededData(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=pin_memory,
             receive=self._receiver(split, sampler),
+            collate=self.collate,
         )
 
     def _seeded(self, dataset: Dataset) -> SeededDataset:

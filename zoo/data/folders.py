@@ -150,8 +150,8 @@ def hold_out(images: Sequence[Image], *, root: Path, fraction: float, seed: int)
     return [image for image in images if image not in held], [image for image in images if image in held]
 
 
-def _folder_of(root: Path, split: str) -> Path | None:
-    """The folder of a split; the exact name comes before other cases of it."""
+def folder_of(root: Path, split: str) -> Path | None:
+    """The folder of a split, None where there is none; the exact name comes before other cases of it."""
     exact = {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
     lower = {name.lower(): path for name, path in exact.items()}
     return next((names[name] for names in (exact, lower) for name in SPLITS[split] if name in names), None)
@@ -227,7 +227,7 @@ def list_folder(root: Path, *, fraction: float, seed: int) -> Listing:
         FileNotFoundError: there is a split, but none for training.
         ValueError: there are no images in folders of classes, or a folder may be a split or a class.
     """
-    folders = {split: folder for split in SPLITS if (folder := _folder_of(root, split))}
+    folders = {split: folder for split in SPLITS if (folder := folder_of(root, split))}
     scans = {split: (folder, scan(folder)) for split, folder in folders.items()}
     if "train" in scans and scans["train"][1].images:
         return _list_splits(root, scans, fraction=fraction, seed=seed)
@@ -354,7 +354,7 @@ def list_table(table: Path, *, root: Path, fraction: float, seed: int) -> Listin
 
 def _is_needed(table: Path, root: Path) -> bool:
     """Return whether `root/labels.csv` gives the classes: it has the columns, and no training folder has classes."""
-    train = _folder_of(root, "train")
+    train = folder_of(root, "train")
     if train and scan(train).images:
         return False
     columns = next((row.keys() for _, row in table_rows(table)), set())

@@ -148,6 +148,7 @@ class ResumableLoader(DataLoader):
         sampler: the `EpochSampler` of this rank.
         num_workers, pin_memory: as in `DataLoader`.
         receive: what each batch goes through in this process before it is handed out.
+        collate: makes a batch of items; None: PyTorch's.
     """
 
     def __init__(
@@ -158,9 +159,11 @@ class ResumableLoader(DataLoader):
         num_workers: int = 0,
         pin_memory: bool = False,
         receive: Callable[[Any], Any] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
     ):
         super().__init__(
             dataset,
+            collate_fn=collate,
             batch_sampler=BatchSampler(sampler, sampler.batch_size, drop_last=False),
             num_workers=num_workers,
             pin_memory=pin_memory,

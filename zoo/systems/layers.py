@@ -335,7 +335,7 @@ PROBES = (
         "arXiv:1802.04712",
         "layers.pooling:BagHead",
         "layers/test_pooling.py::test_instances_have_no_order_and_padding_no_effect",
-        shown="`BagHead(branches=1)`",
+        shown="`BagHead(branches=1)`, `task=bags`",
     ),
     System(
         "ACMIL, bags of instances",
@@ -343,6 +343,16 @@ PROBES = (
         "layers.pooling:BagHead",
         "layers/test_pooling.py::test_bags_recorded",
         note="gated form recorded",
+        shown="`BagHead`, `task.head.name=acmil`",
+    ),
+    System(
+        "SPA in bags, attention among selected instances",
+        "arXiv:2410.23608",
+        "layers.bags:PackedBagHead",
+        "layers/test_bags.py::test_instances_that_are_not_selected_have_no_effect",
+        "idea",
+        "the paper has images and video; no code is public",
+        shown="`PackedBagHead`, `task.head.name=spa`",
     ),
     System(
         "SAT, localization from labels",

@@ -179,11 +179,13 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
         "miou": ("mean intersection over union", 100, ".2f", " %"),
         "acc": ("pixels right", 100, ".2f", " %"),
         "map": ("mean average precision", 100, ".2f", " %"),
+        "auroc": ("area under the ROC curve", 1, ".3f", ""),
         "f1": ("F1", 100, ".2f", " %"),
         "mae": ("mean absolute error", 1, ".4g", ""),
         "r2": ("R²", 1, ".4f", ""),
         "accuracy": ("accuracy of samples", 100, ".0f", " %"),
         "frechet": ("Fréchet distance", 1, ".1f", ""),
+        "psnr": ("PSNR of luma", 1, ".2f", " dB"),
         "loss": ("loss", 1, ".4f", ""),
     }
     numbers = ""
@@ -197,6 +199,7 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
     names = (
         "curves.png",
         "predictions.png",
+        "bags.png",
         "confusion.png",
         "per_class.csv",
         "per_label.csv",
@@ -215,5 +218,6 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
     for name in names:
         if (run_dir / name).exists():
             console().print(str(shown / name))
-    for line in _next_steps(run_dir, shlex.quote(str(shown))):
+    bags = f"{split}/auroc" in metrics  # no command classifies those
+    for line in [] if bags else _next_steps(run_dir, shlex.quote(str(shown))):
         say(line, lead="next")
