@@ -165,6 +165,7 @@ class CanvasViT(nn.Module):
         canvas_grid, canvas_registers, canvas_heads, canvas_head_dim: cells a side, and sizes of the canvas.
         stride: blocks between a reading and a writing: reads after blocks stride - 1, writes stride later, and on.
         convex: writings mix by a gate instead of adding.
+        init_values: of layer scale at the start.
         in_chans: of the images.
 
     Raises:
@@ -185,6 +186,7 @@ class CanvasViT(nn.Module):
         canvas_head_dim: int = 128,
         stride: int = 2,
         convex: bool = False,
+        init_values: float = 1e-5,
         in_chans: int = 3,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -205,7 +207,9 @@ class CanvasViT(nn.Module):
         self.backbone = nn.Module()
         self.backbone.patch_embed = nn.Module()
         self.backbone.patch_embed.proj = nn.Conv2d(in_chans, embed_dim, patch, stride=patch, **dd)
-        self.backbone.blocks = nn.ModuleList(GlimpseBlock(embed_dim, num_heads, **dd) for _ in range(depth))
+        self.backbone.blocks = nn.ModuleList(
+            GlimpseBlock(embed_dim, num_heads, init_values=init_values, **dd) for _ in range(depth)
+        )
         turns = range(stride - 1, depth, stride)
         self.read_after, self.write_after = list(turns[::2]), list(turns[1::2])
         self.canvas_read = nn.ModuleList(CanvasRead(embed_dim, dim, canvas_heads, **dd) for _ in self.read_after)

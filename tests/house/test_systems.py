@@ -18,7 +18,7 @@ SHELVES = {  # folders of which every file is a system, but for these
     "layers": {"base", "completion", "dense", "positions"},
     "zoo/backbones": set(),
     "zoo/control/recipes": set(),
-    "zoo/heads": {"attentions", "parts"},
+    "zoo/heads": {"attentions", "few_labels", "parts"},
     "zoo/pretraining": {"views"},
     "zoo/restoration": {"base"},
 }

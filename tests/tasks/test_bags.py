@@ -89,6 +89,7 @@ def test_wrong_bags(tmp_path):
         DigitBags(digit=11)
 
 
+@pytest.mark.slow
 def test_a_trunk_of_images_stays_frozen(tmp_path):
     options = (
         "data=digit_bags", "task.head.name=spa", "task.mark_weight=1.0", "task.head.inner=16",

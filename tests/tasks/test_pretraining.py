@@ -23,7 +23,7 @@ SHORT = (
 @pytest.mark.parametrize(
     "options",
     [
-        ("task.masking=green",),
+        ("task.masking=green", "task.probe_shots=1"),
         ("task.masking=hard", "task.loss_prediction=true", "task.teacher_decay=0.5"),
         ("task.objective=positions", "task.ratio=0.5"),
         ("task.objective=cross_view", "task.view={degrees:10}"),
@@ -41,6 +41,7 @@ def test_objectives(options, tmp_path):
     assert any(n.startswith(blocks) for n in moved) and not any("pos_embed" in n for n in moved)
     assert any(n.startswith("teacher.") for n in moved) == ("task.teacher_decay=0.5" in options)
     assert torch.isfinite(trainer.callback_metrics["val/loss"])
+    assert ("val/probe" in trainer.callback_metrics) == ("task.probe_shots=1" in options)
     assert ("val/accuracy" in trainer.callback_metrics) == ("task.objective=positions" in options)
     if task.loss_prediction:
         assert -1 <= trainer.callback_metrics["val/rank"] <= 1

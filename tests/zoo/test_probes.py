@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from foveal.zoo.heads.attach import attach_head, predict_by_neighbors, tokens_of
+from foveal.zoo.heads.few_labels import few_label_accuracy
 from foveal.zoo.heads.localization import SpatialTokenViT, box_of
 from foveal.zoo.heads.paired import PairedViT
 from recorded_modules import fill, noise, recorded
@@ -67,6 +68,23 @@ def test_neighbours():
 
 
 # localization
+
+
+def test_few_labels():
+    torch.manual_seed(0)
+    labels = torch.arange(60) % 3 + 4
+    clear = torch.nn.functional.one_hot(labels - 4) + 0.01 * torch.randn(60, 3)
+    assert few_label_accuracy(clear, labels).eq(1).all()
+    vague = torch.randn(300, 8), torch.arange(300) % 3
+    found = few_label_accuracy(*vague, shots=5, draws=30)
+    assert found.shape == (30,) and abs(found.mean() - 1 / 3) < 0.03
+    assert torch.equal(found, few_label_accuracy(*vague, shots=5, draws=30))
+    half = clear + torch.randn(60, 3)
+    accuracies = [few_label_accuracy(half, labels, shots=shots).mean() for shots in (1, 5, 15)]
+    assert accuracies == sorted(accuracies)  # more labels, fewer mistakes
+    for wrong in ({"shots": 20}, {"labels": torch.zeros(60, dtype=torch.long)}):
+        with pytest.raises(ValueError, match="shots="):
+            few_label_accuracy(clear, **({"labels": labels} | wrong))
 
 
 def test_spatial_token_recorded():

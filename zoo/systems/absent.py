@@ -18,7 +18,6 @@ class Absent(NamedTuple):
 
 
 ABSENT = (
-    Absent("KVQ, saliency of regions for video quality", "arXiv:2503.10259", "its repository could not be reached"),
     Absent("SEA, sparse linear attention by estimated maps", "arXiv:2310.01777", "needs a network per layer"),
     Absent("FAST, Fastmax", "arXiv:2402.07901", "is `linear_attention` on polynomial features; no helper makes them"),
     Absent("Linear log-normal attention (LLN)", "arXiv:2311.13541", "not built yet"),

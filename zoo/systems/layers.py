@@ -254,14 +254,16 @@ MIXERS = (
         "the layer and its supervision; no code is public",
     ),
     System(
-        "SwinBERT, a learned mask of a clip", "arXiv:2111.13196", "layers.learned_mask:LearnedMask",
+        "SwinBERT, captions by a learned mask of a clip", "arXiv:2111.13196",
+        "layers.learned_mask:LearnedMask, zoo.captioning:VideoCaptioner",
         "layers/test_summaries.py::test_learned_masks_range_from_all_to_themselves", "partial",
-        "the mask with both biases and its lists; no captioning network",
+        "the mask with both biases and its lists; a small encoder and the words of the data beside it",
     ),
     System(
-        "ConvFormer, convolved queries, keys and values", "arXiv:2304.02147", "layers.convolved:ConvolvedAttention",
+        "ConvFormer, convolved queries, keys and values", "arXiv:2304.02147",
+        "layers.convolved:ConvolvedAttention, zoo.pose:PoseLifter",
         "layers/test_summaries.py::test_a_kernel_of_one_is_multi_head_attention", "idea",
-        "no code is public; the layer alone",
+        "no code is public; sizes and the fusion over frames are ours",
     ),
     System(
         "Attention of a minimal transformer", "arXiv:2410.13732", "layers:MinimalAttention",
@@ -386,9 +388,17 @@ PROBES = (
     System(
         "CanViT, glimpses and a canvas",
         "arXiv:2603.22570",
-        "layers.canvas:CanvasViT",
+        "layers.canvas:CanvasViT, zoo.heads.glimpses:GlimpseClassifier",
         "layers/test_canvas.py::test_canvas_recorded",
         "partial",
-        "the network, recorded; without heads and training",
+        "the network, recorded; labels teach it in place of a teacher's features",
+    ),
+    System(
+        "KVQ, textures of regions by their saliency",
+        "arXiv:2503.10259",
+        "zoo.quality:QualityNet",
+        "zoo/test_quality.py::test_textures_are_local_and_scores_lie_between_them",
+        "idea",
+        "its repository could not be reached: all sizes are ours, and locality is by construction",
     ),
 )

@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric, Metric
 
 from ..data.loader import PADDING
 from ..data.names import unknown_name
+from ..heads.few_labels import few_label_accuracy
 from ..pretraining import (
     BroadContext,
     CrossViewCompletion,
@@ -65,6 +66,8 @@ class PretrainingTask(EpochTask):
         view: cross_view only: `degrees`, `shift` and `jitter` of `second_view`.
         broad_context: pixels only: `weight`, `hidden` and the `second_view` of a loss on views that share no visible
             patch, with a teacher that sees both whole (LUT); None: none.
+        probe_shots: labels of a class that a probe knows, whose accuracy is `val/probe` and `test/probe`: that of
+            `few_label_accuracy` on mean patch tokens of whole images of the split, a mean of its draws. 0: no probe.
         position: positions only: `drop_ratio`, `sigma` (of the first epoch, falling to 0 linearly) and `guided`.
         optimizer, scheduler, lr_batch, compile, seed: as in `EpochTask`.
         img_size, in_chans: of the data.
@@ -83,6 +86,7 @@ class PretrainingTask(EpochTask):
         ratio: float = 0.75,
         loss_prediction: bool = False,
         teacher_decay: float = 0.999,
+        probe_shots: int = 0,
         position: Mapping[str, Any] | None = None,
         view: Mapping[str, Any] | None = None,
         broad_context: Mapping[str, Any] | None = None,
@@ -121,6 +125,8 @@ class PretrainingTask(EpochTask):
         self.view = VIEW | dict(view or {})
         self.context = None if broad_context is None else CONTEXT | dict(broad_context)
         self._patterns: Tensor | None = None
+        self.probe_shots = probe_shots
+        self._probed: list[tuple[Tensor, Tensor]] = []
 
     def make_model(self) -> nn.Module:
         options = {"loss_prediction": self.loss_prediction} if self.objective == "pixels" else {}
@@ -213,13 +219,40 @@ class PretrainingTask(EpochTask):
         return len(batch[0])
 
     def evaluate(self, split: str, batch: Any, batch_idx: int) -> None:
-        images = batch[0][batch[1] != PADDING]
+        known = batch[1] != PADDING
+        images = batch[0][known]
         if len(images) == 0:
             return
+        if self.probe_shots:
+            tokens = self.model.student.encode(images)
+            if self.objective != "cross_view":  # its trunk has no class token
+                tokens = tokens[:, 1:]
+            self._probed.append((tokens.mean(1).float(), batch[1][known]))
         found = self.losses(images, torch.Generator().manual_seed(batch_idx))
         for name, x in found.items():
             if f"{split}_{name}" in self.metrics:
                 self.metrics[f"{split}_{name}"].update(x, weight=len(images))  # pyright: ignore
+
+    def on_validation_epoch_start(self) -> None:
+        self._probed.clear()
+
+    def on_test_epoch_start(self) -> None:
+        self._probed.clear()
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_probe("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_probe("test")
+
+    def _log_probe(self, split: str) -> None:
+        """Each device probes its own share of the images."""
+        if not self._probed or self.trainer.sanity_checking:
+            return
+        features, labels = (torch.cat(x) for x in zip(*self._probed, strict=True))
+        self._probed.clear()
+        found = few_label_accuracy(features, labels, shots=self.probe_shots).mean()
+        self.log(f"{split}/probe", found.float().to(self.device), sync_dist=True)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.model.teacher is not None:
