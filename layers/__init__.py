@@ -4,7 +4,7 @@ from .agent import AgentAttention2d, AgentBranch2d
 from .aggregated import GlobalCosineAttention2d, LengthScaledAttention2d, PixelFocusedAttention2d
 from .base import ProjectedAttention2d
 from .binary import BinaryAttention2d
-from .box_gate import BoxGate
+from .box_gate import BoxGate, gate_loss
 from .causal import PostSoftmaxCausalAttention2d
 from .connectivity import ConnectivityAttention2d, LearnedConnectivity
 from .dense import DenseAttention2d
@@ -86,6 +86,7 @@ __all__ = [
     "alibi_slopes",
     "balance_loss",
     "exact_step",
+    "gate_loss",
     "recurrent_chunk_attention",
     "selection_loss",
 ]

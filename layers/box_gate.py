@@ -81,6 +81,7 @@ class BoxGate(nn.Module):
         self.query_block, self.key_block, self.rope_theta = query_block, key_block, rope_theta
         self.mask_linear_k = _HeadLinear(num_heads, 3 * head_dim, gate_dim or head_dim, **dd)
         self.mask_linear_q = None if gate_dim is None else _HeadLinear(num_heads, head_dim, gate_dim, **dd)
+        self.imitation: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -154,9 +155,31 @@ class BoxGate(nn.Module):
         gate = self(*(gate_inputs or (query, key))).log_softmax(-1)
         return nn.functional.kl_div(gate, target.to(gate.dtype), reduction="none").sum(-1).mean()
 
+    def choose(self, query: Tensor, key: Tensor, **options: Any) -> BlockMask:
+        """`mask(query, key, **options)`; in training `imitation` becomes `loss(query, key)`, for `gate_loss`."""
+        if self.training and torch.is_grad_enabled():
+            self.imitation = self.loss(query, key)
+        return self.mask(query, key, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"imitation": None}  # of a graph, which is neither copied nor stored
+
     def extra_repr(self) -> str:
         blocks = f"query_block={self.query_block}, key_block={self.key_block}"
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, {blocks}, gate_dim={self.gate_dim}"
+
+
+def gate_loss(model: nn.Module) -> Tensor:
+    """Sum over the gates of a model of what their last `choose` in training left; 0 where none chose.
+
+    Raises:
+        ValueError: the model has no gate.
+    """
+    gates = [module for module in model.modules() if isinstance(module, BoxGate)]
+    if not gates:
+        raise ValueError(f"{type(model).__name__} has no BoxGate")
+    losses = [gate.imitation for gate in gates if gate.imitation is not None]
+    return torch.stack(losses).sum() if losses else torch.zeros(())
 
 
 def _places(x: Tensor, block: tuple[int, ...]) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from inspect import Parameter, signature
 from math import prod
@@ -44,7 +44,7 @@ def resolve(
                 '"package.module:name"'
             )
         entry = REGISTRY[mask]
-        function = entry.function
+        function = entry.lists or entry.function
         given |= _budget_option(mask, entry.density, budget)
         _check_options(mask, function, given)
         if entry.dynamic:
@@ -70,8 +70,6 @@ def _budget_option(name: str, density: str, budget: float | None) -> dict[str, f
 
 def _check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
     parameters = signature(function).parameters
-    if "value" in parameters:
-        raise ValueError(f"mask {name!r} makes keys and values of its own, which a name cannot hold: call it yourself")
     known = [n for n in parameters if n not in ("query", "key", "shape", "device")]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"mask {name!r} has no {unknown}; its options are {known}")
@@ -122,6 +120,15 @@ def named_lists(
     return resolve(mask, options, budget)[0](query, key, grid)
 
 
+def listed_tokens(
+    mask: str | Callable[..., BlockMask] | None, options: Mapping[str, Any]
+) -> Callable[[Tensor], Tensor] | None:
+    """The keys or values `[B, tokens, heads, d]` that lists number, from those of the model; None where these are the
+    same."""
+    entry = REGISTRY.get(mask) if isinstance(mask, str) else None
+    return None if entry is None or entry.tokens is None else partial(entry.tokens, **options)
+
+
 @torch.compiler.disable  # made by loops over the grid, once: a graph would hold all of them
 @lru_cache(maxsize=16)
 def _static_lists(
@@ -135,12 +142,21 @@ def _hashable(value: Any) -> Any:
     return tuple(_hashable(x) for x in value) if isinstance(value, list | tuple) else value
 
 
-def attend_lists(query: Tensor, key: Tensor, value: Tensor, *, mask: BlockMask, **options: Any) -> Any:
+def attend_lists(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: BlockMask,
+    tokens: Callable[[Tensor], Tensor] | None = None,
+    **options: Any,
+) -> Any:
     """`block_sparse_attention` on a grid, by lists of blocks of that grid or of its tokens in raster order.
 
     Args:
         query, key, value: `[B, *grid, heads, head_dim]`.
         mask: blocks of as many axes as the grid has, or of one.
+        tokens: of `listed_tokens`, with blocks of one axis.
         options: of `block_sparse_attention`.
 
     Returns:
@@ -149,7 +165,10 @@ def attend_lists(query: Tensor, key: Tensor, value: Tensor, *, mask: BlockMask, 
     grid = query.shape[1:-2]
     if len(mask.query_block) == len(grid):
         return block_sparse_attention(query, key, value, mask=mask, **options)
-    out = block_sparse_attention(*(x.flatten(1, -3) for x in (query, key, value)), mask=mask, **options)
+    query, key, value = (x.flatten(1, -3) for x in (query, key, value))
+    if tokens is not None:
+        key, value = tokens(key), tokens(value)
+    out = block_sparse_attention(query, key, value, mask=mask, **options)
     if isinstance(out, tuple):
         return tuple(x.unflatten(1, grid) for x in out)
     return out.unflatten(1, grid)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from math import ceil, log
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -165,7 +165,36 @@ def pyramid_mask(levels: Tensor, tokens: int, *, query_block: int, key_block: in
     return mask._replace(bias=torch.cat(bias)[mask.kv_idx.long()], kv_len=lengths)
 
 
-@published(paper="2512.04025", density="ends")
+def psa_lists(
+    query: Tensor,
+    key: Tensor,
+    *,
+    ends: Mapping[int, float] = ENDS,
+    rule: Literal["topk", "mass"] = "mass",
+    query_block: int = 128,
+    key_block: int = 128,
+    tile: int = 32,
+    text: int = 0,
+    own: bool = True,
+) -> BlockMask:
+    """The mask of `psa` over keys and values that `pyramid(…, key_block)` makes; arguments as of `psa`."""
+    ends = {int(level): end for level, end in ends.items()}  # files have strings
+    if key_block % 8 or key_block < tile:
+        raise ValueError(f"key_block={key_block!r} must be a multiple of 8 and no less than tile={tile!r}")
+    importance = psa_importance(query, key, query_block=query_block, key_block=key_block)
+    always = torch.arange(importance.shape[-1], device=query.device) * key_block + key_block > key.shape[1] - text
+    always = always & (text > 0)
+    if (near := own_or_none(query, key, (query_block,), (key_block,), own)) is not None:
+        always = always | near
+    levels = psa_levels(importance, ends=ends, rule=rule, block=key_block, tile=tile, always=always)
+    return pyramid_mask(levels, key.shape[1], query_block=query_block, key_block=key_block)
+
+
+def _pyramid(x: Tensor, *, key_block: int = 128, **_: Any) -> Tensor:
+    return pyramid(x, key_block)
+
+
+@published(paper="2512.04025", density="ends", lists=psa_lists, tokens=_pyramid)
 def psa(
     query: Tensor,
     key: Tensor,
@@ -195,13 +224,6 @@ def psa(
     Raises:
         ValueError: an argument outside what is accepted.
     """
-    if key_block % 8 or key_block < tile:
-        raise ValueError(f"key_block={key_block!r} must be a multiple of 8 and no less than tile={tile!r}")
-    importance = psa_importance(query, key, query_block=query_block, key_block=key_block)
-    always = torch.arange(importance.shape[-1], device=query.device) * key_block + key_block > key.shape[1] - text
-    always = always & (text > 0)
-    if (near := own_or_none(query, key, (query_block,), (key_block,), own)) is not None:
-        always = always | near
-    levels = psa_levels(importance, ends=ends, rule=rule, block=key_block, tile=tile, always=always)
-    mask = pyramid_mask(levels, key.shape[1], query_block=query_block, key_block=key_block)
+    blocks = {"query_block": query_block, "key_block": key_block}
+    mask = psa_lists(query, key, ends=ends, rule=rule, **blocks, tile=tile, text=text, own=own)
     return mask, pyramid(key, key_block), pyramid(value, key_block)

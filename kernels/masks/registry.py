@@ -19,12 +19,16 @@ class Entry:
         paper: arXiv id, or "" where no paper is followed.
         density: argument that sets how much is kept.
         exact: which tokens are kept, as in the paper's formula: "exact", or the approximation in a few words.
+        lists: of a mask with keys and values of its own, its `BlockMask` alone, from `(query, key, …)`.
+        tokens: of such a mask, what the lists number: keys from keys, values from values, by the same options.
     """
 
     function: Callable
     paper: str
     density: str
     exact: str = "exact"
+    lists: Callable | None = None
+    tokens: Callable | None = None
 
     @property
     def dynamic(self) -> bool:
@@ -32,7 +36,9 @@ class Entry:
 
     @property
     def alone(self) -> bool:
-        """Return whether the mask needs queries and keys or the grid alone, and gives a `BlockMask` alone."""
+        """Return whether queries and keys or the grid alone make the lists."""
+        if self.lists is not None:
+            return True
         needed = [p.name for p in signature(self.function).parameters.values() if p.default is p.empty]
         return needed[:3] != ["query", "key", "value"] and "bias" not in needed
 
@@ -40,11 +46,18 @@ class Entry:
 REGISTRY: dict[str, Entry] = {}
 
 
-def published(*, paper: str, density: str, exact: str = "exact") -> Callable[[F], F]:
+def published(
+    *,
+    paper: str,
+    density: str,
+    exact: str = "exact",
+    lists: Callable | None = None,
+    tokens: Callable | None = None,
+) -> Callable[[F], F]:
     """Register a mask under the name of its function; see `Entry`."""
 
     def register(function: F) -> F:
-        REGISTRY[function.__name__] = Entry(function, paper, density, exact)
+        REGISTRY[function.__name__] = Entry(function, paper, density, exact, lists, tokens)
         return function
 
     return register

@@ -83,6 +83,23 @@ def test_a_sparse_model_imitates_its_dense_teacher(saved):
     assert task.metrics["val_loss"].compute() == plain.metrics["val_loss"].compute()
 
 
+def test_gates_learn_beside_frozen_weights(saved):
+    """Of a dense model: its weights get no gradient, its gates that of their imitation of its maps."""
+    gated = {"type": "sparse", "mask": "box_gate", "options": {"block": [1, 2, 2]}, "budget": 0.5}
+    task, both = (task_of(saved, args={"attention": [gated]}, gates_only=only) for only in (True, False))
+    dense = VideoDiT.from_pretrained(saved).state_dict()
+    assert all(torch.equal(x, dense[name]) for name, x in task.model.state_dict().items() if name in dense)
+    for one in (task, both):
+        one.on_train_batch_start(a_batch(), 0)
+        one.training_step(a_batch(), 0).backward()
+    learning = {name for name, p in task.model.named_parameters() if p.grad is not None}
+    assert learning == {name for name in task.model.state_dict() if name not in dense} and len(learning) == 2
+    for name, p in both.model.named_parameters():
+        assert p.grad is not None and (name in dense or torch.equal(p.grad, task.model.get_parameter(name).grad)), name
+    with pytest.raises(ValueError, match=r"task\.gates_only=true: the model has no layer"):
+        task_of(saved, gates_only=True)
+
+
 def test_adapters_are_trained_and_saved(saved, tmp_path):
     start = VideoDiT.from_pretrained(saved)
     config = tiny(tmp_path, *PRETRAINED, f"model.pretrained={saved}", "task.lora={rank:2,alpha:4}")

@@ -1,10 +1,15 @@
 """Every kind of attention of VideoDiT against its definition: all logits, a mask, a softmax, in float64."""
 
+import copy
+import math
+
 import pytest
 import torch
+from foveal.kernels.block_sparse.mask import boxes
 from foveal.kernels.block_sparse.reference import dense_bias
 from foveal.kernels.masks.named import resolve
-from foveal.layers import Scan2d
+from foveal.kernels.ops import block_sparse_attention, masks
+from foveal.layers import Scan2d, gate_loss
 from foveal.zoo.video.attention import VideoAttention
 from foveal.zoo.video.pattern import Pattern, attend
 from foveal.zoo.video.positions import default_axes, grid_positions, rotary_embedding
@@ -154,6 +159,50 @@ def test_sparse_layers_equal_the_definition(layer, grid, text):
     check_definition(attention, x, prompt, count, grid, see, masked=text == "masked")
 
 
+@pytest.mark.parametrize("text", [None, "masked"])
+@pytest.mark.parametrize("grid", GRIDS, ids=name)
+def test_pyramids_equal_the_mask_called_by_hand(grid, text):
+    blocks = {"query_block": 4, "key_block": 8, "tile": 8}
+    layer = {
+        "type": "sparse",
+        "mask": "psa",
+        "flat": True,
+        "options": blocks | {"ends": {"1": 0.3, "2": 0.6, "4": 0.9}},
+    }
+    attention, x, prompt, count = case(layer, grid, text)
+    rope = rotary_embedding(grid_positions(grid), axes=default_axes(SIZE), theta=10000.0, dtype=torch.float64)
+    out, _ = attention(x, prompt, count if text else None, rope, grid)
+    query, key = queries_and_keys(attention, x, grid)
+    value = heads(x, attention.to_v, None)
+    mask, keys, values = masks.psa(query, key, value, **blocks, ends={1: 0.3, 2: 0.6, 4: 0.9})
+    words = {}
+    if prompt is not None:
+        words["additional_keys"] = heads(prompt, attention.add_k_proj, attention.norm_added_k)
+        words["additional_values"] = heads(prompt, attention.add_v_proj, None)
+        words["additional_mask"] = count
+    expected = block_sparse_attention(query, keys, values, mask=mask, **words)
+    torch.testing.assert_close(out, attention.to_out[0](expected.flatten(2)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("text", [None, "masked"])
+@pytest.mark.parametrize(
+    "layer",
+    [{"budget": 0.3, "options": {"block": (2, 2, 3)}}, {"flat": True, "options": {"block": 4, "threshold": 0.1}}],
+)
+def test_gates_choose_the_blocks_of_a_layer(layer, text):
+    grid = GRIDS[0]
+    attention, x, prompt, count = case({"type": "sparse", "mask": "box_gate"} | layer, grid, text)
+    shape = (x.shape[1],) if layer.get("flat") else grid
+    query, key = (tensor.unflatten(1, shape) for tensor in queries_and_keys(attention, x, grid))
+    blocks = math.prod(boxes(shape, attention.gate.key_block if len(shape) > 1 else (attention.gate.key_block,)))
+    choice = {"topk": math.ceil(0.3 * blocks)} if "budget" in layer else {"threshold": 0.1}
+    see = dense_bias(attention.gate.mask(query, key, **choice), shape, shape, torch.float64) == 0
+    assert not see.all()
+    check_definition(attention, x, prompt, count, grid, see, masked=text == "masked")
+    torch.testing.assert_close(gate_loss(attention), attention.gate.loss(query, key))
+    assert gate_loss(copy.deepcopy(attention)) == 0
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_cross_attention_equals_the_definition(masked):
     attention = module(None)
@@ -244,11 +293,14 @@ def test_fused_projections_change_nothing(options):
         ({"type": "sparse", "mask": "vas"}, "mask='vas' must be one of"),
         ({"type": "sparse", "mask": "vsa", "options": {"tile": 2}}, "has no"),
         ({"type": "sparse", "mask": "vsa", "budget": 2}, "budget=2"),
-        ({"type": "sparse", "mask": "psa", "flat": True}, "must be one of"),
         ({"type": "local_scan", "window": [8, 8]}, r"window=\[8, 8\]"),
         ({"type": "local_scan", "shift": 8}, "shift=8 must be an integer from 0 to window - 1"),
         ({"type": "local_scan", "options": {"heads": 2}}, "some of"),
         ({"type": "local_scan", "causal": True}, "local_scan takes"),
+        ({"type": "sparse", "mask": "dma", "flat": True}, "must be one of"),
+        ({"type": "sparse", "mask": "psa", "budget": 0.5}, "budget=0.5 says nothing to mask 'psa'"),
+        ({"type": "sparse", "mask": "box_gate", "options": {"bloc": 2}}, "unexpected keyword argument 'bloc'"),
+        ({"type": "sparse", "mask": "box_gate", "options": {"threshold": 0.1}, "budget": 0.2}, "budget or a threshold"),
     ],
 )
 def test_wrong_layers_are_named(layer, message):

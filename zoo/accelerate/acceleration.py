@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...kernels.masks.named import density, resolve, static_mask
+from ...kernels.masks.named import density, listed_tokens, resolve, static_mask
 from ..sites import Interception, Layout, Moment, Schedule, Site, find
 from ..sites.intercept import Call, Following, InterceptedProcessor
 from ..sites.models import models_of
@@ -119,7 +119,8 @@ class Acceleration:
             lists = static_mask(mask, (prod(grid),) if plan.flat else grid, site.heads, layout.device)
             if gate is None and plan.skip_threshold is None and density(lists, grid) == 1:
                 return "the mask covers the grid"
-        return Choice(layout, grid, None, mask, lists, plan.flat, gate, plan.skip_threshold)
+        tokens = listed_tokens(plan.mask, plan.options)
+        return Choice(layout, grid, None, mask, lists, plan.flat, gate, plan.skip_threshold, tokens)
 
     def install(self) -> Acceleration:
         self.interception.install()

@@ -283,6 +283,8 @@ def kept_share(choice: Choice, site: Site, plan: Plan) -> float | None:
 def _listed_share(choice: Choice, site: Site, plan: Plan) -> float | None:
     """Share of the keys in lists as long as they can get, if shapes tell it."""
     assert plan.mask is not None
+    if choice.tokens is not None:  # lists of tokens at several resolutions
+        return None
     mask, _ = resolve(plan.mask, plan.options, plan.budget)
     grid = (prod(choice.grid),) if choice.flat else choice.grid
     nothing = torch.empty(1, *grid, site.heads, site.head_dim, device="meta")

@@ -6,7 +6,7 @@ from math import prod
 
 from torch import Tensor
 
-from ...kernels.masks.named import attend_lists, named_lists
+from ...kernels.masks.named import attend_lists, listed_tokens, named_lists
 from .plan import Plan, fit_window
 from .sparse import WINDOWS
 
@@ -30,4 +30,5 @@ def attend_grid(
         return None if window is None else WINDOWS[rank](query, key, value, **window, scale=scale, grid=grid)
     query, key, value = (x.unflatten(1, grid) for x in (query, key, value))
     lists = named_lists(query, key, plan.mask, plan.options, plan.budget, flat=plan.flat)
-    return attend_lists(query, key, value, mask=lists, scale=scale).flatten(1, rank)
+    tokens = listed_tokens(plan.mask, plan.options)
+    return attend_lists(query, key, value, mask=lists, tokens=tokens, scale=scale).flatten(1, rank)

@@ -101,5 +101,7 @@ def mass_kept(call: Call) -> Tensor | None:
         mask = block_lists(choice, query, key)
         if len(mask.query_block) != rank:
             query, key, value = (x.flatten(1, rank) for x in (query, key, value))
+        if choice.tokens is not None:  # a mean of keys stands for no more than their mass
+            key, value = choice.tokens(key), choice.tokens(value)
         kept = block_sparse_attention(query, key, value, mask=mask, **options)[1]
     return (kept.flatten(1, -2) - everything).float().exp().mean(dim=(0, 1))

@@ -5,6 +5,7 @@ Queries that are not on the grid (text, images that condition) attend to everyth
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -32,6 +33,7 @@ class Choice:
         mask: makes the lists from query and key, or None.
         lists: of a mask that looks at the grid alone.
         flat: see `Plan`.
+        tokens: what lists number, of a mask with keys and values of its own.
         gate: weights of the coarse branch of VSA, and its cube; None without.
         skip_threshold: see `Plan`.
     """
@@ -44,6 +46,7 @@ class Choice:
     flat: bool = False
     gate: tuple[nn.Linear, Any] | None = None
     skip_threshold: float | None = None
+    tokens: Callable[[Tensor], Tensor] | None = None
 
 
 def attend(call: Call, following: Following) -> Tensor:
@@ -60,6 +63,7 @@ def attend(call: Call, following: Following) -> Tensor:
     else:
         lists = block_lists(choice, query, key)
         options: dict[str, Any] = dict(scale=call.scale, skip_threshold=choice.skip_threshold, **additional)
+        options["tokens"] = choice.tokens
         out = attend_lists(query, key, value, mask=lists, **options)
     out = out.flatten(1, len(choice.grid))
     if choice.gate is not None:

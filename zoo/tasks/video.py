@@ -13,6 +13,7 @@ from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from ...layers import BoxGate, gate_loss
 from ..data.loader import mix_seed
 from ..data.names import unknown_name
 from ..video import VideoDiT
@@ -54,6 +55,7 @@ class VideoDiffusionTask(Task):
         gradient_checkpointing: recompute the blocks in the backward pass.
         lora: train adapters of low rank beside frozen weights: `rank`, `alpha`, `dropout` and `targets`, see
             `video_model.add_lora`; None: train everything.
+        gates_only: train the gates of `{type: sparse, mask: box_gate}` layers alone, beside frozen weights.
         teacher: folder of a saved model, pipeline or run whose velocity is imitated (distillation); None: no teacher.
         teacher_weight: share of the distance to the teacher in the loss, 0 to 1; the rest is that to the data.
         compile: `enabled`, `mode` and `fullgraph` for `torch.compile` of each repeated block.
@@ -86,6 +88,7 @@ class VideoDiffusionTask(Task):
         new_noise: bool = True,
         gradient_checkpointing: bool = False,
         lora: Mapping[str, Any] | None = None,
+        gates_only: bool = False,
         teacher: str | None = None,
         teacher_weight: float = 0.5,
         compile: Mapping[str, Any] | None = None,
@@ -122,6 +125,7 @@ class VideoDiffusionTask(Task):
         self.shift, self.time_per, self.condition_dropout = shift, time_per, condition_dropout
         self.given_frames = {0: first_frame, -1: last_frame}
         self.new_noise, self.gradient_checkpointing = new_noise, gradient_checkpointing
+        self.gates_only = gates_only
         self.lora, self.teacher_weight = None if lora is None else dict(lora), teacher_weight
         self.teacher = None if teacher is None else Teacher(teacher)
 
@@ -137,6 +141,14 @@ class VideoDiffusionTask(Task):
         model = make_video_model(self.model_cfg, of_data, lora=self.lora)
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        gates = [module for module in model.modules() if isinstance(module, BoxGate)]
+        self.has_gates = bool(gates)
+        if self.gates_only:
+            if not gates:
+                raise ValueError("task.gates_only=true: the model has no layer {type: sparse, mask: box_gate}")
+            model.requires_grad_(False)
+            for gate in gates:
+                gate.requires_grad_(True)
         return model
 
     def condition(self, batch: Batch, *, dropout: float = 0.0) -> dict[str, Tensor]:
@@ -202,7 +214,9 @@ class VideoDiffusionTask(Task):
         t, weight = self.draw_time(video)
         weight = weight * real.view(-1, *[1] * (weight.ndim - 1))  # of file order the last batch may be filled up
         condition = self.condition(batch, dropout=self.condition_dropout)
-        return self.loss(video, torch.randn_like(video), t, weight, condition)
+        loss = self.loss(video, torch.randn_like(video), t, weight, condition)
+        # gates learn from the maps around them, which get no gradient of theirs
+        return loss + gate_loss(self.model) if self.has_gates else loss
 
     def weight(self, batch: Batch) -> Tensor:
         return batch["real"].sum()

@@ -19,6 +19,7 @@ from .tuning import ADAPTER, check_lora, lora_config, merge_lora
 
 LORA = {"rank": 8, "alpha": 8, "dropout": 0.0, "targets": r".*\.(to_q|to_k|to_v|to_out\.0)"}
 OF_DATA = ("class_embed.", "text_embed.")  # parameters that other data need anew
+GATE = ".gate."  # of a layer, see `foveal.layers.BoxGate`
 
 
 def model_folder(source: str | Path, said: str) -> Path:
@@ -59,7 +60,7 @@ def from_saved(source: str | Path, changes: Mapping[str, Any], *, said: str = "m
     Args:
         source: its folder, that of a pipeline or of a run.
         changes: arguments that replace those of its configuration, such as another `attention`. Embeddings of classes
-            and texts start anew where their shape has changed.
+            and texts start anew where their shape has changed, gates of blocks where the folder has none.
         said: key of the configuration that names the folder.
 
     Raises:
@@ -73,6 +74,9 @@ def from_saved(source: str | Path, changes: Mapping[str, Any], *, said: str = "m
     ours, anew = model.state_dict(), []
     for name, value in ours.items():
         if name in weights and weights[name].shape == value.shape:
+            continue
+        if name not in weights and GATE in name:
+            weights[name] = value
             continue
         if not name.startswith(OF_DATA):
             found = f"has {list(weights[name].shape)}" if name in weights else "is not there"

@@ -77,7 +77,9 @@ class VideoAttnProcessor:
 
     def see(self, attn: "VideoAttention", query: Tensor, key: Tensor, value: Tensor, text: Text | None) -> Tensor:
         """Attention of the video to itself, and to a text that attends along, `[B, T, H, W, heads, d]`."""
-        return attend(attn.pattern, query, key, value, text=text, dense=self.dense, qk_dtype=self.qk_dtype)
+        return attend(
+            attn.pattern, query, key, value, text=text, dense=self.dense, qk_dtype=self.qk_dtype, gate=attn.gate
+        )
 
     def read(self, attn: "VideoAttention", query: Tensor, text: Text, key: Tensor, value: Tensor) -> Tensor:
         """Attention of text tokens `[B, L, heads, d]` to their text and to the video."""
@@ -129,6 +131,7 @@ class VideoAttention(nn.Module, AttentionModuleMixin):
         self.norm_q, self.norm_k = (nn.RMSNorm(head_dim, eps=eps) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.to_gate_logits = nn.Linear(dim, heads) if gated else None
+        self.gate = self.pattern.make_gate(heads, head_dim)
         if text != "none":
             self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(2))
             self.norm_added_k = nn.RMSNorm(head_dim, eps=eps)

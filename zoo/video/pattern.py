@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.common.calling import is_per_head
-from ...kernels.masks.named import attend_lists, named_lists, resolve
+from ...kernels.block_sparse.mask import BlockMask, boxes
+from ...kernels.common.calling import is_per_head, per_axis
+from ...kernels.masks.named import attend_lists, listed_tokens, named_lists, resolve
 from ...kernels.ops import merge_attentions, na3d
+from ...layers import BoxGate
 from .local_scan import attend_windows, check_local_scan
 
 Attend = Callable[..., Tensor]  # attention of [B, queries, heads, d] to [B, keys, heads, d], with attn_mask
@@ -25,6 +27,8 @@ OPTIONS = {  # of types that take more than "causal"
     "sparse": ("mask", "options", "budget", "flat"),
     "local_scan": ("window", "shift", "options"),
 }
+GATE = "box_gate"
+GATE_CHOICE = ("threshold", "own")  # options of its mask; others are of the layer
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,12 @@ class Pattern:
         causal: whether a frame sees no later frame; nothing to a spatial layer, always of a "first" one.
         window, stride, dilation: of "window", along (t, h, w), or one such tuple per head; see
             `foveal.kernels.ops.na3d`.
-        mask: of "sparse", a name in `foveal.kernels.masks`, or "package.module:name" of a function
-            `(query, key, grid) -> BlockMask`.
-        options: keyword arguments of the mask.
-        budget: share of the keys that a query sees, in (0, 1], for masks that take one.
+        mask: of "sparse", a name in `foveal.kernels.masks`, "package.module:name" of a function
+            `(query, key, grid) -> BlockMask`, or "box_gate", a `foveal.layers.BoxGate` that the layer holds.
+        options: keyword arguments of the mask; of "box_gate" those of the module, "block" for both of its blocks, and
+            "threshold" and "own" of its `mask`.
+        budget: share of the keys that a query sees, in (0, 1], for masks that take one. Of "box_gate" share of the
+            blocks of keys, besides the own one.
         flat: the mask is given the tokens as one sequence in raster order.
         shift: of "local_scan", how far its windows, of the side window[1], are moved; options are those of its scans.
     """
@@ -122,17 +128,33 @@ class Pattern:
         keywords = options.get("options") or {}
         if not isinstance(mask, str):
             raise ValueError(
-                f"attention={layer!r} needs a mask: a name in foveal.kernels.masks, or package.module:name"
+                f"attention={layer!r} needs a mask: a name in foveal.kernels.masks, package.module:name or box_gate"
             )
         if not isinstance(keywords, Mapping) or not isinstance(flat, bool):
             raise ValueError(f"attention={layer!r}: options must be a mapping, flat must be true or false")
         if budget is not None and not 0 < budget <= 1:
             raise ValueError(f"attention={layer!r}: budget={budget!r} must be in (0, 1]")
+        pattern = cls("sparse", mask=mask, options=dict(keywords), budget=budget, flat=flat)
         try:
-            resolve(mask, keywords, budget)
-        except (ValueError, ImportError, AttributeError) as error:
+            if mask != GATE:
+                resolve(mask, keywords, budget)
+            elif budget is not None and "threshold" in keywords:
+                raise ValueError("box_gate takes a budget or a threshold")
+            else:
+                pattern.make_gate(1, 2, device="meta")
+        except (ValueError, TypeError, ImportError, AttributeError) as error:
             raise ValueError(f"attention={layer!r}: {error}") from error
-        return cls("sparse", mask=mask, options=dict(keywords), budget=budget, flat=flat)
+        return pattern
+
+    def make_gate(self, heads: int, head_dim: int, **dd: Any) -> BoxGate | None:
+        """A gate that chooses the blocks of a layer; None where no gate does."""
+        if self.mask != GATE:
+            return None
+        options = {name: x for name, x in self.options.items() if name not in GATE_CHOICE}
+        if "block" in options:
+            block = options.pop("block")
+            options |= {"query_block": block, "key_block": block}
+        return BoxGate(heads, head_dim, **options, **dd)
 
     @property
     def heads(self) -> int | None:
@@ -219,6 +241,7 @@ def attend(
     text: Text | None,
     dense: Attend,
     qk_dtype: torch.dtype | None = None,
+    gate: BoxGate | None = None,
 ) -> Tensor:
     """Attention of a layer: `[B, T, H, W, heads, d]`.
 
@@ -229,11 +252,12 @@ def attend(
         text: what the queries see besides.
         dense: what computes attention without a pattern.
         qk_dtype: what queries and keys of windows are rounded to; see `foveal.kernels.ops.na3d`.
+        gate: of `Pattern.make_gate`.
     """
     if pattern.type == "local_scan":
         return attend_windows(query, key, value, pattern.window[1], pattern.shift)
     if pattern.type == "sparse":
-        return _sparse(pattern, query, key, value, text)
+        return _sparse(pattern, query, key, value, text, gate)
     if pattern.type == "first":
         return _first(query, key, value, text, dense)
     if pattern.type == "window" or (text is not None and pattern.type != "dense"):
@@ -322,13 +346,29 @@ def _window(
     return na3d(queries, key, value, **options, **_additional(text))[:, mine]
 
 
-def _sparse(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, text: Text | None) -> Tensor:
+def _sparse(
+    pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, text: Text | None, gate: BoxGate | None
+) -> Tensor:
     # a choice has no gradient: without its history, ranking and counting blocks cost nothing in the backward pass
-    lists = named_lists(query.detach(), key.detach(), pattern.mask, pattern.options, pattern.budget, flat=pattern.flat)
+    q, k = query.detach(), key.detach()
+    if gate is None:
+        lists = named_lists(q, k, pattern.mask, pattern.options, pattern.budget, flat=pattern.flat)
+    else:
+        lists = _gated_lists(pattern, gate, *((x.flatten(1, 3) for x in (q, k)) if pattern.flat else (q, k)))
+    tokens = listed_tokens(pattern.mask, pattern.options)
     if text is not None and text.parts is not None:
-        video = attend_lists(query, key, value, mask=lists, return_lse=True)
+        video = attend_lists(query, key, value, mask=lists, tokens=tokens, return_lse=True)
         return merge_attentions(*zip(video, _words(query, text), strict=True))[0]
-    return attend_lists(query, key, value, mask=lists, **_additional(text))
+    return attend_lists(query, key, value, mask=lists, tokens=tokens, **_additional(text))
+
+
+def _gated_lists(pattern: Pattern, gate: BoxGate, query: Tensor, key: Tensor) -> BlockMask:
+    options = {name: x for name, x in pattern.options.items() if name in GATE_CHOICE}
+    if pattern.budget is not None:
+        shape = key.shape[1:-2]
+        blocks = math.prod(boxes(shape, per_axis("key_block", gate.key_block, len(shape), int)))
+        options["topk"] = max(1, math.ceil(pattern.budget * blocks))
+    return gate.choose(query, key, **options)
 
 
 def _additional(text: Text | None) -> dict[str, Tensor | None]:
