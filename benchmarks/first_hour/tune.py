@@ -62,7 +62,7 @@ class Question:
     entry: Entry | None
     candidates: tuple[tuple | Mapping[str, Any], ...]
     backward: bool = False
-    devices: tuple[Device, ...] = ("hopper", "ampere", "ada", "amd")
+    devices: tuple[Device, ...] = ("hopper", "ampere", "ada", "amd", "rdna")
     dtype: torch.dtype = torch.bfloat16
     public: str = ""
     mask: tuple[tuple[int, ...], int] | None = None

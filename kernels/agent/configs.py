@@ -3,7 +3,7 @@
 from math import ceil
 from typing import Literal, NamedTuple
 
-from ..common.launching import Device, Overrides, block_d, tile_length
+from ..common.launching import AMD, Device, Overrides, block_d, tile_length
 
 Kernel = Literal["forward", "query", "key", "bias"]
 # Where the long axis is split over programs: programs to aim for, and the fewest tokens (batch entries) that one takes.
@@ -67,11 +67,16 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
     ("amd", "query", 2): {64: Size(64, 64, 2, 1), 128: Size(32, 32, 1, 1), 256: Size(16, 16, 1, 1)},
     ("amd", "key", 2): {64: Size(64, 64, 2, 1), 128: Size(32, 32, 1, 1), 256: Size(16, 16, 1, 1)},
     ("amd", "bias", 2): {64: Size(64, 64, 2, 1), 128: Size(32, 32, 1, 1), 256: Size(16, 16, 1, 1)},
+    ("rdna", "forward", 2): {64: Size(64, 64, 4, 1), 128: Size(64, 32, 4, 1), 256: Size(16, 16, 2, 1)},
+    ("rdna", "query", 2): {64: Size(64, 32, 4, 1), 128: Size(32, 16, 2, 1), 256: Size(16, 16, 1, 1)},
+    ("rdna", "key", 2): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
+    ("rdna", "bias", 2): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("amd", "forward", 4): {64: Size(32, 32, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("amd", "query", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("amd", "key", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("amd", "bias", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
 }
+SIZES |= {("rdna", kernel, 4): table for (device, kernel, size), table in SIZES.items() if (device, size) == ("amd", 4)}
 
 forced = Overrides(*Config._fields, "chunk")  # chunk: of every split
 override = forced.override
@@ -85,7 +90,7 @@ def choose(
     size = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
     most = (size.agents, size.tokens) if queries <= keys else (size.tokens, size.agents)
     tile, warps = (tile_length(queries, most[0]), tile_length(keys, most[1])), size.warps
-    if device == "amd" and kernel != "key":  # a wave feeds on 32 rows, and few agents are fewer
+    if device in AMD and kernel != "key":  # a wave feeds on 32 rows, or 16, and few agents are fewer
         warps = max(1, warps * tile[0] // most[0])
     return forced.on(Config(*tile, warps, size.stages, wide))
 

@@ -6,7 +6,7 @@ Nothing here depends on timing, so a call always takes the same kernel.
 from math import prod
 from typing import Literal, NamedTuple
 
-from ..common.launching import Device, Overrides, block_d, tile_length
+from ..common.launching import AMD, Device, Overrides, block_d, tile_length
 
 Kernel = Literal["forward", "query", "key"]
 
@@ -66,10 +66,14 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
     ("amd", "forward", 2): {64: Size(64, 64, 2, 1), 128: Size(64, 64, 2, 1), 256: Size(64, 32, 2, 1)},
     ("amd", "query", 2): {64: Size(64, 64, 2, 1), 128: Size(64, 32, 2, 1), 256: Size(16, 32, 1, 1)},
     ("amd", "key", 2): {64: Size(64, 64, 2, 1), 128: Size(64, 32, 2, 1), 256: Size(16, 16, 1, 1)},
+    ("rdna", "forward", 2): {64: Size(64, 64, 4, 1), 128: Size(64, 32, 4, 1), 256: Size(64, 16, 4, 1)},
+    ("rdna", "query", 2): {64: Size(64, 32, 4, 1), 128: Size(64, 16, 4, 1), 256: Size(16, 16, 4, 1)},
+    ("rdna", "key", 2): {64: Size(64, 32, 4, 1), 128: Size(32, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("amd", "forward", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("amd", "query", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("amd", "key", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
 }
+SIZES |= {("rdna", kernel, 4): table for (device, kernel, size), table in SIZES.items() if (device, size) == ("amd", 4)}
 
 # Half precision, where blocks have sides of powers of two: an iteration loads a block or a part of one from one
 # address. The first size that rows and columns of the blocks fill is taken. On Hopper 64 rows ask L2 for more than it
@@ -93,6 +97,9 @@ WHOLE: dict[tuple[Device, Kernel], dict[int, tuple[Size, ...]]] = {
     ("amd", "forward"): {64: (Size(64, 64, 2, 1),), 128: (Size(64, 64, 2, 1),)},
     ("amd", "query"): {64: (Size(64, 64, 2, 1),), 128: (Size(64, 32, 2, 1),)},
     ("amd", "key"): {64: (Size(64, 64, 2, 1),), 128: (Size(64, 32, 2, 1),)},
+    ("rdna", "forward"): {64: (Size(64, 64, 4, 1),), 128: (Size(64, 32, 4, 1),)},
+    ("rdna", "query"): {64: (Size(64, 32, 4, 1),), 128: (Size(64, 16, 4, 1),)},
+    ("rdna", "key"): {64: (Size(64, 32, 4, 1),), 128: (Size(32, 16, 4, 1),)},
 }
 # head dim -> keys of a tile and stages of the Gluon forward, longest tiles first
 GLUON_SIZES: dict[int, tuple[tuple[int, int], ...]] = {64: ((128, 3), (64, 4)), 128: ((128, 2), (64, 3))}
@@ -103,7 +110,7 @@ SKIP_TOKENS = 128  # of a block that a program holds at once, with queries, keys
 
 def skip_bytes(device: Device) -> int:
     """Bytes that the vectors of a block may take with `skip_threshold`."""
-    return 16 * 1024 if device in ("ada", "amd") else 32 * 1024
+    return 16 * 1024 if device == "ada" or device in AMD else 32 * 1024
 
 
 forced = Overrides("size", "wide", "whole", "descriptor")

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 # Names of tables of sizes: tensor descriptors and over 160 KiB of shared memory a program (sm_90, sm_100); as much
-# memory, but pointers (sm_80); less, of NVIDIA (sm_86, sm_89, sm_120: 99 KiB); AMD (64 KiB, gfx950 160).
-Device = Literal["hopper", "ampere", "ada", "amd"]
+# memory, but pointers (sm_80); less, of NVIDIA (sm_86, sm_89, sm_120: 99 KiB); CDNA, whose waves of 64 lanes have 512
+# registers each (64 KiB, gfx950 160); RDNA, whose waves of 32 have 256 (64 KiB).
+Device = Literal["hopper", "ampere", "ada", "amd", "rdna"]
+AMD: tuple[Device, ...] = ("amd", "rdna")
 LARGE_MEMORY = 160 * 1024
 MIN_TILE = 16  # tokens; the smallest side of a matrix instruction
 ConfigT = TypeVar("ConfigT", bound=NamedTuple)
@@ -127,7 +129,7 @@ def device_class(device: torch.device) -> Device:
 
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index)  # pyright: ignore[reportAttributeAccessIssue]
     if torch.version.hip:
-        return "amd"
+        return "amd" if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9") else "rdna"
     if properties["max_shared_mem"] < LARGE_MEMORY:
         return "ada"
     return "hopper" if has_descriptors(device) else "ampere"

@@ -3,7 +3,7 @@
 from math import ceil
 from typing import Literal, NamedTuple
 
-from ..common.launching import Device, Overrides, block_d, tile_length
+from ..common.launching import AMD, Device, Overrides, block_d, tile_length
 
 Kernel = Literal["state", "apply", "query", "key"]
 PROGRAMS = 1024  # to aim for
@@ -57,7 +57,7 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Config]] = {
     ("ada", "key", 4): {32: Config(16, 32, 4, 1), 64: Config(16, 32, 4, 1), 128: Config(16, 16, 8, 1)},
 }
 # not counted on AMD yet: the sizes of Ada
-SIZES |= {("amd", kernel, size): table for (device, kernel, size), table in SIZES.items() if device == "ada"}
+SIZES |= {(amd, kernel, size): SIZES["ada", kernel, size] for amd in AMD for _, kernel, size in list(SIZES)}
 
 forced = Overrides(*Config._fields, "chunk")  # chunk: of every split
 override = forced.override

@@ -128,10 +128,14 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
     },
     ("amd", "query", 2): {64: (Size(64, 64, 2, 1),), 128: (Size(64, 32, 2, 1),), 256: (Size(16, 32, 1, 1),)},
     ("amd", "key", 2): {64: (Size(64, 64, 2, 1),), 128: (Size(32, 64, 2, 1),), 256: (Size(16, 16, 1, 1),)},
+    ("rdna", "forward", 2): {64: (Size(64, 64, 4, 1),), 128: (Size(64, 32, 4, 1),), 256: (Size(64, 16, 4, 1),)},
+    ("rdna", "query", 2): {64: (Size(64, 32, 4, 1),), 128: (Size(64, 16, 4, 1),), 256: (Size(16, 16, 4, 1),)},
+    ("rdna", "key", 2): {64: (Size(16, 64, 4, 1),), 128: (Size(16, 32, 4, 1),), 256: (Size(16, 16, 8, 1),)},
     ("amd", "forward", 4): {64: (Size(32, 32, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
     ("amd", "query", 4): {64: (Size(16, 16, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
     ("amd", "key", 4): {64: (Size(16, 16, 4, 1),), 128: (Size(16, 16, 4, 1),), 256: (Size(16, 16, 8, 1),)},
 }
+SIZES |= {("rdna", kernel, 4): table for (device, kernel, size), table in SIZES.items() if (device, size) == ("amd", 4)}
 # head dim -> sizes of the Gluon forward: two consumers of 64 queries, of four warps each, and a producer
 GLUON_SIZES: dict[int, tuple[Size, ...]] = {
     64: (Size(128, 128, 4, 3), Size(128, 64, 4, 4)),
@@ -147,13 +151,14 @@ PAIR_CLOCKS: dict[Device, dict[int, float]] = {
     "ampere": {32: 1 / 16, 64: 1 / 8, 128: 1 / 4, 256: 1 / 2},
     "ada": {32: 1 / 8, 64: 1 / 4, 128: 1 / 2, 256: 1.0},
     "amd": {32: 1 / 16, 64: 1 / 8, 128: 1 / 4, 256: 1 / 2},  # not counted: products as fast as on ampere
+    "rdna": {32: 1 / 8, 64: 1 / 4, 128: 1 / 2, 256: 1.0},  # not counted: as fast as on ada
 }
 MASK_COST = 0.125
 TILE_CLOCKS = 40
 PROGRAM_CLOCKS, PROGRAM_CLOCKS_PER_FEATURE = 100, 3
 # Bytes per clock that an SM gets from L2, about what is published for H100, A100 and RTX 4090; for MI300, whose
 # programs share keys across eight L2s, from the cache behind.
-L2_BYTES: dict[Device, int] = {"hopper": 26, "ampere": 32, "ada": 16, "amd": 27}
+L2_BYTES: dict[Device, int] = {"hopper": 26, "ampere": 32, "ada": 16, "amd": 27, "rdna": 16}
 
 # Building two descriptors costs a third of the 1,000 instructions outside the loop, and a round trip to memory.
 # Pointers cost 5 to 13 instructions per tile for narrow heads, but 45 and many registers for wide ones.

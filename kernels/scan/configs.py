@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from ..common.launching import Device, Overrides, block_d, tile_length
+from ..common.launching import AMD, Device, Overrides, block_d, tile_length
 
 Kernel = Literal["solve", "state", "output", "decay"]
 
@@ -57,8 +57,8 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Config]] = {
     ("ada", "decay", 4): {32: Config(16, 4), 64: Config(16, 4), 128: Config(16, 4)},
 }
 # not counted on AMD yet: those of Ada
-CHUNKS |= {("amd", itemsize): table for (device, itemsize), table in CHUNKS.items() if device == "ada"}
-SIZES |= {("amd", kernel, size): table for (device, kernel, size), table in SIZES.items() if device == "ada"}
+CHUNKS |= {(amd, size): table for (device, size), table in CHUNKS.items() for amd in AMD if device == "ada"}
+SIZES |= {(amd, kernel, size): SIZES["ada", kernel, size] for amd in AMD for _, kernel, size in list(SIZES)}
 
 forced = Overrides(*Config._fields, "chunk")
 override = forced.override

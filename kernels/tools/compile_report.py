@@ -51,7 +51,7 @@ ARCHITECTURES = {
     "sm_120": Architecture(99 * 1024, "ada", descriptors=True),
     "gfx942": Architecture(64 * 1024, "amd", lanes=64),
     "gfx950": Architecture(160 * 1024, "amd", lanes=64),
-    "gfx1201": Architecture(64 * 1024, "amd"),
+    "gfx1201": Architecture(64 * 1024, "rdna"),
 }
 
 

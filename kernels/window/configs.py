@@ -3,7 +3,7 @@
 from math import prod
 from typing import Literal, NamedTuple
 
-from ..common.launching import MIN_TILE, Device, Overrides, block_d
+from ..common.launching import AMD, MIN_TILE, Device, Overrides, block_d
 from .geometry import Axis
 
 Kernel = Literal["forward", "window", "query", "key", "bias"]
@@ -28,7 +28,7 @@ class Config(NamedTuple):
     wide: bool
 
 
-# (element bytes) -> {head dim up to: (rows of a tile of queries, of keys, warps)}; on AMD other warps, see `choose`
+# (element bytes) -> {head dim up to: (rows of a tile of queries, of keys, warps)}; other warps on AMD, see `choose`
 FORWARD = {
     2: {64: (64, 64, 4), 128: (64, 32, 4), 256: (32, 32, 4)},
     4: {32: (32, 32, 4), 128: (16, 16, 4), 256: (16, 16, 8)},
@@ -51,14 +51,15 @@ def choose(
     kernel: Kernel, axes: tuple[Axis, ...], *, head_dim: int, itemsize: int, device: Device, wide: bool
 ) -> Config:
     """Launch parameters of one kernel: as many windows as fill a tile, or as many slots of one window as fit."""
-    small = device in ("ada", "amd") or (device == "ampere" and kernel == "key")
+    of_amd = device in AMD
+    small = device == "ada" or of_amd or (device == "ampere" and kernel == "key")
     sizes = (SMALL_BACKWARD if small and kernel != "forward" else SIZES[kernel])[itemsize]
     rows, columns, warps = next(sizes[limit] for limit in sorted(sizes) if block_d(head_dim) <= limit)
-    if kernel == "key" and itemsize == 2 and block_d(head_dim) > (64 if device == "amd" else 128):
+    if kernel == "key" and itemsize == 2 and block_d(head_dim) > (64 if of_amd else 128):
         columns = 16  # two gradients of so many features fill the registers
-        rows = 16 if device == "amd" and block_d(head_dim) > 128 else rows
-    if device == "amd" and itemsize == 2:
-        warps = max(1, rows // 32)  # a wave of 64 lanes feeds on 32 rows
+        rows = 16 if of_amd and block_d(head_dim) > 128 else rows
+    if of_amd and itemsize == 2:
+        warps = max(1, rows // (32 if device == "amd" else 16))  # rows that a wave feeds on
     if isinstance(most := forced.get("rows"), int):
         rows = columns = most
     tokens, keys = _power(prod([a.window for a in axes])), _power(prod([a.span for a in axes]))
