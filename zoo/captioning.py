@@ -43,7 +43,7 @@ class VideoCaptioner(nn.Module):
         vocabulary: words.
         frames, size, in_chans: of the clips.
         length: words of a caption at most, the end included.
-        patch: frames and pixels of a token, `(time, space)`.
+        patch: frames and pixels of a token, `(time, space)`; an even number of pixels.
         dim, num_heads: of all blocks.
         video_depth, depth: blocks of the encoder, and over words and clip.
         window: of the encoder's attention, tokens per axis; smaller where the clip is.
@@ -71,12 +71,16 @@ class VideoCaptioner(nn.Module):
     ):
         super().__init__()
         time, space = patch
-        if frames % time or size % space:
-            raise ValueError(f"patch={tuple(patch)} must divide clips of {frames} frames and {size} pixels")
+        if frames % time or size % space or space % 2:
+            raise ValueError(f"patch={tuple(patch)}: must divide {frames} frames and {size} pixels, pixels evenly")
         grid = frames // time, size // space, size // space
         tokens = grid[0] * grid[1] * grid[2]
         self.vocabulary, self.length = [*SPECIAL, *vocabulary], length
-        self.patch = nn.Conv3d(in_chans, dim, (time, space, space), stride=(time, space, space))
+        self.patch = nn.Sequential(  # overlapping convolutions: shapes that move lie anywhere in a patch
+            nn.Conv3d(in_chans, dim // 2, (1, 5, 5), stride=(1, 2, 2), padding=(0, 2, 2)),
+            nn.GELU(),
+            nn.Conv3d(dim // 2, dim, (time, 3, 3), stride=(time, space // 2, space // 2), padding=(0, 1, 1)),
+        )
         self.places = nn.Parameter(0.02 * torch.randn(1, *grid, dim))
         windows = tuple(min(window, n) for n in grid)
         self.video = nn.ModuleList(

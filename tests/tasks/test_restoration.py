@@ -53,8 +53,8 @@ def test_pairs_follow_from_the_seed():
 @pytest.mark.parametrize(
     "options",
     [
-        ("task.network.args={width:8,up_width:8,depth:1}", "data.scale=3"),
-        ("task.network.name=catanet", "task.network.args={depth:1}", "data.crop=64"),
+        ("task.network.args={width:8,up_width:8,depth:1}", "data.scale=3", "task.self_ensemble=true"),
+        ("task.network.name=catanet", "task.network.args={depth:1}", "data.crop=64", "task.tile=48"),
         (
             "task.network.name=region_attention",
             "task.network.args={width:8,middle:3,encoder:[1,1],decoder:[1,1]}",
@@ -76,6 +76,7 @@ def test_networks(options, tmp_path):
     [
         ("task.network.name=a3n", "network"),
         ("task.loss=l3", "loss"),
+        ("task.tile=32", "above 32"),
         ("task.network.name=shadow_remover", "does not enlarge"),
         ("task.network.args={breadth:3}", "does not work"),
     ],

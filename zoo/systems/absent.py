@@ -19,8 +19,6 @@ class Absent(NamedTuple):
 
 ABSENT = (
     Absent("SEA, sparse linear attention by estimated maps", "arXiv:2310.01777", "needs a network per layer"),
-    Absent("FAST, Fastmax", "arXiv:2402.07901", "is `linear_attention` on polynomial features; no helper makes them"),
-    Absent("Linear log-normal attention (LLN)", "arXiv:2311.13541", "not built yet"),
     Absent("TPLA, latent attention in shards", "", "shards a cache of keys that image and video models do not have"),
     Absent("Flux attention, a router per layer", "", "`HeadPlan` says it per layer, head and step without a network"),
     Absent("Flashlight", "", 'is a compiler; `impl="torch"` is the eager form that compilers fuse'),

@@ -199,6 +199,15 @@ MIXERS = (
         "layers/test_mixers.py::test_efficient_attention_is_the_official_one", note="recorded",
     ),
     System(
+        "FAST, Fastmax", "arXiv:2402.07901", "layers.features:taylor_features",
+        "layers/test_features.py::test_series_recorded", note="recorded; features for `linear_attention` and scans",
+    ),
+    System(
+        "Linear log-normal attention (LLN)", "arXiv:2311.13541", "layers.features:log_normal_features",
+        "layers/test_features.py::test_log_normal_weights_vary_as_those_of_a_softmax", "partial",
+        "by formula; without the average with softmax in blocks",
+    ),
+    System(
         "Flow-attention", "arXiv:2202.06258", "layers:FlowAttention2d",
         "layers/test_mixers.py::test_flow_attention_is_the_official_one", note="recorded",
     ),

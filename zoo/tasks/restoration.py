@@ -74,6 +74,9 @@ class RestorationTask(EpochTask):
     Args:
         network: `name` ("a2n", "catanet", "region_attention", "shadow_remover") and optional `args`, its arguments.
         loss: "l1" or "charbonnier".
+        tile: pixels a side of the tiles by which whole images are restored in evaluation, with the overlap of
+            `restore_in_tiles`; None: at once.
+        self_ensemble: evaluate the mean over eight flips and turns; not with tile.
         scale, in_chans: of the data.
         optimizer, scheduler, lr_batch, compile, seed: as in `EpochTask`.
 
@@ -88,6 +91,8 @@ class RestorationTask(EpochTask):
         *,
         network: Mapping[str, Any],
         loss: str = "l1",
+        tile: int | None = None,
+        self_ensemble: bool = False,
         scale: int = 1,
         in_chans: int = 3,
         optimizer: Mapping[str, Any],
@@ -100,6 +105,8 @@ class RestorationTask(EpochTask):
             raise unknown_name("task.network.name", network.get("name"), NETWORKS)
         if loss not in LOSSES:
             raise unknown_name("task.loss", loss, LOSSES)
+        if tile is not None and (tile <= 32 or self_ensemble):
+            raise ValueError(f"task.tile={tile} must be above 32, twice the overlap, and is not with self_ensemble")
         names = ("loss", "psnr", "psnr_rgb", "psnr_base", "ssim")
         metrics: dict[str, Metric] = {f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in names}
         super().__init__(
@@ -107,6 +114,7 @@ class RestorationTask(EpochTask):
         )
         self.save_hyperparameters()
         self.network_cfg, self.loss, self.scale, self.in_chans = dict(network), LOSSES[loss], scale, in_chans
+        self.tile, self.self_ensemble = tile, self_ensemble
 
     def make_model(self) -> nn.Module:
         options = dict(self.network_cfg.get("args") or {})
@@ -128,12 +136,18 @@ class RestorationTask(EpochTask):
     def training_loss(self, batch: Any) -> Tensor:
         return self.loss(self.model(batch[0]), batch[1])
 
+    def restore(self, x: Tensor) -> Tensor:
+        """Result of evaluation: at once, by tiles, or as a mean of turned copies."""
+        if self.tile is not None:
+            return restoration.restore_in_tiles(self.model, x, tile=self.tile)
+        return restoration.self_ensemble(self.model, x) if self.self_ensemble else self.model(x)
+
     def evaluate(self, split: str, batch: Any, batch_idx: int) -> None:
         real = batch[2] != PADDING
         if not real.any():
             return
         given, target = batch[0][real], batch[1][real]
-        found = self.model(given)
+        found = self.restore(given)
         base = given if self.scale == 1 else F.interpolate(given, scale_factor=self.scale, mode="bicubic")
         measured = {
             "loss": self.loss(found, target),
