@@ -87,7 +87,7 @@ class CaptionedDigits(SeededData):
         batch_size: int = 64,
         canvas: int = 16,
         frames: int = 6,
-        epoch_length: int = 4096,
+        epoch_length: int = 2048,
         val_length: int = 360,
         test_length: int = 720,
         seed: int = 0,

@@ -24,10 +24,12 @@ FIXED_SEEDS = {"train": 2, "val": 0, "test": 1}
 
 def turn(axis_angle: Tensor) -> Tensor:
     """Rotations `[…, 3, 3]` of vectors whose length is the angle, `[…, 3]` (Rodrigues)."""
-    x, y, z = axis_angle.unbind(-1)
+    angle = axis_angle.norm(dim=-1, keepdim=True).clamp(min=1e-9)
+    x, y, z = (axis_angle / angle).unbind(-1)
     zero = torch.zeros_like(x)
     cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
-    return torch.linalg.matrix_exp(cross)
+    eye, angle = torch.eye(3, dtype=x.dtype), angle[..., None]
+    return eye + angle.sin() * cross + (1 - angle.cos()) * cross @ cross
 
 
 def move(frames: int, *, swing: float, generator: torch.Generator | None = None) -> Tensor:
@@ -109,7 +111,7 @@ class Skeletons(SeededData):
         batch_size: int = 64,
         frames: int = 27,
         swing: float = 0.3,
-        train_length: int = 4096,
+        train_length: int = 2048,
         val_length: int = 256,
         test_length: int = 512,
         seed: int = 0,
