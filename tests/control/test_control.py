@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from foveal.zoo import sites
-from foveal.zoo.control import Control, Rows, Schedule, Where, edits, explain
+from foveal.zoo.control import Control, Rows, Schedule, Where, edits, explain, recipes
 from foveal.zoo.control.edit import Edit
 from foveal.zoo.control.edits.word_mask import resize
 from foveal.zoo.control.terms import apply_right, compose
 from generators import build, run
+from stub_tokenizer import StubTokenizer
 from torch._dynamo.testing import CompileCounterWithBackend
 
 BRANCHES = ("source", "target")
@@ -208,3 +209,67 @@ def test_gradients_flow_into_observed_words():
         model(**inputs | {"sample": latents})
     (gradient,) = torch.autograd.grad(mask.maps.sum(), latents)
     assert gradient.abs().max() > 0
+
+
+def test_every_mistake_is_one_sentence_and_leaves_the_generator():
+    """Words, boxes, masks, guidance, a second owner, a later adapter: named before or at the first forward."""
+    model, inputs = toy()
+    plain, processors = run(model, inputs), [site.module.processor for site in sites.find(model)]
+    pair, words = {"branches": BRANCHES}, {"words": {"word": [1]}}
+    masks = torch.ones(2, 6, 8)
+    mistakes = {
+        "has no word 'tiger'": lambda: {"words": {"x": ("a dog", "tiger", StubTokenizer())}},
+        r"words\['x'\]=3 must be token numbers": lambda: {"words": {"x": 3}},
+        "shares the token": lambda: {"words": {"x": ("a dog, cat", "dog", Glued())}},
+        "inside of the image": lambda: {"edits": [recipes.bacon({"word": (0.5, 0, 1.5, 1)}, scale=2)]} | words,
+        "one for each of the 2 regions": lambda: {"edits": [edits.Visible({}, masks, ("word",))]} | words,
+        "must not overlap": lambda: {"edits": [edits.Sharpen(masks)]},
+        r"must be \[regions, height, width\]": lambda: {"edits": [edits.Sharpen(torch.ones(6, 8))]},
+        "have frames": lambda: {"edits": [edits.RegionBias(masks[:, None], ("word", "word"))]} | words,
+        "guidance is off": lambda: {"edits": [edits.Contexts(torch.zeros(1, 7, 12), masks[:1], base="uncond")]},
+        "uses the branches": lambda: {"edits": [edits.Share()]},
+        "is token 99 of 7": lambda: {"edits": [edits.WordMask("far")], "words": {"far": [99]}},
+        "give the pipeline 3 prompts": lambda: {"edits": [edits.Perturb(0.5)], "branches": ("a", "b", "c")},
+    }
+    for message, make in mistakes.items():
+        with pytest.raises((ValueError, TypeError), match=message) as caught:
+            options = make()
+            with Control(model, *options.pop("edits", ()), **options):
+                run(model, inputs)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300, message
+        assert all(a is s.module.processor for a, s in zip(processors, sites.find(model), strict=True)), message
+        assert torch.equal(run(model, inputs), plain), message
+    second = Control(model, edits.MergeTokens(0.2))
+    with Control(model, edits.Extend(), **pair):
+        before = run(model, inputs)
+        with pytest.raises(ValueError, match="owned by another interception already; remove that one first"):
+            second.install()
+        assert torch.equal(run(model, inputs), before) and not second.installed
+    assert torch.equal(run(model, inputs), plain)
+
+
+def test_an_adapter_that_is_loaded_later_is_named_and_one_before_is_refused():
+    model, inputs = toy()
+    site = next(site for site in sites.find(model) if site.kind == "cross")
+    adapter = IPAdapterAttnProcessor2_0(hidden_size=site.heads * site.head_dim, cross_attention_dim=12)
+    inner = site.module.processor
+    control = Control(model, edits.Reweight({"word": 2.0}), words={"word": [1]})
+    with control:
+        site.module.set_processor(adapter)
+        with pytest.raises(RuntimeError, match="IP-Adapter or set_attn_processor"):
+            run(model, inputs)
+    assert site.module.processor is adapter  # what came later stays
+    with pytest.raises(ValueError, match="a processor with weights"):
+        control.install()
+    site.module.set_processor(inner)
+    assert not control.installed and all(type(s.module.processor) is type(inner) for s in sites.find(model))
+
+
+class Glued(StubTokenizer):
+    """Makes one token of "dog,"."""
+
+    def encode(self, text):
+        return [0, 3, 6, 1]
+
+    def decode(self, ids):
+        return {3: "a", 6: "dog,"}.get(ids[0], "")

@@ -1,5 +1,7 @@
 """Latents and inversion through stock pipelines and callbacks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
@@ -12,7 +14,7 @@ from foveal.zoo.control.inversion import (
     embeddings_callback,
     null_text_invert,
 )
-from foveal.zoo.control.latents import low_band, paste, replace_low_band
+from foveal.zoo.control.latents import Step, low_band, paste, replace_low_band
 from foveal.zoo.control.recipes.prompt_to_prompt import local_blend
 from generators import build
 from stub_tokenizer import StubTokenizer
@@ -140,14 +142,20 @@ def field(kind):
     return predict
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def scheduler_of(kind, steps):
+    if kind != "flow":
+        return scheduler(kind, steps)
+    made = FlowMatchEulerDiscreteScheduler()
+    made.set_timesteps(steps)
+    return made
+
+
+KINDS = ("epsilon", "v_prediction", "flow")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_inversion_leads_back(kind):
-    steps = 20
-    if kind == "flow":
-        made = FlowMatchEulerDiscreteScheduler()
-        made.set_timesteps(steps)
-    else:
-        made = scheduler(kind, steps)
+    made = scheduler_of(kind, steps := 20)
     predict, clean = field(kind), start() * 0.5
     once = ddim_invert(predict, clean, made)
     exact = ddim_invert(predict, clean, made, rounds=60)
@@ -159,28 +167,114 @@ def test_inversion_leads_back(kind):
     assert (x - clean).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_edit_friendly_noises_reproduce_the_image(kind, tmp_path):
-    made, predict, clean = scheduler(kind, 10), field(kind), start() * 0.5
+    made, predict, clean = scheduler_of(kind, 10), field(kind), start() * 0.5
     inverted = ddpm_invert(predict, clean, made)
     inverted.save(str(tmp_path / "x.safetensors"))
     loaded = Inversion.load(str(tmp_path / "x.safetensors"))
     assert (ddpm_replay(predict, loaded, made) - inverted.latents[0]).abs().max() < 1e-12
-    last = 1 - float(made.final_alpha_cumprod)
-    assert inverted.error < 5 * last**0.5
-    with pytest.raises(ValueError, match="not of flows"):
-        flow = FlowMatchEulerDiscreteScheduler()
-        flow.set_timesteps(4)
-        ddpm_invert(predict, clean, flow)
+    # the last step has no noise that could make up for the model's error
+    last = float(made.sigmas[-2]) if kind == "flow" else (1 - float(made.final_alpha_cumprod)) ** 0.5
+    assert inverted.error < 5 * last
+    assert torch.stack(inverted.noises[:-1]).std() > 0.5
+    with pytest.raises(ValueError, match="eta=0 must be above 0"):
+        ddpm_invert(predict, clean, made, eta=0)
 
 
-def test_null_text_inversion_lowers_the_error():
+@pytest.mark.parametrize("kind", KINDS)
+def test_null_text_inversion_lowers_the_error(kind):
     embeds = prompts(1).values()
-    arguments = (field("epsilon"), start() * 0.5, scheduler(steps=10), *embeds)
+    arguments = (field(kind), start() * 0.5, scheduler_of(kind, 10), *embeds)
     without, inverted = (null_text_invert(*arguments, inner_steps=steps) for steps in (0, 10))
     assert inverted.error < 0.8 * without.error and len(inverted.embeddings) == 10
     with pytest.raises(ValueError, match="guidance_scale=1"):
         null_text_invert(*arguments, guidance_scale=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_virtual_inversion_reconstructs_the_source(kind):
+    """From any noise, whatever the model predicts; noise inside of the mask changes the other branch alone."""
+    made, predict = scheduler_of(kind, 10), field(kind)
+    mask = torch.zeros(16, 16)
+    mask[4:12, 4:12] = 1
+    clean, control = start() * 0.5, SimpleNamespace(branches=PAIR)
+    outs = {}
+    for name, found in (("plain", None), ("noise", mask)):
+        edit = edits.VirtualInversion(clean, mask=found)
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(7)).double().repeat(2, 1, 1, 1)
+        for timestep in made.timesteps:
+            before, prediction = x, predict(x, timestep) * torch.tensor([1.0, 0.7]).double()[:, None, None, None]
+            x = edit.move(control, made, prediction, timestep, x)
+        at = Step.of(made, made.timesteps[-1], 10)
+        outs[name], level = x, at.shares(at.before)
+        noise = (before[0] - at.shares(at.alpha)[0] * clean[0]) / at.shares(at.alpha)[1]
+        error = x[0] - level[0] * clean[0] - level[1] * noise
+        assert error[:, mask == 0].abs().max() < 1e-12 and (found is not None or error.abs().max() < 1e-12)
+        assert (x[1] - x[0]).abs().max() > 1e-3
+    assert not torch.equal(outs["plain"][1], outs["noise"][1])
+    if kind == "flow":  # whose last step ends at the clean latents
+        assert (outs["plain"][0] - clean[0]).abs().max() < 1e-12
+
+
+def test_branches_have_guidance_of_their_own(pipe):
+    weak, strong = sample(pipe, guidance_scale=1.0), sample(pipe, guidance_scale=7.5)
+    with Control(pipe, edits.RowGuidance({"source": 1.0}), branches=PAIR):
+        out = sample(pipe, guidance_scale=7.5)
+        with pytest.raises(ValueError, match=r"guidance_scale=1\.0 other than 1"):
+            pipe._guidance_scale = 1.0
+            type(pipe).do_classifier_free_guidance, before = True, type(pipe).do_classifier_free_guidance
+            try:
+                pipe.unet(start(4), 500, encoder_hidden_states=prompts(4)["prompt_embeds"])
+            finally:
+                type(pipe).do_classifier_free_guidance = before
+    assert (out[0] - weak[0]).abs().max() < 1e-9 * weak.abs().max() and torch.equal(out[1], strong[1])
+    with pytest.raises(ValueError, match="needs the pipeline"):
+        Control(pipe.unet, edits.RowGuidance({"source": 1.0}), branches=PAIR)
+
+
+@pytest.mark.parametrize("name", ["vimaedit", "locatedit"])
+def test_edits_without_inversion_run_in_a_stock_pipeline(pipe, name):
+    """The source's row is the source; the scheduler is given back, and two runs are equal."""
+    clean = start()[:1] * 0.5
+    options = {"tokenizer": StubTokenizer(), "steps": 4, "length": 7, "scale": 1, "self_scales": (2,)}
+    made = getattr(recipes, name)("a cat on", "a red cat on", clean, ("word",), **options)
+    step = pipe.scheduler.step
+    with Control(pipe, made, branches=PAIR, words={"word": [2]}, maps="allow") as control:
+        outs = [sample(pipe, guidance_scale=7.5, callback_on_step_end=control.callback) for _ in range(2)]
+    assert torch.equal(*outs) and pipe.scheduler.step == step and "step" not in vars(pipe.scheduler)
+    left = 1 - float(pipe.scheduler.final_alpha_cumprod)
+    assert (outs[0][0] - clean[0]).abs().max() < 10 * left**0.5 and not torch.equal(outs[0][0], outs[0][1])
+    with pytest.raises(ValueError, match="give the Control the pipeline"):
+        Control(pipe.unet, made, branches=PAIR, words={"word": [2]}, maps="allow")
+
+
+def test_latents_that_a_word_does_not_decide_are_the_references(pipe):
+    clean = start()[:1] * 0.5
+    (edit,) = recipes.grad_sam("word", clean, scale=2, blur=(1, 1.0), dilate=1, threshold=0.5)
+    pipe.scheduler.set_timesteps(4)
+    z, embeds, timestep = start() * 2, prompts(1)["prompt_embeds"], pipe.scheduler.timesteps[2]
+    with Control(pipe, edit, words={"word": [2]}) as control:
+        out = edit.update(control, z, timestep, embeds)
+        mask = torch.nn.functional.interpolate(edit.masks[-1].float()[None, None], size=(16, 16))[0, 0] > 0
+        sampled = sample(pipe, 1, callback_on_step_end=control.callback, **CALLBACK)
+    assert 0 < mask.float().mean() < 1 and len(edit.masks) >= 1 and sampled.isfinite().all()
+    assert torch.equal(out[..., mask], z[..., mask])
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(out[..., ~mask], Step.of(pipe.scheduler, timestep, 4).noised(clean, noise)[..., ~mask])
+
+
+def test_regulated_words_lower_their_loss(pipe):
+    """The loss falls on maps of 16 x 16; the edit keeps its best addition, in the first steps alone."""
+    logits = torch.randn(4, 256, 77, generator=torch.Generator().manual_seed(0))
+    added, losses = edits.regulate(logits, (2, 5), (16, 16), iterations=8)
+    assert losses[-1] < 0.5 * losses[0] and added.shape == (4, 256, 2)
+    found = recipes.attention_regulation(("word",), scales=(2,), until=0.5)
+    plain = sample(pipe)
+    with Control(pipe, found, words={"word": [2]}, maps="allow") as control:
+        assert not torch.equal(sample(pipe), plain)
+        assert all(steps == {0, 1} for seen in control.seen.values() for steps in seen.edits.values())
+    assert len(found[0].losses) == len(control.seen)
 
 
 def test_embeddings_of_null_text_inversion_run_in_a_stock_pipeline(pipe):

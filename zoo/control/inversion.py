@@ -227,7 +227,7 @@ def null_text_invert(
         with torch.enable_grad():
             for _ in range(inner_steps):
                 loss = (move(embedding) - path[i + 1]).square().mean()
-                if float(loss) < tolerance + 2e-5 * i:
+                if float(loss.detach()) < tolerance + 2e-5 * i:
                     break
                 optimizer.zero_grad()
                 (embedding.grad,) = torch.autograd.grad(loss, embedding)

@@ -53,15 +53,20 @@ def regions_to_grid(masks: Tensor, grid: Sequence[int], *, mode: str = "nearest-
     Raises:
         ValueError: masks of other axes, or with frames on a grid without.
     """
-    if masks.dim() not in (3, 4):
-        raise ValueError(
-            f"masks of {tuple(masks.shape)} must be [regions, height, width], or with frames before height"
-        )
+    check_regions(masks)
     if masks.dim() == 4 and len(grid) == 2:
         raise ValueError(f"masks of {tuple(masks.shape)} have frames, the grid {tuple(grid)} of an image has none")
     if masks.dim() == 3 and len(grid) == 3:
         masks = masks[:, None].expand(-1, grid[0], -1, -1)
     return to_grid(masks, grid, mode=mode)
+
+
+def check_regions(masks: Tensor) -> None:
+    """Raises ValueError unless masks are `[regions, height, width]` or `[regions, frames, height, width]`."""
+    if masks.dim() not in (3, 4):
+        raise ValueError(
+            f"masks of {tuple(masks.shape)} must be [regions, height, width], or with frames before height"
+        )
 
 
 def box_mask(box: Sequence[float], size: Sequence[int], *, pixels: Sequence[int] | None = None) -> Tensor:

@@ -44,7 +44,7 @@ class KeepReference(Edit):
         seed: int = 0,
     ):
         self.words, self.reference, self.make_mask, self.seed = (word,), reference, mask, seed
-        self.where, self.schedule = where or Where(kinds=("cross",)), schedule or Schedule()
+        self.where, self.steps = where or Where(kinds=("cross",)), schedule or Schedule()
         self.open = False
         self._seen: tuple[Tensor, tuple[int, int]] | None = None
         self.masks: list[Tensor] = []
@@ -84,7 +84,7 @@ class KeepReference(Edit):
     def latents(self, step: int, total: int | None, latents: Tensor, control: Any) -> Tensor:
         pipe, kwargs = control.at
         timesteps = pipe.scheduler.timesteps
-        if step + 1 >= len(timesteps) or not self.schedule.active(Moment(step + 1, total or len(timesteps))):
+        if step + 1 >= len(timesteps) or not self.steps.active(Moment(step + 1, total or len(timesteps))):
             return latents
         if "prompt_embeds" not in kwargs:
             raise ValueError("callback_on_step_end_tensor_inputs must name 'latents' and 'prompt_embeds'")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...sites import Call, Schedule
 from ..channels import row_extremes, with_bias
 from ..edit import Context, Edit
-from ..regions import regions_to_grid
+from ..regions import check_regions, regions_to_grid
 from ..where import Where
 
 
@@ -46,6 +46,7 @@ class Sharpen(Edit):
         schedule: Schedule | None = None,
         guidance: str = "cond",
     ):
+        check_regions(regions)
         if (regions.float().sum(0) > 1).any():
             raise ValueError("regions must not overlap")
         if words is not None and len(words) != len(regions):

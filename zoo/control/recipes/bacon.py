@@ -36,7 +36,12 @@ def bacon(
         boxes: word of the Control → (left, top, right, bottom) in fractions.
         size: step size, or a function of (step, steps), ours.
         scale: latent pixels per token of the observed attentions.
+
+    Raises:
+        ValueError: a box that is empty or outside of the image.
     """
+    for box in boxes.values():
+        box_mask(box, (1, 1))  # which says what is wrong before anything runs
     observer = WordMask(*boxes, where=Where(kinds=("cross",), scales=(scale,)))
 
     def loss() -> Tensor:
