@@ -3,6 +3,7 @@
 from ..benchmark import Benchmark
 from ..operators import Operator
 from .agent import Agent
+from .control import Controls
 from .cores import Cores
 from .families import Families
 from .hilo import HiLoLayer
@@ -17,7 +18,16 @@ from .video import Video
 from .window import Window
 
 OPERATORS: tuple[Operator, ...] = (Neighborhood(), Window(), Routing(), Agent(), Linear(), Scan(), Masks())
-REGISTRY: tuple[Benchmark, ...] = (*OPERATORS, Cores(), HiLoLayer(), Scaling(OPERATORS), Models(), Families(), Video())
+REGISTRY: tuple[Benchmark, ...] = (
+    *OPERATORS,
+    Cores(),
+    HiLoLayer(),
+    Scaling(OPERATORS),
+    Models(),
+    Families(),
+    Video(),
+    Controls(),
+)
 SUITES = tuple(dict.fromkeys(benchmark.suite for benchmark in REGISTRY))
 
 

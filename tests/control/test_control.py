@@ -11,6 +11,7 @@ from foveal.zoo.control.terms import apply_right, compose
 from generators import build, run
 from stub_tokenizer import StubTokenizer
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BRANCHES = ("source", "target")
 
@@ -225,7 +226,7 @@ def test_every_mistake_is_one_sentence_and_leaves_the_generator():
         "one for each of the 2 regions": lambda: {"edits": [edits.Visible({}, masks, ("word",))]} | words,
         "must not overlap": lambda: {"edits": [edits.Sharpen(masks)]},
         r"must be \[regions, height, width\]": lambda: {"edits": [edits.Sharpen(torch.ones(6, 8))]},
-        "have frames": lambda: {"edits": [edits.RegionBias(masks[:, None], ("word", "word"))]} | words,
+        "have frames": lambda: {"edits": [edits.Sharpen(masks[:1, None])]},
         "guidance is off": lambda: {"edits": [edits.Contexts(torch.zeros(1, 7, 12), masks[:1], base="uncond")]},
         "uses the branches": lambda: {"edits": [edits.Share()]},
         "is token 99 of 7": lambda: {"edits": [edits.WordMask("far")], "words": {"far": [99]}},
@@ -263,6 +264,40 @@ def test_an_adapter_that_is_loaded_later_is_named_and_one_before_is_refused():
         control.install()
     site.module.set_processor(inner)
     assert not control.installed and all(type(s.module.processor) is type(inner) for s in sites.find(model))
+
+
+class Largest(TorchDispatchMode):
+    """Notes whether anything of queries x keys is made."""
+
+    def __init__(self, queries):
+        super().__init__()
+        self.queries, self.found = queries, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor) and x.dim() >= 3 and tuple(x.shape[-2:]) in self.queries:
+                self.found.add((func._schema.name, tuple(x.shape)))
+        return out
+
+
+def test_no_map_is_made_unless_the_report_says_so():
+    """By dispatched operators: nothing has the shape of queries x keys, but for edits with `needs`."""
+    model, inputs = build("sd unet", batch=2)
+    right = torch.rand(7, 7).double()
+    transfer = edits.Transfer(lambda step: right, lambda step: torch.ones(7).double())
+    share, louder = edits.Share("qk", where=Where(kinds=("self",))), edits.Reweight({"word": 2.0}, branch="target")
+    composed = [transfer, louder, share, edits.WordMask("word"), edits.Perturb(0.5)]
+    regions = torch.stack([torch.cat([torch.ones(6, 4), torch.zeros(6, 4)], 1)] * 1)
+    soft = [edits.RegionBias(regions, ("word",)), edits.Temperature(2.0), edits.Extend(), edits.Emphasize("word", 0.1)]
+    options = {"branches": BRANCHES, "words": {"word": [2]}, "maps": "allow"}
+    latents = inputs["sample"].shape[-2:]
+    tokens = [latents[0] * latents[1], -(-latents[0] // 2) * -(-latents[1] // 2)]
+    shapes = {(n, m) for n in tokens for m in (n, 7)}
+    for found, expected in ((composed, False), (soft, False), ([edits.SelfMaps()], True)):
+        with Control(model, found, **options) as control, torch.no_grad(), Largest(shapes) as seen:
+            model(**inputs)
+        assert bool(seen.found) == expected == ("makes maps" in control.report()), (found, seen.found)
 
 
 class Glued(StubTokenizer):

@@ -81,7 +81,7 @@ def run(benchmark, folder: Path, **options):
 
 
 def test_the_registry_has_every_suite_and_leaves_gpu_sizes_out_on_cpu():
-    assert SUITES == ("kernels", "scaling", "models", "video")
+    assert SUITES == ("kernels", "scaling", "models", "video", "control")
     assert {b.name for b in of_suite("kernels")} == {
         "neighborhood",
         "window",

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from .layout import Layout, complete
@@ -61,19 +61,35 @@ class Call:
         """Streams of queries and keys."""
         return self.site.operation(self.index)
 
+    def even(self) -> Call:
+        """The operation with zeros in the narrower of queries and values.
+
+        Fused kernels ask for one head dim; others make the map of queries and keys.
+        """
+        size, wide = self.query.shape[-1], self.value.shape[-1]
+        if size == wide:
+            return self
+        if size > wide:
+            return replace(self, value=pad(self.value, (0, size - wide)))
+        scale = size**-0.5 if self.scale is None else self.scale
+        query, key = (pad(x, (0, wide - size)) for x in (self.query, self.key))
+        return replace(self, query=query, key=key, scale=scale)
+
     def dense(self) -> Tensor:
         """Plain attention, `[B, tokens, heads, value_dim]`."""
-        query, key, value = (x.transpose(1, 2) for x in (self.query, self.key, self.value))
-        return scaled_dot_product_attention(
+        call = self.even()
+        query, key, value = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
+        out = scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=self.mask,
-            dropout_p=self.dropout,
-            is_causal=self.causal,
-            scale=self.scale,
+            attn_mask=call.mask,
+            dropout_p=call.dropout,
+            is_causal=call.causal,
+            scale=call.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         ).transpose(1, 2)
+        return out if call.value is self.value else out[..., : self.value.shape[-1]]
 
 
 Following = Callable[[Call], Tensor]
@@ -216,6 +232,7 @@ class InterceptedProcessor:
             return call.dense()
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+        size, call = call.value.shape[-1], call.even()
         return dispatch_attention_fn(
             call.query,
             call.key,
@@ -226,7 +243,7 @@ class InterceptedProcessor:
             scale=call.scale,
             enable_gqa=call.query.shape[2] != call.key.shape[2],
             backend=self.inner._attention_backend,
-        )
+        )[..., :size]
 
 
 @lru_cache(maxsize=256)

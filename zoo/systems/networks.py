@@ -55,6 +55,14 @@ RESTORATION = (
         "the layer, recorded; no network",
     ),
     System(
+        "PAMA, manifold alignment for style transfer",
+        "computer-vision2022/PAMA@a526742",
+        "layers.style:ManifoldAlignment",
+        "layers/test_regions.py::test_pama_recorded",
+        "partial",
+        "the block, recorded; no network",
+    ),
+    System(
         "NAFNet's block",
         "arXiv:2204.04676",
         "zoo.restoration.rat:NAFBlock",

@@ -1,0 +1,471 @@
+"""Trains small digit generators, steers them with `foveal.zoo.Control`, measures it, and draws the pictures of
+docs/steer.md.
+
+    python examples/steer_digits.py train          # six models into runs/steer_digits, at most 8 minutes of a core each
+    python examples/steer_digits.py train pairs    # one of them
+    python examples/steer_digits.py measure        # prints the numbers of docs/steer.md
+    python examples/steer_digits.py draw           # docs/images/steer/*
+
+Needs scikit-learn (its scans of digits are the data), Pillow and matplotlib. Seeds are fixed; numbers are of held-out
+scans' judge, an SVM on 8 x 8 pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from foveal.zoo.control import Control, Where, edits, heatmap, recipes
+from foveal.zoo.data.digits import split_digits
+from foveal.zoo.video import VideoDiT, VideoDiTPipeline
+from foveal.zoo.video.flow import TIMESTEPS, add_noise, flow_loss, sample_time, velocity
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, max_pool2d, one_hot
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS, IMAGES = ROOT / "runs" / "steer_digits", ROOT / "docs" / "images" / "steer"
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+VOCABULARY = ("and", *DIGITS)  # "and" stands for what is no digit
+SIDE, MEAN, STD = 8, 0.14, 0.3  # pixels of a scan; mean and deviation of canvases
+HEIGHT, WIDTH, PATCH = 12, 24, 3  # of a picture of two digits, and of its tokens
+CANVAS, FRAMES = 16, 8  # of a clip along a path
+SMALL, SHORT = 12, 6  # of a clip behind its first frame
+CROSS = {("image", "entity"): "region", ("image", "text"): "all"}  # digits' words in their regions, "and" everywhere
+
+
+# data
+
+
+def scans(split: str) -> tuple[Tensor, Tensor]:
+    """Scans `[N, 8, 8]` in 0..1 and their digits."""
+    from sklearn.datasets import load_digits
+
+    numbers, labels = split_digits()[split]
+    return torch.from_numpy(load_digits().images[numbers] / 16).float(), torch.tensor(labels)
+
+
+def put(canvas: Tensor, digits: Tensor, top: Tensor, left: Tensor) -> None:
+    """Draws a digit `[B, 8, 8]` into each canvas `[B, H, W]` at its place."""
+    rows = top[:, None, None] + torch.arange(SIDE)[:, None]
+    columns = left[:, None, None] + torch.arange(SIDE)
+    canvas[torch.arange(len(canvas))[:, None, None], rows, columns] = digits
+
+
+def pairs(count: int, images: Tensor, labels: Tensor, *, bound: bool) -> dict[str, Tensor]:
+    """Two different digits side by side; the text names them in any order, in its region each where bound."""
+    left = torch.randint(len(images), (count,))
+    other = torch.randint(len(images), (4, count))
+    right = other[(labels[other] != labels[left]).float().argmax(0), torch.arange(count)]
+    video = torch.zeros(count, HEIGHT, WIDTH)
+    for which, offset in ((left, 0), (right, WIDTH // 2)):
+        place = torch.randint(WIDTH // 2 - SIDE + 1, (2, count))
+        put(video, images[which], place[0], place[1] + offset)
+    words = torch.stack([labels[left], torch.full_like(left, -1), labels[right]], 1)
+    swapped = torch.rand(count) < 0.5
+    words[swapped] = words[swapped].flip(1)
+    batch = {"video": video[:, None, None], "text": one_hot(words + 1, len(VOCABULARY)).float()}
+    if bound:
+        columns = WIDTH // PATCH
+        sees = torch.ones(count, HEIGHT // PATCH, columns, 3, dtype=torch.bool)
+        half = torch.arange(columns) < columns // 2
+        sees[..., 0] = half ^ swapped[:, None, None]
+        sees[..., 2] = ~half ^ swapped[:, None, None]
+        batch["mask"] = sees.flatten(1, 2)
+    return batch
+
+
+def paths(count: int, *, circles: float = 0.5) -> Tensor:
+    """Places (top, left) of a digit in each frame, `[B, frames, 2]`: lines that bounce, and pieces of circles."""
+    room, t = CANVAS - SIDE, torch.arange(FRAMES)
+    line = torch.rand(count, 1, 2) * room + t[:, None] * (torch.rand(count, 1, 2) - 0.5) * 5
+    line = (line % (2 * room)).sub(room).abs().neg().add(room)
+    turn = torch.rand(count, 1) * 2 * math.pi + t * (torch.rand(count, 1) - 0.5) * 2
+    circle = room / 2 + (room / 2 * (0.5 + 0.5 * torch.rand(count, 1, 1))) * torch.stack([turn.sin(), turn.cos()], -1)
+    round_ = torch.rand(count, 1, 1) < circles
+    return torch.where(round_, circle, line).round().long().clamp(0, room)
+
+
+def track(path: Tensor) -> Tensor:
+    """Tokens of the moving box, bool `[B, frames, 4, 4]`: patches of 4 x 4 pixels that it touches."""
+    boxes = torch.zeros(*path.shape[:2], CANVAS, CANVAS)
+    flat = boxes.flatten(0, 1)
+    put(flat, torch.ones(len(flat), SIDE, SIDE), *path.flatten(0, 1).unbind(-1))
+    return max_pool2d(flat[:, None], 4)[:, 0].unflatten(0, path.shape[:2]) > 0
+
+
+def moving(count: int, images: Tensor, labels: Tensor, *, bound: float) -> dict[str, Tensor]:
+    """One digit on a path; for a share of the clips its word is seen along the path alone."""
+    which, path = torch.randint(len(images), (count,)), paths(count)
+    video = torch.zeros(count * FRAMES, CANVAS, CANVAS)
+    put(video, images[which].repeat_interleave(FRAMES, 0), *path.flatten(0, 1).unbind(-1))
+    text = one_hot(torch.stack([torch.zeros_like(which), labels[which] + 1], 1), len(VOCABULARY)).float()
+    sees = torch.ones(count, FRAMES, CANVAS // 4, CANVAS // 4, 2, dtype=torch.bool)
+    sees[..., 1] = track(path) | (torch.rand(count, 1, 1, 1) >= bound)
+    return {"video": video.unflatten(0, (count, 1, FRAMES)), "text": text, "mask": sees.flatten(1, 3)}
+
+
+def behind(count: int, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """One digit that moves, without any text: the first frame says which."""
+    which, room, t = torch.randint(len(images), (count,)), SMALL - SIDE, torch.arange(SHORT)
+    path = torch.rand(count, 1, 2) * room + t[:, None] * (torch.rand(count, 1, 2) - 0.5) * 2
+    path = (path % (2 * room)).sub(room).abs().neg().add(room).round().long().clamp(0, room)
+    video = torch.zeros(count * SHORT, SMALL, SMALL)
+    put(video, images[which].repeat_interleave(SHORT, 0), *path.flatten(0, 1).unbind(-1))
+    return {"video": video.unflatten(0, (count, 1, SHORT)), "label": labels[which]}
+
+
+# models
+
+
+class Words:
+    """A tokenizer of the vocabulary, one token a word."""
+
+    def encode(self, text: str) -> list[int]:
+        return [VOCABULARY.index(word) for word in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return VOCABULARY[ids[0]]
+
+    def __call__(self, texts: list[str], **options) -> SimpleNamespace:
+        ids = torch.tensor([self.encode(text) for text in texts])
+        return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+class OneHot(nn.Module):
+    """A text encoder without weights."""
+
+    dtype = torch.float32
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:
+        return (one_hot(ids, len(VOCABULARY)).float(),)
+
+
+TEXT = {"conditioning": "cross", "text_dim": len(VOCABULARY)}
+FRAME = {"patch_size": (1, 4, 4), "num_layers": 4}
+# name: (options of the model, batches, steps, batch size, the model that it starts from)
+MODELS: dict[str, tuple[dict, Callable, int, int, str | None]] = {
+    "pairs": (TEXT | {"patch_size": (1, PATCH, PATCH)}, lambda n, *x: pairs(n, *x, bound=False), 2600, 32, None),
+    "pairs_bound": (TEXT | {"patch_size": (1, PATCH, PATCH)}, lambda n, *x: pairs(n, *x, bound=True), 500, 32, "pairs"),
+    "path": (TEXT | {"patch_size": (1, 4, 4)}, lambda n, *x: moving(n, *x, bound=0.5), 2200, 10, None),
+    "first": (FRAME | {"attention": ("first", "temporal")}, behind, 1200, 20, None),
+    "spatial": (FRAME | {"attention": ("spatial", "temporal")}, behind, 1200, 20, None),
+    "dense": (FRAME, behind, 1200, 20, None),
+}
+
+
+def train(name: str) -> None:
+    """Trains a model by rectified flow and saves the average of its weights."""
+    options, make, steps, size, start = MODELS[name]
+    torch.manual_seed(0)
+    model = VideoDiT.from_preset("nano", **options) if start is None else VideoDiT.from_pretrained(RUNS / start)
+    model.train()
+    average = {key: x.clone() for key, x in model.state_dict().items()}
+    peak = 2e-3 if start is None else 1e-3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01, betas=(0.9, 0.99))
+    images, labels = scans("train")
+    began, running = time.process_time(), 0.0
+    for step in range(steps):
+        scale = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = peak * scale
+        batch = make(size, images, labels)
+        video = (batch["video"] - MEAN) / STD
+        t = sample_time((size,), shift=2.0)
+        condition, weight = {}, None
+        if "text" in batch:
+            dropped = torch.rand(size) < 0.1
+            condition["encoder_hidden_states"] = batch["text"].masked_fill(dropped[:, None, None], 0)
+            if "mask" in batch:
+                condition["encoder_attention_mask"] = batch["mask"]
+        else:  # the first frame is clean
+            t = t[:, None].repeat(1, SHORT)
+            weight = torch.ones_like(t)
+            t[:, 0] = weight[:, 0] = 0
+        noise = torch.randn_like(video)
+        prediction = model(add_noise(video, noise, t), TIMESTEPS * t, **condition).sample
+        loss = flow_loss(prediction, velocity(video, noise), weight=weight)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        keep = min(0.998, step / (step + 10))
+        for key, x in model.state_dict().items():
+            average[key].lerp_(x, 1 - keep)
+        running += (float(loss.detach()) - running) * (0.01 if step > 100 else 0.1)
+        if step % 200 == 199 or step == steps - 1:
+            print(f"{name} {step + 1}/{steps}: loss {running:.3f}, {time.process_time() - began:.0f} s", flush=True)
+    model.load_state_dict(average)
+    model.eval().save_pretrained(RUNS / name)
+
+
+def pipeline(name: str) -> VideoDiTPipeline:
+    """The pipeline of a trained model."""
+    folder = RUNS / name
+    if not folder.exists():
+        raise SystemExit(f"{folder} is not there; run: python examples/steer_digits.py train {name}")
+    model = VideoDiT.from_pretrained(folder).eval()
+    text = {"text_encoder": OneHot(), "tokenizer": Words()} if model.config.conditioning else {}
+    made = VideoDiTPipeline(
+        model, FlowMatchEulerDiscreteScheduler(shift=2.0), pixel_mean=[MEAN], pixel_std=[STD], null_text="zeros", **text
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def sample(pipe: VideoDiTPipeline, prompts: list[str] | None, size: tuple[int, int, int], **options) -> Tensor:
+    """Clips `[B, frames, H, W]` in 0..1."""
+    frames, height, width = size
+    sizes = {"num_frames": frames, "height": height, "width": width}
+    call = {"num_inference_steps": 25, "output_type": "pt"} | sizes | options
+    if prompts is not None:
+        call = {"prompt": prompts, "guidance_scale": 2.5} | call
+    return pipe(**call).frames[:, :, 0]
+
+
+# measures
+
+
+def judge() -> Callable[[Tensor], Tensor]:
+    """Reads digits `[N, 8, 8]`: a support vector machine, right on 99 % of held-out scans."""
+    from sklearn.svm import SVC
+
+    images, labels = scans("train")
+    machine = SVC(gamma=0.001 * 256).fit(images.flatten(1).numpy(), labels.numpy())
+    held, truth = scans("test")
+    print(f"judge: right on {100 * machine.score(held.flatten(1).numpy(), truth.numpy()):.1f} % of held-out scans")
+    return lambda x: torch.from_numpy(machine.predict(x.flatten(1).numpy()))
+
+
+def find_digit(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """The 8 x 8 window of most ink in each picture `[N, H, W]`, centered, and its place (top, left)."""
+    windows = pictures.unfold(1, SIDE, 1).unfold(2, SIDE, 1)  # [N, rows, columns, 8, 8]
+    # ink near the border counts less, so that the window centers on the digit
+    edge = torch.hann_window(SIDE + 2, periodic=False)[1:-1]
+    score = (windows * (edge[:, None] * edge + 0.2)).sum((-2, -1)).flatten(1)
+    best = score.argmax(1)
+    columns = windows.shape[2]
+    chosen = windows.flatten(1, 2)[torch.arange(len(pictures)), best]
+    return chosen, torch.stack([best // columns, best % columns], 1)
+
+
+def halves() -> Tensor:
+    """Masks of the left and the right half, `[2, height, width]`."""
+    left = torch.zeros(HEIGHT, WIDTH)
+    left[:, : WIDTH // 2] = 1
+    return torch.stack([left, 1 - left])
+
+
+def bind(words: tuple[str, ...], regions: Tensor) -> edits.Visible:
+    """Words that are seen in their regions alone."""
+    return edits.Visible(CROSS, regions, words, where=Where(kinds=("cross",)))
+
+
+def measure_regions(read: Callable, count: int = 50) -> None:
+    """Two digits bound to two regions."""
+    generator = torch.Generator().manual_seed(1)
+    wanted = [tuple(torch.randperm(10, generator=generator)[:2].tolist()) for _ in range(6)]
+    for name, bound in (("pairs", False), ("pairs", True), ("pairs_bound", True)):
+        pipe, right, both = pipeline(name), 0.0, 0.0
+        for a, b in wanted:
+            prompt = f"{DIGITS[a]} and {DIGITS[b]}"
+            words = {"first": (prompt, DIGITS[a]), "second": (prompt, DIGITS[b])}
+            found = [bind(("first", "second"), halves())] if bound else []
+            with Control(pipe, *found, words=words):
+                clips = sample(pipe, [prompt] * count, (1, HEIGHT, WIDTH), generator=generators(count))
+            seen = [read(find_digit(half)[0]) for half in clips[:, 0].split(WIDTH // 2, -1)]
+            right += float(((seen[0] == a) & (seen[1] == b)).float().mean()) / len(wanted)
+            pair = torch.stack(seen, 1).sort(1).values
+            both += float((pair == torch.tensor(sorted((a, b)))).all(1).float().mean()) / len(wanted)
+        how = {("pairs", False): "not bound", ("pairs", True): "bound, not trained for it"}
+        how = how.get((name, bound), "bound, trained for it")
+        print(f"regions, {how}: both digits {100 * both:.0f} %, each in its region {100 * right:.0f} %", flush=True)
+
+
+def generators(count: int, seed: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def measure_path(read: Callable, count: int = 16) -> None:
+    """A digit that follows a path: distance of its center from that of the box, in pixels."""
+    pipe = pipeline("path")
+    torch.manual_seed(2)
+    ways = torch.cat([paths(6, circles=0.0), paths(6, circles=1.0)])
+    for bound in (False, True):
+        far = near = right = 0.0
+        for number, way in enumerate(ways):
+            digit = number % 10
+            prompt = f"and {DIGITS[digit]}"
+            found = [bind(("digit",), track(way[None]).float())] if bound else []
+            with Control(pipe, *found, words={"digit": (prompt, DIGITS[digit])}):
+                clips = sample(pipe, [prompt] * count, (FRAMES, CANVAS, CANVAS), generator=generators(count))
+            shown, place = find_digit(clips.flatten(0, 1))
+            distance = (place.unflatten(0, (count, FRAMES)) - way).float().norm(dim=-1)
+            far += float(distance.mean()) / len(ways)
+            near += float((distance <= 2).float().mean()) / len(ways)
+            right += float((read(shown) == digit).float().mean()) / len(ways)
+        print(
+            f"path, {'bound' if bound else 'not bound'}: {far:.1f} pixels off the path, within 2 pixels in "
+            f"{100 * near:.0f} % of frames; the digit is right in {100 * right:.0f} %",
+            flush=True,
+        )
+
+
+def measure_first(read: Callable, count: int = 200) -> None:
+    """A first frame that is kept: the last frame shows its digit."""
+    images, labels = scans("test")
+    torch.manual_seed(3)
+    batch = behind(count, images, labels)
+    given = batch["video"][:, :, 0]
+    start = find_digit(given[:, 0])[0]
+    print(f"first frame itself: the judge reads its digit in {100 * same(read(start), batch['label']):.0f} %")
+    for name in ("first", "dense", "spatial"):
+        clips = sample(pipeline(name), None, (SHORT, SMALL, SMALL), image=given, generator=generators(count))
+        last = find_digit(clips[:, -1])[0]
+        moved = (clips[:, -1] - clips[:, 0]).abs().mean()
+        likeness = cosine_similarity(last.flatten(1), start.flatten(1)).mean()
+        print(
+            f"first frame, {name} layers: last frame shows its digit in "
+            f"{100 * same(read(last), batch['label']):.0f} %, cosine to the first frame's digit {float(likeness):.3f} "
+            f"(mean change of a pixel {float(moved):.3f})",
+            flush=True,
+        )
+
+
+def same(a: Tensor, b: Tensor) -> float:
+    return float((a == b).float().mean())
+
+
+# pictures
+
+
+def draw() -> None:
+    """Writes the pictures of the page."""
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    draw_words()
+    draw_swaps()
+    draw_regions()
+    draw_path()
+
+
+def tiles(rows: list[list[np.ndarray]], titles: list[str], names: list[str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        len(rows), len(rows[0]), figsize=(1.9 * len(rows[0]), 1.1 * len(rows) + 0.3), squeeze=False
+    )
+    for line, row, title in zip(axes, rows, titles, strict=True):
+        for axis, picture in zip(line, row, strict=True):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name, fontsize=9)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    print(path)
+
+
+def draw_words() -> None:
+    """Maps of words over a picture."""
+    from foveal.zoo.control.plot import overlay
+
+    pipe = pipeline("pairs")
+    call = {"num_inference_steps": 25, "guidance_scale": 2.5, "num_frames": 1, "height": HEIGHT, "width": WIDTH}
+    # the prompt goes as a list: a row each
+    image, maps = heatmap(
+        pipe, "three and eight", ["three", "and", "eight"], generator=torch.Generator().manual_seed(4), **call
+    )
+    picture = np.repeat(np.asarray(image[0])[..., :1].clip(0, 1), 3, -1)
+    overlay(picture, maps, IMAGES / "words.png")
+    print(IMAGES / "words.png")
+
+
+def draw_swaps() -> None:
+    """Prompt-to-Prompt: one word swapped, the rest of the picture stays."""
+    pipe, source = pipeline("pairs"), "three and eight"
+    targets = ["three and six", "three and four", "two and eight"]
+    rows, titles = [], ["new prompt, same noise", "Prompt-to-Prompt"]
+    for steered in (False, True):
+        row = []
+        for target in targets:
+            edit = recipes.prompt_to_prompt(
+                source, target, tokenizer=pipe.tokenizer, steps=25, length=3, cross=0.6, self_attention=0.3,
+                self_scales=(1,),
+            )  # fmt: skip
+            with Control(pipe, *([edit] if steered else []), branches=("source", "target")) as control:
+                noise = control.same_noise(seed=4)
+                clips = sample(pipe, [source, target], (1, HEIGHT, WIDTH), generator=noise)
+            row = [*row, clips[1, 0].numpy()] if row else [clips[0, 0].numpy(), clips[1, 0].numpy()]
+        rows.append(row)
+    tiles(rows, titles, [source, *targets], IMAGES / "prompt_to_prompt.png")
+
+
+def draw_regions() -> None:
+    """Words bound to halves, in both orders."""
+    pipe, prompt = pipeline("pairs"), "three and seven"
+    words = {"three": (prompt, "three"), "seven": (prompt, "seven")}
+    rows, titles = [], ["not bound", "three left", "three right"]
+    for order in (None, ("three", "seven"), ("seven", "three")):
+        found = [] if order is None else [bind(order, halves())]
+        with Control(pipe, *found, words=words):
+            clips = sample(pipe, [prompt] * 5, (1, HEIGHT, WIDTH), generator=generators(5, seed=20))
+        rows.append([clip[0].numpy() for clip in clips])
+    tiles(rows, titles, [f"seed {i}" for i in range(5)], IMAGES / "regions.png")
+
+
+def draw_path() -> None:
+    """A GIF: the box that moves on a circle, and digits that are bound to it."""
+    from PIL import Image, ImageDraw
+
+    pipe = pipeline("path")
+    turn = torch.arange(FRAMES) / FRAMES * 2 * math.pi
+    way = (4 + 4 * torch.stack([-turn.cos(), turn.sin()], -1)).round().long().clamp(0, CANVAS - SIDE)
+    shown = (3, 5, 8)
+    pictures = []
+    for digit in shown:
+        prompt = f"and {DIGITS[digit]}"
+        with Control(pipe, bind(("digit",), track(way[None]).float()), words={"digit": (prompt, DIGITS[digit])}):
+            pictures.append(sample(pipe, [prompt], (FRAMES, CANVAS, CANVAS), generator=generators(1, seed=5))[0])
+    zoom, gap, frames = 8, 8, []
+    for t in range(FRAMES):
+        page = Image.new("RGB", (len(shown) * (CANVAS * zoom + gap) - gap, CANVAS * zoom), "white")
+        for i, clip in enumerate(pictures):
+            grey = (clip[t].clamp(0, 1) * 255).byte().numpy()
+            tile = Image.fromarray(grey).resize((CANVAS * zoom,) * 2, Image.Resampling.NEAREST).convert("RGB")
+            top, left = (int(x) * zoom for x in way[t])
+            ImageDraw.Draw(tile).rectangle((left, top, left + SIDE * zoom - 1, top + SIDE * zoom - 1), outline="orange")
+            page.paste(tile, (i * (CANVAS * zoom + gap), 0))
+        frames.append(page)
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    frames[0].save(IMAGES / "path.gif", save_all=True, append_images=frames[1:], duration=180, loop=0)
+    print(IMAGES / "path.gif")
+
+
+def main(arguments: list[str]) -> None:
+    command, *names = arguments or [""]
+    if command not in ("train", "measure", "draw") or set(names) - set(MODELS):
+        raise SystemExit(f"{__doc__}\nModels: {', '.join(MODELS)}")
+    if command == "train":
+        for name in names or MODELS:
+            train(name)
+    elif command == "measure":
+        read = judge()
+        measure_regions(read)
+        measure_path(read)
+        measure_first(read)
+    else:
+        draw()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
