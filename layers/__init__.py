@@ -9,7 +9,7 @@ from .causal import PostSoftmaxCausalAttention2d
 from .connectivity import ConnectivityAttention2d, LearnedConnectivity
 from .dense import DenseAttention2d
 from .efficient import EfficientAttention2d
-from .flow import FlowAttention2d
+from .flow import FlowAttention2d, FlowBranch2d
 from .focused import FocusedLinearAttention2d, FocusedLinearBranch2d
 from .hilo import HiLo
 from .hyena import HyenaConvolution, SineFilter
@@ -46,6 +46,7 @@ __all__ = [
     "DenseAttention2d",
     "EfficientAttention2d",
     "FlowAttention2d",
+    "FlowBranch2d",
     "FocusedLinearAttention2d",
     "FocusedLinearBranch2d",
     "GlobalCosineAttention2d",

@@ -134,4 +134,4 @@ class BranchMixin(ProjectedAttention2d):
         """Maps `[B, H, W, heads, d]` and the block's input before its norm, `[B, H, W, dim]`, to `[B, H, W, dim]`."""
         tokens = (t.flatten(1, 2) for t in (query, key, value, x))
         out = self.attend(*tokens, grid_size=(x.shape[1], x.shape[2])).view(x.shape)
-        return out + self.get_v(value.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return out + self.get_v(value.flatten(3).contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.ops import linear_attention
-from .base import ProjectedAttention2d
+from .base import BranchMixin, ProjectedAttention2d
 
 SMALL = 1e-6
 
@@ -51,3 +51,7 @@ class FlowAttention2d(ProjectedAttention2d):
         """Multiply-accumulates for one image, of the state, what is read of it and four flows; `shape` is H and W."""
         tokens = shape[0] if self.class_token else shape[0] * shape[1]
         return tokens * self.dim * (2 * self.dim // self.num_heads + 4)
+
+
+class FlowBranch2d(BranchMixin, FlowAttention2d):
+    """Flow-attention as a branch of CSWin's blocks."""

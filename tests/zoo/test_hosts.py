@@ -4,7 +4,7 @@ import foveal.zoo.table
 import pytest
 import timm
 import torch
-from foveal.layers import WindowAttention2d
+from foveal.layers import FlowAttention2d, WindowAttention2d
 from foveal.zoo.conversion import Conversion
 from foveal.zoo.hosts import PVT, CSWin, DeiT, Isotropic, PVTv2, Swin
 from meta_models import create_without_data
@@ -217,3 +217,13 @@ def test_positions_of_no_square_map_are_refused(tmp_path):
     torch.save(state | {"pos_embed": torch.zeros(1, 1 + 15, 32)}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="pos_embed of this file has 15 positions; expected those of a 3x3 map"):
         timm.create_model("test_inline_deit", pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "w.pth")})
+
+
+def test_flow_attention_takes_the_places_it_is_told():
+    for host, kept in (("deit", 0), ("pvt", 0), ("swin", 1), ("cswin", 2)):
+        model = create_without_data(f"test_flow_{host}")
+        flow = [m for m in model.modules() if isinstance(m, FlowAttention2d)]
+        blocks = [m for m in model.modules() if hasattr(m, "mlp")]
+        assert len(flow) == len(blocks) - kept > 0
+    with pytest.raises(ValueError, match=r"flow_blocks=\(3, 0\) must each lie in \[0, depth\]"):
+        create_without_data("test_flow_swin", flow_blocks=(3, 0))

@@ -147,7 +147,7 @@ RECURRENCES = (
         "layers:Scan2d, layers:LocalScanBlock",
         "layers/test_recurrence.py::test_local_scan_block_begins_as_the_identity",
         "partial",
-        "orders recorded; Mamba-2's decay in place of Mamba-1's",
+        "orders recorded; Mamba-2's decay in place of Mamba-1's; `local_scan` of VideoDiT",
     ),
     System(
         "DocMamba",
