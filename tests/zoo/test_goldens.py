@@ -143,6 +143,17 @@ def test_official_names_and_shapes_are_converted_to_ours(official):
     assert {key: x.shape for key, x in out.items()} == {key: x.shape for key, x in model.state_dict().items()}
 
 
+@pytest.mark.slow
+def test_every_published_variant_has_the_parameters_of_the_official_code():
+    """Of whole families, most of whose sizes have the layout of a recorded one: "model@pixels" and their number."""
+    for entry, expected in json.loads((GOLDENS / "official_params.json").read_text()).items():
+        name, _, pixels = entry.partition("@")
+        native = timm.get_pretrained_cfg(name).input_size[-1]  # pyright: ignore
+        model = create_without_data(name, **({} if int(pixels) == native else {"img_size": int(pixels)}))
+        unused = 2 * 512 if name.startswith("flatten_pvt_") else 0  # a norm that PVT's files hold and no one calls
+        assert sum(x.numel() for x in model.parameters()) == expected - unused, entry
+
+
 def test_every_official_variant_is_ours():
     covered = {our_name(official).split(".")[0] for official in KEYS}
     ours = set(timm.list_models([f"{family}_*" for family in WHOLE]))
