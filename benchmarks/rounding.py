@@ -1,17 +1,19 @@
-"""Error of rounding queries and keys to e4m3: `python -m benchmarks.rounding` prints the table of docs/numerics.md.
+"""Error of rounding queries and keys: `python -m benchmarks.rounding` prints the tables of docs/numerics.md.
 
 Errors are those of bfloat16 inputs on the plain PyTorch path, against float64 on the same inputs. Trained activations
 come from the packaged DiNAT on its test digits.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import foveal.zoo  # noqa: F401  registers the model
 import timm
 import torch
+from foveal.kernels.block_sparse.call import ONE_BIT
 from foveal.kernels.neighborhood import quantized
-from foveal.kernels.ops import na2d
+from foveal.kernels.ops import block_sparse_attention, masks, na2d
 from foveal.layers import NeighborhoodAttention2d
 from foveal.zoo.data.digits import Digits
 from torch import Tensor, nn
@@ -59,6 +61,25 @@ def random_cases() -> Iterator[tuple[str, dict[str, Error]]]:
     yield "the last, every channel of keys shifted by 8 · normal", errors(query, key + shift, value, window=21)
 
 
+def listed_cases() -> Iterator[tuple[str, dict[str, Error]]]:
+    """Of block-sparse attention: a quarter of the cubes of 4×4×4 tokens, head dim 64."""
+    formats = {"bfloat16": None, "int8": torch.int8, "e4m3": E4M3, "signs": ONE_BIT}
+    draw = torch.Generator().manual_seed(0)
+    for name, shift, scale in (
+        ("normal", 0.0, 1.0),
+        ("every channel of keys shifted by 5 · normal", 5.0, 1.0),
+        ("logits three times as large", 0.0, 3**0.5),
+    ):
+        query, key, value = torch.randn(3, 1, 8, 16, 16, 4, 64, generator=draw)
+        key = scale * key + shift * torch.randn(4, 64, generator=draw)
+        query, key, value = (scale * query).bfloat16(), key.bfloat16(), value.bfloat16()
+        mask = masks.vsa(query, key, sparsity=0.75, block=4)
+        attend = partial(block_sparse_attention, mask=mask, return_lse=True)
+        exact = attend(query.double(), key.double(), value.double())
+        found = {numbers: attend(query, key, value, qk_dtype=dtype) for numbers, dtype in formats.items()}
+        yield name, {numbers: Error.of(got, exact) for numbers, got in found.items()}
+
+
 @torch.no_grad()
 def trained() -> tuple[list[dict[str, Error]], list[float]]:
     """Errors of the layers of a trained DiNAT, and its test accuracy without and with e4m3."""
@@ -98,6 +119,9 @@ def main() -> None:
     layers, right = trained()
     worst = {kind: Error(*map(max, zip(*(layer[kind] for layer in layers), strict=True))) for kind in layers[0]}
     print(*rows(f"a trained DiNAT, the worst of {len(layers)} layers", worst), sep="\n")
+    print("", *HEAD, sep="\n")
+    for name, found in listed_cases():
+        print(*rows(name, found), sep="\n")
     print("\nImages named rightly without and with e4m3: {:.2%}, {:.2%}".format(*right))
 
 

@@ -5,22 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.common.rounding import signs, straight_through
 from .base import ProjectedAttention2d
 from .relative import resize_bias_table
 
 LEVELS = 255  # of the attention weights, unsigned
 PEAK = 127  # of the values, signed
 CLASS_ROWS = 3  # of a bias table: class token to tokens, tokens to it, it to itself
-
-
-def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
-    """`value` exactly, with the gradient of `surrogate`."""
-    return value.detach() + (surrogate - surrogate.detach())
-
-
-def signs(x: Tensor) -> Tensor:
-    """1 where x is at least 0, else -1; gradients pass where |x| is at most 1 (arXiv:1602.02830)."""
-    return straight_through(torch.where(x >= 0, 1.0, -1.0).to(x.dtype), x.clamp(-1, 1))
 
 
 def bias_of_offsets(table: Tensor, grid_size: tuple[int, int]) -> Tensor:

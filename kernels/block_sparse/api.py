@@ -1,13 +1,17 @@
 """Public block-sparse attention."""
 
+from dataclasses import replace
 from typing import Literal, Required, TypedDict, Unpack, overload
 
+import torch
 from torch import Tensor
 
 from ..common.arguments import operator
-from ..common.calling import Impl, Mask
-from .call import block_sparse, make_call
+from ..common.calling import Impl, Mask, without_autocast
+from ..neighborhood.quantized import mean_logits
+from .call import RoundedCall, block_sparse, make_call
 from .mask import BlockMask
+from .rounded import emulate
 
 
 class Options(TypedDict, total=False):
@@ -19,6 +23,7 @@ class Options(TypedDict, total=False):
     additional_values: Tensor | None
     additional_mask: Mask | None
     skip_threshold: float | None
+    qk_dtype: torch.dtype | None
     impl: Impl
 
 
@@ -43,6 +48,7 @@ def block_sparse_attention(
     additional_values: Tensor | None = None,
     additional_mask: Mask | None = None,
     skip_threshold: float | None = None,
+    qk_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -70,6 +76,12 @@ def block_sparse_attention(
             is skipped where for all queries of the block its largest logit is below the largest so far plus
             log(skip_threshold). A softmax then lacks at most `skip_threshold` times its largest weight per skipped
             token. Gradients are those of what is left. None or 0 skips nothing, and `calibrate_skip` finds a value.
+        qk_dtype: dtype to which queries and keys are rounded: torch.int8, with a scale for each block and head and keys
+            less their mean (SageAttention, arXiv:2410.02367); torch.float8_e4m3fn, likewise with a scale for each head;
+            torch.uint1, signs times the mean magnitude of a head (BinaryAttention, arXiv:2603.09582). Values and
+            weights are not rounded. Gradients pass straight through the rounding, those of signs where the number is in
+            [-1, 1]. Rounded numbers are multiplied in the dtype of query: the result, not the speed, of few bits. A
+            block of int8 that holds NaN or an infinity is NaN.
         impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "gluon",
             "torch" or "reference" insist on one. "gluon" is a forward for Hopper in half precision, head dims 64 and
             128, whose values no GPU has checked yet. `foveal.kernels.ops.explain` says which a call takes and why.
@@ -92,6 +104,18 @@ def block_sparse_attention(
         additional_values=additional_values,
         additional_mask=additional_mask,
         skip_threshold=skip_threshold,
+        qk_dtype=qk_dtype,
     )
+    mean = None
+    original = query
+    if isinstance(call, RoundedCall):
+        with without_autocast(query.device):
+            query, key, additional_keys, mean = emulate(query, key, call)
+        call = replace(call, additional_keys=additional_keys)
     out, lse, *_ = block_sparse(query, key, value, call, impl=impl)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    if mean is None:
+        return out, lse
+    # of queries that see nothing, which may hold anything, it stays -inf
+    return out, lse + mean_logits(original, mean, call.scale).masked_fill(lse == float("-inf"), 0)

@@ -43,6 +43,17 @@ class BlockSparseCall:
         return self.additional_keys, self.additional_values, self.additional_mask
 
 
+@dataclass(frozen=True)
+class RoundedCall(BlockSparseCall):
+    """A call whose queries and keys are rounded first, see `rounded`."""
+
+    qk_dtype: torch.dtype = torch.int8
+
+
+ONE_BIT: torch.dtype = torch.uint1  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs
+QK_DTYPES = (torch.int8, torch.float8_e4m3fn, ONE_BIT)
+
+
 def make_call(
     query: Tensor,
     key: Tensor,
@@ -54,6 +65,7 @@ def make_call(
     additional_values: Tensor | None = None,
     additional_mask: Mask | None = None,
     skip_threshold: float | None = None,
+    qk_dtype: torch.dtype | None = None,
 ) -> BlockSparseCall:
     """The call of arguments that fit together.
 
@@ -71,7 +83,12 @@ def make_call(
     if skip_threshold is not None and not 0 <= skip_threshold <= 1:
         raise ValueError(f"skip_threshold={skip_threshold!r} must be in [0, 1], a share of the largest weight, or None")
     skip = float(skip_threshold) if skip_threshold else None
-    return BlockSparseCall(additional_keys, additional_values, mask, resolve_scale(query, scale), visible, skip)
+    fields = additional_keys, additional_values, mask, resolve_scale(query, scale), visible, skip
+    if qk_dtype is None:
+        return BlockSparseCall(*fields)
+    if qk_dtype not in QK_DTYPES:
+        raise ValueError(f"qk_dtype={qk_dtype!r} must be None or one of {', '.join(map(str, QK_DTYPES))}")
+    return RoundedCall(*fields, qk_dtype)
 
 
 def _check_blocks(rank: int, query: Tensor, key: Tensor, mask: BlockMask) -> tuple[int, int]:

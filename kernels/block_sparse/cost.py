@@ -71,7 +71,11 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str | 
     features = (head_dim + value_dim) * query.itemsize
     queries = tokens * features  # bytes of query and output
     keys = batch * key.shape[-2] * (prod(key_shape) + extra) * features  # of key and value
-    return {
+    products = {}
+    if (qk_dtype := getattr(call, "qk_dtype", None)) is not None:
+        words = {torch.int8: "int8 numbers", torch.float8_e4m3fn: "e4m3 numbers"}.get(qk_dtype, "signs")
+        products["query_key_products"] = f"of {words} restored to {str(query.dtype).removeprefix('torch.')}"
+    return products | {
         "query_block": "×".join(map(str, mask.query_block)),
         "key_block": "×".join(map(str, mask.key_block)),
         "tokens": prod(shape),

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from foveal.kernels import masks
+from foveal.kernels.block_sparse.call import RoundedCall, make_call
+from foveal.kernels.block_sparse.rounded import to_int8
 from foveal.kernels.masks.blocks import block_tokens, cut_into_blocks, own_blocks
 from foveal.kernels.masks.psa import psa_importance, psa_levels
 from foveal.kernels.masks.select import pair_scores
-from foveal.kernels.ops import block_sparse_attention, merge_attentions, na1d
+from foveal.kernels.ops import BlockMask, block_sparse_attention, merge_attentions, na1d
 from mask_lists import kept
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -152,6 +154,23 @@ def test_sparge(case, arrays):
     options |= {"similarity": given["simthreshd1"], "causal": given.get("is_causal", False)}
     mask = masks.sparge(query.half(), key.half(), own=False, **options)
     holds(arrays, f"sparge/{case['name']}/map", kept(mask, case["map_shape"][-1]), case, "map_shape")
+
+
+def test_the_integers_of_sparge():
+    """`get_vanilla_qk_quant`: 8 bits in blocks of 128 queries and 64 keys, keys less their mean."""
+    query, key = (x.half() for x in spread_blocks(503, 2, 768, 64, 1.0))
+    one = torch.ones(1, 1, 6, dtype=torch.int32)
+    mask = BlockMask((128,), (64,), one, torch.zeros(1, 1, 6, 1, dtype=torch.int32))
+    call = make_call(query, key, key, mask=mask, qk_dtype=torch.int8)
+    assert isinstance(call, RoundedCall)
+    found = to_int8(query, key, call)
+    with np.load(GOLDENS / "int8.npz") as recorded:
+        for name in ("query", "key"):
+            off = getattr(found, name)[0, :64].transpose(0, 1).int() - torch.from_numpy(recorded[name]).int()
+            share = 0.0 if name == "query" else 0.02  # the official code rounds keys less their mean to half precision
+            assert off.abs().max() <= 1 and (off != 0).float().mean() <= share, name
+            scale = torch.from_numpy(recorded[f"{name}_scale"])
+            torch.testing.assert_close(getattr(found, f"{name}_scale")[0], scale, rtol=1e-3, atol=0)
 
 
 def test_vsa(arrays):

@@ -41,6 +41,15 @@ OPERATORS = (
         "`na2d(qk_dtype=)`",
     ),
     System(
+        "SageAttention, 8-bit queries and keys by block",
+        "arXiv:2410.02367",
+        "kernels.block_sparse.rounded:to_int8",
+        "kernels/test_masks_recorded.py::test_the_integers_of_sparge",
+        "partial",
+        "recorded; multiplied in the dtype of the inputs",
+        "`block_sparse_attention(qk_dtype=)`",
+    ),
+    System(
         "Swin's windows",
         "arXiv:2103.14030",
         "kernels.ops:window_attention, layers:WindowAttention2d, zoo:use_kernels",
