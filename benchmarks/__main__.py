@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import compare as comparison
 from . import records
-from .benchmark import dtype_name
+from .benchmark import Benchmark, dtype_name
 from .first_hour.command import first_hour as run_first_hour
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -30,7 +30,22 @@ Strict = Annotated[bool, typer.Option("--strict", help="exit with 1 when somethi
 
 
 def _device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"--device {name} cannot be used here: {reason}") from error
+    return device
+
+
+def _suite(name: str) -> list[Benchmark]:
+    from .suites import of_suite
+
+    try:
+        return of_suite(name)
+    except ValueError as error:
+        raise typer.BadParameter(f"--suite: {error}") from error
 
 
 def _say(regressions: list[comparison.Change], strict: bool) -> None:
@@ -52,12 +67,11 @@ def run(
 ) -> None:
     """Measure cases, print each one when it is done, and store the rows; exits with 1 if a result was wrong."""
     from .runner import Runner
-    from .suites import of_suite
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory prints a line at each use
     if threads:
         torch.set_num_threads(threads)
-    outcome = Runner(_device(device), only, rounds, results, console).run(of_suite(suite))
+    outcome = Runner(_device(device), only, rounds, results, console).run(_suite(suite))
     if not outcome.rows and not outcome.refused:
         raise typer.BadParameter(f"nothing matches --suite {suite} --only {only!r}")
     _say(outcome.regressions, strict)
@@ -68,11 +82,9 @@ def run(
 @app.command("list")
 def list_(suite: Suite = "all", device: Device = "auto") -> None:
     """List the cases of this device, the models their shapes come from, and the providers."""
-    from .suites import of_suite
-
     where = _device(device)
     table = Table("suite", "kernel", "case", "dtype", "shapes of", "providers")
-    for benchmark in of_suite(suite):
+    for benchmark in _suite(suite):
         for case in benchmark.cases(where, everything=True):
             names = benchmark.makers(case, benchmark.modes[0], where, everything=True)
             table.add_row(benchmark.suite, case.kernel, case.name, dtype_name(case), case.source, ", ".join(names))
@@ -85,7 +97,10 @@ def compare(old: Path, new: Path, strict: Strict = False) -> None:
     for path in (old, new):
         if not path.exists():
             raise typer.BadParameter(f"{path} does not exist")
-    changes = list(comparison.changes(records.read(old), records.read(new)))
+    try:
+        changes = list(comparison.changes(records.read(old), records.read(new)))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{error}; expected two files of results") from error
     table = Table("kernel", "case", "dtype", "mode", "provider", "metric", "old", "new", "unit", "new/old")
     for change in changes:
         row = change.new
@@ -109,6 +124,8 @@ def report(page: Annotated[Path, typer.Argument(help="docs/benchmarks.md")]) -> 
     """Write the page of stored results, and its pictures to images/benchmarks beside it."""
     from . import report as pages
 
+    if not page.parent.is_dir():
+        raise typer.BadParameter(f"{page.parent} is no folder")
     page.write_text(pages.markdown(), encoding="utf-8")
     pages.draw(page.parent / "images" / "benchmarks")
 

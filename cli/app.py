@@ -7,6 +7,7 @@ from collections.abc import Callable
 import typer
 
 from ..weights.cli import weights
+from .demo import demo
 from .evaluate import evaluate
 from .explain import explain
 from .export import export
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable] = {
     "sample": sample,
     "export": export,
     "profile": profile,
+    "demo": demo,
 }
 
 app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)

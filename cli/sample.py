@@ -11,7 +11,12 @@ SUFFIXES = (".gif", ".mp4", ".png")
 
 
 def sample(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A pipeline's folder, or that of a video run.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A pipeline's folder, that of a video run, or digits: a model that is here."
+        ),
+    ],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="clip.gif, clip.mp4, or clip.png: the frames beside each other.")
     ],
@@ -21,7 +26,9 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Of models of texts.")] = None,
     count: Annotated[int, typer.Option("--num", "-n", help="Clips of each class or prompt.")] = 1,
     steps: Annotated[int, typer.Option("--steps", help="Evaluations of the model.")] = 25,
-    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance; 1: off.")] = 4.0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Of classifier-free guidance; 1: off. [4, or the model's own]")
+    ] = None,
     frames: Annotated[int | None, typer.Option(help="By default the model's own.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; by default the model's own.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; by default the model's own.")] = None,
@@ -32,9 +39,10 @@ def sample(
 ) -> None:
     """Sample clips of a video generator.
 
-    Example: foveal sample runs/moving_digits/2026-01-31_12-00-00 three.gif --class 3 --num 4
+    Example: foveal sample digits three.gif --class 3 --num 4
 
-    Several clips go to one file as a grid (GIF, PNG), or to numbered files (MP4).
+    digits is a model inside this package: handwritten digits that move. Several clips go to one file as a grid (GIF,
+    PNG), or to numbered files (MP4).
     """
     if out.suffix not in SUFFIXES:
         fail(f"OUT is {out}; expected a file whose name ends in {', '.join(SUFFIXES)}")

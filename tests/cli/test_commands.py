@@ -62,10 +62,10 @@ def named(tmp_path_factory):
 
 def test_every_command_has_help_with_an_example():
     listed = foveal_("--help").output
-    for command in ("train", "eval", "predict", "sample", "export", "profile", "explain", "plot", "weights"):
+    for command in ("train", "eval", "predict", "sample", "export", "profile", "explain", "plot", "demo", "weights"):
         assert f"  {command} " in listed
-    for words in (["eval"], ["predict"], ["sample"], ["export"], ["profile"], ["plot", "field"], ["plot", "mask"],
-                  ["plot", "model"], ["plot", "attention"]):  # fmt: skip
+    for words in (["eval"], ["demo"], ["predict"], ["sample"], ["export"], ["profile"], ["plot", "field"],
+                  ["plot", "mask"], ["plot", "model"], ["plot", "attention"]):  # fmt: skip
         assert f"Example: foveal {' '.join(words)}" in foveal_(*words, "--help").output
 
 

@@ -1,8 +1,10 @@
 """`foveal` as a process of its own: it starts lightly, and leads from images to a model in use."""
 
 import json
+import signal
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 from image_folders import photograph_digits
@@ -47,6 +49,18 @@ def test_explain_and_profile():
     told = json.loads(process("profile", "natten_dinat_pico", "--repeats", 1, "--json").stdout)
     assert told["img_size"] == 32
     process("plot", "field", "9,9", "--window", 3, "-o", "/dev/null/field.png", code=2)
+
+
+@pytest.mark.slow
+def test_demo_serves_until_it_is_interrupted():
+    command = [sys.executable, "-m", "foveal.cli", "demo", "--no-open", "--port", "0", "--generator", "none"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        address = run.stdout.readline().split()[0]
+        with urllib.request.urlopen(address) as answer:
+            assert b"Draw a digit" in answer.read()
+        run.send_signal(signal.SIGINT)
+        assert run.wait(30) == 0
+    assert "cannot be listened at" in process("demo", "--no-open", "--host", "203.0.113.1", code=2).stderr
 
 
 @pytest.mark.slow

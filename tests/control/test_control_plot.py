@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from foveal.zoo.control import Control, edits, heatmap
-from foveal.zoo.control.plot import overlay
+from foveal.zoo.control.plot import main, overlay
 from generators import build, run
 from stub_tokenizer import StubTokenizer
 
@@ -80,3 +81,9 @@ def test_visible_regions_leave_out_gradients():
         run(model, inputs)
     reached = jacobian[0] > 0  # 6 x 8 pixels, then 5 words
     assert torch.equal(reached[:48], mask.flatten() > 0) and reached[48:].tolist() == [True, True, False, True, True]
+
+
+def test_command_refuses_what_is_no_pipeline(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path), "a cat", "cat"])
+    assert end.value.code == 2 and f"model {tmp_path} cannot be opened" in capsys.readouterr().err

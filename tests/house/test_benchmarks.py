@@ -34,6 +34,22 @@ ROW = Row("window", "foveal", "forward", "time", "ms", "14x14", "float32", 9.0, 
           "2 threads", "a CPU", "2.14", "3.8", "2026-01-01", "abc")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["list", "--suite", "nosuch"], "'nosuch' must be one of"),
+        (["run", "--suite", "nosuch"], "'nosuch' must be one of"),
+        (["list", "--device", "nosuch"], "--device nosuch cannot be used here"),
+        (["compare", __file__, __file__], "expected two files of results"),
+        (["compare", __file__, "nosuch.csv"], "nosuch.csv does not exist"),
+        (["report", "nosuch/page.md"], "nosuch is no folder"),
+    ],
+)
+def test_wrong_arguments_get_a_sentence(arguments, said):
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"})
+    assert result.exit_code == 2 and said in result.output, (result.output, result.exception)
+
+
 class Tiny(Neighborhood):
     """Neighborhood attention on one small case, without what compiles."""
 

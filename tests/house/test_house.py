@@ -175,6 +175,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tree, wheel):
     shipped = [*tree.glob("*.py"), *(tree / "configs").rglob("*.yaml")]
     shipped += [path for kind in ("*.json", "*.safetensors") for path in (tree / "weights").rglob(kind)]
     shipped += [path for folder in MAY_IMPORT for path in (tree / folder).rglob("*.py")]
+    shipped += (tree / "zoo").rglob("*.html")
     expected = {f"foveal/{path.relative_to(tree).as_posix()}" for path in shipped}
     assert {name for name in names if name.startswith("foveal/")} == expected
     assert f"{info}/licenses/LICENSE" in names

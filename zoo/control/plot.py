@@ -92,9 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = {"steps": given.steps, "size": given.size, "seed": given.seed}
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(given.model)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(given.model)
+    except (OSError, ValueError) as error:
+        parser.error(f"model {given.model} cannot be opened: {str(error).splitlines()[0]}")
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    print(draw_words(pipe, given.prompt, given.words, given.out, **options))
+    try:
+        print(draw_words(pipe, given.prompt, given.words, given.out, **options))
+    except (OSError, ValueError) as error:  # words that the prompt does not have, a picture that cannot be written
+        parser.error(str(error).splitlines()[0])
 
 
 if __name__ == "__main__":

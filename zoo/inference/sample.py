@@ -14,10 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...weights import fetch
 from ..tasks.video_plots import plot_strips, write_grid
 from ..video.export import check_path, save_clips
+from ..video.single_file import load_single_file
 
 COLUMNS = 8  # of a grid of clips
+GUIDANCE = 4.0  # of models that say nothing themselves
+SHIPPED = {"digits": ("videodit.moving_digits", 1.5)}  # by name: weights inside this package, and their guidance
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,29 @@ def pipeline_folder(source: str | Path) -> Path:
         if (folder / "model_index.json").is_file():
             return folder
     raise FileNotFoundError(
-        f"{source} is neither the folder of a pipeline (model_index.json) nor a video run with a folder pipeline"
+        f"{source} is neither the folder of a pipeline (model_index.json) nor a video run with a folder pipeline, nor "
+        f"a model of this package ({', '.join(SHIPPED)})"
+    )
+
+
+def is_shipped(source: str | Path) -> bool:
+    """Return whether this is the name of a model inside this package; the folder of a pipeline goes first."""
+    return str(source) in SHIPPED and not any(
+        (Path(source) / name).exists() for name in ("model_index.json", "pipeline")
     )
 
 
 def open_pipeline(source: str | Path) -> Any:
-    """The pipeline of a folder, ours or any video pipeline of diffusers.
+    """The pipeline of a folder, ours or any video pipeline of diffusers, or that of a name in `SHIPPED`.
 
     Raises:
         FileNotFoundError: see `pipeline_folder`.
         ValueError: its class is unknown to diffusers.
     """
+    if is_shipped(source):
+        pipeline = load_single_file(fetch(SHIPPED[str(source)][0]))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
     folder = pipeline_folder(source)
     name = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "")
     if name == "VideoDiTPipeline":
@@ -91,7 +107,7 @@ def sample_clips(
     prompt: Sequence[str] | None = None,
     count: int = 1,
     steps: int = 25,
-    guidance_scale: float = 4.0,
+    guidance_scale: float | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     size: Mapping[str, int] | None = None,
@@ -99,12 +115,12 @@ def sample_clips(
     """Sample clips from a pipeline.
 
     Args:
-        source: its folder, or that of a run.
+        source: its folder, that of a run, or a name in `SHIPPED`.
         class_labels: names or numbers of classes; None: of a model of classes the first ones, at most ten.
         prompt: texts.
         count: clips of each class or prompt.
         steps: evaluations of the model, times two with guidance.
-        guidance_scale: of classifier-free guidance.
+        guidance_scale: of classifier-free guidance; None: that of a shipped model, of others 4.
         seed: the same gives the same clips.
         device: to sample on.
         size: `num_frames`, `height`, `width`, where they are not the pipeline's own.
@@ -115,6 +131,8 @@ def sample_clips(
     if count < 1:
         raise ValueError(f"count={count} must be at least 1")
     pipeline = open_pipeline(source).to(device)
+    if guidance_scale is None:
+        guidance_scale = SHIPPED[str(source)][1] if is_shipped(source) else GUIDANCE
     accepted = inspect.signature(pipeline.__call__).parameters
     told: dict[str, Any] = {"prompt": list(prompt) if prompt else None}
     if class_labels and "class_labels" not in accepted:
