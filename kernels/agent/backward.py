@@ -6,7 +6,7 @@ With P = 2^(S - lse), both base 2, and delta = rowsum(dO * O), dS = P * (dO V^T 
 import triton
 import triton.language as tl
 
-from ..common.triton.memory import head_view, load_tile, store_tile
+from ..common.triton.memory import elements, head_view, load_tile, store_tile
 from ..common.triton.softmax import LOG2E, key_step
 from .tile import load_bias
 
@@ -25,6 +25,8 @@ def query_kernel(
     `WHOLE` says that one tile holds all keys, as it mostly holds all agents: then delta is rowsum(P * dP), and the
     output is not read.
     """
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
+    do_strides = elements(do_ptr, do_strides)
     tiles = tl.cdiv(queries, QUERIES)
     tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     head, batch, part = slice % heads, slice // heads % batches, slice // (heads * batches)
@@ -83,6 +85,8 @@ def key_kernel(
 
     Tiles of logits are computed transposed: some Triton releases miscompile the transpose of an MMA result on Hopper.
     """
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
+    do_strides = elements(do_ptr, do_strides)
     tiles = tl.cdiv(keys, KEYS)
     tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     head, batch, part = slice % heads, slice // heads % batches, slice // (heads * batches)
@@ -128,6 +132,8 @@ def bias_kernel(
 ):  # fmt: skip
     """dBias `[parts, heads, queries, keys]` from `chunk` batch entries each; `BLOCK_D` = `BLOCK_DV` features at
     a time."""
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
+    do_strides = elements(do_ptr, do_strides)
     LONGER: tl.constexpr = D if D > DV else DV
     tiles, key_tiles = tl.cdiv(queries, QUERIES) * tl.cdiv(keys, KEYS), tl.cdiv(keys, KEYS)
     tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles

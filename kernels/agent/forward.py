@@ -6,7 +6,7 @@ Where queries are few, the keys are split over programs; `merge_kernel` then joi
 import triton
 import triton.language as tl
 
-from ..common.triton.memory import head_view, load_tile, store_tile
+from ..common.triton.memory import elements, head_view, load_tile, store_tile
 from ..common.triton.softmax import LOG2E, softmax_weights
 from .tile import load_bias
 
@@ -21,6 +21,7 @@ def forward_kernel(
     BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Out `[parts, B, queries, heads, DV]` and base-2 log-sum-exp `[parts, B, heads, queries]`, of `chunk` keys."""
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
     # of this program: a tile of queries, a head, a batch entry and a part of the keys
     tiles = tl.cdiv(queries, QUERIES)
     tile, slice = tl.program_id(0) % tiles, tl.program_id(0) // tiles

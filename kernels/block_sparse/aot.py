@@ -8,7 +8,7 @@ import torch
 from triton.compiler import ASTSource
 
 from ..common.launching import Device
-from ..tools.variants import TYPES, Variant, source
+from ..tools.variants import NARROW_DIMS, TYPES, Variant, row_alignment, source
 from . import configs, gluon
 from .backward import key_kernel, query_kernel
 from .forward import forward_kernel
@@ -40,7 +40,7 @@ POINTERS |= dict.fromkeys(INTEGERS, "i32")
 
 def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: bool) -> ASTSource:
     """Arguments as a contiguous call gives them; with `ones`, there is one batch and one head."""
-    aligned = 16 if head_dim % 8 == 0 else 0
+    aligned = row_alignment(head_dim, dtype)
     integers: dict = {"lists": (1,) * 5, "heads": 1, "key_heads": 1} if ones else {"lists": (0,) * 5}
     for name in kernel.arg_names:
         if name.endswith("_strides"):
@@ -66,6 +66,8 @@ def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Varia
                 for head_dim in table:
                     for grid in BOXES if head_dim == 64 else ("8x8", "22x18", "4x4x8"):
                         yield from _variants(kernel, grid, dtype, head_dim, device, precision, descriptors)
+                for head_dim in NARROW_DIMS if itemsize == 2 else ():
+                    yield from _variants(kernel, "22x18", dtype, head_dim, device, precision, descriptors)
 
 
 def _flags(

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..common.triton.extra import extra_end, extra_view, load_extra_pair
-from ..common.triton.memory import inside, offset
+from ..common.triton.memory import elements, inside, offset
 from ..common.triton.softmax import LOG2E, key_step, query_step
 from ..neighborhood.tile import describe, load_tile, local, shift
 from .forward import program, rows_of
@@ -43,6 +43,10 @@ def query_kernel(
     keys: its own are then None. See `forward_kernel`."""
     if dq_strides is None:
         dq_strides = out_strides
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
+    out_strides, do_strides = elements(out_ptr, out_strides), elements(do_ptr, do_strides)
+    lse_strides, dlse_strides = elements(lse_ptr, lse_strides), elements(dlse_ptr, dlse_strides)
+    dq_strides = elements(dq_ptr, dq_strides)
     batch, head, box, boxes, place = program(tl.program_id(0), q_lengths, heads, QUERY_BOX, ROWS)
     if Q_LEN:
         q_len_ptr = lengths_of(q_len_ptr, batch, boxes, lists[3])
@@ -138,6 +142,9 @@ def key_kernel(
     are those of dK."""
     if dv_strides is None:
         dv_strides = dk_strides
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
+    do_strides, lse_strides = elements(do_ptr, do_strides), elements(lse_ptr, lse_strides)
+    dk_strides, dv_strides = elements(dk_ptr, dk_strides), elements(dv_ptr, dv_strides)
     batch, key_head, box, boxes, place = program(tl.program_id(0), k_lengths, key_heads, KEY_BOX, ROWS)
     if Q_LEN:
         q_len_ptr = lengths_of(q_len_ptr, batch, box_count(q_lengths, QUERY_BOX), lists[3])

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..common.triton.extra import extra_end, extra_view, load_extra_pair
-from ..common.triton.memory import inside, offset
+from ..common.triton.memory import elements, inside, offset
 from ..common.triton.softmax import LN2, LOG2E, softmax_step
 from ..neighborhood.tile import describe, load_tile, local
 from .tile import box_count, hide_past_end, lengths_of, list_of, listed_keys, load_rows, part_origin, position, view
@@ -52,6 +52,8 @@ def forward_kernel(
     logits all lie below `threshold`, base 2, from the largest before are left out; `kept_ptr`, zeros `[B, heads,
     blocks, most]`, notes those that are not.
     """
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
+    out_strides, lse_strides = elements(out_ptr, out_strides), elements(lse_ptr, lse_strides)
     batch, head, box, boxes, place = program(tl.program_id(0), q_lengths, heads, QUERY_BOX, ROWS)
     if Q_LEN:
         q_len_ptr = lengths_of(q_len_ptr, batch, boxes, lists[3])

@@ -1,6 +1,6 @@
 """Launches of Triton kernels: facts of tensors and devices, lengths of tiles, parameters that are forced."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import lru_cache, wraps
@@ -76,8 +76,23 @@ def grid_strides(x: Tensor, rank: int) -> tuple[int, ...]:
     return x.stride(0), *(outer,) * (3 - rank), *x.stride()[1:]
 
 
+def byte_strides(x: Tensor, strides: Sequence[int]) -> tuple[int, ...]:
+    """Strides of `x` in bytes, but for those of 1, which stay; kernels turn them back by `triton.memory.elements`.
+
+    Triton makes other machine code where an integer is 1 or divisible by 16. In elements that leaves out rows of 40 or
+    72 numbers in half precision, which begin at multiples of 16 bytes, too, and would be loaded by 2 bytes at a time.
+    """
+    size = x.element_size()
+    return tuple(1 if stride == 1 else stride * size for stride in strides)
+
+
+def grid_bytes(x: Tensor, rank: int) -> tuple[int, ...]:
+    """`byte_strides` of `grid_strides`."""
+    return byte_strides(x, grid_strides(x, rank))
+
+
 def grid(x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, int]]:
-    """`x [B, *spatial, heads, head_dim]` on three spatial axes, its strides, and the lengths of the last two axes.
+    """`x [B, *spatial, heads, head_dim]` on three spatial axes, its `byte_strides`, and the lengths of the last two.
 
     Axes that lie behind each other in memory count as one. Only where more than three are left, `x` is copied.
     """
@@ -92,7 +107,8 @@ def grid(x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, int]]:
     if len(lengths) > 3:
         return grid(x.contiguous())
     _, y, z = lengths + [1] * (3 - len(lengths))
-    return x, (x.stride(0), *strides, *[0] * (3 - len(strides)), *x.stride()[-2:]), (y, z)
+    all_strides = (x.stride(0), *strides, *[0] * (3 - len(strides)), *x.stride()[-2:])
+    return x, byte_strides(x, all_strides), (y, z)
 
 
 def unspecialised(values: tuple[int, ...]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ dO u is q (dO M^T) where a program has all features of the queries, n dO out whe
 import triton
 import triton.language as tl
 
-from ..common.triton.memory import head_view, load_tile, store_tile
+from ..common.triton.memory import elements, head_view, load_tile, store_tile
 from ..common.triton.rounding import rounded
 from .tile import (
     finish,
@@ -40,6 +40,7 @@ def query_kernel(
     WIDE: tl.constexpr, PRECISION: tl.constexpr, STATE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ `[B, queries, heads, D]`, and dM, dz and the sum of dO `[parts, B, heads, …]` of `chunk` queries each."""
+    q_strides, do_strides = elements(q_ptr, q_strides), elements(do_ptr, do_strides)
     WHOLE: tl.constexpr = COLUMNS == BLOCK_D
     head, block, batch, part = program(heads, batches, (D + COLUMNS - 1) // COLUMNS)
     q_ptr = head_view(q_ptr, q_strides, batch, head)
@@ -113,6 +114,7 @@ def key_kernel(
     WIDE: tl.constexpr, STATE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dK `[B, keys, heads, D]` and dV `[B, keys, heads, E]`, `chunk` keys and a block of each's features a program."""
+    k_strides, v_strides = elements(k_ptr, k_strides), elements(v_ptr, v_strides)
     head, block, batch, part = program(heads, batches, BLOCKS)
     k_ptr = head_view(k_ptr, k_strides, batch, head)
     v_ptr = head_view(v_ptr, v_strides, batch, head)

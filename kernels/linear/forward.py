@@ -6,7 +6,7 @@ A program takes a block of the value's features, all of them while they are few.
 import triton
 import triton.language as tl
 
-from ..common.triton.memory import head_view, load_tile, store_tile
+from ..common.triton.memory import elements, head_view, load_tile, store_tile
 from ..common.triton.rounding import rounded
 from .tile import (
     finish,
@@ -29,6 +29,7 @@ def state_kernel(
     WIDE: tl.constexpr, PRECISION: tl.constexpr, STATE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """States `[parts, B, heads, …]` of `chunk` keys each; sums of keys with `SUMS`, of values with `CENTERED`."""
+    k_strides, v_strides = elements(k_ptr, k_strides), elements(v_ptr, v_strides)
     head, block, batch, part = program(heads, batches, (E + COLUMNS - 1) // COLUMNS)
     k_ptr = head_view(k_ptr, k_strides, batch, head)
     v_ptr = head_view(v_ptr, v_strides, batch, head)
@@ -79,6 +80,7 @@ def apply_kernel(
 
     `NORMALISER` is "none", "eps" or "floor", and `floor` the number that goes with it.
     """
+    q_strides, v_strides = elements(q_ptr, q_strides), elements(v_ptr, v_strides)
     head, block, batch, part = program(heads, batches, (E + COLUMNS - 1) // COLUMNS)
     q_ptr = head_view(q_ptr, q_strides, batch, head)
     out_ptr += (batch.to(tl.int64) * queries * heads + head) * E

@@ -6,8 +6,8 @@ from itertools import product
 import torch
 from triton.compiler import ASTSource
 
-from ..common.launching import Device
-from ..tools.variants import TYPES, Variant, source
+from ..common.launching import Device, block_d
+from ..tools.variants import NARROW_DIMS, TYPES, Variant, row_alignment, source
 from . import configs, gluon
 from .backward import extra_kernel, key_kernel, query_kernel, table_kernel
 from .forward import forward_kernel
@@ -36,7 +36,7 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
     """Arguments as a contiguous call gives them; with `ones`, there is one batch and one head."""
     floats = FLOATS | {"dk_ptr", "dv_ptr"} if kernel is extra_kernel else FLOATS
     eights = E4M3 if fixed.get("QUANTIZED") else ()
-    aligned = 16 if head_dim % 8 == 0 else 0
+    aligned = row_alignment(head_dim, dtype)
     integers: dict = dict.fromkeys(("batches", "heads", "key_heads"), 1) if ones else {}
     integers |= {"lengths": (1,) * (3 - rank) + (0,) * rank, "start": (0,) * 3, "counts": (0,) * 3}
     for name in kernel.arg_names:
@@ -47,7 +47,8 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
 
 
 def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Variant]:
-    """Every kernel with every size of the pinned table on every grid, and with bias and extra keys on the 2-D one.
+    """Every kernel with every size of the pinned table on every grid, and with bias and extra keys on the 2-D one;
+    with the first size for narrow head dims, too.
 
     Args:
         device: which table of sizes.
@@ -69,6 +70,10 @@ def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Varia
                             yield from _window_variants(kernel, grid, *known, flags)
                         if head_dim == 256:
                             yield from _window_variants(kernel, "21x21", *known, (NARROW_KEYS,))
+                for head_dim in NARROW_DIMS if itemsize == 2 else ():
+                    size = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)[0]
+                    known = (dtype, head_dim, size, device, descriptors, precision)
+                    yield from _window_variants(kernel, "18x24x24", *known, ("",))
         if tf32 and dtype.itemsize == 2:  # the matrix units of gfx942 know another e4m3
             yield from _e4m3_variants(dtype, device, descriptors)
         for head_dim in (64, 128, 256):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..common.triton.extra import extra_end, extra_view, load_extra_pair
-from ..common.triton.memory import inside, offset
+from ..common.triton.memory import elements, inside, offset
 from ..common.triton.softmax import LOG2E, key_step, logit_gradient, query_step
 from .forward import logits_tile
 from .tile import (
@@ -76,6 +76,8 @@ def query_kernel(
 
     With `DBIAS` a program also leaves dS of its visible pairs in `pairs_ptr`, `[programs, queries, keys of a window]`.
     Such a launch may be one of several; `skip` programs belong to those before."""
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
+    out_strides, do_strides = elements(out_ptr, out_strides), elements(do_ptr, do_strides)
     lengths, start, counts = grids(lengths, start, counts, PART)
     pid = tl.program_id(0)
     if DBIAS:
@@ -90,6 +92,8 @@ def query_kernel(
     out_ptr, out_sp = group_view(out_ptr, out_strides, batch, head, origin, DILATION, WIDE)
     if dq_strides is None:
         dq_strides = out_strides
+    else:
+        dq_strides = elements(dq_ptr, dq_strides)
     dq_ptr, dq_sp = group_view(dq_ptr, dq_strides, batch, head, origin, DILATION, WIDE)
     do_ptr, do_sp = group_view(do_ptr, do_strides, batch, head, origin, DILATION, WIDE)
     lse_ptr, lse_sp = group_view(lse_ptr, row_strides(counts, heads), batch, head, origin, DILATION, WIDE)
@@ -234,6 +238,8 @@ def key_kernel(
 ):
     """dK and dV of a tile of keys, over the queries that see it, of every query head that shares the key head. dV has
     the strides of dK unless others are given."""
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
+    do_strides = elements(do_ptr, do_strides)
     lengths, start, counts = grids(lengths, start, counts, PART)
     batch, key_head, group, n, first = program(tl.program_id(0), lengths, key_heads, KEYS, DILATION, (False,) * 3)
     if (first[0] >= n[0]) | (first[1] >= n[1]) | (first[2] >= n[2]):
@@ -302,10 +308,10 @@ def key_kernel(
 
     keep = inside(row, n)
     d = tl.arange(0, BLOCK_D)
+    dk_strides = elements(dk_ptr, dk_strides)
+    value_strides = dk_strides if dv_strides is None else elements(dv_ptr, dv_strides)
     dk_ptr, dk_sp = group_view(dk_ptr, dk_strides, batch, key_head, group, DILATION, WIDE)
-    dv_ptr, dv_sp = group_view(
-        dv_ptr, dk_strides if dv_strides is None else dv_strides, batch, key_head, group, DILATION, WIDE
-    )
+    dv_ptr, dv_sp = group_view(dv_ptr, value_strides, batch, key_head, group, DILATION, WIDE)
     where = offset(row, dk_sp)[:, None] + d[None, :]
     store = keep[:, None] & (d < D)[None, :]
     tl.store(dk_ptr + where, (dk * scale).to(dk_ptr.dtype.element_ty), mask=store)
@@ -337,6 +343,7 @@ def extra_kernel(
     A token that is not masked is seen by every query, so a program takes a block of extra keys and one chunk of all
     queries.
     """
+    q_strides, do_strides = elements(q_ptr, q_strides), elements(do_ptr, do_strides)
     blocks = tl.cdiv(extra, EXTRA_KEYS)
     pid = tl.program_id(0)
     first = pid % blocks * EXTRA_KEYS

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..common.triton.extra import extra_end, extra_view, load_extra_pair
-from ..common.triton.memory import inside, offset
+from ..common.triton.memory import elements, inside, offset
 from ..common.triton.softmax import LN2, LOG2E, softmax_step
 from .tile import (
     describe,
@@ -68,6 +68,8 @@ def forward_kernel(
     With `EXTRA_MASK` extra keys are visible where the mask `[B, extra]` is not 0, up to an end for each batch entry.
     `QUANTIZED` query and keys have another scale for each batch entry and head: `scale` times that of `[B, heads]`.
     """
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
+    out_strides = elements(out_ptr, out_strides)
     lengths, start, counts = grids(lengths, start, counts, PART)
     batch, head, group, n, first = program(tl.program_id(0), counts, heads, QUERIES, DILATION, CAUSAL)
     n, begin, nq, origin = part(group, n, lengths, start, counts, DILATION, PART)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common.triton.memory import head_view, load_tile
+from ..common.triton.memory import elements, head_view, load_tile
 from ..common.triton.rounding import operand, rounded
 from .forward import gates_of, pairs, program, tokens_of
 
@@ -37,10 +37,13 @@ def decay_kernel(
     gradients of those behind them, the latter from the last chunk to the first and before the decay of the token that
     follows, are `[B, heads, chunks, E, D]`. `strict` is 1 where tokens do not read what they wrote.
     """
+    q_strides, k_strides, u_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(u_ptr, u_strides)
+    do_strides = elements(do_ptr, do_strides)
     head, rest, batch = program(heads, chunks * ((D + COLUMNS - 1) // COLUMNS))
     chunk, block = rest % chunks, rest // chunks
     u_ptr, do_ptr = head_view(u_ptr, u_strides, batch, head), head_view(do_ptr, do_strides, batch, head)
     if DELTA:
+        dv_strides = elements(dv_ptr, dv_strides)
         dv_ptr = head_view(dv_ptr, dv_strides, batch, head)
     slice = (batch.to(tl.int64) * heads + head) * chunks
     states_ptr += (slice + chunk) * (D * E)

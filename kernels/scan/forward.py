@@ -8,7 +8,7 @@ order of the scan, all else lies in the order of the tokens.
 import triton
 import triton.language as tl
 
-from ..common.triton.memory import head_view, load_tile, store_tile
+from ..common.triton.memory import elements, head_view, load_tile, store_tile
 from ..common.triton.rounding import operand, rounded
 
 
@@ -52,6 +52,7 @@ def solve_kernel(
 
     A is the part below the diagonal of beta_t exp(c_t - c_j) k_t.k_j.
     """
+    k_strides, v_strides = elements(k_ptr, k_strides), elements(v_ptr, v_strides)
     head, chunk, batch = program(heads, chunks)
     k_ptr = head_view(k_ptr, k_strides, batch, head)
     v_ptr = head_view(v_ptr, v_strides, batch, head)
@@ -96,6 +97,7 @@ def state_kernel(
 
     With `DELTA` values are U, and U - W S is written, to memory `[B, tokens, heads, E]`, too.
     """
+    k_strides, v_strides = elements(k_ptr, k_strides), elements(v_ptr, v_strides)
     head, block, batch = program(heads, (E + COLUMNS - 1) // COLUMNS)
     k_ptr = head_view(k_ptr, k_strides, batch, head)
     v_ptr = head_view(v_ptr, v_strides, batch, head)
@@ -108,6 +110,7 @@ def state_kernel(
     if FIRST:
         state = tl.load(first_ptr + slice * (D * E) + place, mask=inside, other=0.0)
     if DELTA:
+        w_strides = elements(w_ptr, w_strides)
         w_ptr = head_view(w_ptr, w_strides, batch, head)
         written_ptr += (batch.to(tl.int64) * tokens * heads + head) * E
     for chunk in tl.range(0, chunks, num_stages=STAGES):
@@ -145,6 +148,7 @@ def output_kernel(
 
     `near` is the factor on what a chunk's own tokens wrote, `far` on what those before it did.
     """
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
     BLOCKS: tl.constexpr = (E + COLUMNS - 1) // COLUMNS
     head, rest, batch = program(heads, chunks * BLOCKS)
     block, chunk = rest % BLOCKS, rest // BLOCKS

@@ -11,7 +11,13 @@ from triton import JITFunction
 from triton.compiler import ASTSource
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+NARROW_DIMS = (40, 72)  # half-precision rows of whole 16 bytes, but not of 16 numbers
 DIVISIBLE = [["tt.divisibility", 16]]
+
+
+def row_alignment(head_dim: int, dtype: str) -> int:
+    """What is known of strides in bytes where rows of `head_dim` numbers follow each other, as `source` takes it."""
+    return 0 if head_dim * (4 if dtype == "fp32" else 2) % 16 else 16
 
 
 class Variant(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from triton.compiler import ASTSource
 
 from ..common.launching import Device
-from ..tools.variants import TYPES, Variant, source
+from ..tools.variants import NARROW_DIMS, TYPES, Variant, row_alignment, source
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel, window_kernel
 from .forward import forward_kernel
@@ -31,7 +31,7 @@ FLOATS = dict.fromkeys(("lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "bias
 
 def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict) -> ASTSource:
     """Arguments as a contiguous call gives them."""
-    aligned = 16 if head_dim % 16 == 0 else 0
+    aligned = row_alignment(head_dim, dtype)
     strides = {n: (0,) * 4 + (1,) if "lse" in n else (aligned,) * 5 + (1,) for n in kernel.arg_names if "_strides" in n}
     lengths = (1,) * (3 - rank) + (0,) * rank
     return source(kernel, dtype, fixed, pointers=FLOATS, integers={"lengths": lengths} | strides)
@@ -48,7 +48,8 @@ def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Varia
     for dtype in TYPES:
         precision = "tf32x3" if tf32 and dtype == torch.float32 else "ieee"
         for grid, axes in GRIDS.items():
-            for head_dim in HEAD_DIMS:
+            narrow = NARROW_DIMS if dtype.itemsize == 2 and grid in ("7x7", "8x8+3") else ()
+            for head_dim in HEAD_DIMS + narrow:
                 one = configs.in_one_pass(axes, head_dim=head_dim, itemsize=dtype.itemsize, device=device)
                 for kernel in ("forward", "window", "bias") if one else ("forward", "query", "key", "bias"):
                     for flags in FLAGS[:3] if head_dim == 32 and kernel != "bias" else FLAGS[1:2]:

@@ -11,7 +11,7 @@ transpose of an MMA result on Hopper.
 import triton
 import triton.language as tl
 
-from ..common.triton.memory import head_view
+from ..common.triton.memory import elements, head_view
 from ..common.triton.softmax import LOG2E, key_step, query_step
 from .tile import NONE, bias_pointers, load, offset, place, sees, split, store, tile, windows
 
@@ -52,9 +52,14 @@ def window_kernel(
     in `partial_ptr`, `[chunks, PACK, heads, T, T]`. delta has the strides of lse. Where values are as wide as keys, dQ
     has the strides of out and dV those of dK: theirs are None.
     """
-    T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     if dq_strides is None:
         dq_strides, dv_strides = out_strides, dk_strides
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
+    out_strides, do_strides = elements(out_ptr, out_strides), elements(do_ptr, do_strides)
+    lse_strides, dlse_strides = elements(lse_ptr, lse_strides), elements(dlse_ptr, dlse_strides)
+    dq_strides, dk_strides = elements(dq_ptr, dq_strides), elements(dk_ptr, dk_strides)
+    dv_strides = elements(dv_ptr, dv_strides)
+    T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     counts = windows(lengths, WINDOW)
     packs = tl.cdiv(counts[0] * counts[1] * counts[2], PACK)
     chunks = tl.cdiv(packs * batches, chunk)
@@ -118,6 +123,10 @@ def query_kernel(
     """dQ, and delta for the other kernels, as `forward_kernel` goes; strides as in `window_kernel`."""
     if dq_strides is None:
         dq_strides = out_strides
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
+    out_strides, do_strides = elements(out_ptr, out_strides), elements(do_ptr, do_strides)
+    lse_strides, dlse_strides = elements(lse_ptr, lse_strides), elements(dlse_ptr, dlse_strides)
+    dq_strides = elements(dq_ptr, dq_strides)
     T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     S: tl.constexpr = (WINDOW[0] + 2 * HALO[0]) * (WINDOW[1] + 2 * HALO[1]) * (WINDOW[2] + 2 * HALO[2])
     BLOCKS: tl.constexpr = (T + QUERIES - 1) // QUERIES
@@ -175,6 +184,9 @@ def key_kernel(
     """
     if dv_strides is None:
         dv_strides = dk_strides
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
+    do_strides, lse_strides = elements(do_ptr, do_strides), elements(lse_ptr, lse_strides)
+    dk_strides, dv_strides = elements(dk_ptr, dk_strides), elements(dv_ptr, dv_strides)
     T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     SPAN: tl.constexpr = (WINDOW[0] + 2 * HALO[0], WINDOW[1] + 2 * HALO[1], WINDOW[2] + 2 * HALO[2])
     BLOCKS: tl.constexpr = (T + KEYS - 1) // KEYS
@@ -247,6 +259,8 @@ def bias_kernel(
     PACK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Sums of dS over `chunk` windows of all batches, `[chunks, heads, T, S]`, for a block of queries and of keys."""
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
+    do_strides, lse_strides = elements(do_ptr, do_strides), elements(lse_ptr, lse_strides)
     STEP: tl.constexpr = 512 // q_ptr.dtype.element_ty.primitive_bitwidth  # of the head dim: registers hold no more
     LONGER: tl.constexpr = D if D > DV else DV
     T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]

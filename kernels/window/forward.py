@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common.triton.memory import head_view
+from ..common.triton.memory import elements, head_view
 from ..common.triton.softmax import LN2, LOG2E, softmax_step
 from .tile import NONE, bias_pointers, load, offset, sees, store, tile, windows
 
@@ -18,6 +18,8 @@ def forward_kernel(
     BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Strides are of `[B, X, Y, Z, heads, head_dim]`, `GROUP` query heads share a key head; see `tile` for the rest."""
+    q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
+    out_strides, lse_strides = elements(out_ptr, out_strides), elements(lse_ptr, lse_strides)
     T: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     S: tl.constexpr = (WINDOW[0] + 2 * HALO[0]) * (WINDOW[1] + 2 * HALO[1]) * (WINDOW[2] + 2 * HALO[2])
     BLOCKS: tl.constexpr = (T + QUERIES - 1) // QUERIES

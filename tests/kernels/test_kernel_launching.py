@@ -35,6 +35,31 @@ def test_products_are_exact_unless_the_backend_allows_tf32(matrix_units):
     assert launching.precision(query) == "tf32x3"
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32])
+def test_kernels_turn_strides_in_bytes_back(dtype):
+    memory = pytest.importorskip("foveal.kernels.common.triton.memory")
+    x = torch.empty(1, dtype=dtype)
+    strides = (0, 1, 2, 3, 40, 1000003)
+    made = launching.byte_strides(x, strides)
+    assert made == (0, 1, *(n * x.element_size() for n in strides[2:]))
+    assert tuple(memory.element_stride.fn(n, x.element_size()) for n in made) == strides
+
+
+def test_the_compiler_knows_what_strides_in_bytes_are_multiples_of():
+    """Rows of 40 numbers in half precision, 80 bytes: loads of 16 bytes where the strides say so, else of 2."""
+    triton = pytest.importorskip("triton")
+    from strided_copy import copy_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {"x_ptr": "*fp16", "strides": ("i32", "i32", "constexpr"), "out_ptr": "*fp16"}
+    pointers = {place: [["tt.divisibility", 16]] for place in ((0,), (2,))}
+    for known, load in ({(1, 0): 16, (1, 1): 16}, "ld.global.v4.b32"), ({(1, 0): 16}, "ld.global.b16"):
+        attributes = pointers | {place: [["tt.divisibility", n]] for place, n in known.items()}
+        made = ASTSource(copy_kernel, types, {(1, 2): 1}, attributes)
+        assert load in triton.compile(made, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
+
+
 def test_launches_leave_the_allocator_of_the_caller():
     triton = pytest.importorskip("triton")
 

@@ -3,11 +3,13 @@
 import triton
 import triton.language as tl
 
+from .memory import elements
+
 
 @triton.jit
 def load_tokens(ptr, strides, tokens, see, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Extra tokens `[tokens, BLOCK_D]`, zero where `see` is not true."""
-    d = tl.arange(0, BLOCK_D)
+    d, strides = tl.arange(0, BLOCK_D), elements(ptr, strides)
     pointers = ptr + tokens.to(tl.int64)[:, None] * strides[1] + (d.to(tl.int64) * strides[3])[None, :]
     return tl.load(pointers, mask=see[:, None] & (d < D)[None, :], other=0.0)
 
@@ -15,6 +17,7 @@ def load_tokens(ptr, strides, tokens, see, D: tl.constexpr, BLOCK_D: tl.constexp
 @triton.jit
 def extra_view(ptr, strides, batch, key_head):
     """Pointer to the extra tokens of one batch entry and key head."""
+    strides = elements(ptr, strides)
     return ptr + batch.to(tl.int64) * strides[0] + key_head.to(tl.int64) * strides[2]
 
 

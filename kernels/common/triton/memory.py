@@ -5,6 +5,24 @@ import triton.language as tl
 
 
 @triton.jit
+def element_stride(stride, BYTES: tl.constexpr):
+    """One of `elements`."""
+    return stride - (BYTES - 1) * (stride // BYTES)
+
+
+@triton.jit
+def elements(ptr, strides):
+    """Strides of what `ptr` points to in elements, from those that `launching.byte_strides` made.
+
+    Bytes that the compiler knows to be multiples of 16 give elements that it knows to fill 16 bytes, so that loads and
+    stores are as wide as the hardware has them. The one form of both cases, a stride of 1 and a number of bytes, needs
+    no branch, behind which nothing would be known.
+    """
+    BYTES: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    return tl.tuple([element_stride(stride, BYTES) for stride in strides])
+
+
+@triton.jit
 def offset(position, strides):
     """Element offset of positions, a 3-tuple of scalars or vectors."""
     return position[0] * strides[0] + position[1] * strides[1] + position[2] * strides[2]

@@ -1,5 +1,6 @@
 """Every declared operator's kernels, run by Triton's interpreter: what an operator promises beside its values."""
 
+import math
 from collections.abc import Iterator
 from importlib import import_module
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 QUICK = (  # by default; all others are slow
     "test_every_operator",
+    "test_any_strides_give_the_same_bits[window-odd",
     *(f"test_memory_around_the_tensors_is_not_read[{name}" for name in ("agent", "block_sparse", "linear", "window")),
     *(f"test_only_what_requires_a_gradient_gets_one[{name}" for name in ("agent", "linear", "window")),
     "test_second_derivatives",
@@ -63,6 +65,35 @@ def test_memory_around_the_tensors_is_not_read(name):
     for got, expected in zip(outcome({n: inside_nan(x) for n, x in inputs.items()}).values(), outcome(packed).values(),
                              strict=True):  # fmt: skip
         assert got.isfinite().all() and torch.equal(got, expected)
+
+
+def odd(x: Tensor) -> Tensor:
+    """The values of `x` in a buffer in which no axis but the last has an even stride, and which begins off 16 bytes."""
+    lengths = [*x.shape[:1], *(n + 1 - n % 2 for n in x.shape[1:])]
+    buffer = torch.zeros(1 + math.prod(lengths), dtype=x.dtype)[1:].view(lengths)
+    return buffer[tuple(map(slice, x.shape))].copy_(x)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The values of `x` with a stride of 1 on the first axis, as channels-first tensors have it behind the batch."""
+    return torch.empty(x.shape[::-1], dtype=x.dtype).permute(*reversed(range(x.dim()))).copy_(x)
+
+
+@pytest.mark.parametrize("layout", [odd, transposed])
+@pytest.mark.parametrize("name", DECLARED)
+def test_any_strides_give_the_same_bits(name, layout):
+    """Strides reach kernels in bytes, but for a stride of one element: see `launching.byte_strides`."""
+    declared = DECLARED[name]
+    case = declared.cases[-1]
+    inputs = declared.matrix.make_inputs(case, torch.float16)
+    found = []
+    for place in (layout, torch.Tensor.contiguous):
+        placed = {n: x if x is None else place(x.detach()).requires_grad_() for n, x in inputs.items()}
+        outputs = declared.outputs(case, placed, "triton")
+        found.append(gradients(placed, outputs[0], outputs[1] if len(outputs) > 1 else None, case.seed))
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 3
+    found[0].pop("beta", None)  # PyTorch sums it, in an order that follows the layout
+    assert all(torch.equal(x, found[1][n]) for n, x in found[0].items())
 
 
 @pytest.mark.parametrize(("requires_grad", "dtype"), [(False, torch.float16), (True, torch.float32)])
