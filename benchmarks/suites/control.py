@@ -5,7 +5,7 @@ authors do); the edits move onto the values (`control`); the edits are installed
 nothing is installed (`plain`). Self-attention is injected up to half of the largest grid, as by the authors.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from foveal.zoo.control import Control, Schedule, Where, edits
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..benchmark import Benchmark, Call, Maker, Metric, refuse_wrong
+from ..benchmark import Benchmark, Maker, Metric, refuse_wrong
 from ..figures import in_order, select
 from ..records import Row
 
@@ -41,20 +41,20 @@ class Case:
 def unet() -> UNet2DConditionModel:
     """SDXL's blocks, narrow: no attention at full size, one and two transformer blocks below, pooled text and sizes."""
     torch.manual_seed(0)
+    options: dict[str, Any] = {"transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (2, 4, 8)}
     return UNet2DConditionModel(
         sample_size=128,
         block_out_channels=(16, 32, 64),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(2, 4, 8),
         cross_attention_dim=CHANNELS,
         norm_num_groups=8,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=8 * 6 + 16,
+        **options,
     ).eval()
 
 
@@ -126,7 +126,8 @@ def with_maps(model: UNet2DConditionModel) -> UNet2DConditionModel:
         place, number = name.split(".")[:2]
         return 4 if place == "mid_block" or (place, number) in (("down_blocks", "2"), ("up_blocks", "0")) else 2
 
-    model.set_attn_processor({name: MapsProcessor(scale(name)) for name in model.attn_processors})
+    processors: dict[str, Any] = {name: MapsProcessor(scale(name)) for name in model.attn_processors}
+    model.set_attn_processor(processors)
     return model
 
 
@@ -145,12 +146,14 @@ class Controls(Benchmark):
     def verify(self, case: Case, device: torch.device) -> None:
         """On latents of 32 x 32: the edited rows equal those of edited maps."""
         small = Case(32)
-        found, expected = (self._call(name, small, device)() for name in ("control", "explicit maps"))
+        found, expected = (self.evaluation(name, small, device)() for name in ("control", "explicit maps"))
         error = float((found - expected).abs().max() / expected.abs().max())
         refuse_wrong(case.name, {"out": (error, 1e-4)})
 
-    def _call(self, provider: str, case: Case, device: torch.device) -> Call:
-        model, given = unet().to(device), inputs(case, device)
+    def evaluation(self, provider: str, case: Case, device: torch.device) -> Callable[[], Tensor]:
+        """An evaluation of the model by a provider."""
+        model, given = unet(), inputs(case, device)
+        model.to(device)  # pyright: ignore[reportArgumentType]
         if provider == "explicit maps":
             with_maps(model)
         elif provider != "plain":
@@ -164,7 +167,7 @@ class Controls(Benchmark):
         return call
 
     def makers(self, case: Case, mode: str, device: torch.device, *, everything: bool = False) -> dict[str, Maker]:
-        return {name: partial(self._call, name, case, device) for name in PROVIDERS}
+        return {name: partial(self.evaluation, name, case, device) for name in PROVIDERS}
 
     def derive(self, case: Case, mode: str, measured: Sequence[Metric], device: torch.device) -> Iterator[Metric]:
         """Ratios: control over explicit maps, neutral over plain."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...sites import Call, Schedule
 from ..edit import Context, Edit
@@ -80,11 +80,12 @@ class Contexts(Edit):
         mine = out[index]
         for text, mask, weight in zip(self.texts.to(out), masks, weights.to(out), strict=True):
             key, value = module.to_k(text)[None], module.to_v(text)[None]
-            heads, norm = call.key.shape[2], getattr(module, "norm_k", None)
-            over_all = norm is not None and norm.weight.numel() == key.shape[-1]  # Wan norms all heads together
+            heads, norm = call.key.shape[2], getattr(module, "norm_k", None) or nn.Identity()
+            # Wan norms all heads together
+            over_all = getattr(norm, "weight", key[0, 0]).numel() == key.shape[-1]
             key = norm(key) if over_all else key
             key, value = (x.unflatten(-1, (heads, -1)) for x in (key, value))
-            key = key if norm is None or over_all else norm(key)
+            key = key if over_all else norm(key)
             key, value = (x.expand(len(rows), *x.shape[1:]) for x in (key, value))
             read = replace(call, query=call.query[index], key=key, value=value, mask=None).dense()
             mine = mine + weight * mask[:, None, None] * (read - base)

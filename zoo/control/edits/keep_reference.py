@@ -70,6 +70,7 @@ class KeepReference(Edit):
 
     def read(self, call: Call, plan: Context, maps: Tensor) -> None:
         size = plan.layout.grid_of(plan.site)
+        assert size is not None
         self._seen = (maps[..., 0].detach().requires_grad_(), (size[0], size[1]))
 
     def out(self, call: Call, plan: Context, out: Tensor) -> Tensor:
@@ -80,6 +81,11 @@ class KeepReference(Edit):
         tokens = [span[0] + token for token in plan.tokens_of(self.words)]
         share = self._seen[0][..., None] * call.value[:, tokens].mean(1, keepdim=True)
         return out + share - share.detach()
+
+    def _mask_of(self, clean: Tensor) -> Tensor:
+        if self._seen is None:
+            raise ValueError(f"{self} saw no attention to text at {self.where}")
+        return self.make_mask(clean, *self._seen)
 
     def latents(self, step: int, total: int | None, latents: Tensor, control: Any) -> Tensor:
         pipe, kwargs = control.at
@@ -103,10 +109,7 @@ class KeepReference(Edit):
                 scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
                 prediction = model(scale(latents, timestep), timestep, encoder_hidden_states=prompt_embeds).sample
                 clean, _ = clean_and_noise(prediction, latents, at.alpha, kind_of(scheduler))
-                if self._seen is None:
-                    raise ValueError(f"{self} saw no attention to text at {self.where}")
-                columns, size = self._seen
-                mask = self.make_mask(clean, columns, size)
+                mask = self._mask_of(clean)
         finally:
             self.open = False
         self.masks.append(mask)

@@ -91,7 +91,7 @@ class VirtualInversion(Edit):
         if "_step_index" in vars(scheduler):  # schedulers that count their steps
             if scheduler._step_index is None:
                 scheduler._init_step_index(timestep)
-            scheduler._step_index += 1
+            scheduler._step_index = scheduler.step_index + 1
         return moved.to(sample.dtype)
 
     def _mask(self, x: Tensor) -> Tensor | None:
