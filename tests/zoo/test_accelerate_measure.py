@@ -4,12 +4,13 @@ import csv
 import json
 import math
 import sys
+from urllib.error import URLError
 
 import pytest
 import torch
 from foveal.zoo import accelerate, decelerate, sites
 from foveal.zoo.accelerate import Plan, explain, measure, tune
-from foveal.zoo.accelerate.measure import psnr, run, ssim
+from foveal.zoo.accelerate.measure import perceptual, psnr, run, ssim
 from foveal.zoo.accelerate.recall import Recall
 from foveal.zoo.accelerate.tune import parse_budget
 from generators import build
@@ -90,7 +91,9 @@ def test_recall_counts_text():
 def test_measure(tmp_path):
     pipe = tiny_wan(layers=2)
     at_work = accelerate(pipe, {"window": 3})
-    found = measure(pipe, {"window": 2}, changes={"dense_steps": 1, "dense_layers": [0]}, **call())
+    changes = {"dense_steps": 1, "dense_layers": [0]}
+    found = measure(pipe, {"window": 2}, changes=changes, lpips=lambda x, y: (x - y).abs().mean(), **call())
+    assert 0 < found.lpips < found.yardstick_lpips and f"LPIPS {found.lpips:.4f} (dense with" in str(found)
     assert at_work.interception.installed, "a plan at work is put back"
     assert found.psnr_by_step[0] == math.inf and all(0 < x < math.inf for x in found.psnr_by_step[1:])
     assert found.psnr > found.yardstick > 0, "closer to dense than another seed is"
@@ -108,6 +111,30 @@ def test_measure(tmp_path):
     assert json.loads((tmp_path / "plan.json").read_text())["window"] == 2
     whole = measure(pipe, {"window": 99}, recall_steps=0, **call())
     assert whole.psnr == math.inf and whole.ssim == pytest.approx(1) and not whole.recall
+
+
+def test_perceptual_distance_by_what_is_there(monkeypatch):
+    frames = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))  # grey: three equal channels
+    given = []
+
+    def of_images(x, y):
+        given.append((x, y))
+        return (x - y).square().mean((1, 2, 3))
+
+    distance = perceptual(of_images)
+    assert distance(frames, frames) == 0 and distance(frames, 1 - frames) > 0
+    assert all(x.shape == (3, 3, 8, 8) and -1 <= x.min() < 0 < x.max() <= 1 for pair in given for x in pair)
+    lpip = pytest.importorskip("torchmetrics.image.lpip")
+
+    class Offline:
+        def __init__(self, net_type):
+            raise URLError(f"no {net_type} here")
+
+    monkeypatch.setattr(lpip, "LearnedPerceptualImagePatchSimilarity", Offline)
+    with pytest.raises(ImportError, match=r"lpips='alex' needs torchmetrics, .* \(<urlopen error no alex here>\)"):
+        measure(None, {"window": 2}, lpips="alex")
+    with pytest.raises(ValueError, match="lpips='inception' must be one of"):
+        measure(None, {"window": 2}, lpips="inception")
 
 
 def test_ssim_of_frames_smaller_than_its_window():

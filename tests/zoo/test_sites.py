@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from foveal.zoo import sites
+from foveal.zoo import accelerate, sites
 from foveal.zoo.sites.intercept import InterceptedProcessor
 from foveal.zoo.sites.schedule import Clock, branch_rows, step_number
 from generators import GENERATORS, build, run, wan
@@ -227,6 +229,41 @@ def test_rings_are_refused():
     model.blocks[1].attn1.processor._parallel_config = diffusers.ParallelConfig(context_parallel_config=config)
     with pytest.raises(ValueError, match=r"blocks.1.attn1 attends in a ring of ring_degree=2"):
         sites.Interception(model, same).install()
+
+
+def test_image_adapters_are_refused_where_they_are_and_left_alone_elsewhere():
+    """IP-Adapters: of a UNet in cross-attention, of Flux in every attention of its double blocks."""
+    model, inputs = build("sd unet")
+    adapters = {}
+    for name, processor in model.attn_processors.items():
+        attention = model.get_submodule(name.removesuffix(".processor"))
+        if ".attn2." in name:
+            sizes = {"hidden_size": attention.inner_dim, "cross_attention_dim": attention.cross_attention_dim}
+            processor = IPAdapterAttnProcessor2_0(**sizes, num_tokens=(2,)).double()
+        adapters[name] = processor
+    model.set_attn_processor(dict(adapters))  # which it empties
+    project = nn.Linear(5, 2 * model.config.cross_attention_dim).double()
+    model.encoder_hid_proj = lambda images: [project(image).unflatten(-1, (2, -1))[:, None] for image in images]
+    model.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    inputs["added_cond_kwargs"] = {"image_embeds": [torch.randn(len(inputs["sample"]), 5, dtype=torch.float64)]}
+    plain = run(model, inputs)
+    with pytest.raises(ValueError, match=r"attn2 has IPAdapterAttnProcessor2_0, a processor with weights"):
+        sites.Interception(model, same).install()
+    chosen = sites.select(sites.find(model), kinds=["self"])
+    with sites.Interception(model, same, sites=chosen):
+        assert torch.equal(run(model, inputs), plain)
+        assert model.attn_processors.keys() == adapters.keys()
+        with sites.Interception(model, halve, sites=chosen):
+            assert not torch.equal(run(model, inputs), plain)
+    assert all(processor is adapters[name] for name, processor in model.attn_processors.items())
+
+    model, _ = build("flux")
+    adapter = FluxIPAdapterAttnProcessor(hidden_size=16, cross_attention_dim=16)
+    model.transformer_blocks[0].attn.processor = adapter
+    with pytest.raises(ValueError, match=r"blocks.0.attn has FluxIPAdapterAttnProcessor, a processor with weights"):
+        accelerate(model, {"window": 2})
+    assert model.transformer_blocks[0].attn.processor is adapter
+    assert not isinstance(model.single_transformer_blocks[0].attn.processor, InterceptedProcessor), "all or nothing"
 
 
 def test_schedule_by_steps_noise_heads():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from .acceleration import accelerate, accelerations
 from .plan import Plan
 from .presets import as_plan
 from .recall import Recall
+
+NETWORKS = ("alex", "vgg", "squeeze")  # of torchmetrics' LPIPS
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Measurement:
         densities: by site, share of the pairs that are kept.
         dense: by site, why it was dense in the last step.
         runs: "dense", "plan" and "other seed".
+        lpips, yardstick_lpips: perceptual distance of the result, mean of its frames; None if it was not asked for.
     """
 
     plan: Plan
@@ -65,6 +68,8 @@ class Measurement:
     densities: dict[str, float | None]
     dense: dict[str, str]
     runs: dict[str, Run] = field(repr=False)
+    lpips: float | None = None
+    yardstick_lpips: float | None = None
 
     @property
     def speedup(self) -> float:
@@ -79,6 +84,8 @@ class Measurement:
             f"drift to dense on the same noise: {self.psnr:.1f} dB, SSIM {self.ssim:.3f} "
             f"(dense with another seed: {self.yardstick:.1f} dB, {self.yardstick_ssim:.3f})",
         ]
+        if self.lpips is not None:
+            lines.append(f"LPIPS {self.lpips:.4f} (dense with another seed: {self.yardstick_lpips:.4f})")
         if any(run.graphs for run in self.runs.values()):
             lines.append("graphs compiled: " + ", ".join(f"{name} {run.graphs}" for name, run in self.runs.items()))
         if (memory := self.runs["plan"].memory) is not None:
@@ -119,6 +126,7 @@ def measure(
     seeds: tuple[int, int] = (0, 1),
     recall_steps: int = 3,
     changes: Mapping[str, Any] | None = None,
+    lpips: str | Callable[[Tensor, Tensor], Any] | None = None,
     **call: Any,
 ) -> Measurement:
     """Run a pipeline dense, dense with another seed, and by a plan, and compare. A plan at work is set aside meanwhile.
@@ -129,6 +137,9 @@ def measure(
         seeds: of the noise that is compared, and of the yardstick.
         recall_steps: number of steps, spread over the run, in which recall is observed; 0 leaves it out.
         changes: fields of the plan that are replaced.
+        lpips: "alex", "vgg" or "squeeze" for torchmetrics' LPIPS (arXiv:1801.03924), whose network torchvision
+            downloads, or a function of two batches of images `[N, 3, H, W]` in -1..1, such as `lpips.LPIPS()`; None for
+            none.
         call: arguments of the pipeline, such as prompt, num_inference_steps, height and width.
 
     Returns:
@@ -136,8 +147,10 @@ def measure(
 
     Raises:
         ValueError, TypeError: as `accelerate`; a pipeline whose output has neither frames nor images.
+        ImportError: the library or the weights of `lpips` are not there; nothing has run then.
     """
     plan = as_plan(plan, **(changes or {}))
+    distance = None if lpips is None else perceptual(lpips)
     aside = accelerations(pipe)
     for one in aside:
         one.undo()
@@ -168,6 +181,8 @@ def measure(
         *found,
         dense=reasons,
         runs={"dense": dense, "plan": mine, "other seed": other},
+        lpips=None if distance is None else distance(mine.frames, dense.frames),
+        yardstick_lpips=None if distance is None else distance(other.frames, dense.frames),
     )
 
 
@@ -223,6 +238,36 @@ def ssim(x: Tensor, reference: Tensor) -> float:
     window = min(11, *(n - 1 + n % 2 for n in x.shape[-2:]))  # odd
     smaller = {} if window == 11 else {"gaussian_kernel": False, "kernel_size": window}
     return structural_similarity_index_measure(x, reference, data_range=1.0, **smaller).item()
+
+
+def perceptual(lpips: str | Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], float]:
+    """Perceptual distance of frames `[frames, C, H, W]` in 0..1, mean of the frames; see `measure`.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: a library or the weights of its network are missing; the message says which and what else to pass.
+    """
+    if isinstance(lpips, str):
+        if lpips not in NETWORKS:
+            raise ValueError(f"lpips={lpips!r} must be one of {NETWORKS}, a function of two batches of images or None")
+        try:
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+            network: Any = LearnedPerceptualImagePatchSimilarity(net_type=lpips)  # pyright: ignore[reportArgumentType]
+        except (ImportError, OSError) as error:  # torchvision is not there, or its weights cannot be downloaded
+            raise ImportError(
+                f"lpips={lpips!r} needs torchmetrics, torchvision and its weights of this network, which it downloads "
+                f"({error}); pass lpips=None or a function of two batches of images"
+            ) from error
+    else:
+        network = lpips
+
+    @torch.no_grad()
+    def distance(x: Tensor, reference: Tensor) -> float:
+        x, reference = (2 * (y[:, :3].expand(-1, 3, -1, -1)) - 1 for y in (x, reference))
+        return float(torch.as_tensor(network(x, reference)).float().mean())
+
+    return distance
 
 
 def contact_sheet(rows: Mapping[str, Tensor], *, columns: int = 8, side: int = 160) -> Any:
