@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 
 import pytest
 from image_folders import photograph_digits
@@ -54,12 +55,17 @@ def test_explain_and_profile():
 @pytest.mark.slow
 def test_demo_serves_until_it_is_interrupted():
     command = [sys.executable, "-m", "foveal.cli", "demo", "--no-open", "--port", "0", "--generator", "none"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-        address = run.stdout.readline().split()[0]
-        with urllib.request.urlopen(address) as answer:
-            assert b"Draw a digit" in answer.read()
-        run.send_signal(signal.SIGINT)
-        assert run.wait(30) == 0
+    # a shell that started the tests in the background made them deaf to SIGINT, and what they start with them
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=hears) as run:
+        try:
+            assert run.stdout is not None
+            with urllib.request.urlopen(run.stdout.readline().split()[0]) as answer:
+                assert b"Draw a digit" in answer.read()
+            run.send_signal(signal.SIGINT)
+            assert run.wait(60) == 0
+        finally:
+            run.kill()
     assert "cannot be listened at" in process("demo", "--no-open", "--host", "203.0.113.1", code=2).stderr
 
 
