@@ -8,7 +8,7 @@ import torch
 from triton.compiler import ASTSource
 
 from ..common.launching import Device
-from ..tools.variants import NARROW_DIMS, TYPES, Variant, row_alignment, source
+from ..tools.variants import NARROW_DIMS, TYPES, Variant, row_strides, source
 from . import configs, gluon
 from .backward import key_kernel, query_kernel
 from .forward import forward_kernel
@@ -40,12 +40,11 @@ POINTERS |= dict.fromkeys(INTEGERS, "i32")
 
 def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: bool) -> ASTSource:
     """Arguments as a contiguous call gives them; with `ones`, there is one batch and one head."""
-    aligned = row_alignment(head_dim, dtype)
     integers: dict = {"lists": (1,) * 5, "heads": 1, "key_heads": 1} if ones else {"lists": (0,) * 5}
     for name in kernel.arg_names:
         if name.endswith("_strides"):
-            outer = (0,) * 4 if "lse" in name else (aligned,) * (3 if name.startswith("extra") else 5)
-            integers[name] = (*outer, 1)
+            rows = row_strides(head_dim, dtype, 3 if name.startswith("extra") else 5)
+            integers[name] = (0,) * 4 + (1,) if "lse" in name else rows
         elif name.endswith("_lengths"):
             integers[name] = (1,) * (3 - rank) + (0,) * rank
     return source(kernel, dtype, fixed, pointers=POINTERS, integers=integers, floats=("scale", "threshold"))

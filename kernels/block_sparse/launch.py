@@ -11,11 +11,11 @@ from ..common.launching import (
     aligned,
     cdiv,
     device_class,
-    grid_bytes,
     has_descriptors,
     needs_wide,
     padded,
     precision,
+    tile_strides,
     width_constants,
     with_scratch,
 )
@@ -133,15 +133,15 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) ->
     with torch.cuda.device_of(query):
         forward_kernel[(programs(shape, mask.query_block, config.size.rows, batch * heads),)](
             query,
-            grid_bytes(query, rank),
+            tile_strides(query, rank),
             key,
-            grid_bytes(key, rank),
+            tile_strides(key, rank),
             value,
-            grid_bytes(value, rank),
+            tile_strides(value, rank),
             out,
-            grid_bytes(out, rank),
+            tile_strides(out, rank),
             lse,
-            grid_bytes(lse, rank),
+            tile_strides(lse, rank),
             mask.kv_num.contiguous(),
             mask.kv_idx.contiguous(),
             *_optional(mask),
@@ -190,7 +190,7 @@ def backward(
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     out, lse = out.contiguous(), lse.contiguous()  # dQ and delta have their strides
     delta = torch.empty_like(lse)
-    q, k, v, do = ((x, grid_bytes(x, rank)) for x in (query, key, value, grad_out))
+    q, k, v, do = ((x, tile_strides(x, rank)) for x in (query, key, value, grad_out))
     lists, group = list_sizes(mask, heads), heads // key_heads
     alike = widths[0] == widths[1]  # then dQ has the strides of out, and dV those of dK
     common = dict(GROUP=group, **_flags(mask))
@@ -202,15 +202,15 @@ def backward(
             *k,
             *v,
             out,
-            grid_bytes(out, rank),
+            tile_strides(out, rank),
             *do,
             lse,
-            grid_bytes(lse, rank),
+            tile_strides(lse, rank),
             grad_lse,
-            grid_bytes(grad_lse, rank),
+            tile_strides(grad_lse, rank),
             delta,
             dq,
-            None if alike else grid_bytes(dq, rank),
+            None if alike else tile_strides(dq, rank),
             mask.kv_num.contiguous(),
             mask.kv_idx.contiguous(),
             *_optional(mask),
@@ -236,12 +236,12 @@ def backward(
             *v,
             *do,
             lse,
-            grid_bytes(lse, rank),
+            tile_strides(lse, rank),
             delta,
             dk,
-            grid_bytes(dk, rank),
+            tile_strides(dk, rank),
             dv,
-            None if alike else grid_bytes(dv, rank),
+            None if alike else tile_strides(dv, rank),
             starts.contiguous(),
             order.contiguous(),
             *_optional(mask),
@@ -268,6 +268,6 @@ def _extra(q, do, lse, delta, call: BlockSparseCall) -> tuple[Tensor, Tensor]:
         return torch.empty_like(keys), torch.empty_like(values)
     if call.mask.q_len is not None:  # what does not exist may hold anything, and zero times NaN is NaN
         dead = (lse == float("inf"))[..., None]
-        q, do = ((y := x.masked_fill(dead, 0), grid_bytes(y, y.dim() - 3)) for x, _ in (q, do))
+        q, do = ((y := x.masked_fill(dead, 0), tile_strides(y, y.dim() - 3)) for x, _ in (q, do))
     axes = tuple(Axis(n, 1) for n in q[0].shape[1:-2])
     return extra_gradient(q, do, lse, delta, keys, values, axes, call.scale, call.additional_mask)

@@ -76,23 +76,27 @@ def grid_strides(x: Tensor, rank: int) -> tuple[int, ...]:
     return x.stride(0), *(outer,) * (3 - rank), *x.stride()[1:]
 
 
-def byte_strides(x: Tensor, strides: Sequence[int]) -> tuple[int, ...]:
-    """Strides of `x` in bytes, but for those of 1, which stay; kernels turn them back by `triton.memory.elements`.
+def kernel_strides(x: Tensor, strides: Sequence[int]) -> tuple[int | None, ...]:
+    """Strides of `x` as kernels take them, which turn them into elements by `triton.memory.elements`.
 
     Triton makes other machine code where an integer is 1 or divisible by 16. In elements that leaves out rows of 40 or
     72 numbers in half precision, which begin at multiples of 16 bytes, too, and would be loaded by 2 bytes at a time.
+    Where there are such strides all are in bytes, but for those of 1, which stay, and a None follows. Others stay in
+    elements: numbers that a kernel has to compute take registers.
     """
     size = x.element_size()
-    return tuple(1 if stride == 1 else stride * size for stride in strides)
+    if not any(stride % 16 and stride * size % 16 == 0 for stride in strides):
+        return tuple(strides)
+    return *(1 if stride == 1 else stride * size for stride in strides), None
 
 
-def grid_bytes(x: Tensor, rank: int) -> tuple[int, ...]:
-    """`byte_strides` of `grid_strides`."""
-    return byte_strides(x, grid_strides(x, rank))
+def tile_strides(x: Tensor, rank: int) -> tuple[int | None, ...]:
+    """`kernel_strides` of `grid_strides`."""
+    return kernel_strides(x, grid_strides(x, rank))
 
 
-def grid(x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, int]]:
-    """`x [B, *spatial, heads, head_dim]` on three spatial axes, its `byte_strides`, and the lengths of the last two.
+def grid(x: Tensor) -> tuple[Tensor, tuple[int | None, ...], tuple[int, int]]:
+    """`x [B, *spatial, heads, head_dim]` on three spatial axes, its `kernel_strides`, and the lengths of the last two.
 
     Axes that lie behind each other in memory count as one. Only where more than three are left, `x` is copied.
     """
@@ -108,7 +112,7 @@ def grid(x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, int]]:
         return grid(x.contiguous())
     _, y, z = lengths + [1] * (3 - len(lengths))
     all_strides = (x.stride(0), *strides, *[0] * (3 - len(strides)), *x.stride()[-2:])
-    return x, byte_strides(x, all_strides), (y, z)
+    return x, kernel_strides(x, all_strides), (y, z)
 
 
 def unspecialised(values: tuple[int, ...]) -> tuple[int, ...]:

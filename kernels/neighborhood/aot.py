@@ -7,7 +7,7 @@ import torch
 from triton.compiler import ASTSource
 
 from ..common.launching import Device, block_d
-from ..tools.variants import NARROW_DIMS, TYPES, Variant, row_alignment, source
+from ..tools.variants import NARROW_DIMS, TYPES, Variant, row_strides, source
 from . import configs, gluon
 from .backward import extra_kernel, key_kernel, query_kernel, table_kernel
 from .forward import forward_kernel
@@ -36,12 +36,11 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
     """Arguments as a contiguous call gives them; with `ones`, there is one batch and one head."""
     floats = FLOATS | {"dk_ptr", "dv_ptr"} if kernel is extra_kernel else FLOATS
     eights = E4M3 if fixed.get("QUANTIZED") else ()
-    aligned = row_alignment(head_dim, dtype)
     integers: dict = dict.fromkeys(("batches", "heads", "key_heads"), 1) if ones else {}
     integers |= {"lengths": (1,) * (3 - rank) + (0,) * rank, "start": (0,) * 3, "counts": (0,) * 3}
     for name in kernel.arg_names:
         if name.endswith("_strides"):
-            integers[name] = (*(aligned,) * (3 if name.startswith("extra") else 5), 1)
+            integers[name] = row_strides(head_dim, dtype, 3 if name.startswith("extra") else 5)
     pointers = dict.fromkeys(floats, "fp32") | dict.fromkeys(eights, "fp8e4nv") | MASK
     return source(kernel, dtype, fixed, pointers=pointers, integers=integers)
 

@@ -10,14 +10,14 @@ from torch import Tensor
 from ..common.launching import (
     aligned,
     block_d,
-    byte_strides,
     cdiv,
     device_class,
-    grid_bytes,
     has_descriptors,
+    kernel_strides,
     needs_wide,
     padded,
     precision,
+    tile_strides,
     unspecialised,
     width_constants,
     with_scratch,
@@ -170,7 +170,7 @@ def extra_arguments(
     k, v = (
         (query, query) if additional_keys is None or additional_values is None else (additional_keys, additional_values)
     )
-    pair = (k, byte_strides(k, k.stride()[:4]), v, byte_strides(v, v.stride()[:4]))
+    pair = (k, kernel_strides(k, k.stride()[:4]), v, kernel_strides(v, v.stride()[:4]))
     if additional_mask is None:
         return *pair, None, None
     place = torch.arange(1, additional_mask.shape[1] + 1, dtype=torch.int32, device=additional_mask.device)
@@ -204,13 +204,13 @@ def forward(
     with torch.cuda.device_of(query):
         forward_kernel[(programs(axes, config.queries, batch * heads),)](
             query,
-            grid_bytes(query, rank),
+            tile_strides(query, rank),
             key,
-            grid_bytes(key, rank),
+            tile_strides(key, rank),
             value,
-            grid_bytes(value, rank),
+            tile_strides(value, rank),
             out,
-            grid_bytes(out, rank),
+            tile_strides(out, rank),
             lse,
             factor,
             bias if bias is None else widen(bias, fixed["TABLE"]),
@@ -256,7 +256,7 @@ def backward(
     extras = extra_arguments(query, additional_keys, additional_values, additional_mask)
     alike = widths[0] == widths[1]  # then dQ has the strides of out, and dV those of dK
     group = heads // key_heads
-    q, k, v, do = ((x, grid_bytes(x, rank)) for x in (query, key, value, grad_out))
+    q, k, v, do = ((x, tile_strides(x, rank)) for x in (query, key, value, grad_out))
     with torch.cuda.device_of(query):
         pairs = bias is not None and wanted[0]
         config = configure("query", axes, (key, value), (query, key, value, grad_out, dq), pairs)
@@ -269,13 +269,13 @@ def backward(
                 *k,
                 *v,
                 out,
-                grid_bytes(out, rank),
+                tile_strides(out, rank),
                 *do,
                 lse,
                 grad_lse,
                 delta,
                 dq,
-                None if alike else grid_bytes(dq, rank),
+                None if alike else tile_strides(dq, rank),
                 wide_bias,
                 stored,
                 *extras,
@@ -326,8 +326,8 @@ def _launch_keys(q, k, v, do, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
         delta,
         dk,
         dv,
-        grid_bytes(dk, len(axes)),
-        None if dk.shape[-1] == dv.shape[-1] else grid_bytes(dv, len(axes)),
+        tile_strides(dk, len(axes)),
+        None if dk.shape[-1] == dv.shape[-1] else tile_strides(dv, len(axes)),
         bias if bias is None else widen(bias, fixed["TABLE"]),
         *grids(axes),
         key_heads,

@@ -15,9 +15,15 @@ NARROW_DIMS = (40, 72)  # half-precision rows of whole 16 bytes, but not of 16 n
 DIVISIBLE = [["tt.divisibility", 16]]
 
 
-def row_alignment(head_dim: int, dtype: str) -> int:
-    """What is known of strides in bytes where rows of `head_dim` numbers follow each other, as `source` takes it."""
-    return 0 if head_dim * (4 if dtype == "fp32" else 2) % 16 else 16
+def row_strides(head_dim: int, dtype: str, outer: int) -> tuple[int | None, ...]:
+    """What is known of strides where rows of `head_dim` numbers follow each other, as `source` takes it.
+
+    `outer` strides, then that of features; in bytes, as `launching.kernel_strides` makes them, where rows fill 16 bytes
+    but not 16 numbers.
+    """
+    if head_dim % 16 == 0:
+        return *(16,) * outer, 1
+    return (*(0,) * outer, 1) if head_dim * (4 if dtype == "fp32" else 2) % 16 else (*(16,) * outer, 1, None)
 
 
 class Variant(NamedTuple):
@@ -45,7 +51,7 @@ def source(
     fixed: Mapping[str, object],
     *,
     pointers: Mapping[str, str],
-    integers: Mapping[str, int | tuple[int, ...]],
+    integers: Mapping[str, int | tuple[int | None, ...]],
     floats: Collection[str] = ("scale",),
 ) -> ASTSource:
     """A kernel with its arguments: 32-bit integers, float32 numbers, and pointers `…_ptr` aligned to 16 bytes.
@@ -56,7 +62,7 @@ def source(
         fixed: values of the compile-time arguments.
         pointers: other types, by argument.
         integers: what is known, by argument: 1 if it is 1, 16 if it is divisible by 16, 0 if nothing; a tuple for an
-            argument that is one. Nothing for those left out.
+            argument that is one, with None where that is None. Nothing for those left out.
         floats: arguments that are float32 numbers.
     """
     signature, values, attributes = {}, {}, {}
@@ -68,8 +74,8 @@ def source(
             signature[name] = "*" + pointers.get(name, dtype)
             attributes[(i,)] = DIVISIBLE
         elif isinstance(known, tuple):
-            signature[name] = tuple("constexpr" if k == 1 else "i32" for k in known)
-            values.update({(i, j): 1 for j, k in enumerate(known) if k == 1})
+            signature[name] = tuple("constexpr" if k in (1, None) else "i32" for k in known)
+            values.update({(i, j): k for j, k in enumerate(known) if k in (1, None)})
             attributes.update({(i, j): DIVISIBLE for j, k in enumerate(known) if k == 16})
         elif known == 1:
             signature[name], values[name] = "constexpr", 1

@@ -6,7 +6,7 @@ import torch
 from triton.compiler import ASTSource
 
 from ..common.launching import Device
-from ..tools.variants import NARROW_DIMS, TYPES, Variant, row_alignment, source
+from ..tools.variants import NARROW_DIMS, TYPES, Variant, row_strides, source
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel, window_kernel
 from .forward import forward_kernel
@@ -31,8 +31,8 @@ FLOATS = dict.fromkeys(("lse_ptr", "dlse_ptr", "delta_ptr", "partial_ptr", "bias
 
 def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict) -> ASTSource:
     """Arguments as a contiguous call gives them."""
-    aligned = row_alignment(head_dim, dtype)
-    strides = {n: (0,) * 4 + (1,) if "lse" in n else (aligned,) * 5 + (1,) for n in kernel.arg_names if "_strides" in n}
+    rows = row_strides(head_dim, dtype, 5)
+    strides = {n: (0,) * 4 + (1,) if "lse" in n else rows for n in kernel.arg_names if "_strides" in n}
     lengths = (1,) * (3 - rank) + (0,) * rank
     return source(kernel, dtype, fixed, pointers=FLOATS, integers={"lengths": lengths} | strides)
 

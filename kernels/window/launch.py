@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..common.launching import cdiv, device_class, grid_bytes, needs_wide, padded, precision, width_constants
+from ..common.launching import cdiv, device_class, needs_wide, padded, precision, tile_strides, width_constants
 from . import configs
 from .backward import bias_kernel, key_kernel, query_kernel, window_kernel
 from .call import WindowCall
@@ -61,7 +61,7 @@ class _Launches:
         return cdiv(self.windows, config.pack) * blocks * self.heads * self.batch
 
     def strided(self, *tensors: Tensor) -> list:
-        return [x for tensor in tensors for x in (tensor, grid_bytes(tensor, self.rank))]
+        return [x for tensor in tensors for x in (tensor, tile_strides(tensor, self.rank))]
 
     def gradients(self, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[list, list]:
         """dQ, and dK and dV, with their strides: None for those that are the strides of out and of dK."""

@@ -6,20 +6,24 @@ import triton.language as tl
 
 @triton.jit
 def element_stride(stride, BYTES: tl.constexpr):
-    """One of `elements`."""
+    """A stride in elements of one in bytes, or 1 of 1.
+
+    One form for both needs no branch, behind which nothing would be known of the result.
+    """
     return stride - (BYTES - 1) * (stride // BYTES)
 
 
 @triton.jit
 def elements(ptr, strides):
-    """Strides of what `ptr` points to in elements, from those that `launching.byte_strides` made.
+    """Strides in elements of what `ptr` points to, from those that `launching.kernel_strides` made.
 
     Bytes that the compiler knows to be multiples of 16 give elements that it knows to fill 16 bytes, so that loads and
-    stores are as wide as the hardware has them. The one form of both cases, a stride of 1 and a number of bytes, needs
-    no branch, behind which nothing would be known.
+    stores are as wide as the hardware has them.
     """
-    BYTES: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-    return tl.tuple([element_stride(stride, BYTES) for stride in strides])
+    if strides[-1] is None:
+        BYTES: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+        strides = tl.tuple([element_stride(stride, BYTES) for stride in strides[:-1]])
+    return strides
 
 
 @triton.jit

@@ -82,7 +82,7 @@ def transposed(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", [odd, transposed])
 @pytest.mark.parametrize("name", DECLARED)
 def test_any_strides_give_the_same_bits(name, layout):
-    """Strides reach kernels in bytes, but for a stride of one element: see `launching.byte_strides`."""
+    """Strides may reach kernels in bytes, those of one element excepted: see `launching.kernel_strides`."""
     declared = DECLARED[name]
     case = declared.cases[-1]
     inputs = declared.matrix.make_inputs(case, torch.float16)
