@@ -4,10 +4,10 @@ Models near Swin-T in size run in turns with random weights, and InLine-Swin-T, 
 map, beside Swin-T with windows as large (arXiv:2412.06590, figure 3: 3.7 times as fast on a GPU).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from .models import PEERS, Case, Models, and_compiled
+from .models import BATCHES, PEERS, Case, Models, and_compiled
 
 MAPS = (  # take images of any size
     "inline_swin_t", "flatten_swin_t", "flowformer_cv", "ppma_s", "shiftvit_r2_t", "moh_vit_s_80", "partialnet_s",
@@ -33,6 +33,7 @@ class Families(Models):
         for peer in (*PEERS[:2], *((WIDE,) if name == "inline_swin_t" else ()))
         for suffix in ("", " compiled")
     )
+    batches: ClassVar[Mapping[str, Mapping[int, int]]] = BATCHES | {"cpu": {224: 2, 384: 2, 512: 1, 1024: 1}}
     case: ClassVar[type[Case]] = FamilyCase
     cpu_sizes: ClassVar[Sequence[int]] = (224, 384, 512, 1024)
 

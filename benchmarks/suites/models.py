@@ -4,7 +4,7 @@ Models of one size run in turns with random weights. Memory of inference is the 
 of a training step includes gradients. The tests of each family check the attention of the backbones.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -99,12 +99,13 @@ class Models(Benchmark):
     rivals = tuple((name + suffix, peer + suffix) for name, peer in RIVALS for suffix in ("", " compiled"))
     modes = ("inference", "training step")
     case: ClassVar[type[Case]] = Case
+    batches: ClassVar[Mapping[str, Mapping[int, int]]] = BATCHES
     cpu_sizes: ClassVar[Sequence[int]] = (224, 512)  # by default
 
     def cases(self, device: torch.device, *, everything: bool = False) -> Iterator[Case]:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         for size in SIZES if everything or device.type != "cpu" else self.cpu_sizes:
-            yield self.case(size, BATCHES[device.type][size], dtype)
+            yield self.case(size, self.batches[device.type][size], dtype)
 
     def makers(self, case: Case, mode: str, device: torch.device, *, everything: bool = False) -> dict[str, Maker]:
         quick = device.type == "cpu" and not everything
