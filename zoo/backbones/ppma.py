@@ -204,11 +204,7 @@ MODELS = {
     "ppma_t": Model("PPMA-Tiny.", PPMA, {"depths": (2, 2, 8, 2)}),
     "ppma_s": Model("PPMA-Small.", PPMA, SMALL),
     "ppma_b": Model("PPMA-Base; residual scales begin at 1e-6, as in RMT, whose layout this is.", PPMA, BASE),
-    "ppma_pico": Model(
-        "Three stages for 32x32 single-channel images (handwritten digits).",
-        PPMA,
-        PICO,
-    ),
+    "ppma_pico": Model("Three stages for 32x32 single-channel images (handwritten digits).", PPMA, PICO),
     "test_ppma": Model(
         "PPMA for tests.", PPMA, {**TINY_STAGES, "embed_dims": (16, 24), "depths": (1, 2), "feature_dim": 32}
     ),
