@@ -143,7 +143,7 @@ def first_hour(
 ) -> None:
     """Ask a GPU what waits for one, in the order of worth; exits with 1 if an answer is wrong."""
     code = run_first_hour(
-        minutes=minutes, device=_device(device).type, tiny=tiny, only=only, again=again, listed=listed,
+        minutes=minutes, device=device if listed and device != "auto" else _device(device).type, tiny=tiny, only=only, again=again, listed=listed,
         jobs=jobs or max(1, (os.cpu_count() or 2) // 2), results=results, console=console,
     )  # fmt: skip
     if code:

@@ -314,6 +314,14 @@ STEERING = (
         "control/test_agent_sd.py::test_merging_averages_the_most_similar_pairs",
     ),
     System(
+        "Profiling study of generators (Generative AI Beyond LLMs)",
+        "arXiv:2312.14385",
+        "zoo.inference.profile_pipeline:profile_pipeline",
+        "cli/test_generators.py::test_profile_of_a_pipeline",
+        status="partial",
+        note="time, FLOPs, tokens and memory by class of operator and step; not its analysis of GPUs",
+    ),
+    System(
         "DDIM inversion, null-text inversion",
         "arXiv:2010.02502, arXiv:2211.09794",
         "zoo.control.inversion:ddim_invert, zoo.control.inversion:null_text_invert",
