@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...weights import fetch
+from ... import weights
 from ..tasks.video_plots import plot_strips, write_grid
 from ..video.export import check_path, save_clips
 from ..video.single_file import load_single_file
 
 COLUMNS = 8  # of a grid of clips
 GUIDANCE = 4.0  # of models that say nothing themselves
-SHIPPED = {"digits": ("videodit.moving_digits", 1.5)}  # by name: weights inside this package, and their guidance
+SHIPPED = {"digits": ("videodit.moving_digits.safetensors", 1.5)}  # by name: a file in `weights`, and its guidance
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def open_pipeline(source: str | Path) -> Any:
         ValueError: its class is unknown to diffusers.
     """
     if is_shipped(source):
-        pipeline = load_single_file(fetch(SHIPPED[str(source)][0]))
+        pipeline = load_single_file(Path(weights.__file__).with_name(SHIPPED[str(source)][0]))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
     folder = pipeline_folder(source)
