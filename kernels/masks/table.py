@@ -72,6 +72,8 @@ mask, keys, values = masks.psa(*flat, query_block=64, key_block=64)
 out = block_sparse_attention(flat[0], keys, values, mask=mask)
 ```
 
+Plans of [`accelerate`](faster-video.md) and layers of `VideoDiT` take `psa` by its name, with `flat`.
+
 ## A mask per head
 
 A `HeadPlan` says which static mask each head of each layer takes in a range of denoising steps. It is JSON. Three
@@ -89,7 +91,8 @@ mask = masks.plan_mask(masks.HeadPlan.from_json(plan.to_json()), (5, 12, 20), la
 ## Masks that learn
 
 `foveal.layers.BoxGate` is SeerAttention's gate on grids: `gate.loss(query, key)` teaches it the map of the
-attention around it, which stays frozen, and `gate.mask(query, key, topk=16)` chooses blocks.
+attention around it, which stays frozen, and `gate.mask(query, key, topk=16)` chooses blocks. In a `VideoDiT` it is the
+mask `box_gate` ([training](training.md#sparse-attention)).
 `foveal.layers.LearnedConnectivity` is Sparsifiner's predictor for image grids of one size: `forward` is trained to
 resemble the attention's map, and `mask(query, key, share=0.25)` lists single keys. The `sparsifiner_*` models have it.
 

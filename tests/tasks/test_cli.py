@@ -5,11 +5,13 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 from foveal import train
+from foveal.zoo.tasks.plots import plot_comparison, shorten
 from foveal.zoo.tasks.sweep import record_job
 from omegaconf import OmegaConf
 from train_helpers import QUIET, TINY_VIT
@@ -78,6 +80,9 @@ def test_the_least_comes_first_where_less_is_better(tmp_path, capsys):
     table = capsys.readouterr().out.rsplit("Sweep so far", 1)[1]
     assert table.index("seed=2") < table.index("seed=0") < table.index("seed=3") < table.index("seed=1")
     assert matplotlib.image.imread(tmp_path / "comparison.png")[:, :, :3].std() > 0.05
+    with warnings.catch_warnings(action="error"):  # such as that no room is left
+        plot_comparison(["a" * 200, "b" * 61], [1.0, 2.0], metric="val/loss", mode="min", path=tmp_path / "long.png")
+    assert shorten("abcdef", 5) == "abcd…" and shorten("abcde", 5) == "abcde"
     with pytest.raises(ValueError, match=r"metric='val/acc1' is not in .*: pass one metric=NAME"):
         record_job(job, metric="val/acc1", mode="max", value=0.5, minutes=1.0)
 

@@ -36,6 +36,9 @@ def save_figure(figure, path: Path) -> Path:
     return path
 
 
+LONGEST = 60  # characters of a job's name
+
+
 @dataclass(frozen=True)
 class Curve:
     """A quantity of validation that is better the larger it is, beside the loss.
@@ -273,6 +276,11 @@ def first_stage(model: nn.Module, image: Tensor) -> tuple[list[int], list[dict[s
     return grid, [{name: getattr(layer, name) for name in names} for layer in stage]
 
 
+def shorten(name: str, most: int) -> str:
+    """A name of at most so many characters, without its end."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def plot_comparison(names: Sequence[str], values: Sequence[float], *, metric: str, mode: str, path: Path) -> Path:
     """Draws one dot per job of a sweep, best first, on an axis that shows their differences.
 
@@ -294,7 +302,9 @@ def plot_comparison(names: Sequence[str], values: Sequence[float], *, metric: st
                 f"{value:.4g}", (value, row), xytext=(7, 0), textcoords="offset points", va="center", color=MUTED
             )
         ax.set(xlabel=f"{metric} ({'more' if mode == 'max' else 'less'} is better)", ylim=(len(values) - 0.5, -0.5))
-        ax.set_yticks(range(len(names)), names)
+        ax.set_yticks(
+            range(len(names)), [shorten(name, LONGEST) for name in names]
+        )  # beside longer ones nothing is left
         ax.margins(x=0.15)
         ax.grid(axis="x", alpha=0.25, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
