@@ -142,8 +142,9 @@ def first_hour(
     results: Annotated[Path, typer.Option(help="folder of the verdict and the rows")] = records.RESULTS,
 ) -> None:
     """Ask a GPU what waits for one, in the order of worth; exits with 1 if an answer is wrong."""
+    kind = device if listed and device != "auto" else _device(device).type  # a list needs no such device
     code = run_first_hour(
-        minutes=minutes, device=device if listed and device != "auto" else _device(device).type, tiny=tiny, only=only, again=again, listed=listed,
+        minutes=minutes, device=kind, tiny=tiny, only=only, again=again, listed=listed,
         jobs=jobs or max(1, (os.cpu_count() or 2) // 2), results=results, console=console,
     )  # fmt: skip
     if code:
