@@ -1,9 +1,8 @@
-"""Trains small digit generators, steers them with `foveal.zoo.Control`, measures it, and draws the pictures of
-docs/steer.md.
+"""Trains small digit generators, steers them with `foveal.zoo.Control`, measures it, and draws pictures.
 
     python examples/steer_digits.py train          # six models into runs/steer_digits, at most 8 minutes of a core each
     python examples/steer_digits.py train pairs    # one of them
-    python examples/steer_digits.py measure        # prints the numbers of docs/steer.md
+    python examples/steer_digits.py measure        # prints numbers
     python examples/steer_digits.py draw           # docs/images/steer/*
 
 Needs scikit-learn (its scans of digits are the data), Pillow and matplotlib. Seeds are fixed; numbers are of held-out
@@ -232,7 +231,7 @@ def sample(pipe: VideoDiTPipeline, prompts: list[str] | None, size: tuple[int, i
 
 
 def judge() -> Callable[[Tensor], Tensor]:
-    """Reads digits `[N, 8, 8]`: a support vector machine, right on 99 % of held-out scans."""
+    """Reads digits `[N, 8, 8]`: a support vector machine, whose accuracy on held-out scans is printed."""
     from sklearn.svm import SVC
 
     images, labels = scans("train")
@@ -345,7 +344,7 @@ def same(a: Tensor, b: Tensor) -> float:
 
 
 def draw() -> None:
-    """Writes the pictures of the page."""
+    """Writes the pictures."""
     IMAGES.mkdir(parents=True, exist_ok=True)
     draw_words()
     draw_swaps()

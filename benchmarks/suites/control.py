@@ -174,9 +174,9 @@ class Controls(Benchmark):
         found: dict[tuple[str, str], float] = {(m.provider, m.metric): m.p50 for m in measured}
         for metric in ("time", "memory"):
             for ours, other in self.rivals:
-                pair = [found.get((name, metric)) for name in (ours, other)]
-                if all(pair):
-                    yield Metric(ours, f"{metric} over {other}", "ratio", pair[0] / pair[1])  # type: ignore[operator]
+                mine, theirs = (found.get((name, metric)) for name in (ours, other))
+                if mine and theirs:
+                    yield Metric(ours, f"{metric} over {other}", "ratio", mine / theirs)
 
     def plot(self, rows: Sequence[Row], path: Path) -> None:
         """Bars of time and memory over explicit maps."""

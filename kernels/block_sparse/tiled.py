@@ -400,26 +400,12 @@ def _backward(
     hidden = _hidden(plan, lse.shape)
     dead = lse == -math.inf if hidden is None else hidden | (lse == -math.inf)
     lse = lse.masked_fill(dead, math.inf)  # the weights of queries that see nothing are zero
-    base = lse * LOG2_E
     for chunk in _chunks(plan, kv_num, kv_idx, bias, 4, out is not None):
         k, v = _take(plan.key, plan.additional_keys, chunk), _take(plan.value, plan.additional_values, chunk)
-        if out is not None:
-            rows = [x[chunk.units].to(accumulate)[:, None] for x in (grad_out, plan.query, out)]
-            of_query, *sums = _fused_backward(rows, k, v, lse[chunk.units], _natural(chunk), scale)
-            grad_query[chunk.units] = of_query.to(grad_query.dtype)
+        if out is None:
+            sums = _plain_backward(plan, chunk, k, v, scale, grad_out, lse, grad_lse, grad_query)
         else:
-            sums = [torch.zeros_like(k), torch.zeros_like(v)]
-        for part in _row_slices(plan.query.shape[1], k.shape[1]) if out is None else ():
-            rows = (chunk.units, part)
-            q = plan.query[rows].to(accumulate) * scale
-            grad = grad_out[rows].to(accumulate)
-            weights = _logits(q * LOG2_E, k, chunk.added).sub_(base[rows][..., None]).exp2_()
-            sums[1].baddbmm_(weights.mT, grad)
-            slope = torch.bmm(grad, v.mT).mul_(weights)
-            mean = slope.sum(-1, keepdim=True).sub_(grad_lse[rows][..., None])
-            slope.addcmul_(weights, mean, value=-1)
-            sums[0].baddbmm_(slope.mT, q)
-            grad_query[rows] = torch.bmm(slope, k).mul_(scale).to(grad_query.dtype)
+            sums = _fused_backward(plan, chunk, k, v, scale, grad_out, lse, out, grad_query)
         for total, box_grad, extra_grad in zip(sums, grads[:2], grads[2:], strict=True):
             assert box_grad is not None
             box_grad.index_add_(0, chunk.boxes, total[:, : chunk.count].reshape(-1, *box_grad.shape[1:]))
@@ -428,16 +414,37 @@ def _backward(
     return [grad_query, *grads]
 
 
+def _plain_backward(
+    plan: _Plan, chunk: _Chunk, k: Tensor, v: Tensor, scale: float, grad_out, lse, grad_lse, grad_query: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the keys and values of a chunk; those of its queries go into `grad_query`."""
+    of_keys, of_values = torch.zeros_like(k), torch.zeros_like(v)
+    for part in _row_slices(plan.query.shape[1], k.shape[1]):
+        rows = (chunk.units, part)
+        q = plan.query[rows].to(lse.dtype) * scale
+        grad = grad_out[rows].to(lse.dtype)
+        weights = _logits(q * LOG2_E, k, chunk.added).sub_((lse[rows] * LOG2_E)[..., None]).exp2_()
+        of_values.baddbmm_(weights.mT, grad)
+        slope = torch.bmm(grad, v.mT).mul_(weights)
+        mean = slope.sum(-1, keepdim=True).sub_(grad_lse[rows][..., None])
+        slope.addcmul_(weights, mean, value=-1)
+        of_keys.baddbmm_(slope.mT, q)
+        grad_query[rows] = torch.bmm(slope, k).mul_(scale).to(grad_query.dtype)
+    return of_keys, of_values
+
+
 def _fused_backward(
-    rows: Sequence[Tensor], k: Tensor, v: Tensor, lse: Tensor, mask: Tensor | None, scale: float
-) -> list[Tensor]:
-    """Gradients of queries, keys and values of a chunk; `rows` are gradient of the output, query and output."""
-    grad, q, out = rows
+    plan: _Plan, chunk: _Chunk, k: Tensor, v: Tensor, scale: float, grad_out, lse, out: Tensor, grad_query: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `_plain_backward`, where the log-sum-exp has no gradient."""
     if not k.shape[1]:
-        return [torch.zeros_like(q[:, 0]), torch.zeros_like(k), torch.zeros_like(v)]
-    lse = lse[:, None]
-    found = fused.backward(grad, q, k[:, None], v[:, None], out, lse, mask=mask, scale=scale)
-    return [x[:, 0] for x in found]
+        grad_query[chunk.units] = 0
+        return torch.zeros_like(k), torch.zeros_like(v)
+    grad, q, units = (x[chunk.units].to(lse.dtype)[:, None] for x in (grad_out, plan.query, out))
+    sums, mask = lse[chunk.units][:, None], _natural(chunk)
+    of_query, of_keys, of_values = fused.backward(grad, q, k[:, None], v[:, None], units, sums, mask=mask, scale=scale)
+    grad_query[chunk.units] = of_query[:, 0].to(grad_query.dtype)
+    return of_keys[:, 0], of_values[:, 0]
 
 
 def _operands(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> _Operands:

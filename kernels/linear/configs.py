@@ -57,7 +57,9 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Config]] = {
     ("ada", "key", 4): {32: Config(16, 32, 4, 1), 64: Config(16, 32, 4, 1), 128: Config(16, 16, 8, 1)},
 }
 # not counted on AMD yet: the sizes of Ada
-SIZES |= {(amd, kernel, size): SIZES["ada", kernel, size] for amd in AMD for _, kernel, size in list(SIZES)}
+SIZES |= {
+    (amd, kernel, size): table for (device, kernel, size), table in SIZES.items() if device == "ada" for amd in AMD
+}
 
 forced = Overrides(*Config._fields, "chunk")  # chunk: of every split
 override = forced.override

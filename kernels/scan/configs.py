@@ -58,7 +58,9 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, Config]] = {
 }
 # not counted on AMD yet: those of Ada
 CHUNKS |= {(amd, size): table for (device, size), table in CHUNKS.items() for amd in AMD if device == "ada"}
-SIZES |= {(amd, kernel, size): SIZES["ada", kernel, size] for amd in AMD for _, kernel, size in list(SIZES)}
+SIZES |= {
+    (amd, kernel, size): table for (device, kernel, size), table in SIZES.items() if device == "ada" for amd in AMD
+}
 
 forced = Overrides(*Config._fields, "chunk")
 override = forced.override

@@ -16,7 +16,7 @@ DIVISIBLE = [["tt.divisibility", 16]]
 
 
 def row_strides(head_dim: int, dtype: str, outer: int) -> tuple[int | None, ...]:
-    """What is known of strides where rows of `head_dim` numbers follow each other, as `source` takes it.
+    """Return what is known of strides where rows of `head_dim` numbers follow each other, as `source` takes it.
 
     `outer` strides, then that of features; in bytes, as `launching.kernel_strides` makes them, where rows fill 16 bytes
     but not 16 numbers.

@@ -82,7 +82,7 @@ class Step:
 
 
 def kind_of(scheduler: Any) -> str:
-    """What the model of a scheduler predicts: one of `KINDS`.
+    """Return what the model of a scheduler predicts, one of `KINDS`.
 
     Raises:
         ValueError: a scheduler that is neither of DDIM's family nor of flow matching.

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augment import make_transform
-from .base import SeededData
-from .classes import ClassTable
+from .base import SeededData, to_pixels
+from .classes import ClassTable, recorded
 from .digits import split_digits
 from .folders import SPLITS, Listing, folder_of, hold_out, is_image
 from .foreign import reason
-from .loader import PADDING, SeededDataset, mix_seed, seeded
+from .loader import PADDING, SeededDataset, mix_seed
 from .names import say
 from .pixels import UnreadableImage, mode_of, read_image
 from .spec import DataSpec
@@ -34,10 +34,8 @@ class SeededBags(SeededDataset):
     """Bags whose random draws depend on (seed, epoch, index) only; the label is PADDING in one that fills a batch."""
 
     def __getitem__(self, key: tuple[int, int | None]) -> Any:
-        index, epoch = key
-        with seeded(mix_seed(self.seed, epoch or 0, index)):
-            instances, label, marks = self.dataset[index]
-        return instances, PADDING if epoch is None else label, marks
+        instances, label, marks = self.draw(key)
+        return instances, PADDING if key[1] is None else label, marks
 
 
 def pad_bags(bags: Sequence[Bag]) -> tuple[Tensor, ...]:
@@ -398,7 +396,7 @@ class BagFolder(BagData):
 
     @property
     def for_record(self) -> dict[str, Any]:
-        return {"class_names": [name.replace("${", r"\${") for name in self.class_names]}  # no interpolation
+        return recorded(self.class_names)
 
     @property
     def train_labels(self) -> list[int]:
@@ -416,5 +414,4 @@ class BagFolder(BagData):
 
     def denormalize(self, images: Tensor) -> Tensor:
         """Instances `[N, C, H, W]` as the model gets them → pixels in 0..1."""
-        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (images.float() * std + mean).clamp(0, 1)
+        return to_pixels(images, self.mean, self.std)

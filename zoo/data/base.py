@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -244,5 +244,10 @@ class ImageData(SeededData):
 
     def denormalize(self, images: Tensor) -> Tensor:
         """`[B, C, H, W]` as the model gets them → pixels in 0..1."""
-        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.spec.mean, self.spec.std))
-        return (images.float() * std + mean).clamp(0, 1)
+        return to_pixels(images, self.spec.mean, self.spec.std)
+
+
+def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalized images `[…, C, H, W]` → pixels in 0..1, by a mean and a deviation of each channel."""
+    means, stds = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
+    return (images.float() * stds + means).clamp(0, 1)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from .base import SeededData
 from .digits import split_digits
-from .loader import PADDING, SeededDataset, mix_seed, seeded
+from .loader import PADDING, SeededDataset, mix_seed
 from .spec import DataSpec
 
 WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
@@ -59,10 +59,8 @@ class SeededCaptions(SeededDataset):
     """Clips that depend on (seed, epoch, index) only; words are PADDING in one that fills a batch."""
 
     def __getitem__(self, key: tuple[int, int | None]) -> Any:
-        index, epoch = key
-        with seeded(mix_seed(self.seed, epoch or 0, index)):
-            clip, words = self.dataset[index]
-        return clip, torch.full_like(words, PADDING) if epoch is None else words
+        clip, words = self.draw(key)
+        return clip, torch.full_like(words, PADDING) if key[1] is None else words
 
 
 class CaptionedDigits(SeededData):

@@ -18,6 +18,11 @@ def listed(names: Iterable[str], most: int = SHOWN) -> str:
     return ", ".join(names[:most]) + more
 
 
+def recorded(names: Iterable[str]) -> dict[str, list[str]]:
+    """The configuration that gives these names again, without interpolation."""
+    return {"class_names": [name.replace("${", r"\${") for name in names]}
+
+
 @dataclass(frozen=True)
 class ClassTable:
     """Names of classes, by label.

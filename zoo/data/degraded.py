@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .base import SeededData
-from .loader import PADDING, SeededDataset, mix_seed, seeded
+from .loader import PADDING, SeededDataset, mix_seed
 from .spec import DataSpec
 
 KINDS = ("noise", "blur", "blocks")
@@ -83,10 +83,8 @@ class SeededPans(SeededDataset):
     """Clip, score and quarter; the quarter is PADDING in one that fills a batch."""
 
     def __getitem__(self, key: tuple[int, int | None]) -> Any:
-        index, epoch = key
-        with seeded(mix_seed(self.seed, epoch or 0, index)):
-            clip, score, quarter = self.dataset[index]
-        return clip, torch.tensor(score, dtype=torch.float32), PADDING if epoch is None else quarter
+        clip, score, quarter = self.draw(key)
+        return clip, torch.tensor(score, dtype=torch.float32), PADDING if key[1] is None else quarter
 
 
 class DegradedPhotos(SeededData):

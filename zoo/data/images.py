@@ -20,7 +20,7 @@ from timm.data.readers.reader import Reader
 
 from .augment import make_transform
 from .base import ImageData
-from .classes import ClassTable, listed
+from .classes import ClassTable, listed, recorded
 from .folders import SPLITS, list_images
 from .foreign import reason
 from .loader import PADDING
@@ -373,7 +373,7 @@ class ImageFolder(TransformedImages):
 
     @property
     def for_record(self) -> dict[str, Any]:
-        return {"class_names": [name.replace("${", r"\${") for name in self.class_names]}  # no interpolation
+        return recorded(self.class_names)
 
     @property
     def train_labels(self) -> list[int]:

@@ -61,11 +61,15 @@ class SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)  # pyright: ignore[reportArgumentType]
 
-    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
+    def draw(self, key: tuple[int, int | None]) -> Any:
+        """The item of `(index, epoch)`; epoch None is that of one that only fills a batch."""
         index, epoch = key
         with seeded(mix_seed(self.seed, epoch or 0, index)):
-            image, target = self.dataset[index]
-        return image, PADDING if epoch is None else int(target)
+            return self.dataset[index]
+
+    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
+        image, target = self.draw(key)
+        return image, PADDING if key[1] is None else int(target)
 
 
 class EpochSampler(Sampler):

@@ -19,10 +19,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
 from .base import ImageData
-from .classes import ClassTable, listed
+from .classes import ClassTable, listed, recorded
 from .folders import SPLITS, hold_out, scan
 from .foreign import reason
-from .loader import PADDING, EpochSampler, SeededDataset, mix_seed, seeded
+from .loader import PADDING, EpochSampler, SeededDataset
 from .names import say
 from .pixels import UnreadableImage, read_image
 from .unreadable import Receiver
@@ -92,19 +92,13 @@ class SeededMasks(SeededDataset):
     def __getitem__(self, key: tuple[int, int | None]) -> Any:
         index, epoch = key
         try:
-            image, mask = self.pair(key)
+            image, mask = self.draw(key)
         except UnreadableImage:
             image, mask = torch.zeros(self.blank), torch.full(self.blank[1:], PADDING)
             return image, mask, PADDING if epoch is None else PADDING - 1 - index
         if epoch is None:
             return image, torch.full_like(mask, PADDING), PADDING
         return image, mask, index
-
-    def pair(self, key: tuple[int, int | None]) -> tuple[Tensor, Tensor]:
-        """The image and the mask of an item."""
-        index, epoch = key
-        with seeded(mix_seed(self.seed, epoch or 0, index)):
-            return self.dataset[index]
 
 
 class ReceiveMasks:
@@ -395,7 +389,7 @@ class MaskFolder(MaskData):
 
     @property
     def for_record(self) -> dict[str, Any]:
-        return {"class_names": [name.replace("${", r"\${") for name in self.class_names]}  # no interpolation
+        return recorded(self.class_names)
 
     def pairs_of(self, split: str) -> Sequence[Pair]:
         return self.pairs.get(split) or self.pairs["val"]

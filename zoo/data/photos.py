@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .base import SeededData
-from .loader import PADDING, SeededDataset, mix_seed, seeded
+from .loader import PADDING, SeededDataset
 from .spec import DataSpec
 
 Degradation = Literal["bicubic", "noise"]
@@ -56,10 +56,8 @@ class SeededPairs(SeededDataset):
     """Pairs whose crops and noise depend on (seed, epoch, index) only; the third entry is PADDING in one that fills."""
 
     def __getitem__(self, key: tuple[int, int | None]) -> Any:
-        index, epoch = key
-        with seeded(mix_seed(self.seed, epoch or 0, index)):
-            pair = self.dataset[index]
-        return *pair, PADDING if epoch is None else 0
+        pair = self.draw(key)
+        return *pair, PADDING if key[1] is None else 0
 
 
 class Photos(SeededData):

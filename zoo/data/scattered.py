@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from .base import SeededData
 from .digits import split_digits
-from .loader import SeededDataset, mix_seed, seeded
+from .loader import SeededDataset, mix_seed
 from .moving_digits import resize_scans
 from .spec import DataSpec
 
@@ -56,10 +56,8 @@ class SeededScattered(SeededDataset):
     """Canvases that depend on (seed, epoch, index) only; labels are NaN in one that fills a batch."""
 
     def __getitem__(self, key: tuple[int, int | None]) -> Any:
-        index, epoch = key
-        with seeded(mix_seed(self.seed, epoch or 0, index)):
-            image, labels = self.dataset[index]
-        return image, torch.full_like(labels, torch.nan) if epoch is None else labels
+        image, labels = self.draw(key)
+        return image, torch.full_like(labels, torch.nan) if key[1] is None else labels
 
 
 class ScatteredDigits(SeededData):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .base import SeededData
-from .loader import PADDING, SeededDataset, mix_seed, seeded
+from .loader import PADDING, SeededDataset, mix_seed
 from .spec import DataSpec
 
 PARENTS = (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 9, 8, 11, 12, 8, 14, 15)  # of the 17 joints that Human3.6M has
@@ -81,10 +81,8 @@ class SeededSequences(SeededDataset):
     """Poses in the image, in space, and PADDING in a sequence that fills a batch."""
 
     def __getitem__(self, key: tuple[int, int | None]) -> Any:
-        index, epoch = key
-        with seeded(mix_seed(self.seed, epoch or 0, index)):
-            joints = self.dataset[index]
-        return joints[..., :2], joints, PADDING if epoch is None else 0
+        joints = self.draw(key)
+        return joints[..., :2], joints, PADDING if key[1] is None else 0
 
 
 class Skeletons(SeededData):

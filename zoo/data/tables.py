@@ -12,7 +12,7 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from .classes import ClassTable, listed
+from .classes import ClassTable, listed, recorded
 from .folders import FILE_COLUMNS, LABEL_COLUMNS, SPLITS, TABLE, hold_out, read_parts, table_rows
 from .images import Files, Images, TransformedImages
 from .loader import PADDING, EpochSampler
@@ -278,7 +278,7 @@ class ImageTable(TransformedImages):
     def for_record(self) -> dict[str, Any]:
         if self.kind == "values":
             return {"columns": list(self.table.names)}
-        return {"class_names": [name.replace("${", r"\${") for name in self.class_names]}  # no interpolation
+        return recorded(self.class_names)
 
     @property
     def positive_weights(self) -> Tensor:

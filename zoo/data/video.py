@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .base import SeededData
-from .loader import SeededDataset, mix_seed, seeded
+from .loader import SeededDataset
 from .spec import DataSpec
 
 Item = dict[str, Any]
@@ -19,10 +19,8 @@ class SeededVideos(SeededDataset):
     """As `SeededDataset`, for items that are dicts: `real` is False for items that fill up a rank or do not count."""
 
     def __getitem__(self, key: tuple[int, int | None]) -> Item:  # pyright: ignore[reportIncompatibleMethodOverride]
-        index, epoch = key
-        with seeded(mix_seed(self.seed, epoch or 0, index)):
-            item = self.dataset[index]
-        return {**item, "real": epoch is not None and item.get("real", True)}
+        item = self.draw(key)
+        return {**item, "real": key[1] is not None and item.get("real", True)}
 
 
 class VideoData(SeededData):

@@ -87,7 +87,7 @@ def _number(name: str, value: Any, least: int, most: int) -> int:
 def neighborhood_panel(
     *, size: int, window: int, stride: int = 1, dilation: int = 1, causal: bool = False, query: Sequence[int] = (0, 0)
 ) -> dict[str, Any]:
-    """What a query of `na2d` sees on a square grid, and what the whole call costs.
+    """Say what a query of `na2d` sees on a square grid, and what the whole call costs.
 
     Args:
         size: tokens a side.
@@ -166,13 +166,12 @@ class Panels:
         return self._opened[0]
 
     def about(self) -> dict[str, Any]:
-        """What the page lists: `model`, `layers`, `classes`, and whether there are `clips`."""
+        """List what the page shows: `model`, `layers`, `classes`, and whether there are `clips`."""
         opened = self.opened()
-        names = opened.names
         return {
             "model": self.model_name,
             "layers": attention_layers(opened.model),
-            "classes": list(names),
+            "classes": list(opened.names),
             "clips": self.generator is not None,
         }
 

@@ -52,6 +52,11 @@ class Cost:
     bytes: int = 0
     calls: int = 0
 
+    @property
+    def rounded(self) -> dict[str, float]:
+        """`ms`, `gflops` and `mb`, as tables have them."""
+        return {"ms": round(self.ms, 3), "gflops": round(self.flops / 1e9, 4), "mb": round(self.bytes / 2**20, 2)}
+
     def add(self, other: Cost) -> None:
         """Adds the numbers of another."""
         self.ms, self.flops = self.ms + other.ms, self.flops + other.flops
@@ -90,30 +95,15 @@ class PipelineProfile:
         """One row for each component and class: `component`, `class`, `ms`, `share`, `gflops`, `mb`, `calls`."""
         whole = self.total.ms or 1.0
         return [
-            {
-                "component": component,
-                "class": kind,
-                "ms": round(cost.ms, 3),
-                "share": round(cost.ms / whole, 4),
-                "gflops": round(cost.flops / 1e9, 4),
-                "mb": round(cost.bytes / 2**20, 2),
-                "calls": cost.calls,
-            }
+            {"component": component, "class": kind, "share": round(cost.ms / whole, 4), "calls": cost.calls}
+            | cost.rounded
             for (component, kind), cost in self.by("component", "class").items()
         ]
 
     def steps(self) -> list[dict[str, Any]]:
         """One row for each denoising step: `step`, `ms`, `gflops`, `mb`."""
         found = ((step, cost) for (step,), cost in self.by("step").items() if step is not None)
-        return [
-            {
-                "step": step,
-                "ms": round(cost.ms, 3),
-                "gflops": round(cost.flops / 1e9, 4),
-                "mb": round(cost.bytes / 2**20, 2),
-            }
-            for step, cost in sorted(found)
-        ]
+        return [{"step": step} | cost.rounded for step, cost in sorted(found)]
 
 
 class _Recorder(TorchDispatchMode):

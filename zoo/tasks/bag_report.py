@@ -9,7 +9,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from ..data.loader import PADDING
-from .confusion import count_confusion
 from .plots import FONT, Curve, save_figure
 from .report import Report, Sample
 
@@ -44,8 +43,7 @@ class BagReport(Report):
     ) -> None:
         instances, labels, mask, *_ = batch
         predicted, real = outputs.logits.argmax(dim=1), labels != PADDING
-        counts = count_confusion(labels[real], predicted[real], outputs.logits.shape[1])
-        self._confusion = counts if self._confusion is None else self._confusion + counts
+        self._count(labels, predicted, outputs.logits.shape[1])
         if instances.dim() != 5 or outputs.attention is None:
             return
         weights = outputs.attention.float().mean(1)

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric, Metric
 from ..captioning import VideoCaptioner
 from ..data.loader import PADDING
 from .epochs import EpochTask
+from .model import told_as
 
 
 class CaptioningTask(EpochTask):
@@ -55,10 +56,8 @@ class CaptioningTask(EpochTask):
         self.vocabulary = list(vocabulary)
 
     def make_model(self) -> nn.Module:
-        try:
+        with told_as("task.captioner", self.captioner_cfg):
             return VideoCaptioner(self.vocabulary, **self.facts, **self.captioner_cfg)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"task.captioner={self.captioner_cfg} does not work: {error}") from error
 
     def training_loss(self, batch: Any) -> Tensor:
         clips, words = batch

@@ -13,6 +13,7 @@ from torchmetrics.classification import MultilabelAveragePrecision
 
 from ..heads.glimpses import GlimpseClassifier
 from .epochs import EpochTask
+from .model import told_as
 
 
 class GlimpseTask(EpochTask):
@@ -42,10 +43,8 @@ class GlimpseTask(EpochTask):
         self.canvas_cfg, self.num_classes, self.in_chans = dict(canvas), num_classes, in_chans
 
     def make_model(self) -> nn.Module:
-        try:
+        with told_as("task.canvas", self.canvas_cfg):
             return GlimpseClassifier(self.num_classes, in_chans=self.in_chans, **self.canvas_cfg)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"task.canvas={self.canvas_cfg} does not work: {error}") from error
 
     @staticmethod
     def _loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from ..data.loader import PADDING
-from .confusion import count_confusion, plot_confusion, write_csv
+from .confusion import plot_confusion, write_csv
 from .plots import FONT, Curve, palette, save_figure
 from .report import LOSS_TITLES, Report, Sample
 
@@ -142,9 +142,7 @@ class MaskReport(Report):
         dataloader_idx: int = 0,
     ) -> None:
         images, masks = batch
-        real, count = masks != PADDING, int(pl_module.num_classes)  # pyright: ignore[reportArgumentType]
-        counts = count_confusion(masks[real], outputs[real], count)
-        self._confusion = counts if self._confusion is None else self._confusion + counts
+        self._count(masks, outputs, int(pl_module.num_classes))  # pyright: ignore[reportArgumentType]
         for image, mask, found in zip(images, masks, outputs, strict=True):
             if (mask != PADDING).any():
                 self._shown.offer((image.cpu(), mask.cpu(), found.cpu()))

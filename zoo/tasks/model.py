@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -12,6 +13,15 @@ from torch import nn
 from ...weights.errors import WeightsError
 from ..adapters import use_kernels
 from ..data.foreign import reason
+
+
+@contextmanager
+def told_as(key: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Raise what a model refuses as a ValueError that names the key and the options of the configuration."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}={options} does not work: {error}") from error
 
 
 def make_model(

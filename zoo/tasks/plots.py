@@ -36,7 +36,7 @@ def save_figure(figure, path: Path) -> Path:
     return path
 
 
-LONGEST = 60  # characters of a job's name
+LONGEST = 60  # characters of a job's name in a picture; longer ones leave no room for the points
 
 
 @dataclass(frozen=True)
@@ -302,9 +302,7 @@ def plot_comparison(names: Sequence[str], values: Sequence[float], *, metric: st
                 f"{value:.4g}", (value, row), xytext=(7, 0), textcoords="offset points", va="center", color=MUTED
             )
         ax.set(xlabel=f"{metric} ({'more' if mode == 'max' else 'less'} is better)", ylim=(len(values) - 0.5, -0.5))
-        ax.set_yticks(
-            range(len(names)), [shorten(name, LONGEST) for name in names]
-        )  # beside longer ones nothing is left
+        ax.set_yticks(range(len(names)), [shorten(name, LONGEST) for name in names])
         ax.margins(x=0.15)
         ax.grid(axis="x", alpha=0.25, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric, Metric
 from ..data.loader import PADDING
 from ..pose import PoseLifter, aligned, joint_errors, velocity_errors
 from .epochs import EpochTask
+from .model import told_as
 
 
 class PoseTask(EpochTask):
@@ -42,10 +43,8 @@ class PoseTask(EpochTask):
         self.register_buffer("seen", torch.zeros(()))
 
     def make_model(self) -> nn.Module:
-        try:
+        with told_as("task.lifter", self.lifter_cfg):
             return PoseLifter(**self.facts, **self.lifter_cfg)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"task.lifter={self.lifter_cfg} does not work: {error}") from error
 
     def training_loss(self, batch: Any) -> Tensor:
         image, space, _ = batch

@@ -144,6 +144,12 @@ class Report(MetricTable):
         if found is not None and trainer.is_global_zero:
             plot_composed_receptive_field(*found, path=self.dirpath / "receptive_field.png")
 
+    def _count(self, targets: Tensor, predicted: Tensor, num_classes: int) -> None:
+        """Adds a batch to the confusion matrix; targets of PADDING do not count."""
+        real = targets != PADDING
+        counts = count_confusion(targets[real], predicted[real], num_classes)
+        self._confusion = counts if self._confusion is None else self._confusion + counts
+
     def on_test_batch_end(
         self,
         trainer: Trainer,
@@ -157,9 +163,7 @@ class Report(MetricTable):
             return
         images, targets = batch
         predicted = outputs.argmax(dim=1)
-        real = targets != PADDING
-        counts = count_confusion(targets[real], predicted[real], outputs.shape[1])
-        self._confusion = counts if self._confusion is None else self._confusion + counts
+        self._count(targets, predicted, outputs.shape[1])
         for image, target, guess in zip(images, targets.tolist(), predicted.tolist(), strict=True):
             if target != PADDING:
                 (self._right if target == guess else self._mistakes).offer((image.cpu(), target, guess))

@@ -111,8 +111,8 @@ class RefinedMask(Edit):
     def qkv(self, call: Call, plan: tuple) -> Call:
         context, rows = plan
         if context.site.kind == "self":
-            chosen = (x[list(rows)].detach() for x in (call.query, call.key))
-            self._operations.append((*chosen, scale_of(call)))  # type: ignore[arg-type]
+            query, key = (x[list(rows)].detach() for x in (call.query, call.key))
+            self._operations.append((query, key, scale_of(call)))
         return call
 
     def _close(self) -> None:

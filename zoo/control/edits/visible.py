@@ -182,8 +182,8 @@ class Visible(Edit):
         for stream, (first, end) in spans.items():
             plain = "image" if stream == "video" else stream
             names[first:end] = [plain] * (end - first)
-            if plain == "image" and count and grid is not None:
-                shares[first:end] = regions_to_grid(self.regions, grid).T  # type: ignore[arg-type]
+            if plain == "image" and self.regions is not None and count and grid is not None:
+                shares[first:end] = regions_to_grid(self.regions, grid).T
             if plain == "reference" and self.reference is not None:
                 shares[first:end, self.reference] = 1
             if stream == "text":
