@@ -19,10 +19,10 @@ from ..common.triton.memory import elements, head_view, load_tile, store_tile
 from ..common.triton.rounding import rounded
 from .tile import (
     finish,
-    first_token,
     load_matrix,
     load_sums,
     multiplier,
+    offset,
     positive,
     program,
     state_view,
@@ -133,8 +133,8 @@ def key_kernel(
         dkey_sum *= share
     if CENTERED:
         key_sum, value_sum = load_sums(state_ptr, d, e, D, E)
-        mean_key = first_token(k_ptr, k_strides, d, D, RELU) + key_sum * share
-        mean_value = first_token(v_ptr, v_strides, e, E, False) + value_sum * share
+        mean_key = offset(k_ptr, k_strides, k_inner, keys, D, BLOCK_D, RELU, WIDE) + key_sum * share
+        mean_value = offset(v_ptr, v_strides, v_inner, keys, E, BLOCK_E, False, WIDE) + value_sum * share
     for_keys, for_values = tl.trans(rounded(for_keys, STATE_PRECISION)), rounded(for_values, STATE_PRECISION)
     # dK and dV per tile
     for first in tl.range(part * chunk, min(part * chunk + chunk, keys), ROWS, num_stages=STAGES):

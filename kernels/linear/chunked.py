@@ -75,17 +75,25 @@ def _sum_state(k: Tensor, v: Tensor, call: LinearCall) -> Tensor:
     packed = k.new_zeros(batch, heads, d * e + d + e, dtype=_accumulate(k))
     state = _unpack(packed, d, e)
     share = 1 / keys if call.mean else 1.0
+    means: list[tuple[slice, float, Tensor, Tensor]] = []  # entries, share of the tokens, means of keys and values
     for part in _parts(k, v):
         x, y = _load(k, part, call.relu), _load(v, part)
         if call.centered:
             x.sub_(_first(k, part, call.relu))
             y.sub_(_first(v, part))
-            state.values[part[0]].add_(y.sum(2, keepdim=True), alpha=share)
-        if call.centered or call.has_normaliser:
+            own, key, value = x.shape[2] / keys, x.mean(2, keepdim=True), y.mean(2, keepdim=True)
+            x.sub_(key)
+            y.sub_(value)
+            state.keys[part[0]].add_(key, alpha=own)
+            state.values[part[0]].add_(value, alpha=own)
+            means.append((part[0], own, key, value))
+        elif call.has_normaliser:
             state.keys[part[0]].add_(x.sum(2, keepdim=True), alpha=share)
         state.matrix[part[0]].add_(_product(x.mT, y), alpha=share)
-    if call.centered:
-        state.matrix.sub_(state.keys.mT @ state.values)
+    for entries, own, key, value in means:  # covariance of the parts' means, of entries that have several
+        if own < 1:
+            spread = (key - state.keys[entries]).mT @ (value - state.values[entries])
+            state.matrix[entries].add_(spread, alpha=own)
     return packed
 
 

@@ -10,10 +10,10 @@ from ..common.triton.memory import elements, head_view, load_tile, store_tile
 from ..common.triton.rounding import rounded
 from .tile import (
     finish,
-    first_token,
     load_matrix,
     load_sums,
     multiplier,
+    offset,
     positive,
     program,
     state_view,
@@ -37,10 +37,9 @@ def state_kernel(
     matrix = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
     key_sums = tl.zeros([ROWS, BLOCK_D], tl.float32)
     value_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    # what is averaged is less the first token: large means would cost precision
     if CENTERED:
-        first_key = first_token(k_ptr, k_strides, d, D, RELU)
-        first_value = first_token(v_ptr, v_strides, e, E, False)
+        key_offset = offset(k_ptr, k_strides, k_inner, keys, D, BLOCK_D, RELU, WIDE)
+        value_offset = offset(v_ptr, v_strides, v_inner, keys, E, COLUMNS, False, WIDE, block * COLUMNS)
     # products of keys and values, summed over the part
     for first in tl.range(part * chunk, min(part * chunk + chunk, keys), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
@@ -52,8 +51,8 @@ def state_kernel(
             k = wide.to(k.dtype)
         if CENTERED:
             keep = (row < keys)[:, None]
-            wide = tl.where(keep, wide - first_key[None, :], 0.0)
-            value = tl.where(keep, v.to(tl.float32) - first_value[None, :], 0.0)
+            wide = tl.where(keep, wide - key_offset[None, :], 0.0)
+            value = tl.where(keep, v.to(tl.float32) - value_offset[None, :], 0.0)
             value_sums += value
             left, right = rounded(wide, STATE_PRECISION), rounded(value, STATE_PRECISION)
             matrix = tl.dot(tl.trans(left), right, matrix, input_precision=STATE_PRECISION)
@@ -71,7 +70,7 @@ def state_kernel(
 @triton.jit
 def apply_kernel(
     q_ptr, q_strides, q_inner, v_ptr, v_strides, v_inner, state_ptr, scale_ptr, out_ptr,
-    queries, batches, heads, chunk, share, scale, floor,
+    queries, batches, heads, chunk, keys, share, scale, floor,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     RELU: tl.constexpr, SCALES: tl.constexpr, MEAN: tl.constexpr, CENTERED: tl.constexpr, NORMALISER: tl.constexpr,
     WIDE: tl.constexpr, STATE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -94,7 +93,9 @@ def apply_kernel(
     if MEAN:
         key_sum *= share
     if CENTERED:
-        mean_value = first_token(head_view(v_ptr, v_strides, batch, head), v_strides, e, E, False) + value_sum * share
+        v_ptr = head_view(v_ptr, v_strides, batch, head)
+        mean_value = offset(v_ptr, v_strides, v_inner, keys, E, COLUMNS, False, WIDE, block * COLUMNS)
+        mean_value += value_sum * share
     # each tile of queries reads it
     for first in tl.range(part * chunk, min(part * chunk + chunk, queries), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)

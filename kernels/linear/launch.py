@@ -124,7 +124,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: LinearCall) -> tupl
     with torch.cuda.device_of(query):
         state = this.accumulate("state", state_kernel, this.keys, (*this.key, *this.value))
         operands = (*this.query, *this.value, state, this.scales, out)
-        this.run("apply", apply_kernel, this.queries, operands, (*this.factors, this.floor))
+        this.run("apply", apply_kernel, this.queries, operands, (this.keys, *this.factors, this.floor))
     return out, state
 
 

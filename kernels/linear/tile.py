@@ -1,12 +1,14 @@
 """Triton helpers of linear attention: the packed state of a head.
 
 A state is D * E + D + E float32 numbers: a matrix, D sums of keys and E sums of values; backwards, the gradients of
-these. When centred, all are of keys and values less the first of them: the covariance is the same, and large means do
+these. When centred, all are of keys and values less an `offset`: the covariance is the same, and large means do
 not swallow it.
 """
 
 import triton
 import triton.language as tl
+
+from ..common.triton.memory import load_tile
 
 
 @triton.jit
@@ -48,10 +50,17 @@ def load_sums(ptr, d, e, D: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def first_token(ptr, strides, d, D: tl.constexpr, RELU: tl.constexpr):
-    """Features `d` of the token that a `head_view` points to, in float32."""
-    x = tl.load(ptr + d.to(tl.int64) * strides[5], mask=d < D, other=0.0).to(tl.float32)
-    return positive(x) if RELU else x
+def offset(
+    ptr, strides, inner, tokens,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, first=0,
+):  # fmt: skip
+    """Mean of up to 16 tokens of a `head_view`, `[BLOCK_D]` in float32; see `load_tile`.
+
+    What is averaged is less it. Sums of tokens with a large mean would cost precision, and so would the covariance less
+    a single token, which may lie far from the mean.
+    """
+    x = load_tile(ptr, strides, inner, tl.arange(0, 16), tokens, D, BLOCK_D, WIDE, first).to(tl.float32)
+    return tl.sum(positive(x) if RELU else x, 0) / min(tokens, 16)
 
 
 @triton.jit

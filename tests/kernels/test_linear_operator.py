@@ -8,7 +8,7 @@ import torch
 from foveal.kernels.linear import cost
 from foveal.kernels.linear.plot import attention_maps, plot_linear_attention
 from foveal.kernels.ops import explain, linear_attention
-from linear_matrix import VARIANTS, Case, cases, check, check_large_means, make_inputs
+from linear_matrix import VARIANTS, Case, cases, check, check_first_token_far_away, check_large_means, make_inputs
 from operator_matrix import LAYOUTS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import softplus
@@ -152,6 +152,12 @@ def test_gradcheck(case):
 
 def test_large_means_do_not_swallow_the_covariance():
     check_large_means("torch")
+
+
+def test_the_first_token_may_lie_far_away(monkeypatch):
+    check_first_token_far_away("torch")
+    monkeypatch.setattr("foveal.kernels.linear.chunked.CHUNK", 1 << 12)  # several parts
+    check_first_token_far_away("torch")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -151,12 +151,28 @@ errors = partial(operator_matrix.measure, sys.modules[__name__])
 check = partial(operator_matrix.hold, sys.modules[__name__])
 
 
+def _moved(case: Case, moved: slice) -> Inputs:
+    """Inputs with a hundred added to some keys and values."""
+    inputs = {name: x.detach().clone() for name, x in make_inputs(case, torch.float32).items()}
+    for name in ("key", "value"):
+        inputs[name][:, moved] += 100
+    return as_leaves(inputs)
+
+
 def check_large_means(impl: str) -> None:
     """Assert that centred attention and its gradients are exact where means are a hundred times the spreads."""
     case = Case((20,), (33,), centered=True)
-    inputs = {name: x.detach() for name, x in make_inputs(case, torch.float32).items()}
-    inputs = as_leaves(inputs | {name: inputs[name] + 100 for name in ("key", "value")})
+    inputs = _moved(case, slice(None))
     got, exact = run(case, inputs, impl), run(case, as_leaves(inputs, torch.float64), "reference")
     for name, truth in exact.items():
         coarse = 2e-5 if name == "out" else 0.0  # the output holds the mean: float32 near 100
         torch.testing.assert_close(got[name].double(), truth, rtol=0, atol=1e-5 * truth.std().item() + coarse)
+
+
+def check_first_token_far_away(impl: str) -> None:
+    """Assert that centred attention and its gradients are exact where the first token is far from all others."""
+    case = Case((20,), (2000,), centered=True)
+    inputs = _moved(case, slice(1))
+    got, exact = run(case, inputs, impl), run(case, as_leaves(inputs, torch.float64), "reference")
+    for name, truth in exact.items():
+        torch.testing.assert_close(got[name].double(), truth, rtol=0, atol=3e-6 * truth.abs().max().item())

@@ -9,13 +9,14 @@ import pytest
 import torch
 from foveal.kernels.linear import configs
 from foveal.kernels.ops import linear_attention
-from linear_matrix import Case, cases, check, check_large_means, make_inputs
+from linear_matrix import Case, cases, check, check_first_token_far_away, check_large_means, make_inputs
 from operator_matrix import LAYOUTS
 from torch.utils.flop_counter import FlopCounterMode
 
 QUICK = (  # by default; all others are slow
     "test_random_cases_match_the_reference[0]",
     "test_large_means",
+    "test_the_first_token",
     "test_not_a_number",
     "test_flops",
     "test_long_heads",
@@ -83,6 +84,10 @@ def test_head_dims_of_keys_and_values_may_differ(head_dim, value_dim):
 def test_large_means_do_not_swallow_the_covariance():
     with configs.override(rows=16, chunk=16):
         check_large_means("triton")
+
+
+def test_the_first_token_may_lie_far_away():
+    check_first_token_far_away("triton")
 
 
 def test_sums_of_float16_past_its_range():
