@@ -5,7 +5,7 @@ on tokens that are permuted block by block: `flex` is its kernel alone, `flex pe
 users pay unless their whole model keeps that order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from foveal.kernels.block_sparse import cost
 from foveal.kernels.masks import REGISTRY
-from foveal.kernels.masks.named import attend_lists, named_lists
+from foveal.kernels.masks.named import attend_lists, listed_tokens, named_lists
 from foveal.kernels.ops import BlockMask
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask as FlexMask
@@ -23,14 +23,16 @@ from ..benchmark import SkippedError, Work
 from ..operators import Operator, Tensors, randn
 from ..peers import Attend, check_flex, dense_makers, flex
 
-# method -> its options, for about a quarter of the pairs on grids of some thousand tokens
+# method -> its options, for a fifth to three tenths of the pairs on the grids below
 METHODS: dict[str, dict[str, Any]] = {
     "vsa": {"sparsity": 0.75, "block": 4},
     "vmoba": {"topk": 16, "block": (4, 4, 8), "query_block": (2, 4, 8)},
     "sla": {"ratio": 0.25, "query_block": (2, 4, 8), "key_block": (2, 4, 8)},
-    "sta": {"window": (3, 5, 5), "tile": 4},
+    "sta": {"window": (1, 5, 5), "tile": 4},
     "radial": {"block": 64},
+    "psa": {"ends": {1: 0.15, 2: 0.3, 4: 0.45, 8: 0.7}, "rule": "topk"},
 }
+GRIDS = {"radial": (64, 16, 16)}  # on CPU; radial attention thins out over frames
 
 
 @dataclass(frozen=True)
@@ -52,26 +54,44 @@ class Case:
         entry = REGISTRY[self.method]
         return f"arXiv:{entry.paper}" if entry.paper else self.method
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """Options of the method."""
+        return self.options or METHODS[self.method]
+
     def lists(self, query: Tensor, key: Tensor) -> BlockMask:
         """The mask for these tokens."""
-        given = self.options or METHODS[self.method]
-        return named_lists(query, key, self.method, given)
+        return named_lists(query, key, self.method, self.given, flat=self.method == "psa")
+
+    @property
+    def tokens(self) -> Callable[[Tensor], Tensor] | None:
+        """What lists number, of keys or values `[B, tokens, heads, d]`."""
+        return listed_tokens(self.method, self.given)
 
 
 def masked(case: Case, query: Tensor, key: Tensor, value: Tensor, impl: str = "auto") -> Tensor:
     """Block-sparse attention by the mask of a case, made for these tokens."""
-    return attend_lists(query, key, value, mask=case.lists(query, key), impl=impl)
+    return attend_lists(query, key, value, mask=case.lists(query, key), tokens=case.tokens, impl=impl)
 
 
-def gathered(mask: BlockMask, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def gathered(
+    mask: BlockMask, tokens: Callable[[Tensor], Tensor] | None, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
     """All logits, by a dense mask, in the dtype of the inputs."""
     from foveal.kernels.block_sparse.reference import dense_bias
 
     grid = query.shape[1:-2]
-    shape = grid if len(mask.query_block) == len(grid) else (prod(grid),)
-    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))
-    weights = (q @ k.mT * q.shape[-1] ** -0.5 + dense_bias(mask, shape, shape, q.dtype)).softmax(-1)
+    flat = [x.flatten(1, -3) for x in (query, key, value)]
+    q, k, v = (x.transpose(1, 2) for x in (flat if tokens is None else (flat[0], *map(tokens, flat[1:]))))
+    shapes = (grid, grid) if len(mask.query_block) == len(grid) else ((q.shape[2],), (k.shape[2],))
+    weights = (q @ k.mT * q.shape[-1] ** -0.5 + dense_bias(mask, *shapes, q.dtype)).softmax(-1)
     return (weights @ v).transpose(1, 2).reshape(query.shape)
+
+
+def pooled_share(ends: Mapping[int, float]) -> float:
+    """Keys that PSA's levels leave over all keys: a level of means of n keys reaches from the end before to its own."""
+    befores = (0.0, *ends.values())
+    return sum((end - before) / level for (level, end), before in zip(ends.items(), befores, strict=False))
 
 
 def by_block(grid: tuple[int, ...], block: tuple[int, ...]) -> Tensor:
@@ -113,7 +133,7 @@ class Masks(Operator):
     def cases(self, device: torch.device, *, everything: bool = False) -> Iterator[Case]:
         if device.type == "cpu":
             for method in METHODS:
-                yield Case(method, (8, 32, 32), 2)
+                yield Case(method, GRIDS.get(method, (8, 32, 32)), 2)
             yield Case("sla", (16, 32, 32), 1, options=METHODS["sla"] | {"ratio": 0.2})
             return
         for grid in ((21, 30, 52), (21, 45, 80)):  # Wan at 480p and 720p
@@ -142,18 +162,22 @@ class Masks(Operator):
 
     def definition(self, case: Case, given: Tensors) -> Attend:
         """Reference on the blocks chosen in the dtype of the case: in float64 near ties may break differently."""
-        return partial(attend_lists, mask=case.lists(given["query"], given["key"]), impl="reference")
+        lists = case.lists(given["query"], given["key"])
+        return partial(attend_lists, mask=lists, tokens=case.tokens, impl="reference")
 
     def eager(self, case: Case, device: torch.device) -> Attend:
         given = self.inputs(case, device)
-        return partial(gathered, case.lists(given["query"], given["key"]))
+        return partial(gathered, case.lists(given["query"], given["key"]), case.tokens)
 
     def crop(self, case: Case) -> Case:
         return replace(case, grid=(4, 12, 16), heads=1)
 
     def work(self, case: Case, mode: str) -> Work:
-        """Of the lists of a static mask, and of full ones of a dynamic mask; making them is not counted."""
-        if REGISTRY[case.method].dynamic:
+        """Of the lists of a static mask, of full ones of a dynamic mask, and of the shares of PSA's levels; making
+        lists is not counted."""
+        if case.method == "psa":
+            pairs = round(pooled_share(case.given["ends"]) * case.heads * prod(case.grid) ** 2)
+        elif REGISTRY[case.method].dynamic:
             tensors = self.inputs(case, torch.device("meta"))
             mask = case.lists(tensors["query"], tensors["key"])
             pairs = case.heads * prod(case.grid) * mask.kv_idx.shape[-1] * prod(mask.key_block)

@@ -8,6 +8,7 @@ import torch
 from triton.compiler import ASTSource
 
 from ..common.launching import Device
+from ..neighborhood.configs import SIZES as NEIGHBORHOOD_SIZES
 from ..tools.variants import NARROW_DIMS, TYPES, Variant, row_strides, source
 from . import configs, gluon
 from .backward import key_kernel, query_kernel
@@ -25,6 +26,8 @@ BOXES = {  # axes of the grid, and a block of queries and of keys
 # wide: 64-bit offsets; grouped: two query heads a key head; values: of VALUE_DIM features a head
 # skip: with `skip_threshold`
 FLAGS = ("", "bias, extra, lengths", "wide, grouped", "ones", "values")
+# int8, e4m3: queries and keys of eight bits, which not all matrix units multiply
+EIGHT_BITS = {"int8": "i8", "e4m3": "fp8e4nv"}
 # of whole blocks. cut: the blocks do not divide the grid; pointers: descriptors cannot address the tensors
 WHOLE_FLAGS = ("", "cut, bias, extra", "cut, pointers")
 VALUE_DIM = 256
@@ -32,14 +35,19 @@ KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
 LISTED = 16  # blocks in a list
 
 
+SCALES = ("q_scale_ptr", "k_scale_ptr", "extra_scale_ptr")
 POINTERS = dict.fromkeys(("lse_ptr", "dlse_ptr", "delta_ptr", "bias_ptr"), "fp32")
 POINTERS |= {"extra_mask_ptr": "u8", "kept_ptr": "u8"}
+POINTERS |= dict.fromkeys(SCALES, "fp32")
 INTEGERS = ("num_ptr", "idx_ptr", "starts_ptr", "order_ptr", "q_len_ptr", "kv_len_ptr", "extra_ends_ptr")
 POINTERS |= dict.fromkeys(INTEGERS, "i32")
 
 
-def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: bool) -> ASTSource:
-    """Arguments as a contiguous call gives them; with `ones`, there is one batch and one head."""
+def _source(
+    kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: bool, rounded: str | None = None
+) -> ASTSource:
+    """Arguments as a contiguous call gives them; with `ones`, there is one batch and one head. Queries and keys are
+    `rounded` to a type of eight bits."""
     integers: dict = {"lists": (1,) * 5, "heads": 1, "key_heads": 1} if ones else {"lists": (0,) * 5}
     for name in kernel.arg_names:
         if name.endswith("_strides"):
@@ -47,7 +55,8 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
             integers[name] = (0,) * 4 + (1,) if "lse" in name else rows
         elif name.endswith("_lengths"):
             integers[name] = (1,) * (3 - rank) + (0,) * rank
-    return source(kernel, dtype, fixed, pointers=POINTERS, integers=integers, floats=("scale", "threshold"))
+    pointers = POINTERS if rounded is None else POINTERS | dict.fromkeys(("q_ptr", "k_ptr", "extra_k_ptr"), rounded)
+    return source(kernel, dtype, fixed, pointers=pointers, integers=integers, floats=("scale", "threshold"))
 
 
 def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Variant]:
@@ -78,8 +87,15 @@ def _flags(
         return common
     room = head_dim * dtype.itemsize * prod(BOXES[grid][2]) <= configs.skip_bytes(device)
     common += ("skip",) * (kernel == "forward" and room)
+    if kernel == "forward":
+        common += tuple(word for word in EIGHT_BITS if _multiplies(word, device))
     whole = WHOLE_FLAGS if descriptors else WHOLE_FLAGS[:-1]
     return (*whole, *common[2:]) if grid == "4x4x8" else (*common, *whole[1:])
+
+
+def _multiplies(word: str, device: Device) -> bool:
+    """Whether matrix units of a device multiply numbers of eight bits; those of AMD know another e4m3."""
+    return (device, "forward", 1) in NEIGHBORHOOD_SIZES if word == "e4m3" else device != "rdna"
 
 
 def gluon_variants() -> Iterator[Variant]:
@@ -117,7 +133,8 @@ def _variants(
         fixed |= dict(GROUP=1 + wide, BIAS=bias, Q_LEN=lengths, KV_LEN=lengths)
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
         if kernel == "forward":
-            fixed |= dict(SKIP="skip" in flags)
+            fixed |= dict(SKIP="skip" in flags, SCALED=flags in EIGHT_BITS)
+            fixed |= dict.fromkeys(SCALES[2:] if fixed["SCALED"] else SCALES)
         if kernel != "key":
             fixed |= dict(EXTRA=extra or ones, EXTRA_KEYS=EXTRA_KEYS, EXTRA_MASK=extra)
             if not extra:
@@ -128,5 +145,6 @@ def _variants(
             fixed |= dict(bias_ptr=None)
         if not lengths:
             fixed |= dict(q_len_ptr=None, kv_len_ptr=None)
-        made = _source(KERNELS[kernel], TYPES[dtype], head_dim, rank, fixed, ones)
+        rounded = EIGHT_BITS.get(flags)
+        made = _source(KERNELS[kernel], TYPES[dtype], head_dim, rank, fixed, ones, rounded)
         yield Variant(kernel, grid, TYPES[dtype], head_dim, flags, config.queries, config.keys, made, options)

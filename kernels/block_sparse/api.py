@@ -9,6 +9,7 @@ from torch import Tensor
 from ..common.arguments import operator
 from ..common.calling import Impl, Mask, without_autocast
 from ..neighborhood.quantized import mean_logits
+from . import eight_bit
 from .call import RoundedCall, block_sparse, make_call
 from .mask import BlockMask
 from .rounded import emulate
@@ -80,8 +81,9 @@ def block_sparse_attention(
             less their mean (SageAttention, arXiv:2410.02367); torch.float8_e4m3fn, likewise with a scale for each head;
             torch.uint1, signs times the mean magnitude of a head (BinaryAttention, arXiv:2603.09582). Values and
             weights are not rounded. Gradients pass straight through the rounding, those of signs where the number is in
-            [-1, 1]. Rounded numbers are multiplied in the dtype of query: the result, not the speed, of few bits. A
-            block of int8 that holds NaN or an infinity is NaN.
+            [-1, 1]. Without gradients the Triton kernels multiply int8 and e4m3 as they are, in half precision from
+            head dim 17 on (e4m3: NVIDIA from compute capability 8.9 on); all else is restored to the dtype of query:
+            the result, not the speed, of few bits. A block of int8 that holds NaN or an infinity is NaN.
         impl: "auto" takes the fused kernels on CUDA and ROCm and the tiled PyTorch path elsewhere; "triton", "gluon",
             "torch" or "reference" insist on one. "gluon" is a forward for Hopper in half precision, head dims 64 and
             128, whose values no GPU has checked yet. `foveal.kernels.ops.explain` says which a call takes and why.
@@ -110,12 +112,17 @@ def block_sparse_attention(
     original = query
     if isinstance(call, RoundedCall):
         with without_autocast(query.device):
+            if eight_bit.multiplies(query, key, value, call, impl):
+                out, lse, mean = eight_bit.attend(query, key, value, call)
+                return (out, _with_mean(lse, query, mean, call.scale)) if return_lse else out
             query, key, additional_keys, mean = emulate(query, key, call)
         call = replace(call, additional_keys=additional_keys)
     out, lse, *_ = block_sparse(query, key, value, call, impl=impl)
     if not return_lse:
         return out
-    if mean is None:
-        return out, lse
-    # of queries that see nothing, which may hold anything, it stays -inf
-    return out, lse + mean_logits(original, mean, call.scale).masked_fill(lse == float("-inf"), 0)
+    return out, lse if mean is None else _with_mean(lse, original, mean, call.scale)
+
+
+def _with_mean(lse: Tensor, query: Tensor, mean: Tensor, scale: float) -> Tensor:
+    """Log-sum-exp with what the mean of the keys adds; of queries that see nothing, which may hold anything, -inf."""
+    return lse + mean_logits(query, mean, scale).masked_fill(lse == float("-inf"), 0)

@@ -54,6 +54,16 @@ def backward_flops(pairs: int, head_dim: int, value_dim: int | None = None) -> i
     return 2 * pairs * (3 * head_dim + 2 * (value_dim or head_dim))
 
 
+def _products(query: Tensor, call: Any, impl: str | None) -> str:
+    """What a call with `qk_dtype` multiplies, and why it is not the rounded numbers themselves."""
+    from .eight_bit import obstacle  # which imports the operator, and that this file
+
+    words = {torch.int8: "int8 numbers", torch.float8_e4m3fn: "e4m3 numbers"}.get(call.qk_dtype, "signs")
+    restored = f"restored to {str(query.dtype).removeprefix('torch.')}"
+    why = f"impl is {impl}" if impl != "triton" else obstacle(query, call)
+    return f"of {words} {restored}: {why}" if why else f"of {words}; for gradients {restored}"
+
+
 def summarize(query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str | None) -> dict[str, int | float | str]:
     """The cost of one call, by name, for `foveal.kernels.ops.explain`.
 
@@ -71,10 +81,7 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, call: Any, impl: str | 
     features = (head_dim + value_dim) * query.itemsize
     queries = tokens * features  # bytes of query and output
     keys = batch * key.shape[-2] * (prod(key_shape) + extra) * features  # of key and value
-    products = {}
-    if (qk_dtype := getattr(call, "qk_dtype", None)) is not None:
-        words = {torch.int8: "int8 numbers", torch.float8_e4m3fn: "e4m3 numbers"}.get(qk_dtype, "signs")
-        products["query_key_products"] = f"of {words} restored to {str(query.dtype).removeprefix('torch.')}"
+    products = {} if getattr(call, "qk_dtype", None) is None else {"query_key_products": _products(query, call, impl)}
     return products | {
         "query_block": "×".join(map(str, mask.query_block)),
         "key_block": "×".join(map(str, mask.key_block)),

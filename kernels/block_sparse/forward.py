@@ -7,7 +7,18 @@ from ..common.triton.extra import extra_end, extra_view, load_extra_pair
 from ..common.triton.memory import elements, inside, offset
 from ..common.triton.softmax import LN2, LOG2E, softmax_step
 from ..neighborhood.tile import describe, load_tile, local
-from .tile import box_count, hide_past_end, lengths_of, list_of, listed_keys, load_rows, part_origin, position, view
+from .tile import (
+    box_count,
+    hide_past_end,
+    lengths_of,
+    list_of,
+    listed_keys,
+    listed_scales,
+    load_rows,
+    part_origin,
+    position,
+    view,
+)
 
 
 @triton.jit
@@ -37,12 +48,12 @@ def forward_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_ptr, out_strides, lse_ptr, lse_strides,
     num_ptr, idx_ptr, bias_ptr, q_len_ptr, kv_len_ptr, lists, most,
     extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, extra_ends_ptr,
-    q_lengths, k_lengths, heads, extra, scale, kept_ptr, threshold,
+    q_lengths, k_lengths, heads, extra, scale, kept_ptr, threshold, q_scale_ptr, k_scale_ptr, extra_scale_ptr,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERY_BOX: tl.constexpr, KEY_BOX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     EXTRA_KEYS: tl.constexpr, BIAS: tl.constexpr, Q_LEN: tl.constexpr, KV_LEN: tl.constexpr, EXTRA: tl.constexpr,
-    EXTRA_MASK: tl.constexpr, SKIP: tl.constexpr, TILE: tl.constexpr, DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EXTRA_MASK: tl.constexpr, SKIP: tl.constexpr, SCALED: tl.constexpr, TILE: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Strides are of `[B, X, Y, Z, heads, head_dim]` (extra: `[B, tokens, heads, head_dim]`), `lists` those of
     `launch.list_sizes`, and `GROUP` query heads share a key head.
@@ -51,6 +62,9 @@ def forward_kernel(
     cross blocks. No block is cut short if `EVEN`. With `SKIP` a tile holds all tokens of a block, and blocks whose
     logits all lie below `threshold`, base 2, from the largest before are left out; `kept_ptr`, zeros `[B, heads,
     blocks, most]`, notes those that are not.
+
+    With `SCALED` queries, keys and extra keys are 8-bit numbers, multiples of `q_scale_ptr` `[B, heads, blocks]`,
+    `k_scale_ptr` `[B, key heads, blocks]` and `extra_scale_ptr` `[B, key heads]`, all contiguous.
     """
     q_strides, k_strides, v_strides = elements(q_ptr, q_strides), elements(k_ptr, k_strides), elements(v_ptr, v_strides)
     out_strides, lse_strides = elements(out_ptr, out_strides), elements(lse_ptr, lse_strides)
@@ -70,6 +84,10 @@ def forward_kernel(
     if BIAS:
         bias_ptr += entry * most
     factor = scale * LOG2E
+    if SCALED:
+        key_head = batch.to(tl.int64) * (heads // GROUP) + head // GROUP
+        k_scale_ptr += key_head * box_count(k_lengths, KEY_BOX)
+        factor *= tl.load(q_scale_ptr + (batch.to(tl.int64) * heads + head) * boxes + box)
 
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     m = tl.full([ROWS], float("-inf"), tl.float32)
@@ -97,7 +115,9 @@ def forward_kernel(
                 k = load_tile(
                     k_ptr, k_desc, first, steps, k_sp, k_strides[5], k_lengths, D, TILE, BLOCK_D, DESCRIPTOR, not EVEN
                 )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION).to(tl.float32) * factor
+            if SCALED:
+                s *= tl.load(k_scale_ptr + number)
             if BIAS:
                 s += tl.load(bias_ptr + c).to(tl.float32) * LOG2E
             if TILE is None:
@@ -122,36 +142,42 @@ def forward_kernel(
                 c, total, idx_ptr, bias_ptr, kv_len_ptr, k_lengths, KEY_BOX, COLUMNS, BIAS, KV_LEN
             )
             k = load_rows(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION).to(tl.float32) * factor
+            if SCALED:
+                s *= listed_scales(c, total, idx_ptr, k_scale_ptr, KEY_BOX, COLUMNS)[None, :]
             s = tl.where(see[None, :], s + bias[None, :] if BIAS else s, float("-inf"))
             v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, DV, BLOCK_DV)
             acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
     else:
         PARTS: tl.constexpr = (KEY_BOX[0] * KEY_BOX[1] * KEY_BOX[2]) // COLUMNS
         for c in tl.range(0, total // COLUMNS, num_stages=STAGES):
-            first = part_origin(tl.load(idx_ptr + c // PARTS), c % PARTS, k_lengths, KEY_BOX, TILE)
+            number = tl.load(idx_ptr + c // PARTS)
+            first = part_origin(number, c % PARTS, k_lengths, KEY_BOX, TILE)
             k = load_tile(
                 k_ptr, k_desc, first, steps, k_sp, k_strides[5], k_lengths, D, TILE, BLOCK_D, DESCRIPTOR, not EVEN
             )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION).to(tl.float32)
+            unit = factor * tl.load(k_scale_ptr + number) if SCALED else factor
             s = hide_past_end(s, first, steps, k_lengths, TILE, EVEN)
             v = load_tile(
                 v_ptr, v_desc, first, steps, v_sp, v_strides[5], k_lengths, DV, TILE, BLOCK_DV, DESCRIPTOR, not EVEN
             )
             if BIAS:
                 bias = tl.load(bias_ptr + c // PARTS).to(tl.float32) * LOG2E
-                acc, m, l = softmax_step(acc, m, l, s * factor + bias, v, 1.0, PRECISION)
+                acc, m, l = softmax_step(acc, m, l, s * unit + bias, v, 1.0, PRECISION)
             else:
-                acc, m, l = softmax_step(acc, m, l, s, v, factor, PRECISION)
+                acc, m, l = softmax_step(acc, m, l, s, v, unit, PRECISION)
     if EXTRA:
         extra_k_ptr = extra_view(extra_k_ptr, extra_k_strides, batch, head // GROUP)
         extra_v_ptr = extra_view(extra_v_ptr, extra_v_strides, batch, head // GROUP)
+        if SCALED:
+            factor *= tl.load(extra_scale_ptr + key_head)
         for e in tl.range(0, extra_end(extra_ends_ptr, batch, extra, EXTRA_MASK), EXTRA_KEYS):
             k, v, see = load_extra_pair(
                 extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, batch, e, extra,
                 D, DV, EXTRA_KEYS, BLOCK_D, BLOCK_DV, EXTRA_MASK,
             )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION).to(tl.float32) * factor
             s = tl.where(see[None, :], s, float("-inf"))
             acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
 

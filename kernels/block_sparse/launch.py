@@ -40,7 +40,8 @@ def configure(
 ) -> configs.Config:
     """Launch parameters of a kernel that walks up to `most` blocks of `walked`.
 
-    `tensors` are all that the kernel addresses, `widths` the head dims of keys and of values.
+    `tensors` are all that the kernel addresses, `widths` the head dims of keys and of values. The first one walked may
+    hold 8-bit numbers.
     """
     mask = call.mask
     length = mask.q_len if kernel == "key" else mask.kv_len
@@ -55,7 +56,7 @@ def configure(
             most,
             **common,
             head_dim=max(widths),
-            itemsize=walked[0].element_size(),
+            itemsize=walked[1].element_size(),
             device=device_class(walked[0].device),
             whole=length is None and call.scale > 0,  # then the maximum of scaled logits is that of logits, scaled
         )
@@ -116,12 +117,21 @@ def _flags(mask: BlockMask) -> dict:
 
 
 @with_scratch
-def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `[B, *spatial, heads, value_dim]`, float32 log-sum-exp `[B, *spatial, heads]` and the kept blocks."""
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: BlockSparseCall,
+    scales: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[B, *spatial, heads, value_dim]`, float32 log-sum-exp `[B, *spatial, heads]` and the kept blocks.
+
+    With `scales`, float32, queries, keys and additional keys are 8-bit numbers; see `forward_kernel`.
+    """
     mask, (additional_keys, additional_values, additional_mask) = call.mask, call.additional
     shape, key_shape, rank = query.shape[1:-2], key.shape[1:-2], query.dim() - 3
     batch, heads, widths = query.shape[0], query.shape[-2], (key.shape[-1], value.shape[-1])
-    out = torch.empty(*query.shape[:-1], widths[1], dtype=query.dtype, device=query.device)
+    out = torch.empty(*query.shape[:-1], widths[1], dtype=value.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     kept, skip = empty_kept(query, call), call.skip_threshold is not None
     if batch == 0:
@@ -155,7 +165,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: BlockSparseCall) ->
             call.scale,
             kept,
             math.log2(call.skip_threshold or 1.0),
+            *scales,
             SKIP=skip,
+            SCALED=scales[0] is not None,
             GROUP=heads // key.shape[-2],
             EXTRA_KEYS=EXTRA_KEYS,
             EXTRA=additional_keys is not None,

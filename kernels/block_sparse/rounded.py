@@ -49,7 +49,7 @@ class Int8(NamedTuple):
     mean: Tensor
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """Queries and keys, zero where there are none."""
 
     query: Tensor
@@ -67,7 +67,7 @@ def _exists(x: Tensor, block: tuple[int, ...], length: Tensor | None) -> Tensor 
     return place < by_entry(length)[:, number]
 
 
-def _known(query: Tensor, key: Tensor, call: RoundedCall) -> _Known:
+def known(query: Tensor, key: Tensor, call: RoundedCall) -> Known:
     def cleared(x: Tensor, exists: Tensor | None) -> tuple[Tensor, Tensor | int]:
         if exists is None:
             return x, prod(x.shape[1:-2])
@@ -80,7 +80,7 @@ def _known(query: Tensor, key: Tensor, call: RoundedCall) -> _Known:
     if extra is not None:
         extra, more = cleared(extra, call.additional_mask)
         keys = keys + more
-    return _Known(query, key, extra, queries, keys)
+    return Known(query, key, extra, queries, keys)
 
 
 def _largest(x: Tensor, block: Sequence[int]) -> Tensor:
@@ -110,7 +110,7 @@ def _nearest(x: Tensor) -> Tensor:
 def to_int8(query: Tensor, key: Tensor, call: RoundedCall) -> Int8:
     """Query and key as 8-bit integers. Tokens that do not exist and masked additional keys count nowhere."""
     accumulate = torch.promote_types(query.dtype, torch.float32)
-    query, key, extra, _, count = _known(query, key, call)
+    query, key, extra, _, count = known(query, key, call)
     total = key.sum(tuple(range(1, key.dim() - 2)), dtype=accumulate)
     total = total if extra is None else total + extra.sum(1, dtype=accumulate)
     mean = torch.where(total.isfinite(), total / count, 0.0).nan_to_num(0.0)  # of no keys at all
@@ -153,7 +153,7 @@ def restore(found: Int8, call: RoundedCall, dtype: torch.dtype) -> tuple[Tensor,
 def _one_bit(query: Tensor, key: Tensor, call: RoundedCall) -> tuple[Tensor, Tensor, Tensor | None]:
     """Signs times the mean magnitude of their batch entry and head."""
     accumulate = torch.promote_types(query.dtype, torch.float32)
-    q, k, extra, queries, keys = _known(query, key, call)
+    q, k, extra, queries, keys = known(query, key, call)
 
     def total(x: Tensor) -> Tensor:  # [B, heads, 1]
         return x.abs().sum((*range(1, x.dim() - 2), -1), dtype=accumulate)[..., None] / x.shape[-1]
@@ -178,7 +178,7 @@ def emulate(query: Tensor, key: Tensor, call: RoundedCall) -> tuple[Tensor, Tens
         restored, mean = restore(found, call, query.dtype), found.mean
     else:
         with torch.no_grad():
-            e4m3 = quantized.quantize(*_known(query, key, call)[:3], call.additional_mask, cast=False)
+            e4m3 = quantized.quantize(*known(query, key, call)[:3], call.additional_mask, cast=False)
             restored, mean = quantized.restore(e4m3, query.dtype), e4m3.mean
     if extra is not None and restored[2] is not None:
         extra = straight_through(restored[2], extra)

@@ -123,6 +123,18 @@ def listed_keys(
 
 
 @triton.jit
+def listed_scales(c, total, idx_ptr, scale_ptr, BOX: tl.constexpr, COLUMNS: tl.constexpr):
+    """What the `COLUMNS` tokens from number `c` on of the blocks of a list are multiples of; see `listed_keys`."""
+    TOKENS: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
+    if TOKENS % COLUMNS == 0:
+        return tl.full([COLUMNS], tl.load(scale_ptr + tl.load(idx_ptr + c // TOKENS)), tl.float32)
+    else:
+        column = c + tl.arange(0, COLUMNS)
+        box = tl.load(idx_ptr + column // TOKENS, mask=column < total, other=0)
+        return tl.load(scale_ptr + box, mask=column < total, other=0.0)
+
+
+@triton.jit
 def listed_queries(
     c, total, order_ptr, bias_ptr, q_len_ptr, lengths, most,
     BOX: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, Q_LEN: tl.constexpr,

@@ -11,6 +11,7 @@ from random import Random
 import pytest
 import torch
 from block_sparse_matrix import Case, cases, check, for_gluon, make_inputs, make_mask, run
+from block_sparse_rounded_matrix import check as check_rounded
 from foveal.kernels.block_sparse import configs
 from foveal.kernels.block_sparse.configs import Size
 from foveal.kernels.ops import block_sparse_attention, explain, routing_attention2d
@@ -75,6 +76,12 @@ def test_gradients_are_the_same_bits_every_time(case):
 def test_skipping(block):
     case = Case((8, 16, 24), (8, 16, 24), block, block, most=6, heads=2, key_heads=1, head_dim=64, skip=True, scale=1.0)
     check(case, torch.float32, "triton", device="cuda")
+
+
+@pytest.mark.parametrize("qk_dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("case", [IMAGE, RAGGED, CLIP, WHOLE, replace(WHOLE, head_dim=64, bias=True)])
+def test_eight_bits(case, qk_dtype):
+    check_rounded(case, torch.bfloat16, "triton", qk_dtype, device="cuda")
 
 
 def test_cuda_takes_the_kernels():

@@ -1,25 +1,23 @@
 """Block-sparse attention with queries and keys of few bits: 8-bit integers, e4m3, signs."""
 
 import math
+import re
 from dataclasses import replace
 
 import block_sparse_matrix as matrix
-import operator_matrix
+import kernel_checks
 import pytest
 import torch
-from block_sparse_matrix import Case, cases
+from block_sparse_matrix import cases
+from block_sparse_rounded_matrix import DTYPES, FULL, check
 from foveal.kernels.block_sparse import call as calls
 from foveal.kernels.block_sparse import rounded
 from foveal.kernels.neighborhood.quantized import mean_logits
 from foveal.kernels.ops import BlockMask, block_sparse_attention, explain, masks
+from foveal.kernels.tools import compile_report
 from foveal.layers.binary import signs
 from operator_matrix import as_leaves
-
-DTYPES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "signs": torch.uint1}
-FULL = Case(
-    shape=(7, 9), key_shape=(9, 11), query_block=(3, 4), key_block=(4, 4), most=6, per_batch=True, per_head=True,
-    bias=True, q_len=True, kv_len=True, batch=2, heads=4, key_heads=2, head_dim=24, extra=5, additional_mask="mask",
-)  # fmt: skip
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -68,33 +66,6 @@ def test_signs_stand_for_the_mean_magnitude_of_their_head():
 # what is computed
 
 
-def check(case: Case, dtype: torch.dtype, impl: str, qk_dtype: torch.dtype) -> None:
-    """Assert that `impl` attends to the rounded numbers as exactly as it attends to others, by the error rule."""
-    inputs = {name: x if x is None else x.detach() for name, x in matrix.make_inputs(case, dtype).items()}
-    case = replace(case, skip=False)
-    call = calls.make_call(**inputs, **case.options, qk_dtype=qk_dtype)
-    query, key, extra, mean = rounded.emulate(inputs["query"], inputs["key"], call)
-
-    def replaced(dtype: torch.dtype) -> dict:
-        given = inputs | {"query": query, "key": key, "additional_keys": extra}
-        return {name: None if x is None else x.to(dtype) for name, x in given.items()}
-
-    got = matrix.WITH_LSE(**inputs, **case.options, qk_dtype=qk_dtype, impl=impl)
-    exact = matrix.WITH_LSE(**replaced(torch.float64), **case.options, impl="reference")
-    shift = 0.0 if mean is None else mean_logits(inputs["query"].double(), mean.double(), call.scale)
-    finite = exact[1].isfinite()
-    yardstick = None
-    if dtype.itemsize < 4:
-        eager = matrix.run_eager(case, as_leaves(replaced(dtype)))
-        yardstick = {"out": eager["out"], "lse": torch.where(finite, eager["lse"] + shift, 0)}
-    assert torch.equal(got[1].isfinite(), finite)
-    lses = (torch.where(finite, x, 0) for x in (got[1], exact[1] + shift))
-    found, expected = ({"out": x[0], "lse": y} for x, y in zip((got, exact), lses, strict=True))
-    operator_matrix.assert_exact(
-        operator_matrix.errors(found, expected, yardstick, dtype), f"{impl} in {dtype} with {qk_dtype} on {case!r}"
-    )
-
-
 @pytest.mark.parametrize("qk_dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_random_cases_match_the_reference_on_the_rounded_numbers(qk_dtype, dtype):
@@ -115,7 +86,7 @@ def test_gradients_pass_straight_through(qk_dtype):
     call = calls.make_call(**plain, **FULL.options, qk_dtype=qk_dtype)
     if qk_dtype == torch.uint1:
         query, key, extra = plain["query"], plain["key"], plain["additional_keys"]
-        there = rounded._known(query, key, call)
+        there = rounded.known(query, key, call)
         of_key = (there.key.abs().sum((1, 2, 4)) + there.additional_keys.abs().sum((1, 3))) / 24 / there.keys[..., 0]
         of_query = there.query.abs().sum((1, 2, 4)) / 24 / there.queries[..., 0]
         query, key = (signs(x) * y[:, None, None, :, None] for x, y in ((query, of_query), (key, of_key)))
@@ -219,4 +190,54 @@ def test_other_dtypes_are_refused(qk_dtype):
 def test_explain_says_what_is_multiplied():
     query, key, value = tensors()
     said = str(explain(block_sparse_attention, query, key, value, mask=half(query, key), qk_dtype=torch.int8))
-    assert "of int8 numbers restored to float32" in said
+    assert "of int8 numbers restored to float32: impl is torch" in said
+
+    def on_a_gpu(qk_dtype: torch.dtype, dtype: torch.dtype = torch.bfloat16, d: int = 32, **options) -> str:
+        with FakeTensorMode():
+            query, key, value = torch.empty(3, 1, 6, 8, 2, d, dtype=dtype, device="cuda")
+            lists = torch.zeros(1, 1, 4, 2, dtype=torch.int32, device="cuda")
+            mask = BlockMask((3, 4), (3, 4), lists[..., 0], lists)
+            found = explain(block_sparse_attention, query, key, value, mask=mask, qk_dtype=qk_dtype, **options)
+        return str(found)
+
+    for qk_dtype, name in ((torch.int8, "int8"), (torch.float8_e4m3fn, "e4m3")):
+        assert f"of {name} numbers; for gradients restored to bfloat16" in on_a_gpu(qk_dtype)
+    assert "restored to float32: values of torch.float32 are not half precision" in on_a_gpu(torch.int8, torch.float32)
+    assert "head_dim 16 is under 17" in on_a_gpu(torch.int8, d=16)
+    assert "scale=-1.0 is not positive" in on_a_gpu(torch.int8, scale=-1.0)
+    assert "of signs restored to bfloat16: products of bits are not used" in on_a_gpu(torch.uint1)
+
+
+# matrix units
+
+
+def test_interpreter():
+    """Quick tests under `interpreter/`, in a process where Triton interprets its kernels."""
+    pytest.importorskip("triton")
+    kernel_checks.run_interpreter("test_block_sparse_rounded_kernels.py")
+
+
+@pytest.mark.slow
+def test_interpreter_on_everything():
+    pytest.importorskip("triton")
+    kernel_checks.run_interpreter("test_block_sparse_rounded_kernels.py", slow=True)
+
+
+INSTRUCTIONS = {
+    ("sm_80", "int8"): r"mma\.sync[\w.]*\.s8\.s8",
+    ("sm_90", "int8"): r"wgmma\.mma_async[\w.]*\.s8\.s8",
+    ("sm_90", "e4m3"): r"wgmma\.mma_async[\w.]*\.e4m3\.e4m3",
+}
+
+
+@pytest.mark.parametrize("arch, word", INSTRUCTIONS)
+def test_matrix_units_multiply_eight_bits(arch, word):
+    """Whole blocks at head dim 128; a slow test of all kernels has the others."""
+    triton = pytest.importorskip("triton")
+    variants = compile_report._variants("block_sparse", arch)
+    chosen = ((i, v) for i, v in enumerate(variants) if (v.flags, v.head_dim, v.grid) == (word, 128, "4x4x8"))
+    index, variant = next(chosen)
+    row = compile_report.describe("block_sparse", arch, index)
+    assert not row.error and not row.spills, row
+    ptx = triton.compile(variant.source, target=compile_report._target(arch), options=variant.options).asm["ptx"]
+    assert re.search(INSTRUCTIONS[arch, word], ptx)

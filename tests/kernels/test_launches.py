@@ -78,6 +78,19 @@ def call_block_sparse_whole() -> None:
         block_sparse_attention(query.detach(), key.detach(), value, mask=mask, skip_threshold=0.1, impl="triton")
 
 
+def call_block_sparse_int8() -> None:
+    """With additional keys across blocks, and whole blocks by descriptors."""
+    with torch.no_grad():
+        query, key, value = leaves(1, 128, 2, 64)
+        extra = torch.randn(2, 1, 5, 2, 64, dtype=query.dtype).unbind(0)
+        lists = torch.ones(1, 1, 2, dtype=torch.int32), torch.zeros(1, 1, 2, 1, dtype=torch.int32)
+        given = {"mask": BlockMask((64,), (64,), *lists), "qk_dtype": torch.int8, "impl": "triton"}
+        additional = {"additional_keys": extra[0], "additional_values": extra[1]}
+        for whole in (False, True):
+            with block_sparse.override(whole=whole, descriptor=whole):
+                block_sparse_attention(query, key, value, **given, **additional)
+
+
 def call_agent() -> None:
     token = torch.randn(2, 9, 2, 16, dtype=torch.bfloat16).requires_grad_()
     agent_attention(*leaves(2, 8, 8, 2, 16), token, impl="triton").sum().backward()
@@ -100,6 +113,7 @@ CALLS = {
     "window": (call_window, {"forward", "window"}),
     "block_sparse": (call_block_sparse, {"forward", "query", "count", "place", "key", "extra"}),
     "block_sparse, whole": (call_block_sparse_whole, {"forward", "query", "key"}),
+    "block_sparse, int8": (call_block_sparse_int8, {"forward"}),
     "agent": (call_agent, {"forward", "query", "key"}),
     "linear": (call_linear, {"state", "apply", "query", "key"}),
     "scan": (call_scan, {"solve", "state", "output", "decay"}),
