@@ -148,6 +148,7 @@ load("foveal.zoo", known=["timm"])
     assert not {"matplotlib", "lightning", "hydra", "diffusers", "sklearn"} & zoo
 
 
+@pytest.mark.slow
 def test_the_root_does_not_hide_the_kernels_of_hugging_face():
     assert python("from diffusers import LattePipeline; print(LattePipeline.__name__)", ROOT) == "LattePipeline\n"
 

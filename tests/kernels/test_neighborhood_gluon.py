@@ -199,7 +199,7 @@ def mutants(events: list[list[tuple]]) -> Iterator[tuple[tuple, tuple[int, int],
                 yield event, (part, place), len(other) < len(some), [*events[:part], other, *events[part + 1 :]]
 
 
-@pytest.mark.parametrize("turns", [True, False])
+@pytest.mark.parametrize("turns", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_missing_event_and_wrong_phase_is_found(turns):
     """All but waits at which no order ever waits, and arrivals at the end, for which nobody waits.
 
@@ -391,6 +391,7 @@ assert not any(name.startswith(lazy) for name in sys.modules)
 # machine code
 
 
+@pytest.mark.slow
 def test_machine_code():
     """One size: no spills, every product once, TMA and wgmma; `compile_report` and the slow tests do all."""
     select = {"kernel": {"gluon"}, "grid": {"18x24x24"}, "dtype": {"bf16"}, "head_dim": {128}}

@@ -129,6 +129,7 @@ def test_wrong_input_is_refused_before_anything_is_written(call, words, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_callers_matplotlib_stays_as_it_is(tmp_path):
     code = f"""
 import sys

@@ -82,7 +82,7 @@ def sharded_cases(rank: int, size: int, count: int) -> list[tuple[Case, int, tup
 
 
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("rank", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_random_cases(ranks, rank, size):
     for i, (case, axis, lengths) in enumerate(sharded_cases(rank, size, 16)):
         impl = "reference" if i % 5 == 4 else "auto"

@@ -225,7 +225,7 @@ def test_public_functions_are_registered(toy):
     assert summarize(None, None, None, None, None) == {"n": 1}
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("impl", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
 def test_traced_whole_before_the_first_call(impl):
     """No graph breaks where an implementation is looked up, in a process that has called none."""
     code = f"""

@@ -27,6 +27,7 @@ def run(command: list[str], cwd: Path, timeout: float = 300) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_foveal_train_from_another_folder(tmp_path):
     """Without an argument it is digits_dinat; the pictures of the run are not blank."""
     said = run([str(Path(sys.executable).with_name("foveal-train")), *SHORT], tmp_path)

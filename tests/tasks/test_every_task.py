@@ -63,7 +63,7 @@ def test_every_task_is_here():
     assert set(OPTIONS) == {path.stem for path in configs.glob("*.yaml")}
 
 
-SLOW = ("glimpses", "captioning", "pose", "quality")  # they add a model to what the others have
+SLOW = ("glimpses", "captioning", "pose", "quality", "multilabel", "regression")  # others have what they have
 
 
 @pytest.mark.parametrize(

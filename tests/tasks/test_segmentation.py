@@ -297,6 +297,7 @@ def test_a_run_is_measured_used_and_told(tmp_path):
     assert found.num_images == 11 and len(found.unreadable) == 1 and found.confusion.sum() > 0
 
 
+@pytest.mark.slow
 def test_it_learns_eight_pictures_by_heart(tmp_path):
     options = ("debug=overfit", "trainer.max_epochs=80", "task.optimizer.lr=1e-2", SMALL)
     trainer, task, data = train.build(configure(tmp_path, *SHORT, *options, tiny=False))

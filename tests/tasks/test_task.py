@@ -212,7 +212,7 @@ VIT = ("model=timm", "model.name=vit_tiny_patch16_224", "model.args={img_size:32
 @pytest.mark.parametrize(
     "model",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         pytest.param((*VIT, "+model.args.num_heads=2", "task.optimizer.lr=2e-3"), marks=pytest.mark.slow),
     ],
     ids=["natten_dinat_pico", "vit"],

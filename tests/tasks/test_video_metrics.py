@@ -115,6 +115,7 @@ def digits(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([item["video"] for item in items]), torch.tensor([item["label"] for item in items])
 
 
+@pytest.mark.slow
 def test_a_judge_learns_digits_it_never_saw_and_tells_noise_from_them():
     judge = fit_judge(*digits("train", 1257), steps=120)
     clips, labels = digits("test", 360)

@@ -165,6 +165,7 @@ def test_tune_by_recall_goes_on(tmp_path, monkeypatch):
         tune(pipe, "recall>=0.99", candidates=CANDIDATES, output=output, progress=False, **call())
 
 
+@pytest.mark.slow
 def test_tune_by_psnr_and_speed(tmp_path):
     pipe = tiny_wan()
     dense = run(pipe, 0, call()).frames

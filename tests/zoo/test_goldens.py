@@ -47,8 +47,8 @@ HARD = ("biformer_tiny", "biformer_stl_nchw")  # choose regions: rounding flips 
 
 
 def slow(recording: str, run: str, dtype: str) -> bool:
-    """What runs on request only: weak weights, and a second dtype of what takes long."""
-    return run.endswith("v1") or (recording.startswith("agent") and dtype == "fp64")
+    """What runs on request only: weak weights; a second dtype, and another image of what has float64 alone."""
+    return run.endswith("v1") or (run.startswith("b_") if recording in HARD else dtype == "fp64")
 
 
 RUNS = [

@@ -1,7 +1,7 @@
 """What timm asks of its own models, asked of every model of the zoo. The list comes from the registry.
 
 Structure is checked on the meta device for every checkpoint, values on the small models called `test_*`, of which every
-family has one per layout, and on all sizes with `-m slow`.
+family has one per layout, on small sizes with `-m slow` and on all with `-m exhaustive`.
 """
 
 import copy
@@ -90,8 +90,10 @@ def test_forward_and_gradient_checkpointing(name):
     torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.exhaustive if {"m", "b", "l"} & {*name.split("_")} else pytest.mark.slow)
+    for name in LARGE
+])  # fmt: skip
 def test_forward_at_full_size(name):
     model = create(name).eval()
     with torch.inference_mode():
@@ -294,7 +296,12 @@ def test_compiles_without_graph_break(name):
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
 
 
-@pytest.mark.parametrize("name", SOME_COMPILED)
+def when_exported(name: str) -> list:
+    """`tests/zoo/test_exports.py` exports more of models that take any size."""
+    return [] if name in COMPILED else [pytest.mark.slow if name in FIXED else pytest.mark.exhaustive]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=when_exported(name)) for name in SMALL])
 def test_exports(name):
     model = create(name).eval()
     x = image(model)

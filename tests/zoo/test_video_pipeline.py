@@ -46,6 +46,7 @@ def test_saved_and_loaded_it_makes_the_same_videos(conditioning, tmp_path):
         assert torch.equal(loaded.transformer.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 def test_loading_needs_no_transformers_and_takes_a_dtype(tmp_path):
     tiny_pipe().save_pretrained(tmp_path)
     code = f"""

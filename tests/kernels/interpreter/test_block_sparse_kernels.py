@@ -25,7 +25,7 @@ QUICK = (  # by default; all others are slow
     "test_flops",
 )
 CASES = 160
-CHUNK = 3
+CHUNK = 2
 SIZES = [Size(rows, columns, 4, 1) for rows, columns in ((16, 16), (32, 16), (16, 32), (32, 32), (64, 32), (64, 64))]
 
 

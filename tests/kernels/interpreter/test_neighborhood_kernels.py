@@ -40,7 +40,7 @@ QUICK = (  # by default; all others are slow
     "test_memory_around",
 )
 CASES = 300
-CHUNK = 5
+CHUNK = 3
 SIZES = [Size(queries, keys, 4, 1) for queries, keys in ((16, 16), (32, 16), (16, 32), (32, 32), (64, 32), (64, 64))]
 
 

@@ -20,7 +20,7 @@ QUICK = (  # by default; all others are slow
     "test_flops",
 )
 CASES = 60
-CHUNK = 3
+CHUNK = 2
 FULL = Case((9, 11), (4, 3), (2, 1), (0, 0), heads=2, key_heads=1, bias=True, batch=2)
 HALO = Case((5, 7), (2, 3), (0, 0), (1, 2), padded=True, bias=True)
 
