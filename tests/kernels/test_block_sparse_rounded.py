@@ -220,7 +220,7 @@ def test_interpreter():
 @pytest.mark.slow
 def test_interpreter_on_everything():
     pytest.importorskip("triton")
-    kernel_checks.run_interpreter("test_block_sparse_rounded_kernels.py", slow=True)
+    kernel_checks.run_interpreter("test_block_sparse_rounded_kernels.py", marker="slow")
 
 
 INSTRUCTIONS = {

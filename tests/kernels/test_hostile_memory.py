@@ -12,4 +12,4 @@ def test_interpreter():
 
 @pytest.mark.slow
 def test_interpreter_on_more_cases():
-    kernel_checks.run_interpreter("test_hostile_memory.py", slow=True)
+    kernel_checks.run_interpreter("test_hostile_memory.py", marker="slow")

@@ -298,7 +298,7 @@ def test_interpreter():
 @pytest.mark.slow
 def test_interpreter_on_everything():
     pytest.importorskip("triton")
-    kernel_checks.run_interpreter("test_neighborhood_fp8_kernels.py", slow=True)
+    kernel_checks.run_interpreter("test_neighborhood_fp8_kernels.py", marker="slow")
 
 
 INSTRUCTIONS = {

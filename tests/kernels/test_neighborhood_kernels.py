@@ -24,7 +24,7 @@ def test_interpreter():
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_interpreter_on_everything(part):
-    kernel_checks.run_interpreter("test_neighborhood_kernels.py", part, slow=True)
+    kernel_checks.run_interpreter("test_neighborhood_kernels.py", part, marker="slow")
 
 
 @pytest.mark.parametrize("kernel", ["forward", "query", "key"])

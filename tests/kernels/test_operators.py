@@ -103,4 +103,10 @@ def test_interpreter():
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["opcheck", "not opcheck"])
 def test_interpreter_on_everything(part):
-    kernel_checks.run_interpreter("test_operators.py", part, slow=True)
+    kernel_checks.run_interpreter("test_operators.py", part, marker="slow")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("operator", ["agent", "block_sparse", "neighborhood"])
+def test_interpreter_on_all_random_cases(operator):
+    kernel_checks.run_interpreter(f"test_{operator}_kernels.py", "random", marker="exhaustive")

@@ -15,7 +15,7 @@ def test_interpreter():
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["random", "not random"])
 def test_interpreter_on_everything(part):
-    kernel_checks.run_interpreter("test_window_kernels.py", part, slow=True)
+    kernel_checks.run_interpreter("test_window_kernels.py", part, marker="slow")
 
 
 def test_kernels_compile():

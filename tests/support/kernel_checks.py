@@ -12,15 +12,16 @@ from foveal.kernels.tools.compile_report import Row
 INTERPRETER = Path(__file__).parents[1] / "kernels" / "interpreter"
 
 
-def run_interpreter(file: str, select: str = "test", *, slow: bool = False) -> None:
-    """Run the quick or the slow tests of `interpreter/<file>`, in a process where Triton interprets its kernels.
+def run_interpreter(file: str, select: str = "test", *, marker: str | None = None) -> None:
+    """Run tests of `interpreter/<file>`, in a process where Triton interprets its kernels.
 
     Args:
         select: expression of names, as `pytest -k` takes it.
+        marker: "slow" or "exhaustive"; the quick ones when None.
     """
     without = [word for plugin in ("cacheprovider", "xdist", "budget") for word in ("-p", f"no:{plugin}")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", *without]
-    command += [str(INTERPRETER / file), "-k", select, *(["-m", "slow"] if slow else [])]
+    command += [str(INTERPRETER / file), "-k", select, *([] if marker is None else ["-m", marker])]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=INTERPRETER.parents[2])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

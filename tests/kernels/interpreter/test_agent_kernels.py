@@ -18,7 +18,7 @@ QUICK = (  # by default; all others are slow
     "test_a_bias_may_hide",
     "test_flops",
 )
-CASES = 160
+CASES, SLOW = 160, 60  # of random cases, and of those that are not exhaustive
 CHUNK = 10
 FULL = Case((5, 7), (4, 6), agents=9, heads=2, agent_bias=True, query_bias=True, query_scale=0.2)
 

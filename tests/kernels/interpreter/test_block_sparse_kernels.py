@@ -24,7 +24,7 @@ QUICK = (  # by default; all others are slow
     "test_what_is_not_listed",
     "test_flops",
 )
-CASES = 160
+CASES, SLOW = 160, 60  # of random cases, and of those that are not exhaustive
 CHUNK = 2
 SIZES = [Size(rows, columns, 4, 1) for rows, columns in ((16, 16), (32, 16), (16, 32), (32, 32), (64, 32), (64, 64))]
 

@@ -39,7 +39,7 @@ QUICK = (  # by default; all others are slow
     "test_nan_in_a_key",
     "test_memory_around",
 )
-CASES = 300
+CASES, SLOW = 300, 90  # of random cases, and of those that are not exhaustive
 CHUNK = 3
 SIZES = [Size(queries, keys, 4, 1) for queries, keys in ((16, 16), (32, 16), (16, 32), (32, 32), (64, 32), (64, 64))]
 
