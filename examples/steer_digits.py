@@ -36,6 +36,7 @@ SIDE, MEAN, STD = 8, 0.14, 0.3  # pixels of a scan; mean and deviation of canvas
 HEIGHT, WIDTH, PATCH = 12, 24, 3  # of a picture of two digits, and of its tokens
 CANVAS, FRAMES = 16, 8  # of a clip along a path
 SMALL, SHORT = 12, 6  # of a clip behind its first frame
+STEPS, SCALE = 25, 2.5  # of sampling, and of its guidance
 CROSS = {("image", "entity"): "region", ("image", "text"): "all"}  # digits' words in their regions, "and" everywhere
 
 
@@ -137,12 +138,10 @@ class Words:
         return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
-class OneHot(nn.Module):
+class OneHot:
     """A text encoder without weights."""
 
-    dtype = torch.float32
-
-    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:
+    def __call__(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:
         return (one_hot(ids, len(VOCABULARY)).float(),)
 
 
@@ -221,9 +220,9 @@ def sample(pipe: VideoDiTPipeline, prompts: list[str] | None, size: tuple[int, i
     """Clips `[B, frames, H, W]` in 0..1."""
     frames, height, width = size
     sizes = {"num_frames": frames, "height": height, "width": width}
-    call = {"num_inference_steps": 25, "output_type": "pt"} | sizes | options
+    call = {"num_inference_steps": STEPS, "output_type": "pt"} | sizes | options
     if prompts is not None:
-        call = {"prompt": prompts, "guidance_scale": 2.5} | call
+        call = {"prompt": prompts, "guidance_scale": SCALE} | call
     return pipe(**call).frames[:, :, 0]
 
 
@@ -265,10 +264,10 @@ def bind(words: tuple[str, ...], regions: Tensor) -> edits.Visible:
     return edits.Visible(CROSS, regions, words, where=Where(kinds=("cross",)))
 
 
-def measure_regions(read: Callable, count: int = 50) -> None:
+def measure_regions(read: Callable, count: int = 50, prompts: int = 6) -> None:
     """Two digits bound to two regions."""
     generator = torch.Generator().manual_seed(1)
-    wanted = [tuple(torch.randperm(10, generator=generator)[:2].tolist()) for _ in range(6)]
+    wanted = [tuple(torch.randperm(10, generator=generator)[:2].tolist()) for _ in range(prompts)]
     for name, bound in (("pairs", False), ("pairs", True), ("pairs_bound", True)):
         pipe, right, both = pipeline(name), 0.0, 0.0
         for a, b in wanted:
@@ -290,11 +289,11 @@ def generators(count: int, seed: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + i) for i in range(count)]
 
 
-def measure_path(read: Callable, count: int = 16) -> None:
+def measure_path(read: Callable, count: int = 16, routes: int = 12) -> None:
     """A digit that follows a path: distance of its center from that of the box, in pixels."""
     pipe = pipeline("path")
     torch.manual_seed(2)
-    ways = torch.cat([paths(6, circles=0.0), paths(6, circles=1.0)])
+    ways = torch.cat([paths(routes // 2, circles=0.0), paths(routes // 2, circles=1.0)])
     for bound in (False, True):
         far = near = right = 0.0
         for number, way in enumerate(ways):
@@ -324,7 +323,8 @@ def measure_first(read: Callable, count: int = 200) -> None:
     start = find_digit(given[:, 0])[0]
     print(f"first frame itself: the judge reads its digit in {100 * same(read(start), batch['label']):.0f} %")
     for name in ("first", "dense", "spatial"):
-        clips = sample(pipeline(name), None, (SHORT, SMALL, SMALL), image=given, generator=generators(count))
+        size, options = (SHORT, SMALL, SMALL), {"num_videos_per_prompt": count, "generator": generators(count)}
+        clips = sample(pipeline(name), None, size, image=given, **options)
         last = find_digit(clips[:, -1])[0]
         moved = (clips[:, -1] - clips[:, 0]).abs().mean()
         likeness = cosine_similarity(last.flatten(1), start.flatten(1)).mean()
@@ -379,8 +379,7 @@ def draw_words() -> None:
     from foveal.zoo.control.plot import overlay
 
     pipe = pipeline("pairs")
-    call = {"num_inference_steps": 25, "guidance_scale": 2.5, "num_frames": 1, "height": HEIGHT, "width": WIDTH}
-    # the prompt goes as a list: a row each
+    call = {"num_inference_steps": STEPS, "guidance_scale": SCALE, "num_frames": 1, "height": HEIGHT, "width": WIDTH}
     image, maps = heatmap(
         pipe, "three and eight", ["three", "and", "eight"], generator=torch.Generator().manual_seed(4), **call
     )
@@ -398,7 +397,7 @@ def draw_swaps() -> None:
         row = []
         for target in targets:
             edit = recipes.prompt_to_prompt(
-                source, target, tokenizer=pipe.tokenizer, steps=25, length=3, cross=0.6, self_attention=0.3,
+                source, target, tokenizer=pipe.tokenizer, steps=STEPS, length=3, cross=0.6, self_attention=0.3,
                 self_scales=(1,),
             )  # fmt: skip
             with Control(pipe, *([edit] if steered else []), branches=("source", "target")) as control:

@@ -1,5 +1,7 @@
 """Control: edits compose on the values, touch their rows, sites and steps alone, and leave without a trace."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
@@ -218,6 +220,7 @@ def test_every_mistake_is_one_sentence_and_leaves_the_generator():
     plain, processors = run(model, inputs), [site.module.processor for site in sites.find(model)]
     pair, words = {"branches": BRANCHES}, {"words": {"word": [1]}}
     masks = torch.ones(2, 6, 8)
+    unguided = {"pipe": SimpleNamespace(components={"unet": model}, do_classifier_free_guidance=False)}
     mistakes = {
         "has no word 'tiger'": lambda: {"words": {"x": ("a dog", "tiger", StubTokenizer())}},
         r"words\['x'\]=3 must be token numbers": lambda: {"words": {"x": 3}},
@@ -229,17 +232,22 @@ def test_every_mistake_is_one_sentence_and_leaves_the_generator():
         "have frames": lambda: {"edits": [edits.Sharpen(masks[:1, None])]},
         "guidance is off": lambda: {"edits": [edits.Contexts(torch.zeros(1, 7, 12), masks[:1], base="uncond")]},
         "uses the branches": lambda: {"edits": [edits.Share()]},
-        "is token 99 of 7": lambda: {"edits": [edits.WordMask("far")], "words": {"far": [99]}},
+        r"must be \[\.\.\., height, width\]": lambda: {"edits": [edits.Share(where_tokens=torch.ones(48))]} | pair,
+        "'uncond'; guidance is off": lambda: {"edits": [edits.Perturb(0.5, guidance="uncond")]} | unguided,
+        "of their own, and guidance is off": lambda: (
+            {"edits": [edits.RowGuidance({"source": 2.0})], "branches": BRANCHES} | unguided
+        ),
         "give the pipeline 3 prompts": lambda: {"edits": [edits.Perturb(0.5)], "branches": ("a", "b", "c")},
     }
     for message, make in mistakes.items():
         with pytest.raises((ValueError, TypeError), match=message) as caught:
             options = make()
-            with Control(model, *options.pop("edits", ()), **options):
+            with Control(options.pop("pipe", model), *options.pop("edits", ()), **options):
                 run(model, inputs)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300, message
         assert all(a is s.module.processor for a, s in zip(processors, sites.find(model), strict=True)), message
         assert torch.equal(run(model, inputs), plain), message
+        assert not model._forward_pre_hooks and not model._forward_hooks, message
     second = Control(model, edits.MergeTokens(0.2))
     with Control(model, edits.Extend(), **pair):
         before = run(model, inputs)
@@ -247,6 +255,27 @@ def test_every_mistake_is_one_sentence_and_leaves_the_generator():
             second.install()
         assert torch.equal(run(model, inputs), before) and not second.installed
     assert torch.equal(run(model, inputs), plain)
+
+
+FAR = {
+    "WordMask": lambda: edits.WordMask("far"),
+    "Reweight": lambda: edits.Reweight({"far": 2.0}),
+    "Emphasize": lambda: edits.Emphasize("far", 0.1),
+    "RegionBias": lambda: edits.RegionBias(torch.ones(1, 6, 8), ("far",), strength=1.0),
+    "Sharpen": lambda: edits.Sharpen(torch.ones(1, 6, 8), words=("far",)),
+    "Visible": lambda: edits.Visible({("image", "entity"): "all"}, torch.ones(1, 6, 8), ("far",)),
+    "Regulate": lambda: edits.Regulate(("far",), where=Where(kinds=("cross",))),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_words_past_the_end_of_the_text_are_named(name):
+    model, inputs = toy()
+    plain = run(model, inputs)
+    control = Control(model, FAR[name](), words={"far": [99]}, maps="allow")
+    with pytest.raises(ValueError, match=r"word 'far' is token 99 of 7 text tokens at \S+$"), control:
+        run(model, inputs)
+    assert torch.equal(run(model, inputs), plain) and not model._forward_pre_hooks
 
 
 def test_an_adapter_that_is_loaded_later_is_named_and_one_before_is_refused():

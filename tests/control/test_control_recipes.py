@@ -1,5 +1,6 @@
 """Contract of recipes: neutral settings are the model bit for bit, sources stay, everything is given back."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from foveal.zoo import sites
-from foveal.zoo.control import Control, edits, recipes
+from foveal.zoo.control import Control, Edit, Where, edits, latents, recipes, words
+from foveal.zoo.control.control import flatten
 from foveal.zoo.control.recipes import RECIPES
 from foveal.zoo.control.recipes.astar import overlap, retention, segregation
 from foveal.zoo.control.recipes.consistedit import consistedit_mask
@@ -18,7 +20,9 @@ from foveal.zoo.control.recipes.unifyedit import balance, concentration, self_lo
 from foveal.zoo.control.table import table
 from generators import build, run
 from stub_tokenizer import StubTokenizer
+from trained_recipes import LAYERS, LOSSES, InLayers, toy_of
 
+GOLDENS = Path(__file__).parents[1] / "goldens" / "control"
 LEFT = torch.zeros(6, 8)
 LEFT[:, :4] = 1
 HALVES = torch.stack([LEFT, 1 - LEFT])
@@ -193,13 +197,13 @@ ROWS = {
         words={"first": [1]},
     ),
     "freecontrol": Row(lambda: recipes.freecontrol(places=None)[:1], None, ("flux", "sd unet")),
+    "broadway": Row(
+        lambda: recipes.broadway(tau=1, blocks=(0, 1)), lambda: recipes.broadway(0.0, 1.0, 1, blocks=(0, 1)),
+        ("motion unet",), maps="allow", refused={"latte": "has no site"},
+    ),
 }  # fmt: skip
 SCALE = {"sd unet": 2, "wan": 1}
 ONLY_LATENTS = {"unifyedit", "astar", "bacon", "cut_and_paste", "grad_sam", "freecontrol"}  # observe, or may
-FUNCTIONS = {  # losses of training, and layers of trained models; what they compute is tested by their names
-    "attencraft", "break_a_scene", "broadway", "dreamvideo2", "foveated", "fulldit", "scaleweaver",
-    "trajectory_attention", "ultra3d",
-}  # fmt: skip
 CASES = [
     (name, toy, guided)
     for name, row in ROWS.items()
@@ -207,18 +211,30 @@ CASES = [
     for guided in (False, True)
     if guided or toy == row.toys[0]
 ]
-KINDS = {"sd unet": "UNet", "sdxl unet": "UNet"}  # of the toys; all others are transformers
+KINDS = dict.fromkeys(("sd unet", "sdxl unet", "motion unet"), "UNet")  # of the toys; all others are transformers
 
 
 def test_every_recipe_has_its_row():
     shelf = Path(recipes.__file__).parent.glob("[!_]*.py")
-    assert {path.stem for path in shelf} == set(RECIPES) == set(ROWS) | FUNCTIONS
-    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_control_*.py"))
-    assert all(f"recipes.{name}" in text for name in FUNCTIONS)
+    assert {path.stem for path in shelf} == set(RECIPES) == set(ROWS) | set(LOSSES) | set(LAYERS)
     for recipe in RECIPES.values():
         lines = Path(recipe.build.__code__.co_filename).read_text().splitlines()
         assert recipe.hosts and recipe.cost and recipe.source and len(lines) <= 110, (recipe.name, len(lines))
         assert (recipe.status == "idea") == recipe.title.startswith("After the idea of")
+
+
+def test_what_a_user_has_to_give_is_said():
+    """maps='allow' and the callback where edits ask for them; recordings that exist and are read."""
+    for name, row in ROWS.items():
+        found, needs = list(flatten(made(row.active, row.toys[0]))), RECIPES[name].needs
+        assert any(edit.needs for edit in found) == ("maps='allow'" in needs) == (row.maps == "allow"), name
+        through_callback = any(type(edit).latents is not Edit.latents for edit in found)
+        assert not through_callback or "callback" in needs, name
+    text = (Path(__file__).parent / "test_control_goldens.py").read_text()
+    for name, recipe in RECIPES.items():
+        prefix = recipe.recorded.partition("_")[2]
+        assert not recipe.recorded or ((GOLDENS / f"{recipe.recorded}.npz").exists() and prefix in text), name
+        assert not recipe.recorded or recipe.status == "exact", name
 
 
 def pipeline(model, guided):
@@ -267,6 +283,32 @@ def test_recipe(name, toy, guided):
     assert torch.equal(run(model, inputs), plain) and not model._forward_pre_hooks
 
 
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if set(row.toys) - set(KINDS)])
+def test_recipe_where_guidance_calls_twice(name):
+    """Edits of conditional rows leave the call of the others alone, and work in theirs."""
+    row = ROWS[name]
+    toy = next(toy for toy in row.toys if toy not in KINDS)
+    model, inputs = build(toy, batch=max(len(row.branches), 1) * row.images)
+    plain, found = run(model, inputs), made(row.active, toy)
+    options = {"branches": row.branches, "words": row.words, "maps": row.maps}
+    with Control(pipeline(model, True), found, **options) as control:
+        outs = {}
+        for branch in ("cond", "uncond"):
+            with model.cache_context(branch):
+                if row.needs_guidance:
+                    if branch == "cond":
+                        with pytest.raises(ValueError, match="in one batch"):
+                            run(model, inputs)
+                    continue
+                outs[branch] = run(model, inputs)
+    if row.needs_guidance:
+        return
+    assert all(out.isfinite().all() for out in outs.values())
+    if all(edit.guidance == "cond" for edit in control.edits):
+        assert torch.equal(outs["uncond"], plain)
+    assert name in ONLY_LATENTS or not torch.equal(outs["cond"], plain)
+
+
 @pytest.mark.parametrize(("name", "toy"), [(name, toy) for name, row in ROWS.items() for toy in row.refused])
 def test_recipes_refuse_what_they_do_not_serve(name, toy):
     """One sentence, and the generator as it was."""
@@ -285,6 +327,88 @@ def test_recipes_refuse_what_they_do_not_serve(name, toy):
 def test_every_recipe_meets_a_unet_and_a_transformer():
     for name, row in ROWS.items():
         assert {KINDS.get(toy, "transformer") for toy in (*row.toys, *row.refused)} == {"UNet", "transformer"}, name
+
+
+def test_broadway_leads_blocks_by_the_first():
+    """Against explicit maps; the energy is that of the conditional rows, whose factor is for all."""
+    model, inputs = build("motion unet", batch=2)
+    seen = {}
+
+    class Look(Edit):
+        where, guidance = Where(kinds=("self",), places=("up",)), "both"
+
+        def sites(self, sites):
+            return [site for site in super().sites(sites) if site.axes == (0,)]
+
+        def out(self, call, plan, out):
+            seen[call.site.path] = (call, plan.layout.levels[call.site.level][1:], out)
+            return out
+
+    pipe = pipeline(model, True)
+    with Control(pipe, recipes.broadway(0.6, 1.5, 1, blocks=(0, 1)), Look(), maps="allow") as control:
+        run(model, inputs)
+    assert len(seen) == 8 and "maps of frames x frames" in control.report()
+
+    def maps_of(path):
+        call, size, _ = seen[path]
+        query, key = call.query.transpose(1, 2), call.key.transpose(1, 2)
+        maps = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+        return maps.unflatten(0, (2, *size)), size  # [rows, height, width, heads, frames, frames]
+
+    for path, (call, size, out) in seen.items():
+        maps, first = maps_of(path)[0], maps_of(path.replace("up_blocks.1", "up_blocks.0"))[0]
+        planes = first.permute(0, 3, 4, 5, 1, 2).flatten(1, 3)
+        first = torch.nn.functional.interpolate(planes, size=size, mode="bilinear", align_corners=False)
+        first = first.unflatten(1, maps.shape[3:]).permute(0, 4, 5, 1, 2, 3)
+        wanted = edits.enhance(maps, first, slice(1, 2), alpha=0.6, beta=1.5, tau=1).flatten(0, 2)
+        torch.testing.assert_close(torch.einsum("bhnm,bmhd->bnhd", wanted, call.value), out, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"tau=7 must be in 0\.\.2 for 5 frames"):  # noqa: SIM117
+        with Control(pipe, recipes.broadway(blocks=(0, 1)), maps="allow"):
+            run(model, inputs)
+    with pytest.raises(ValueError, match="maps='allow'"):
+        Control(pipe, recipes.broadway(blocks=(0, 1)))
+
+
+@pytest.mark.parametrize("kind", ["unet", "transformer"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_recipes_of_trained_models_in_layers(name, kind):
+    """At its start a trained part is not there; then it changes what comes out. All is given back."""
+    model, inputs, where = toy_of(name, kind)
+    plain, processors = run(model, inputs), [site.module.processor for site in sites.find(model)]
+    neutral, active = (InLayers(LAYERS[name], where, on) for on in (False, True))
+    with Control(model, neutral) as control:
+        torch.testing.assert_close(run(model, inputs), plain, rtol=1e-12, atol=1e-12)
+    assert control.seen
+    with Control(model, active):
+        out = run(model, inputs)
+    assert out.isfinite().all() and (out - plain).abs().max() > 1e-6 * plain.abs().max()
+    assert all(a is s.module.processor for a, s in zip(processors, sites.find(model), strict=True))
+    assert torch.equal(run(model, inputs), plain) and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("toy", ["sd unet", "wan"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_training_fall(name, toy):
+    """Their gradient reaches the latents through the observed words; a small step against it lowers them."""
+    model, inputs = build(toy)
+    latents = "sample" if toy == "sd unet" else "hidden_states"
+    observer, scale = edits.WordMask("first", "second"), 1e-2 * inputs[latents].norm()
+
+    def loss(x):
+        observer.begin()
+        model(**inputs | {latents: x})
+        maps = observer.maps[0]
+        maps = maps if maps.dim() == 3 else maps[:, 0]  # of the first frame
+        left = torch.zeros(maps.shape[-2:])
+        left[:, : left.shape[1] // 2] = 1
+        return LOSSES[name](maps, torch.stack([left, 1 - left]))
+
+    x = inputs[latents].clone().requires_grad_()
+    with Control(model, observer, words=WORDS):
+        before = loss(x)
+        (gradient,) = torch.autograd.grad(before, x)
+        after = loss(x.detach() - scale * gradient / gradient.norm())
+    assert gradient.isfinite().all() and after < before
 
 
 def test_consistedit_takes_the_mask_of_its_own_run():
@@ -349,6 +473,20 @@ def test_grad_sam_finds_where_the_output_depends():
     mask = dependence_mask((columns * weight).sum(-1), columns, (4, 4), blur=(1, 1.0), dilate=1)
     assert mask.nonzero().tolist() == [[1, 1]]
     assert edits.importance((columns * weight).sum(-1), columns, probes=2).nonzero()[:, 1].unique().tolist() == [5]
+
+
+def test_primitives_of_the_documentation_exist():
+    """Every number is there, every name is one of ours."""
+    page = (Path(__file__).parents[2] / "docs" / "steer.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition("| primitive | no. |")
+    rows = [line.split(" | ") for line in rest.partition("\n\n")[0].splitlines()[2:]]
+    numbers = {number for row in rows for number in row[1].split(", ")}
+    counts = {"E": 14, "O": 6, "L": 7, "P": 10}
+    assert numbers == {"E4n"} | {f"{kind}{i + 1}" for kind, count in counts.items() for i in range(count)}
+    for row in rows:
+        names = re.findall(r"`(\w+)(?:\([^`]*\))?`", row[3])
+        assert names, row
+        assert all(any(hasattr(place, name) for place in (edits, words, latents)) for name in names), row
 
 
 def test_the_table_of_the_documentation_is_up_to_date():

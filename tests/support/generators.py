@@ -316,6 +316,19 @@ def sd_unet(batch=1, size=(9, 12), **options):
     }
 
 
+def motion_unet(batch=1, frames=5):
+    model = diffusers.UNetMotionModel(
+        sample_size=16, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=12,
+        down_block_types=("CrossAttnDownBlockMotion",) * 2, up_block_types=("CrossAttnUpBlockMotion",) * 2,
+        num_attention_heads=2, motion_num_attention_heads=2, motion_max_seq_length=8,
+    )  # fmt: skip
+    return model, {
+        "sample": noise(batch, 4, frames, 9, 12),
+        "timestep": time(batch=batch),
+        "encoder_hidden_states": noise(batch, 7, 12, seed=1).repeat_interleave(frames, 0),
+    }
+
+
 def sdxl_unet(batch=1):
     model = diffusers.UNet2DConditionModel(
         sample_size=16, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
@@ -366,6 +379,7 @@ GENERATORS: dict[str, Callable[..., tuple[nn.Module, dict[str, Any]]]] = {
     "z-image": z_image,
     "sd unet": sd_unet,
     "sdxl unet": sdxl_unet,
+    "motion unet": motion_unet,
     "videodit": lambda batch=1: video_dit("cross", batch),
     "videodit joint": lambda batch=1: video_dit("joint", batch),
 }

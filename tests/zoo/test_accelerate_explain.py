@@ -16,6 +16,7 @@ SIZES = {  # frames, height, width and text of the arguments in generators.py
     "ltx": (17, 128, 128, 6), "mochi": (13, 64, 64, 6), "cosmos": (17, 64, 64, 6), "latte": (3, 64, 64, 6),
     "allegro": (9, 64, 64, 6), "flux": (1, 96, 112, 5), "sd3": (1, 96, 128, 5), "hidream": (1, 64, 64, 12),
     "qwen": (1, 96, 112, 5), "z-image": (1, 96, 112, 32), "sd unet": (1, 72, 96, 7), "sdxl unet": (1, 72, 96, 7),
+    "motion unet": (5, 72, 96, 7),
     "videodit": (3, 16, 20, 5), "videodit joint": (3, 16, 20, 5),
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ LAYERS = {  # main sites, other sites
     "cogvideox 1.5": (1, 0), "ltx": (2, 2), "ltx2": (1, 5), "mochi": (2, 0), "cosmos": (2, 2), "latte": (4, 2),
     "allegro": (1, 1), "flux": (3, 0), "flux kontext": (3, 0), "flux2": (2, 0), "sd3": (3, 0), "qwen": (2, 0),
     "hidream": (2, 0), "hidream wide": (2, 0), "z-image": (2, 2), "sd unet": (7, 7), "sdxl unet": (8, 8),
+    "motion unet": (21, 7),
     "videodit": (2, 2), "videodit joint": (2, 0),
 }  # fmt: skip
 

@@ -241,7 +241,7 @@ def _site_cost(site: Site, layout: Layout, acceleration: Acceleration | None, te
     grid = layout.grid_of(site)
     assert grid is not None and layout.grid is not None
     tokens = prod(grid)
-    sequences = 1 if layout.levels else prod(layout.grid) // tokens
+    sequences = prod(layout.levels[site.level] if layout.levels else layout.grid) // tokens
     lengths = {
         "video": tokens,
         "image": tokens,
@@ -307,7 +307,9 @@ def _other_flops(model: nn.Module, layout: Layout, text: int) -> int:
         if not isinstance(module, nn.Linear) or ONE_TOKEN.search(name) or "audio" in name:
             continue
         if layout.levels:
-            count = text if TEXT_TOKENS.search(name) else prod(_map_of(name, layout, 1))
+            frames = prod(layout.levels[0][:-2])
+            reads_text = TEXT_TOKENS.search(name) and "motion_modules" not in name
+            count = frames * text if reads_text else prod(_map_of(name, layout, 1))
         elif shared or ALL_TOKENS.search(name):
             count = tokens + text
         else:
@@ -316,8 +318,8 @@ def _other_flops(model: nn.Module, layout: Layout, text: int) -> int:
     return total
 
 
-def _map_of(name: str, layout: Layout, stride: int) -> tuple[int, int]:
-    """Height and width of the output of a layer of a UNet."""
+def _map_of(name: str, layout: Layout, stride: int) -> tuple[int, ...]:
+    """Frames, height and width of the output of a layer of a UNet; an image has no frames."""
     place, _, rest = name.partition(".")
     last = len(layout.levels) - 1
     if place == "mid_block":

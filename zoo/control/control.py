@@ -39,6 +39,9 @@ class _Interception(Interception):
             raise ValueError(
                 f"the pipeline guides, but a batch of {batch} does not hold cond and uncond rows equally often"
             )
+        unserved = next((edit for edit in self.control.edits if edit.guidance == "uncond"), None)
+        if unserved is not None and guided is False:
+            raise ValueError(f"{unserved} is for the rows of guidance='uncond'; guidance is off")
         moment = replace(super().moment(component, arguments), rows=parts)
         self.control.see(moment, Rows(batch, self.control.branches, parts))
         return moment
@@ -244,6 +247,8 @@ class Control:
         context = Context(site, layout, moment, self.rows, self.words)
         plans = []
         for edit in self._sites.get(site.path, ()):
+            if not self.rows.of(None, edit.guidance):
+                continue  # the other branch of guidance, in a call of its own
             if edit.schedule.active(moment) and (plan := edit.plan(context)) is not None:
                 plans.append((edit, plan))
                 self.seen.setdefault(site.path, Seen()).edits.setdefault(str(edit), set()).add(moment.step or 0)

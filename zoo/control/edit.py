@@ -52,6 +52,22 @@ class Context:
         """Token numbers of some words, together."""
         return tuple(sorted({token for name in names for token in self.words[name]}))
 
+    def places_of(self, names: Sequence[str], span: tuple[int, int]) -> list[int]:
+        """Places of the tokens of some words among the keys or queries of an operation.
+
+        Args:
+            names: of words.
+            span: first token and end of the text.
+
+        Raises:
+            ValueError: a token past the end of the text.
+        """
+        count = span[1] - span[0]
+        for name in names:
+            if (last := max(self.words[name], default=0)) >= count:
+                raise ValueError(f"word {name!r} is token {last} of {count} text tokens at {self.site.path}")
+        return [span[0] + token for token in self.tokens_of(names)]
+
 
 class Edit:
     """Something that is done to attention; subclasses override what they need.
@@ -60,7 +76,8 @@ class Edit:
     edit that owns it), `read` of the observed columns, `out` of every edit.
 
     Attributes:
-        where, schedule: sites and steps; `guidance`: rows of "cond", "uncond" or "both".
+        where, schedule: sites and steps.
+        guidance: rows of "cond", "uncond" or "both"; a forward without any of them is left alone.
         owner: whether the edit itself attends. One edit of a site may.
         needs: why the edit makes a map of queries x keys, or their logits; empty when it makes none.
         words: names of the words that it uses.

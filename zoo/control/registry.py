@@ -24,6 +24,8 @@ class Recipe:
         hosts: generators.
         needs: inputs and trained parts beyond the generator.
         cost: per step, over the generator.
+        recorded: recording of the authors' functions that an exact recipe is held to; without one, tests hold it to
+            properties of its formulas.
         missing: what is not public, of partial recipes and ideas.
     """
 
@@ -36,13 +38,22 @@ class Recipe:
     needs: str
     cost: str
     missing: str = ""
+    recorded: str = ""
 
 
 RECIPES: dict[str, Recipe] = {}
 
 
 def recipe(
-    title: str, source: str, status: str, *, hosts: str, needs: str = "", cost: str, missing: str = ""
+    title: str,
+    source: str,
+    status: str,
+    *,
+    hosts: str,
+    needs: str = "",
+    cost: str,
+    missing: str = "",
+    recorded: str = "",
 ) -> Callable[[Build], Build]:
     """Registers the function of a recipe under its name.
 
@@ -54,7 +65,7 @@ def recipe(
 
     def register(build: Build) -> Build:
         name = build.__name__  # type: ignore[attr-defined]
-        RECIPES[name] = Recipe(name, build, title, source, status, hosts, needs, cost, missing)
+        RECIPES[name] = Recipe(name, build, title, source, status, hosts, needs, cost, missing, recorded)
         return build
 
     return register

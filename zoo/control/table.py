@@ -20,7 +20,8 @@ def table() -> str:
         paper = re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", found.source)
         paper = re.sub(r"(?<![/\w])([\w.-]+/[\w.-]+)(?:@(\w+))?$", _repository, paper)
         title = f"{found.title}; {paper}"
-        cells = (f"`{found.name}`", title, found.status, found.hosts, found.needs, found.cost, found.missing)
+        status = f"{found.status}, recorded" if found.recorded else found.status
+        cells = (f"`{found.name}`", title, status, found.hosts, found.needs, found.cost, found.missing)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ T5 = (("tokenizer", 0),)
 # tokenizers whose tokens are the text stream of a generator, and the number of the first token of each
 TOKENIZERS: dict[str, tuple[tuple[str, int], ...]] = {
     "UNet2DConditionModel": T5,
+    "UNetMotionModel": T5,
     "SD3Transformer2DModel": (("tokenizer", 0), ("tokenizer_3", CLIP_TOKENS)),
     "FluxTransformer2DModel": (("tokenizer_2", 0),),
     "QwenImageTransformer2DModel": T5,

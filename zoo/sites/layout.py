@@ -26,7 +26,7 @@ class Layout:
         grid: tokens along (t, h, w) of a video or (h, w) of an image, in raster order; None when it is not known.
         counts: tokens of the streams whose number the arguments give.
         why: why there is no grid.
-        levels: of a UNet, height and width of the maps, halved once more at each entry.
+        levels: of a UNet, (h, w) or (t, h, w) of the maps, height and width halved once more at each entry.
         masked: argument of the forward that hides tokens of the grid from each other; empty without one.
         device: of the tensors of the forward.
     """
@@ -34,17 +34,16 @@ class Layout:
     grid: tuple[int, ...] | None
     counts: Mapping[str, int] = field(default_factory=dict)
     why: str = ""
-    levels: tuple[tuple[int, int], ...] = ()
+    levels: tuple[tuple[int, ...], ...] = ()
     masked: str = ""
     device: torch.device | None = None
 
     def grid_of(self, site: Site) -> tuple[int, ...] | None:
         """Tokens of the sequences of a site along the axes that they span."""
-        if self.levels:
-            return self.levels[site.level]
-        if self.grid is None or site.axes is None:
-            return self.grid
-        return tuple(self.grid[axis] for axis in site.axes)
+        grid = self.levels[site.level] if self.levels else self.grid
+        if grid is None or site.axes is None:
+            return grid
+        return tuple(grid[axis] for axis in site.axes)
 
     def spans(self, site: Site, streams: Sequence[str], tokens: int) -> dict[str, tuple[int, int]]:
         """First token and end of each stream of a sequence.
@@ -220,10 +219,11 @@ def z_image_layout(model: Any, arguments: Mapping[str, Any]) -> Layout:
 
 
 def unet_layout(model: Any, arguments: Mapping[str, Any]) -> Layout:
-    """Latents `[B, C, H, W]`, halved and rounded up after each block but the last."""
-    levels = [tuple(arguments["sample"].shape[-2:])]
+    """Latents `[B, C, H, W]` or `[B, C, T, H, W]`, halved and rounded up after each block but the last."""
+    levels = [tuple(arguments["sample"].shape[2:])]
     for _ in model.config.down_block_types[1:]:
-        levels.append(tuple(-(-n // 2) for n in levels[-1]))
+        *frames, height, width = levels[-1]
+        levels.append((*frames, -(-height // 2), -(-width // 2)))
     return Layout(levels[0], {}, levels=tuple(levels))
 
 
@@ -266,3 +266,7 @@ def z_image_example(frames: int, height: int, width: int) -> dict[str, Any]:
 
 def unet_example(frames: int, height: int, width: int) -> dict[str, Any]:
     return {"sample": _empty(1, 1, height, width)}
+
+
+def motion_unet_example(frames: int, height: int, width: int) -> dict[str, Any]:
+    return {"sample": _empty(1, 1, frames, height, width)}

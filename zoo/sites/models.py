@@ -84,6 +84,7 @@ def _cross(name: str, queries: tuple[str, ...] = VIDEO, axes: tuple[int, ...] | 
 _REFINER = Attention("context_embedder.token_refiner.refiner_blocks.#.attn", "refine", (joint("text"),))
 _FLUX = joint("text", "image", "reference")
 _UNET = ("down_blocks.*.attentions.*", "mid_block.attentions.*", "up_blocks.*.attentions.*")
+_MOTION = tuple(place.replace("attentions", "motion_modules") for place in _UNET)
 
 MODELS: dict[str, Model] = {
     "WanTransformer3DModel": Model(
@@ -256,6 +257,27 @@ MODELS: dict[str, Model] = {
         text=77,
         example=layouts.unet_example,
     ),
+    "UNetMotionModel": Model(
+        (
+            *(
+                attention
+                for place in _UNET
+                for attention in (
+                    Attention(f"{place}.transformer_blocks.*.attn1", "self", (SELF_VIDEO,), axes=(1, 2)),
+                    _cross(f"{place}.transformer_blocks.*.attn2", axes=(1, 2)),
+                )
+            ),
+            *(
+                Attention(f"{place}.transformer_blocks.*.attn{number}", "self", (SELF_VIDEO,), axes=(0,))
+                for place in _MOTION
+                for number in (1, 2)
+            ),
+        ),
+        layouts.unet_layout,
+        stride=(1, 8, 8),
+        text=77,
+        example=layouts.motion_unet_example,
+    ),
     "VideoDiT": Model(
         (
             Attention("blocks.#.attn1", "self", (SELF_VIDEO,)),
@@ -401,12 +423,15 @@ def _level(name: str, levels: int) -> int:
 
 
 def _number_unet(found: list[tuple[int, int, Site]]) -> list[Site]:
-    """Sites of a UNet in the order in which they run, one layer number a transformer block."""
+    """Sites of a UNet in the order in which they run, one layer number for each transformer block."""
     places = ("down_blocks", "mid_block", "up_blocks")
     numbered: dict[str, int] = {}
 
     def key(site: Site) -> tuple:
-        return (places.index(site.name.split(".")[0]), *map(int, re.findall(r"\d+", site.name)))
+        outer, _, inner = site.name.partition(".transformer_blocks.")
+        numbers = [[int(n) for n in re.findall(r"\d+", part)] for part in (outer, inner)]
+        # frames are attended to behind the attention inside of frames
+        return (places.index(outer.split(".")[0]), *numbers[0], "motion_modules" in outer, *numbers[1])
 
     sites = []
     for site in sorted((site for _, _, site in found), key=key):

@@ -11,7 +11,7 @@ from ...kernels.masks import REGISTRY
 from ...weights import bundled_manifest
 from ..backbones import FAMILIES
 from ..backbones import __name__ as BACKBONES
-from ..control.recipes import RECIPES
+from ..control.recipes import RECIPES, Recipe
 from .record import System
 
 ARXIV = re.compile(r"arXiv:\d{4}\.\d{5}")
@@ -62,10 +62,16 @@ def recipes() -> tuple[System, ...]:
             f"zoo.control.recipes:{name}",
             f"{test}::{name}",
             recipe.status,
-            f"not public: {recipe.missing}" if recipe.missing else "",
+            _note(recipe),
         )
         for name, recipe in sorted(RECIPES.items())
     )
+
+
+def _note(recipe: Recipe) -> str:
+    if recipe.missing:
+        return f"not public: {recipe.missing}"
+    return "recorded" if recipe.recorded else "by its properties"
 
 
 def backbones() -> tuple[System, ...]:

@@ -13,6 +13,7 @@ from .key_mean import KeyMean
 from .latent_loss import LatentLoss
 from .merge_tokens import MergeTokens
 from .mixed_resolution import Foveation, foveate, mixed_attention
+from .motion_energy import MotionEnergy, enhance
 from .overwrite import overwrite_logits
 from .paths import FirstFrame, attend_along, path_tokens
 from .perturb import Perturb
@@ -52,6 +53,7 @@ __all__ = [
     "LatentLoss",
     "Members",
     "MergeTokens",
+    "MotionEnergy",
     "Perturb",
     "Recall",
     "RefinedMask",
@@ -74,6 +76,7 @@ __all__ = [
     "blend",
     "blend_masks",
     "compose_regions",
+    "enhance",
     "foveate",
     "fuse_features",
     "gather_map",

@@ -41,7 +41,7 @@ class Emphasize(Edit):
         span = context.span(call, "text", keys=True)
         if span is None:
             return out
-        tokens = [span[0] + token for token in context.tokens_of(self.words)]
+        tokens = context.places_of(self.words, span)
         added = self.amount * call.value[:, tokens].sum(1, keepdim=True)  # [B, 1, heads, d]
         out = out.clone()
         out[list(rows)] += added[list(rows)]

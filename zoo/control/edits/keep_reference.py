@@ -65,7 +65,7 @@ class KeepReference(Edit):
         if span is None or grid is None or len(grid) != 2:
             return None
         column = torch.zeros(call.key.shape[1], 1, device=call.query.device)
-        column[[span[0] + token for token in plan.tokens_of(self.words)]] = 1
+        column[plan.places_of(self.words, span)] = 1
         return column
 
     def read(self, call: Call, plan: Context, maps: Tensor) -> None:
@@ -78,7 +78,7 @@ class KeepReference(Edit):
         span = plan.span(call, "text", keys=True)
         if span is None or self._seen is None:
             return out
-        tokens = [span[0] + token for token in plan.tokens_of(self.words)]
+        tokens = plan.places_of(self.words, span)
         share = self._seen[0][..., None] * call.value[:, tokens].mean(1, keepdim=True)
         return out + share - share.detach()
 

@@ -92,13 +92,11 @@ class RefinedMask(Edit):
 
     def columns(self, call: Call, plan: tuple) -> Tensor | None:
         context, _ = plan
-        if context.site.kind != "cross" or context.span(call, "text", keys=True) is None:
+        span = context.span(call, "text", keys=True)
+        if context.site.kind != "cross" or span is None:
             return None
         column = torch.zeros(call.key.shape[1], 1, device=call.query.device)
-        for token in context.tokens_of(self.words):
-            if token >= len(column):
-                raise ValueError(f"words {self.words} have token {token} of {len(column)} text tokens")
-            column[token] = 1
+        column[context.places_of(self.words, span)] = 1
         return column
 
     @torch.compiler.disable

@@ -66,5 +66,5 @@ class RegionBias(Edit):
         factor = factor.repeat_interleave(call.query.shape[0] // context.rows.batch, dim=0)
         columns = torch.zeros(call.key.shape[1], 1, len(self.words)).to(call.key)
         for region, word in enumerate(self.words):
-            columns[[text[0] + token for token in context.words[word]], 0, region] = 1
+            columns[context.places_of([word], text), 0, region] = 1
         return with_bias(call, factor, columns)

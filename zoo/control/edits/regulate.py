@@ -138,7 +138,7 @@ class Regulate(Edit):
             return following(call)
         out = following(call)
         mine = [i for i, row in enumerate(rows) if row in chosen]
-        words = context.tokens_of(self.words)
+        words = tuple(context.places_of(self.words, span))
         plain = logits(call.query[mine], call.key[mine], scale_of(call))  # [B, heads, tokens, text]
         flat = plain.flatten(0, 1)
         new, losses = regulate(flat, words, grid, iterations=self.iterations, rate=self.rate, seed=self.seed)

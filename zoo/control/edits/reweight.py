@@ -61,10 +61,7 @@ class Reweight(Edit):
             return None
         factor = torch.ones(call.key.shape[1], device=call.query.device)
         for word, weight in self.weights.items():
-            tokens = [span[0] + token for token in context.words[word]]
-            if max(tokens) >= span[1]:
-                raise ValueError(f"word {word!r} is token {max(tokens) - span[0]} of {span[1] - span[0]} text tokens")
-            factor[tokens] = weight
+            factor[context.places_of([word], span)] = weight
         return factor
 
     def qkv(self, call: Call, plan: tuple) -> Call:
@@ -98,8 +95,7 @@ class Reweight(Edit):
         for word, weight in self.weights.items():
             value = part.value.clone()
             value[:, grid[0] : grid[1]] *= weight
-            for token in context.words[word]:
-                at = text[0] + token
+            for at in context.places_of([word], text):
                 out[index, at : at + 1] = self._queries(part, slice(at, at + 1), value)
         return out
 

@@ -38,8 +38,10 @@ class RowGuidance(Edit):
     def hooks(self, control: Any) -> list[Any]:
         def after(module: Any, args: tuple, out: Any) -> Any:
             pipe, rows = control.pipe_or_model, control.rows
-            if not self.now or control.only_cond or not getattr(pipe, "do_classifier_free_guidance", False):
+            if not self.now or control.only_cond:
                 return None
+            if not getattr(pipe, "do_classifier_free_guidance", False):
+                raise ValueError(f"{self} gives branches guidance of their own, and guidance is off")
             scale = getattr(pipe, "guidance_scale", None)
             if scale is None or scale == 1 or any(name not in rows.parts for name in ("cond", "uncond")):
                 raise ValueError(

@@ -75,7 +75,7 @@ class Sharpen(Edit):
         mine[queries[0] : queries[1]] = shares
         if self.cross:
             for region, word in enumerate(self.words):
-                theirs[[keys[0] + token for token in context.words[word]], region] = 1
+                theirs[context.places_of([word], keys), region] = 1
         else:
             theirs[keys[0] : keys[1]] = shares
         on = torch.zeros(context.rows.batch, device=device)

@@ -188,12 +188,10 @@ class Visible(Edit):
                 shares[first:end, self.reference] = 1
             if stream == "text":
                 for region, word in enumerate(self.words):
-                    for token in context.words[word]:
-                        if token >= end - first:
-                            raise ValueError(f"word {word!r} is token {token} of {end - first} text tokens")
-                        names[first + token] = "entity"
-                        shares[first + token, region] = 1
-                        same[first + token] = 1 + region
+                    for place in context.places_of([word], (first, end)):
+                        names[place] = "entity"
+                        shares[place, region] = 1
+                        same[place] = 1 + region
         return Members(names, shares, same)
 
     def groups(self, call: Call, context: Context) -> Groups:

@@ -78,10 +78,7 @@ class WordMask(Edit):
             return None
         columns = torch.zeros(call.key.shape[1], len(self.words), device=call.query.device)
         for number, word in enumerate(self.words):
-            for token in context.words[word]:
-                if token >= span[1] - span[0]:
-                    raise ValueError(f"word {word!r} is token {token} of {span[1] - span[0]} text tokens")
-                columns[span[0] + token, number] = 1
+            columns[context.places_of([word], span), number] = 1
         return columns
 
     @torch.compiler.disable

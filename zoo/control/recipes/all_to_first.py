@@ -11,6 +11,7 @@ from ..registry import recipe
     hosts="video transformers; UNets with frames in the batch",
     needs="a model trained so",
     cost="1 / frames of self-attention",
+    recorded="dit_all_to_first",
 )
 def all_to_first(frames: int | None = None) -> list:
     """Edits of spatial self-attention.

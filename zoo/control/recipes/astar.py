@@ -32,7 +32,7 @@ def retention(maps: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
     "arXiv:2306.14544",
     "partial",
     hosts="Stable Diffusion",
-    needs="two concepts or more",
+    needs="two concepts or more; callback with prompts",
     cost="one evaluation with gradients in each step",
     missing="the threshold of the binarization, the step size, smoothing and normalization of maps",
 )

@@ -14,6 +14,7 @@ from ..registry import recipe
     hosts="Stable Diffusion, in training",
     needs="one image of several concepts",
     cost="columns of the identifiers",
+    recorded="unet_attencraft",
 )
 def attencraft(maps: Tensor, masks: Tensor) -> Tensor:
     """Mean over concepts of the Jensen-Shannon divergence of softmax(map) and softmax(mask) over pixels.

@@ -15,6 +15,7 @@ from ..where import Where
     hosts="Stable Diffusion 1.4 to 2.1; any cross-attention to text",
     needs="target words, maps='allow'",
     cost="20 gradient steps on cross-attention maps of 16 x 16 in each edited layer and step",
+    recorded="unet_attention_regulation",
 )
 def attention_regulation(
     words: Sequence[str],

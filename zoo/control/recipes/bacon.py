@@ -23,7 +23,7 @@ def outside_mass(maps: Tensor, mask: Tensor) -> Tensor:
     "arXiv:2411.10495",
     "idea",
     hosts="UNets",
-    needs="a box for each word",
+    needs="a box for each word; callback with prompts",
     cost="one evaluation with gradients in each step",
     missing="the losses at the boundaries of boxes",
 )

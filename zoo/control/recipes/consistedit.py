@@ -15,6 +15,7 @@ from ..where import Where
     hosts="SD3, FLUX (single blocks), CogVideoX",
     needs="two prompts, one noise; a mask, or a run for it",
     cost="none",
+    recorded="dit_consistedit",
 )
 def consistedit(edited: Any, *, alpha: float = 1.0, places: tuple[str, ...] | None = None) -> list:
     """Edits for a Control with branches=("source", "target").

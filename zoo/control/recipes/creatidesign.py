@@ -46,6 +46,7 @@ def rules_of(*, objects: bool = True, subject: bool = True) -> dict[tuple[str, s
     hosts="FLUX with a reference stream; any joint or cross-attention for the boxes alone",
     needs="trained streams (LoRA), boxes, a subject image",
     cost="less than dense: a call for each group of tokens that see the same",
+    recorded="dit_creatidesign",
 )
 def creatidesign(boxes: Tensor, words: Sequence[str], *, subject: Tensor | None = None) -> list:
     """Edits of who sees whom; objects are words of the Control, the subject is the reference stream.

@@ -11,7 +11,7 @@ from ..swapping import blend_words, swap_words
     "arXiv:2311.11697",
     "idea",
     hosts="UNets, frames as rows, with an image prompt",
-    needs="two prompts, a reference image",
+    needs="two prompts, a reference image; callback",
     cost="one row more",
     missing="formula, model and layers",
 )

@@ -15,7 +15,7 @@ OUTSIDE = {("image", "image"): "inside"}  # of the region that is left
     "arXiv:2403.14487, design-edit/DesignEdit@4592a4b",
     "exact",
     hosts="SDXL",
-    needs="masks of layers; the source by inversion",
+    needs="masks of layers; the source by inversion; callback. Layers are pasted by `latents.paste`",
     cost="less than dense: removed keys are left out",
 )
 def designedit(mask: Tensor, *, until: float = 0.8, leak: bool = False) -> list:

@@ -16,6 +16,7 @@ from ..where import Where
     hosts="CogVideoX",
     needs="prompts of segments",
     cost="none in attention; segments are denoised in pairs",
+    recorded="dit_ditctrl",
 )
 def ditctrl(*, steps: int = 50, layers: tuple[int, ...] = (25, 26, 27, 28, 29), first: int = 2, end: int = 25) -> list:
     """Edits for a Control with branches=("source", "target"), the segment before and the next.

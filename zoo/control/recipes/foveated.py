@@ -23,6 +23,7 @@ def circle(size: tuple[int, int], center: tuple[float, float] = (0.0, 0.0), radi
     hosts="FLUX.2, Wan, with LoRA",
     needs="a LoRA trained on packed tokens",
     cost="fine tokens + blocks, squared, instead of all tokens, squared",
+    recorded="dit_crpa",
 )
 def foveated(fovea: Tensor, *, factor: int = 2) -> tuple[Foveation, object]:
     """The packing of tokens, and the attention of packed tokens behind text (`edits.mixed_attention`).

@@ -38,7 +38,7 @@ def dependence_mask(
     "arXiv:2408.16232",
     "partial",
     hosts="Stable Diffusion",
-    needs="latents of a reference image, gradients",
+    needs="latents of a reference image; callback with prompts",
     cost="one evaluation with gradients in each chosen step",
     missing="aggregation over layers and heads, kernel sizes, timesteps",
 )

@@ -11,6 +11,7 @@ from ..registry import recipe
     hosts="Qwen-Image-Edit; any model with a reference stream",
     needs="a reference image",
     cost="a mean over keys",
+    recorded="dit_grag",
 )
 def grag(*, scale: float = 1.0, delta: float = 1.1, text: tuple[float, float] = (1.0, 1.0)) -> list:
     """Edits of the reference's keys in all layers, steps and rows.

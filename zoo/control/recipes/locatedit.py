@@ -18,9 +18,10 @@ WEIGHT = 15.0  # of the words that differ, on the map
     "LOCATEdit",
     "LOCATEdit/LOCATEdit@bf5510d",
     "exact",
-    hosts="Stable Diffusion with an IP-Adapter",
-    needs="two prompts, latents of the source, maps='allow'; an offset of the image prompt (`sparse_offset`)",
+    hosts="Stable Diffusion, without the image prompt: a Control refuses IP-Adapters",
+    needs="two prompts, latents of the source; maps='allow', callback",
     cost="one attention row more; self-attention maps at 32 x 32 and a Cholesky factorization of 1024² in each step",
+    recorded="unet_refined_maps",
 )
 def locatedit(
     source: str,

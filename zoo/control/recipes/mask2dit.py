@@ -23,6 +23,7 @@ RULES = {
     hosts="CogVideoX; VideoDiT by segments",
     needs="a prompt for each scene; the authors fine-tune",
     cost="less than dense",
+    recorded="dit_mask2dit",
 )
 def mask2dit(frames: Sequence[int], words: Sequence[str]) -> list:
     """Edits for a video of scenes, whose texts are one prompt after the other.

@@ -18,7 +18,7 @@ BLOCKS = {  # of which the words' maps are taken
     "arXiv:2508.07519",
     "exact",
     hosts="SD3, SD3.5, FLUX",
-    needs="two prompts, one noise",
+    needs="two prompts, one noise; callback where words are blended",
     cost="none in attention; columns of the words where blended",
 )
 def mmdit_edit(

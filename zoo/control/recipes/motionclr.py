@@ -16,6 +16,7 @@ from ..where import Where
     hosts="text-conditioned transformers over time",
     needs="nothing",
     cost="none",
+    recorded="unet_motionclr",
 )
 def motionclr(
     word: str | None = None, *, emphasize: float = 0.0, erase: float = 1.0, replace_steps: int = 0, style_steps: int = 0

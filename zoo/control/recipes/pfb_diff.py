@@ -19,6 +19,7 @@ RULES = {("image", "entity"): "region", ("image", "text"): "all"}
     hosts="Stable Diffusion",
     needs="a mask; the source by inversion",
     cost="none",
+    recorded="unet_pfb_diff",
 )
 def pfb_diff(
     mask: Tensor,

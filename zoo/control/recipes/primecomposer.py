@@ -15,7 +15,7 @@ RULES = {("image", "entity"): "region", ("image", "text"): "all"}
     "CodeGoat24/PrimeComposer@ff602b2",
     "exact",
     hosts="Stable Diffusion 2.1",
-    needs="a segmented object, both images by inversion",
+    needs="a segmented object, both images by inversion; callback. The user calls `correlate` in the first steps",
     cost="logits of the object's columns",
 )
 def primecomposer(word: str, mask: Tensor, box: Tensor, *, until: float = 0.8) -> list:

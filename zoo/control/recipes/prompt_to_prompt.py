@@ -12,8 +12,9 @@ from ..swapping import blend_words, swap_words
     "arXiv:2208.01626, google/prompt-to-prompt@9c472e4",
     "exact",
     hosts="UNets with cross-attention",
-    needs="two prompts, one noise",
+    needs="two prompts, one noise; callback for `local_blend`",
     cost="one attention row more for each edited row",
+    recorded="unet_p2p_edits",
 )
 def prompt_to_prompt(source: str, target: str, **options: Any) -> list:
     """Edits for a Control with branches=("source", "target").

@@ -47,6 +47,7 @@ def cells(ratios: str, size: tuple[int, int]) -> Tensor:
     hosts="FLUX, SD3, cross-attention",
     needs="a prompt for each region as a branch",
     cost="one row for each region",
+    recorded="dit_rag",
 )
 def rag(regions: Sequence[str], masks: Tensor, *, delta: float = 1.0, base: str = "base") -> list:
     """Edits for a Control whose branches are base and regions, with one prompt and the same latents each.

@@ -31,6 +31,7 @@ HARD = BASE | {("image", "text"): "background", ("image", "image"): "region+back
     hosts="FLUX",
     needs="a mask and words for each entity; LoRA weights of the contour stream",
     cost="less than dense: a call for each group of tokens that see the same",
+    recorded="dit_seg2any",
 )
 def seg2any(
     regions: Tensor,

@@ -21,7 +21,7 @@ def discs(centers: Sequence[tuple[float, float]], size: tuple[int, int], radius:
     "UCSB-NLP-Chang/Diffusion-SpaceTime-Attn@7641998",
     "exact",
     hosts="Stable Diffusion",
-    needs="encoded texts and centers of objects, guidance in one batch",
+    needs="encoded texts and centers of objects, guidance in one batch; the weights' optimization is the user's",
     cost="one cross-attention for each object",
 )
 def spacetime(

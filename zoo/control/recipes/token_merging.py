@@ -11,6 +11,7 @@ from ..where import Where
     "exact",
     hosts="UNets and transformers with self-attention",
     cost="(1 - ratio)² of self-attention, and a matching",
+    recorded="dit_tome",
 )
 def token_merging(ratio: float = 0.5, *, scales: tuple[int, ...] | None = (1,), log_size: bool = False, seed=0) -> list:
     """Edits that merge before and copy back after self-attention.

@@ -15,6 +15,7 @@ from ..registry import recipe
     hosts="a branch beside temporal attention",
     needs="paths of pixels; a trained branch",
     cost="attention over frames for each path",
+    recorded="dit_trajectory",
 )
 def trajectory_attention(
     hidden: Tensor,

@@ -35,7 +35,7 @@ def balance(step: int, *, rate: float, size: float = 5.0) -> tuple[float, float]
     "arXiv:2504.05594",
     "partial",
     hosts="Stable Diffusion",
-    needs="null-text inversion, a mask, two branches; maps='allow'",
+    needs="null-text inversion, a mask, two branches; maps='allow', callback with prompts",
     cost="one evaluation with gradients in half of the steps; self maps up to 32 x 32",
     missing="the form of the cross-attention loss (a square of the sum here; its gradient is normalized)",
 )

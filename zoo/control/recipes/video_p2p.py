@@ -14,7 +14,7 @@ SCALES = (2, 4, 8, 16, 32)  # 32 x 32 tokens of Stable Diffusion and smaller
     "dvlab-research/Video-P2P@ecd7f91",
     "exact",
     hosts="image UNets with frames in the batch",
-    needs="one-shot tuning, null-text inversion",
+    needs="one-shot tuning and null-text inversion by the user",
     cost="keys of one frame in self-attention",
 )
 def video_p2p(

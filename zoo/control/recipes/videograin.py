@@ -22,6 +22,7 @@ def fade(noise: float) -> float:
     hosts="UNets and transformers with text",
     needs="masks and words of regions",
     cost="logits once more, by pieces, for their extremes",
+    recorded="dit_videograin",
 )
 def videograin(
     regions: Tensor,

@@ -28,9 +28,10 @@ def masks(maps: Tensor, size: tuple[int, int], *, threshold: float = 0.5) -> Ten
     "ViMAEdit",
     "Null-0000/ViMAEdit@8d3ffa2",
     "exact",
-    hosts="Stable Diffusion with an IP-Adapter",
-    needs="two prompts, latents of the source; an image prompt for its third part (`edited_image_embedding`)",
+    hosts="Stable Diffusion, without the image prompt: a Control refuses IP-Adapters",
+    needs="two prompts, latents of the source; callback",
     cost="one attention row more, and five attention calls with one channel in each step",
+    recorded="unet_refined_maps",
 )
 def vimaedit(
     source: str,
