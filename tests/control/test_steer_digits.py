@@ -20,15 +20,15 @@ def test_models_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(steer, "STEPS", 4)
     with pytest.raises(SystemExit, match="train pairs"):
         steer.pipeline("pairs")
-    for name, (options, make, _, _, start) in steer.MODELS.items():
-        monkeypatch.setitem(steer.MODELS, name, (options, make, 2, 4, start))
+    for name, (options, make, _, _) in steer.MODELS.items():
+        monkeypatch.setitem(steer.MODELS, name, (options, make, 2, 4))
         steer.train(name)
     read = steer.judge()
     steer.measure_regions(read, count=2, prompts=1)
     steer.measure_path(read, count=2, routes=2)
     steer.measure_first(read, count=4)
     lines = capsys.readouterr().out.splitlines()
-    for name, count in (("regions", 3), ("path", 2), ("first frame", 3)):
+    for name, count in (("regions", 2), ("path", 2), ("first frame", 3)):
         assert sum(line.startswith(f"{name}, ") for line in lines) == count, name
     steer.draw()
     drawn = {path.name: Image.open(path) for path in (tmp_path / "images").iterdir()}

@@ -30,7 +30,8 @@ def overlay(image: Any, maps: Mapping[str, Tensor], path: str | Path) -> Path:
     picture = image[0] if isinstance(image, list) else image
     picture = numpy.asarray(picture)
     height, width = picture.shape[:2]
-    figure, axes = pyplot.subplots(1, len(maps) + 1, figsize=(3 * (len(maps) + 1), 3.4), squeeze=False)
+    size = (3 * (len(maps) + 1), 3 * height / width + 0.4)
+    figure, axes = pyplot.subplots(1, len(maps) + 1, figsize=size, squeeze=False)
     axes[0, 0].imshow(picture)
     axes[0, 0].set_title("image")
     for axis, (word, found) in zip(axes[0, 1:], maps.items(), strict=True):

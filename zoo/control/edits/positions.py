@@ -53,8 +53,10 @@ class CopySpatialPositions(Edit):
     Args:
         tracks: the box in every token frame, bool `[frames, height, width]` on the grid of tokens.
         anchor: frame that gives the positions; the middle one when None.
-        schedule: steps.
+        schedule: steps. All rows are edited.
     """
+
+    guidance = "both"
 
     def __init__(self, tracks: Tensor, *, anchor: int | None = None, schedule: Schedule | None = None):
         self.tracks, self.schedule = tracks.bool(), schedule or Schedule()
