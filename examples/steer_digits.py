@@ -1,12 +1,21 @@
 """Trains small digit generators, steers them with `foveal.zoo.Control`, measures it, and draws pictures.
 
-    python examples/steer_digits.py train          # five models into runs/steer_digits, 1 to 4 minutes of a core each
+    python examples/steer_digits.py train          # four models into runs/steer_digits, 1 to 4 minutes of a core each
     python examples/steer_digits.py train pairs    # one of them
     python examples/steer_digits.py measure        # prints numbers
     python examples/steer_digits.py draw           # docs/images/steer/*
 
-Needs scikit-learn (its scans of digits are the data), Pillow and matplotlib. Seeds are fixed; numbers are of held-out
-scans' judge, an SVM on 8 x 8 pixels.
+Needs scikit-learn (its scans of digits are the data), Pillow and matplotlib. Trainings are short: digits along the path
+keep the path, and seldom their shape. `measure` printed, seeds as they are here, torch 2.14, one thread:
+
+    judge: right on 98.1 % of held-out scans
+    regions, not bound: both digits 100 %, each in its region 0 %
+    regions, bound: both digits 100 %, each in its region 100 %
+    path, not bound: 4.0 pixels off the path, within 2 pixels in 16 % of frames; the digit is right in 26 %
+    path, bound: 1.0 pixels off the path, within 2 pixels in 92 % of frames; the digit is right in 29 %
+    first frame itself: the judge reads its digit in 98 %
+    first frame, first layers: last frame shows its digit in 98 %, cosine to the first frame 0.999
+    first frame, spatial layers: last frame shows its digit in 18 %, cosine to the first frame 0.689
 """
 
 from __future__ import annotations
@@ -35,7 +44,7 @@ VOCABULARY = ("and", *DIGITS)  # "and" stands for what is no digit
 SIDE, MEAN, STD = 8, 0.14, 0.3  # pixels of a scan; mean and deviation of canvases
 HEIGHT, WIDTH, PATCH = 8, 16, 2  # of a picture of two digits, and of its tokens
 CANVAS, FRAMES = 16, 8  # of a clip along a path
-SMALL, SHORT = 12, 6  # of a clip behind its first frame
+SHORT = 4  # frames of a clip behind its first one
 PEAK = 2e-3  # of the learning rate
 STEPS, SCALE = 25, 2.5  # of sampling, and of its guidance
 CROSS = {("image", "entity"): "region", ("image", "text"): "all"}  # digits' words in their regions, "and" everywhere
@@ -116,13 +125,10 @@ def moving(count: int, images: Tensor, labels: Tensor, *, bound: float) -> dict[
 
 
 def behind(count: int, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """One digit that moves, without any text: the first frame says which."""
-    which, room, t = torch.randint(len(images), (count,)), SMALL - SIDE, torch.arange(SHORT)
-    path = torch.rand(count, 1, 2) * room + t[:, None] * (torch.rand(count, 1, 2) - 0.5) * 2
-    path = (path % (2 * room)).sub(room).abs().neg().add(room).round().long().clamp(0, room)
-    video = torch.zeros(count * SHORT, SMALL, SMALL)
-    put(video, images[which].repeat_interleave(SHORT, 0), *path.flatten(0, 1).unbind(-1))
-    return {"video": video.unflatten(0, (count, 1, SHORT)), "label": labels[which]}
+    """One digit whose brightness changes, without any text: the first frame says which."""
+    which, light = torch.randint(len(images), (count,)), 0.4 + 0.6 * torch.rand(count, SHORT, 1, 1)
+    light[:, 0] = 1
+    return {"video": (light * images[which][:, None])[:, None], "label": labels[which]}
 
 
 # models
@@ -154,14 +160,12 @@ class Encoder:
 
 TEXT = {"conditioning": "cross", "text_dim": len(VOCABULARY)}
 PAIRS = {"conditioning": "cross", "text_dim": len(VOCABULARY) + 3, "patch_size": (1, PATCH, PATCH)}
-FRAME = {"patch_size": (1, 4, 4), "num_layers": 4}
 # name: (options of the model, batches, steps, batch size)
 MODELS: dict[str, tuple[dict, Callable, int, int]] = {
     "pairs": (PAIRS, lambda n, *x: pairs(n, *x, bound=0.5), 2200, 16),
     "path": (TEXT | {"patch_size": (1, 4, 4)}, lambda n, *x: moving(n, *x, bound=0.5), 1500, 8),
-    "first": (FRAME | {"attention": ("first", "temporal")}, behind, 450, 20),
-    "spatial": (FRAME | {"attention": ("spatial", "temporal")}, behind, 450, 20),
-    "dense": (FRAME, behind, 450, 20),
+    "first": ({"patch_size": (1, 2, 2), "attention": ("first", "spatial")}, behind, 600, 16),
+    "spatial": ({"patch_size": (1, 2, 2), "attention": ("spatial",)}, behind, 600, 16),
 }
 
 
@@ -326,18 +330,15 @@ def measure_first(read: Callable, count: int = 100) -> None:
     torch.manual_seed(3)
     batch = behind(count, images, labels)
     given = batch["video"][:, :, 0]
-    start = find_digit(given[:, 0])[0]
-    print(f"first frame itself: the judge reads its digit in {100 * same(read(start), batch['label']):.0f} %")
-    for name in ("first", "dense", "spatial"):
-        size, options = (SHORT, SMALL, SMALL), {"num_videos_per_prompt": count, "generator": generators(count)}
+    print(f"first frame itself: the judge reads its digit in {100 * same(read(given[:, 0]), batch['label']):.0f} %")
+    for name in ("first", "spatial"):
+        size, options = (SHORT, SIDE, SIDE), {"num_videos_per_prompt": count, "generator": generators(count)}
         clips = sample(pipeline(name), None, size, image=given, **options)
-        last = find_digit(clips[:, -1])[0]
-        moved = (clips[:, -1] - clips[:, 0]).abs().mean()
-        likeness = cosine_similarity(last.flatten(1), start.flatten(1)).mean()
+        last = clips[:, -1] / clips[:, -1].amax((-2, -1), keepdim=True).clamp(min=0.1)
+        likeness = cosine_similarity(last.flatten(1), given.flatten(1)).mean()
         print(
             f"first frame, {name} layers: last frame shows its digit in "
-            f"{100 * same(read(last), batch['label']):.0f} %, cosine to the first frame's digit {float(likeness):.3f} "
-            f"(mean change of a pixel {float(moved):.3f})",
+            f"{100 * same(read(last), batch['label']):.0f} %, cosine to the first frame {float(likeness):.3f}",
             flush=True,
         )
 

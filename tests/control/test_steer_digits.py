@@ -28,7 +28,7 @@ def test_models_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsys):
     steer.measure_path(read, count=2, routes=2)
     steer.measure_first(read, count=4)
     lines = capsys.readouterr().out.splitlines()
-    for name, count in (("regions", 2), ("path", 2), ("first frame", 3)):
+    for name, count in (("regions", 2), ("path", 2), ("first frame", 2)):
         assert sum(line.startswith(f"{name}, ") for line in lines) == count, name
     steer.draw()
     drawn = {path.name: Image.open(path) for path in (tmp_path / "images").iterdir()}
