@@ -23,7 +23,6 @@ Flops = Callable[..., tuple[int, int]]
 Fake = Callable[..., tuple[Tensor, ...]]
 OPERATORS: dict[str, Operator] = {}  # by name
 FUNCTIONS: dict[str, Public] = {}  # by name
-PLAIN: dict[str, Public] = {}  # likewise of functions that are PyTorch alone, without an operator of the dispatcher
 
 
 class Public(NamedTuple):

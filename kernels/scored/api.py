@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 
 from ..common.arguments import operator
-from ..common.calling import IMPLEMENTATIONS, Impl, Mask, triton_obstacle, without_autocast
-from ..common.operator import PLAIN, Public
+from ..common.calling import Impl, Mask, without_autocast
 from . import chunked, cost, reference
-from .call import ScoredCall, make_call
+from .call import ScoredCall, make_call, scored
 from .columns import ColumnMask
 from .score import CLASSES, Score
-
-UNFUSED = "scored attention has no fused kernel"
 
 
 class Options(TypedDict, total=False):
@@ -26,29 +23,13 @@ class Options(TypedDict, total=False):
     impl: Impl
 
 
-class Unfused:
-    """The choice of implementation, as a declared operator makes it, where no score has a fused kernel."""
-
-    def unsupported_reasons(self, query: Tensor, key: Tensor, value: Tensor, call: ScoredCall) -> dict[str, str | None]:
-        """For every implementation, why it cannot take a call, or None."""
-        return {"triton": triton_obstacle(query, value) or UNFUSED, "torch": None, "reference": None}
-
-    def select_impl(self, query: Tensor, key: Tensor, value: Tensor, call: ScoredCall, impl: Impl = "auto") -> str:
-        """Name of the implementation of a call; an explicit request is kept or refused, never replaced.
-
-        Raises:
-            ValueError: an unknown name.
-            NotImplementedError: there is no such kernel.
-        """
-        if impl not in ("auto", *IMPLEMENTATIONS):
-            raise ValueError(f"impl={impl!r} must be one of {('auto', *IMPLEMENTATIONS)}")
-        if impl == "triton":
-            why = self.unsupported_reasons(query, key, value, call)["triton"]
-            raise NotImplementedError(f"impl='triton' cannot take this call: {why}")
-        return "torch" if impl == "auto" else impl
+def _fused(query: Tensor, key: Tensor, value: Tensor, call: ScoredCall) -> tuple[Tensor, Tensor | None]:
+    """Output and log-sum-exp by the Triton kernels; the latter is None where the score has none."""
+    out, lse = scored.dispatch("triton", query, key, value, call)
+    return out, lse if call.score.has_lse else None
 
 
-UNFUSED_OPERATOR = Unfused()
+ATTEND = {"triton": _fused, "torch": chunked.attend, "reference": reference.attend}
 
 
 @overload
@@ -59,6 +40,7 @@ def scored_attention(
 def scored_attention(
     query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
 ) -> tuple[Tensor, Tensor]: ...
+@scored.public(make_call, summarize=cost.summarize)
 @operator
 def scored_attention(
     query: Tensor,
@@ -74,8 +56,9 @@ def scored_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of all tokens whose weights are another function of the logits than their softmax.
 
-    Differentiable in query, key, value and the tensors of the score, any number of times. Scores whose rows are
-    independent keep the logits of a chunk of queries at a time; `explain` says which do, and what is held.
+    Differentiable in query, key, value and the tensors of the score; in PyTorch any number of times, by the kernels
+    once. Softmax, Signed, Softplus, CoPE and Parallax have Triton kernels. In PyTorch scores whose rows are independent
+    keep the logits of a chunk of queries at a time; `explain` says which do, and what is held.
 
     Args:
         query: `[B, *spatial, heads, head_dim]` with 1 to 3 spatial axes, float16, bfloat16, float32 or float64, any
@@ -90,7 +73,8 @@ def scored_attention(
             together with a score that has tensors per token, which are in the order of the score.
         scale: factor on query . key; head_dim ** -0.5 when None.
         return_lse: return the log-sum-exp, too, of scores that have one.
-        impl: "auto" and "torch" take PyTorch by chunks, "reference" all logits at once; no score has a fused kernel.
+        impl: "auto" takes the Triton kernels on CUDA and ROCm where the score has them, and "triton" insists; "torch"
+            takes PyTorch by chunks, "reference" all logits at once.
 
     Returns:
         output `[B, *spatial, heads, value_dim]` in the dtype of query; with `return_lse` a tuple of it and the
@@ -102,13 +86,13 @@ def scored_attention(
             (class F4): ask for "torch" to accept that.
     """
     call = make_call(query, key, value, score=score, mask=mask, order=order, scale=scale)
-    chosen = UNFUSED_OPERATOR.select_impl(query, key, value, call, impl)
+    chosen = scored.select_impl(query, key, value, call, impl)
     if impl == "auto" and query.device.type == "cuda" and score.fusibility == "F4":
         raise NotImplementedError(f"{type(score).__name__} is of class F4, {CLASSES['F4']}; ask for it by impl='torch'")
     if return_lse and not score.has_lse:
         raise ValueError(f"return_lse=True: weights of {type(score).__name__} have no log-sum-exp")
     with without_autocast(query.device):
-        out, lse = _in_order(query, key, value, call, (chunked if chosen == "torch" else reference).attend)
+        out, lse = _in_order(query, key, value, call, ATTEND[chosen])
     if not return_lse:
         return out
     assert lse is not None
@@ -130,6 +114,3 @@ def _in_order(query, key, value, call, attend) -> tuple[Tensor, Tensor | None]:
     back = torch.empty_like(call.order).scatter_(0, call.order, torch.arange(q.shape[1], device=call.order.device))
     out = out[:, back].reshape(*query.shape[:-1], out.shape[-1])
     return out, None if lse is None else lse[:, back].reshape(query.shape[:-1])
-
-
-PLAIN["scored_attention"] = Public(UNFUSED_OPERATOR, make_call, cost.summarize)  # pyright: ignore[reportArgumentType]

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from ..common.calling import check_grids, resolve_scale
+from ..common.operator import Operator
 from .columns import ColumnMask
+from .lists import pack
 from .rows import Rows
 from .score import Score
+
+MAX_HEAD_DIM = 128
+MAX_POSITIONS = 128  # of CoPE's table, whose gradient a program holds for each of its rows
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,109 @@ class ScoredCall:
     mask: ColumnMask | None
     order: Tensor | None
     scale: float
+
+
+@dataclass(frozen=True)
+class FusedCall:
+    """A call as the kernels take it: the formula by name, its numbers and tensors, and a packed mask.
+
+    Attributes:
+        kind: name of the formula, `Score.fused`.
+        scale: factor on query . key.
+        table, r: of `CoPE` and of `Parallax`.
+        intervals: int32 `[B or 1, heads or 1, 2 x intervals, keys]`, starts and ends in turn.
+        positions: of queries in the intervals, int32 `[queries]`.
+        power, offset, length_scale, scaled: as the scores have them.
+    """
+
+    kind: str
+    scale: float
+    table: Tensor | None = None
+    r: Tensor | None = None
+    intervals: Tensor | None = None
+    positions: Tensor | None = None
+    power: float = 0.0
+    offset: float = 1.0
+    length_scale: bool = False
+    scaled: bool = True
+
+
+PARAMETERS = ("table", "r", "power", "offset", "length_scale", "scaled")
+
+
+def to_fused(query: Tensor, key: Tensor, value: Tensor, call: ScoredCall) -> tuple[Tensor, Tensor, Tensor, FusedCall]:
+    """Operands, and the call as the kernels take it; the order of the call is that of the operands by now."""
+    queries = prod(query.shape[1:-2])
+    intervals, positions = (None, None) if call.mask is None else pack(call.mask, queries)
+    given = {name: getattr(call.score, name) for name in PARAMETERS if hasattr(call.score, name)}
+    fused = FusedCall(call.score.fused, call.scale, intervals=intervals, positions=positions, **given)
+    return query, key, value, fused
+
+
+def _unsupported(query: Tensor, key: Tensor, value: Tensor, call: ScoredCall) -> str | None:
+    """Why the kernels cannot take a call, or None."""
+    score = call.score
+    if not vars(type(score)).get("fused"):  # not what a class inherits, whose formula may be another
+        return f"{type(score).__name__}: {score.unfused}"
+    table, r = getattr(score, "table", None), getattr(score, "r", None)
+    if table is not None and table.shape[1] > MAX_POSITIONS:
+        return f"score.table has {table.shape[1]} positions, more than {MAX_POSITIONS}"
+    if r is not None and r.dtype != query.dtype:
+        return f"score.r.dtype={r.dtype} is not that of query, {query.dtype}: products with keys take one dtype"
+    return None
+
+
+def _outputs(query: Tensor, key: Tensor, value: Tensor, call: FusedCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty output, log-sum-exp, and statistics of rows `[…, B, queries, heads]`."""
+    batch, *shape, heads, _ = query.shape
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    number = statistics(call.kind, call.power)
+    return query.new_empty(*query.shape[:-1], value.shape[-1]), lse, lse.new_empty(number, batch, prod(shape), heads)
+
+
+def statistics(kind: str, power: float) -> int:
+    """How many numbers of a row the forward kernels leave for the backward beside the log-sum-exp.
+
+    Of softplus the sum of the first stage and, with a power, the largest excess over the mean weight and the sum of the
+    second stage; of Parallax the mean tilt.
+    """
+    return {"softplus": 3 if power else 1, "parallax": 1}.get(kind, 0)
+
+
+def passes(kind: str, power: float, *, backward: bool = False) -> tuple[str, ...]:
+    """Sweeps of the forward kernel, or of the query's gradient, over the keys."""
+    two = kind == "parallax" or bool(power) or (backward and kind == "cope")
+    return ("sums", "final") if two else ("one",)
+
+
+def products(query: Tensor, key: Tensor, value: Tensor, r: Tensor | None) -> tuple[int, int]:
+    """FLOPs of the passes as if every pair were visible: of softmax attention, and of Parallax of the products with r.
+
+    Each is counted once, also where a pass reads the keys twice.
+    """
+    pairs = query.shape[0] * query.shape[-2] * prod(query.shape[1:-2]) * prod(key.shape[1:-2])
+    logits, value_dim = query.shape[-1] * (1 if r is None else 2), value.shape[-1]
+    return 2 * pairs * (logits + value_dim), 2 * pairs * (3 * logits + 2 * value_dim)
+
+
+def _flops(query: Tensor, key: Tensor, value: Tensor, call: FusedCall) -> tuple[int, int]:
+    return products(query, key, value, call.r)
+
+
+scored = Operator(
+    "scored",
+    package=__name__.rpartition(".")[0],
+    call=FusedCall,
+    differentiable=("table", "r"),
+    flops=_flops,
+    fake=_outputs,
+    flows=(True, True, False),
+    modules={"triton": "launch", "torch": "chunked", "reference": "reference"},
+    max_head_dims=(MAX_HEAD_DIM, MAX_HEAD_DIM),
+    unsupported=_unsupported,
+    prepare=to_fused,
+    title="scored attention with impl='triton'",
+)
 
 
 def make_call(

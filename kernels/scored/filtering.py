@@ -48,6 +48,7 @@ class Filter(Score):
 
     fusibility: ClassVar[str] = "F1"
     has_lse: ClassVar[bool] = True
+    unfused: ClassVar[str] = "keys and values turn and decay by the distance of each pair"
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """See `Score`."""

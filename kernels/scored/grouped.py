@@ -30,6 +30,7 @@ class Landmark(Score):
     length: int
 
     fusibility: ClassVar[str] = "F3"
+    unfused: ClassVar[str] = "every section has a softmax of its own"
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """See `Score`."""

@@ -34,6 +34,7 @@ class MultiToken(Score):
 
     fusibility: ClassVar[str] = "F4"
     by_rows: ClassVar[bool] = False
+    unfused: ClassVar[str] = "it mixes logits of neighbouring queries and keys, and weights of all heads"
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """See `Score`."""

@@ -30,6 +30,7 @@ class CoPE(Score):
 
     fusibility: ClassVar[str] = "F3"
     has_lse: ClassVar[bool] = True
+    fused: ClassVar[str] = "cope"
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """See `Score`."""
@@ -73,6 +74,7 @@ class Path(Score):
     fusibility: ClassVar[str] = "F3"
     by_rows: ClassVar[bool] = False
     has_lse: ClassVar[bool] = True
+    unfused: ClassVar[str] = "its products of reflections change queries and keys from tile to tile"
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """See `Score`."""
@@ -129,6 +131,7 @@ class Selective(Score):
     fusibility: ClassVar[str] = "F3"
     by_rows: ClassVar[bool] = False
     has_lse: ClassVar[bool] = True
+    unfused: ClassVar[str] = "logits of one head are summed over earlier queries for all heads"
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """See `Score`."""

@@ -19,6 +19,7 @@ class Softmax(Score):
 
     fusibility: ClassVar[str] = "F1"
     has_lse: ClassVar[bool] = True
+    fused: ClassVar[str] = "softmax"
 
     def attend(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """See `Score`."""
@@ -36,6 +37,7 @@ class Signed(Score):
 
     fusibility: ClassVar[str] = "F1"
     has_lse: ClassVar[bool] = True
+    fused: ClassVar[str] = "signed"
 
     def attend(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """See `Score`."""
@@ -64,6 +66,7 @@ class Softplus(Score):
     length_scale: bool = False
 
     fusibility: ClassVar[str] = "F2"
+    fused: ClassVar[str] = "softplus"
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """See `Score`."""

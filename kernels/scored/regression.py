@@ -27,6 +27,7 @@ class Parallax(Score):
 
     fusibility: ClassVar[str] = "F2"
     has_lse: ClassVar[bool] = True
+    fused: ClassVar[str] = "parallax"
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """See `Score`."""
@@ -60,6 +61,7 @@ class LocalLinear(Score):
 
     fusibility: ClassVar[str] = "F2"
     has_lse: ClassVar[bool] = True
+    unfused: ClassVar[str] = "every row has a covariance of head_dim x head_dim and a system of equations"
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """See `Score`."""

@@ -27,11 +27,15 @@ class Score:
         fusibility: key of `CLASSES`, which decides how a kernel can compute it.
         by_rows: whether rows are independent given all keys, so that queries go in chunks.
         has_lse: whether a log-sum-exp of the weights is defined.
+        fused: name of the formula in the Triton kernels; empty where they do not have it.
+        unfused: why not.
     """
 
     fusibility: ClassVar[str] = "F1"
     by_rows: ClassVar[bool] = True
     has_lse: ClassVar[bool] = False
+    fused: ClassVar[str] = ""
+    unfused: ClassVar[str] = "the kernels do not have its formula"
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Refuse parameters that do not fit the operands `[B, tokens, heads, dim]`.

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..common.arguments import check_arguments
 from ..common.calling import Impl
-from ..common.operator import FUNCTIONS, PLAIN
+from ..common.operator import FUNCTIONS
 from ..ragged.api import options_of
 from ..ragged.groups import attend_groups
 from ..ragged.layout import Group, RaggedLayout, find_groups, find_order
@@ -67,9 +67,9 @@ def _readable(name: str, value: int | float | str) -> str:
 
 
 def _operators() -> dict[str, Callable]:
-    """The public functions of declared operators and of plain PyTorch, by name."""
+    """The public functions of declared operators, by name."""
     ops = import_module("..ops", __package__)  # declares them
-    return {name: getattr(ops, name) for name in ops.__all__ if name in FUNCTIONS | PLAIN}
+    return {name: getattr(ops, name) for name in ops.__all__ if name in FUNCTIONS}
 
 
 def _find(operator: Callable | str) -> tuple[str, Callable]:
@@ -123,7 +123,7 @@ def explain(
     # how tensors fit together, checked by the operator on some without data
     rest = {name: _without_data(value) for name, value in arguments.items()}
     function(*map(_without_data, (query, key, value)), **rest, **({"impl": "reference"} if choice else {}))
-    declared, make_call, summarize = (FUNCTIONS | PLAIN)[name]
+    declared, make_call, summarize = FUNCTIONS[name]
     checked = make_call(query, key, value, **arguments)
     reasons = declared.unsupported_reasons(query, key, value, checked)
     chosen = None if reasons.get(impl) else declared.select_impl(query, key, value, checked, impl)

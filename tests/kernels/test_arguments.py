@@ -10,7 +10,7 @@ import torch
 from foveal.kernels import ops
 from foveal.kernels.common.arguments import operator
 from foveal.kernels.common.calling import Impl, Mask, PerAxis, PerHead
-from foveal.kernels.common.operator import FUNCTIONS, PLAIN
+from foveal.kernels.common.operator import FUNCTIONS
 from foveal.kernels.ops import BlockMask
 from foveal.kernels.scored import ColumnMask, Score, Softmax
 from foveal.kernels.tools.explain import _operators, explain
@@ -189,7 +189,7 @@ def test_a_call_and_type_checkers_know_every_option(name):
     """`explain` makes the call by itself: with another default it would explain another call."""
     function = getattr(ops, name)
     options = {n: p for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    of_call = inspect.signature((FUNCTIONS | PLAIN)[name].make_call).parameters
+    of_call = inspect.signature(FUNCTIONS[name].make_call).parameters
     ignores_some = any(p.kind is p.VAR_KEYWORD for p in of_call.values())  # which change no implementation and no cost
     further_outputs = {"return_lse", "return_state"}  # each has an overload of its own
     for option in options.keys() - {"impl", *further_outputs}:

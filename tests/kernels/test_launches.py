@@ -15,8 +15,10 @@ from foveal.kernels.ops import (
     na2d,
     routing_attention2d,
     scan_attention,
+    scored_attention,
     window_attention,
 )
+from foveal.kernels.scored import ColumnMask, CoPE, Softplus
 from foveal.kernels.tools import compile_report
 from launch_driver import launches
 
@@ -106,6 +108,14 @@ def call_scan() -> None:
     scan_attention(query, key, value, log_decay=-gates[0], beta=gates[1], impl="triton").sum().backward()
 
 
+def call_scored() -> None:
+    query, key, value = leaves(2, 9, 8, 2, 16)
+    table = torch.randn(16, 5, requires_grad=True)
+    mask = ColumnMask.causal(72)
+    scored_attention(query, key, value, score=CoPE(table), mask=mask, impl="triton").sum().backward()
+    scored_attention(query, key, value, score=Softplus(3.0), mask=mask, impl="triton").sum().backward()
+
+
 CALLS = {
     "neighborhood": (lambda: call_neighborhood(False), {"forward", "query", "key", "table", "extra"}),
     "neighborhood, descriptors": (lambda: call_neighborhood(True), {"forward", "query", "key", "table", "extra"}),
@@ -116,6 +126,7 @@ CALLS = {
     "block_sparse, int8": (call_block_sparse_int8, {"forward"}),
     "agent": (call_agent, {"forward", "query", "key"}),
     "linear": (call_linear, {"state", "apply", "query", "key"}),
+    "scored": (call_scored, {"count", "forward", "query", "key"}),
     "scan": (call_scan, {"solve", "state", "output", "decay"}),
 }
 

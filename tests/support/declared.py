@@ -10,6 +10,7 @@ import block_sparse_matrix
 import linear_matrix
 import neighborhood_matrix
 import scan_matrix
+import scored_matrix
 import window_matrix
 from foveal.kernels import ops
 from foveal.kernels.block_sparse.configs import Size
@@ -64,6 +65,7 @@ _MASKED = neighborhood_matrix.Case(
 _WINDOW = window_matrix.Case((9, 11), (4, 3), (2, 1), (0, 0), heads=2, key_heads=1, bias=True, batch=2)
 _AGENT = agent_matrix.Case((5, 7), (4, 6), agents=9, agent_bias=True, query_bias=True, query_scale=0.2)
 _LINEAR = linear_matrix.Case((5, 7), (4, 6), relu=True, floor=20.0, scale=None)
+_SCORED = scored_matrix.Case((9, 11), "cope", positions=5)
 _SCAN = scan_matrix.Case((5, 7), decay="token", delta=True, state=True)
 
 DECLARED = {
@@ -140,5 +142,17 @@ DECLARED = {
         ),
         (_SCAN, replace(_SCAN, shape=(11, 3)), replace(_SCAN, shape=(13, 6))),
         dict(chunk=16, columns=16),
+    ),
+    "scored": Declared(
+        scored_matrix,
+        scored_matrix.attend,
+        (
+            scored_matrix.Case((18,), "signed", heads=1, mask="causal"),
+            scored_matrix.Case((18,), "power", heads=1, mask="band", length_scale=True, value_dim=12),
+            scored_matrix.Case((18,), "parallax", heads=1, mask="random", layout="fused"),
+            scored_matrix.Case((17,), "cope", key_heads=1, mask="random", value_dim=5),
+        ),
+        (_SCORED, replace(_SCORED, shape=(7, 13)), replace(_SCORED, shape=(14, 8))),
+        dict(queries=16, keys=16),
     ),
 }

@@ -198,7 +198,7 @@ SCORES = (
         "arXiv:2410.01359",
         "kernels.scored:ColumnMask",
         "kernels/test_scored.py::test_masks_by_columns",
-        note="no fused kernel",
+        note="tiles are skipped by lists",
     ),
     System(
         "Concentric causal attention",

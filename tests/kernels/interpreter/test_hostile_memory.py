@@ -24,9 +24,11 @@ from foveal.kernels.ops import (
     linear_attention,
     na2d,
     scan_attention,
+    scored_attention,
     window_attention,
 )
 from foveal.kernels.scan import passes
+from foveal.kernels.scored import ColumnMask, Softmax
 from hostile import ROUND, assert_same, embed, nan_in_empty, shuffled
 from operator_matrix import Inputs
 from torch import Tensor
@@ -193,6 +195,9 @@ def calls() -> dict[str, Callable]:
         "agent": lambda q, k, v: (agent_attention(q, k, v, agent, impl="triton"),),
         "scan": lambda q, k, v: (
             scan_attention(q, k, v, log_decay=-torch.ones(2), direction="backward", impl="triton"),
+        ),
+        "scored": lambda q, k, v: scored_attention(
+            q, k, v, score=Softmax(), mask=ColumnMask.causal(9), return_lse=True, impl="triton"
         ),
         "linear": lambda q, k, v: (linear_attention(q, k, v, relu=True, floor=1.0, impl="triton"),),
     }
