@@ -20,6 +20,7 @@ import triton.language as tl
 from ..common.triton.memory import elements, head_view, load_tile, store_tile
 from ..common.triton.softmax import LN2, LOG2E
 from .tile import (
+    add_exactly,
     count_gates,
     count_of,
     hide,
@@ -107,6 +108,7 @@ def query_kernel(
         known_ptr += first_token * POSITIONS
         known = known_rows(row, queries, heads, POSITIONS, WIDE)
         gates = tl.zeros([QUERIES], tl.float32)
+        lost = tl.zeros([QUERIES], tl.float32)
         added = tl.zeros([QUERIES], tl.float32)
         bins = tl.arange(0, BINS)
         dknown = tl.zeros([QUERIES, BINS], tl.float32)
@@ -139,10 +141,10 @@ def query_kernel(
         if KIND == "cope":
             if PASS == "final":
                 place_of = later_ptr + (first // KEYS * 2).to(tl.int64) * rows + token
-                tl.store(place_of, gates, mask=keep)
+                tl.store(place_of, gates + lost, mask=keep)
                 tl.store(place_of + rows, added, mask=keep)
-            gate, at = count_gates(x, gates[:, None], 1)
-            gates += tl.sum(gate, 1)
+            gate, at = count_gates(x, (gates + lost)[:, None], 1)
+            gates, lost = add_exactly(gates, lost, tl.sum(gate, 1))
             at, bias, slope = interpolate(known_ptr, known[:, None], at, POSITIONS)
             ds = tl.exp2(x + bias * LOG2E - lse2[:, None]) * (g - delta[:, None])
             add = ds * slope

@@ -5,7 +5,6 @@ from typing import Literal, NamedTuple
 from ..common.launching import Device, Overrides, block_d, tile_length
 
 Kernel = Literal["forward", "query", "key"]
-MANY = ("cope", "parallax", "softplus")  # formulas with more tiles of numbers than a softmax
 COPE_KEYS = {2: 32, 4: 16}  # by element bytes, the fewest keys in a tile of the backward kernels of CoPE
 
 
@@ -26,29 +25,44 @@ class Config(NamedTuple):
     wide: bool = False
 
 
-# (device, kernel, formulas of MANY) -> {head dim up to: config}, of half precision
-HALF: dict[tuple[Device, Kernel, bool], dict[int, Config]] = {
-    ("hopper", "forward", False): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2)},
-    ("hopper", "query", False): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 1)},
-    ("hopper", "key", False): {64: Config(64, 64, 4, 2), 128: Config(32, 64, 4, 1)},
-    ("hopper", "forward", True): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 1)},
-    ("hopper", "query", True): {64: Config(64, 32, 4, 1), 128: Config(64, 32, 4, 1)},
-    ("hopper", "key", True): {64: Config(32, 64, 4, 1), 128: Config(32, 64, 4, 1)},
-    ("ampere", "forward", False): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 2)},
-    ("ampere", "query", False): {64: Config(64, 32, 4, 2), 128: Config(32, 32, 2, 1)},
-    ("ampere", "key", False): {64: Config(32, 64, 4, 2), 128: Config(32, 64, 4, 1)},
-    ("ampere", "forward", True): {64: Config(64, 32, 4, 1), 128: Config(64, 32, 4, 1)},
-    ("ampere", "query", True): {64: Config(32, 32, 2, 1), 128: Config(32, 32, 4, 1)},
-    ("ampere", "key", True): {64: Config(32, 32, 2, 1), 128: Config(32, 32, 4, 1)},
-    ("amd", "forward", False): {64: Config(64, 64, 2, 1), 128: Config(64, 32, 2, 1)},
-    ("amd", "query", False): {64: Config(64, 32, 2, 1), 128: Config(32, 32, 1, 1)},
-    ("amd", "key", False): {64: Config(32, 64, 2, 1), 128: Config(32, 32, 1, 1)},
-    ("amd", "forward", True): {64: Config(64, 32, 2, 1), 128: Config(32, 32, 1, 1)},
-    ("amd", "query", True): {64: Config(32, 32, 1, 1), 128: Config(32, 32, 1, 1)},
-    ("amd", "key", True): {64: Config(32, 32, 1, 1), 128: Config(32, 32, 1, 1)},
+# (device, kernel) -> {head dim up to: config} of softmax and signed, in half precision
+PLAIN: dict[tuple[Device, Kernel], dict[int, Config]] = {
+    ("hopper", "forward"): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2)},
+    ("hopper", "query"): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 1)},
+    ("hopper", "key"): {64: Config(64, 64, 4, 2), 128: Config(32, 32, 4, 1)},
+    ("ampere", "forward"): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 2)},
+    ("ampere", "query"): {64: Config(64, 32, 4, 2), 128: Config(32, 32, 4, 1)},
+    ("ampere", "key"): {64: Config(32, 64, 4, 1), 128: Config(32, 32, 4, 1)},
+    ("amd", "forward"): {64: Config(64, 64, 2, 1), 128: Config(64, 32, 2, 1)},
+    ("amd", "query"): {64: Config(64, 32, 2, 1), 128: Config(32, 32, 1, 1)},
+    ("amd", "key"): {64: Config(32, 64, 2, 1), 128: Config(32, 32, 1, 1)},
 }
-for other, like in (("ada", "ampere"), ("rdna", "amd")):
-    HALF |= {(other, kernel, many): table for (device, kernel, many), table in HALF.items() if device == like}
+# likewise of the other formulas, which hold more tiles of numbers; CoPE takes one stage: Triton 3.8 on Hopper refuses
+# to pipeline its loads by position, since a product comes before them
+MORE: dict[tuple[Device, Kernel], dict[int, Config]] = {
+    ("hopper", "forward"): {64: Config(64, 32, 4, 1), 128: Config(64, 32, 4, 1)},
+    ("hopper", "query"): {64: Config(64, 32, 4, 1), 128: Config(32, 32, 4, 1)},
+    ("hopper", "key"): {32: Config(16, 64, 4, 1), 128: Config(32, 32, 4, 1)},
+    ("ampere", "forward"): {64: Config(64, 32, 4, 1), 128: Config(32, 32, 4, 1)},
+    ("ampere", "query"): {32: Config(64, 32, 4, 1), 128: Config(32, 32, 4, 1)},
+    ("ampere", "key"): {32: Config(16, 64, 4, 1), 128: Config(32, 32, 4, 1)},
+    ("amd", "forward"): {64: Config(32, 32, 1, 1), 128: Config(32, 32, 1, 1)},
+    ("amd", "query"): {64: Config(32, 32, 1, 1), 128: Config(32, 32, 1, 1)},
+    ("amd", "key"): {64: Config(32, 32, 1, 1), 128: Config(32, 32, 1, 1)},
+}
+# likewise of one formula that has room for more, or needs more than the others; head dim 32 of CoPE repeats products
+OWN: dict[tuple[str, Device, Kernel], dict[int, Config]] = {
+    ("cope", "hopper", "forward"): {64: Config(64, 32, 4, 1), 128: Config(32, 32, 4, 1)},
+    ("cope", "hopper", "query"): {128: Config(32, 32, 4, 1)},
+    ("cope", "ampere", "query"): {128: Config(32, 32, 4, 1)},
+    ("cope", "amd", "query"): {64: Config(32, 32, 1, 1), 128: Config(16, 32, 1, 1)},
+    ("parallax", "hopper", "forward"): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 1)},
+    ("parallax", "hopper", "key"): {64: Config(32, 64, 4, 1), 128: Config(32, 16, 4, 1)},
+    ("parallax", "amd", "key"): {64: Config(32, 32, 1, 1), 128: Config(16, 32, 1, 1)},
+    ("softplus", "hopper", "forward"): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 1)},
+    ("softplus", "hopper", "query"): {128: Config(64, 32, 4, 1)},
+}
+LIKE: dict[Device, Device] = {"ada": "ampere", "rdna": "amd"}
 # of float32, on any device
 SINGLE: dict[Kernel, dict[int, Config]] = {
     "forward": {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1)},
@@ -69,7 +83,9 @@ def choose(
     """
     if kind == "cope" and kernel == "key":
         kernel = "query"
-    table = SINGLE[kernel] if itemsize == 4 else HALF[device, kernel, kind in MANY]
+    like = LIKE.get(device, device)
+    of_half = OWN.get((kind, like, kernel)) or (PLAIN if kind in ("softmax", "signed") else MORE)[like, kernel]
+    table = SINGLE[kernel] if itemsize == 4 else of_half
     size = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
     size = size._replace(queries=tile_length(queries, size.queries), keys=tile_length(keys, size.keys), wide=wide)
     return forced.on(size)

@@ -6,6 +6,7 @@ import triton.language as tl
 from ..common.triton.memory import elements, head_view, load_tile, store_tile
 from ..common.triton.softmax import LN2, LOG2E, softmax_weights
 from .tile import (
+    add_exactly,
     count_gates,
     count_of,
     excess_of,
@@ -103,6 +104,7 @@ def forward_kernel(
     m = tl.full([QUERIES], float("-inf"), tl.float32)
     l = tl.zeros([QUERIES], tl.float32)
     extra = tl.zeros([QUERIES], tl.float32)  # gates so far, or the sum of tilts
+    lost = tl.zeros([QUERIES], tl.float32)
     for c in tl.range(0, steps, num_stages=STAGES):
         # logits, minus infinity where hidden
         step = c
@@ -136,8 +138,8 @@ def forward_kernel(
             p = tl.exp2(x - lse2[:, None]) * (1.0 + total[:, None] - tilt)
         else:
             if KIND == "cope":
-                gate, at = count_gates(x, extra[:, None], 1)
-                extra += tl.sum(gate, 1)
+                gate, at = count_gates(x, (extra + lost)[:, None], 1)
+                extra, lost = add_exactly(extra, lost, tl.sum(gate, 1))
                 _, bias, _ = interpolate(known_ptr, known[:, None], at, POSITIONS)
                 x += bias * LOG2E
             p, decay, m, l = softmax_weights(m, l, x, 1.0)

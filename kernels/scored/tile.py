@@ -102,6 +102,14 @@ def count_gates(x, later, AXIS: tl.constexpr):
 
 
 @triton.jit
+def add_exactly(sum, lost, x):
+    """A running sum with `x`, and what its roundings have lost so far: their sum is rounded once (Knuth's TwoSum)."""
+    found = sum + x
+    taken = found - sum
+    return found, lost + ((sum - (found - taken)) + (x - taken))
+
+
+@triton.jit
 def known_rows(row, queries, heads, POSITIONS: tl.constexpr, WIDE: tl.constexpr):
     """Offsets of rows of `[queries, heads, POSITIONS]`, those behind the last one's."""
     row = tl.minimum(row, queries - 1)
