@@ -263,8 +263,10 @@ FAR = {
     "Emphasize": lambda: edits.Emphasize("far", 0.1),
     "RegionBias": lambda: edits.RegionBias(torch.ones(1, 6, 8), ("far",), strength=1.0),
     "Sharpen": lambda: edits.Sharpen(torch.ones(1, 6, 8), words=("far",)),
-    "Visible": lambda: edits.Visible({("image", "entity"): "all"}, torch.ones(1, 6, 8), ("far",)),
-    "Regulate": lambda: edits.Regulate(("far",), where=Where(kinds=("cross",))),
+    "Visible": lambda: edits.Visible(
+        {("image", "entity"): "region"}, torch.ones(1, 6, 8), ("far",), where=Where(kinds=("cross",))
+    ),
+    "Regulate": lambda: edits.Regulate("far", where=Where(kinds=("cross",))),
 }
 
 

@@ -482,7 +482,8 @@ def test_primitives_of_the_documentation_exist():
     """Every number is there, every name is one of ours."""
     page = (Path(__file__).parents[2] / "docs" / "steer.md").read_text(encoding="utf-8")
     _, _, rest = page.partition("| primitive | no. |")
-    rows = [line.split(" | ") for line in rest.partition("\n\n")[0].splitlines()[2:]]
+    lines = rest.partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     numbers = {number for row in rows for number in row[1].split(", ")}
     counts = {"E": 14, "O": 6, "L": 7, "P": 10}
     assert numbers == {"E4n"} | {f"{kind}{i + 1}" for kind, count in counts.items() for i in range(count)}
