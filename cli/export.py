@@ -41,7 +41,7 @@ def export(
 
     timm: a folder with config.json, model.safetensors and README.md for timm.create_model("local-dir:OUT") and the
     Hugging Face hub. onnx, pt2: a file that takes any batch and, where the model does, any size; its logits are
-    compared with the model's.
+    compared with the model's. Models of segmentation become files alone.
     """
     suffixes = {".onnx": Format.onnx, ".pt2": Format.pt2}
     chosen = format or suffixes.get(out.suffix, Format.timm)
@@ -61,8 +61,11 @@ def export(
             hint = f'timm.create_model("local-dir:{out}", pretrained=True)'
             print_json({"path": str(out), "format": "timm"}) if as_json else typer.echo(f"{out}: {hint}")
             return
-        opened = open_source(model, img_size=img_size, container=container)
+        opened = open_source(model, img_size=img_size, container=container, masks=True)
         from ..zoo.inference.export import export_onnx, export_program
+
+        if hasattr(opened, "as_model"):  # of segmentation
+            opened = opened.as_model(model)
 
         write = export_onnx if chosen == Format.onnx else export_program
         made = write(opened, out, dynamic=dynamic.value if dynamic else None, force=force)

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 from image_folders import photograph_digits
+from PIL import Image
 
 LIGHT = """
 import sys
@@ -50,6 +51,16 @@ def test_explain_and_profile():
     told = json.loads(process("profile", "natten_dinat_pico", "--repeats", 1, "--json").stdout)
     assert told["img_size"] == 32
     process("plot", "field", "9,9", "--window", 3, "-o", "/dev/null/field.png", code=2)
+
+
+@pytest.mark.slow
+def test_the_digits_of_the_package_are_sampled_anywhere(tmp_path):
+    words = ("sample", "digits", "digits.gif", "-c", 3, "-c", 7, "--steps", 4, "--json")
+    told = json.loads(process(*words, cwd=tmp_path).stdout)
+    assert told == {"files": ["digits.gif"], "clips": 2, "captions": ["3", "7"]}
+    with Image.open(tmp_path / "digits.gif") as shown:
+        assert shown.n_frames == 8
+    assert "ten" in process("sample", "digits", "a.gif", "-c", "ten", code=2, cwd=tmp_path).stderr
 
 
 @pytest.mark.slow

@@ -291,10 +291,31 @@ def test_a_run_is_measured_used_and_told(tmp_path):
         assert mask.mode == "P" and mask.size == image.size
         np.testing.assert_array_equal(np.asarray(mask), opened.predict(image).numpy())
     assert "pass --masks FOLDER" in foveal_("predict", run, pictures / "images", code=2).stderr
-    assert "foveal predict --masks" in foveal_("export", run, tmp_path / "model", code=2).stderr
+    assert "go to OUT.onnx or OUT.pt2" in foveal_("export", run, tmp_path / "model", code=2).stderr
     (pictures / "masks" / "0.png").write_bytes(b"no")
     found = evaluate_masks(open_segmenter(run, eval_size=40), find_pairs(pictures))
     assert found.num_images == 11 and len(found.unreadable) == 1 and found.confusion.sum() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_a_run_becomes_a_file_for_other_programs(suffix, tmp_path):
+    run, file = tmp_path / "run", tmp_path / f"shapes.{suffix}"
+    train.train(configure(run, *SHORT, "trainer.max_epochs=1", "data.train_length=8", SMALL, tiny=False))
+    told = json.loads(foveal_("export", run, file, "--dynamic", "batch", "--json").stdout)
+    assert told["dynamic"] == "batch" and told["difference"] < 1e-3
+    opened, images = open_segmenter(run), torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    if suffix == "pt2":
+        found = {"foveal.json": ""}
+        logits = torch.export.load(file, extra_files=found).module()(images)
+        about = json.loads(found["foveal.json"])
+    else:
+        session = pytest.importorskip("onnxruntime").InferenceSession(file)
+        logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        about = session.get_modelmeta().custom_metadata_map
+    torch.testing.assert_close(logits, opened.model(images).detach(), rtol=1e-3, atol=1e-4)
+    assert logits.shape == (3, 4, 32, 32) and json.loads(about["targets"]) == "masks"
+    assert json.loads(about["class_names"]) == ["ground", "disc", "square", "triangle"]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from foveal.zoo.data import VideoFolder
-from foveal.zoo.data.texts import main
+from foveal.zoo.data.texts import load_encoder, main
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -67,6 +67,23 @@ def test_a_folder_with_captions_becomes_a_folder_with_embeddings(videos, encoder
     assert item["text_mask"].tolist() == [True] * 3 + [False] * 2
     torch.testing.assert_close(item["text"][:3], expected.detach(), rtol=1e-2, atol=1e-2)  # kept in bfloat16
     assert sorted(len(load_file(file)["text"]) for file in files) == [2, 3]
+
+
+def test_padding_is_encoded_where_it_is_asked_for(encoder):
+    model = T5EncoderModel.from_pretrained(encoder / "text_encoder").eval()
+    encode, identity = load_encoder(encoder, length=5, device="cpu", padded=True)
+    (text,) = encode(["a blue"])
+    expected = model(torch.tensor([[2, 4, 0, 0, 0]]), attention_mask=torch.ones(1, 5)).last_hidden_state[0]
+    torch.testing.assert_close(text, expected.detach())
+    assert encode([""])[0].shape == (5, 8) and load_encoder(encoder, length=5, device="cpu")[1] != identity
+
+
+def test_the_empty_prompt_is_kept_where_the_tokenizer_has_one(videos, encoder, tmp_path):
+    for more, there in (((), False), (("--padded",), True)):
+        out = tmp_path / f"{there}.csv"
+        done = run(videos, out, "--encoder", encoder, "--length", 4, "--device", "cpu", *more)
+        assert done.exit_code == 0, done.output
+        assert (tmp_path / f"{there}.empty.safetensors").is_file() == there
 
 
 def test_mistakes_get_one_sentence(videos, encoder, tmp_path):

@@ -6,7 +6,13 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan, AutoencoderTiny
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+)
 from foveal.zoo.video.export import save_clips
 from foveal.zoo.video.vae import decode, encode, latent_space
 from PIL import Image
@@ -62,7 +68,34 @@ def taesd():
     ).eval()
 
 
-@pytest.mark.parametrize(("make", "channels", "time", "space"), [(wan, 4, 2, 4), (ltx, 8, 4, 4), (taesd, 4, 1, 4)])
+def hunyuan():
+    return AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    ).eval()
+
+
+def cogvideox():
+    return AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.7,
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "channels", "time", "space"),
+    [(wan, 4, 2, 4), (ltx, 8, 4, 4), (hunyuan, 4, 4, 8), (cogvideox, 4, 4, 8), (taesd, 4, 1, 4)],
+)
 def test_latents_are_normalised_by_the_autoencoder_s_own_numbers(make, channels, time, space):
     vae = make()
     found = latent_space(vae)

@@ -220,7 +220,9 @@ def encode_folder(
 def main(
     folder: Annotated[Path, typer.Argument(help="videos: CLASS/*.mp4, or metadata.csv with captions")],
     out: Annotated[Path, typer.Argument(help="the cache; what it holds already is kept")],
-    vae: Annotated[Path, typer.Option(help="folder of AutoencoderKLWan, AutoencoderKLLTXVideo or AutoencoderTiny")],
+    vae: Annotated[
+        Path, typer.Option(help="folder of an autoencoder of Wan, LTX, HunyuanVideo, CogVideoX or an AutoencoderTiny")
+    ],
     frames: Annotated[list[int] | None, typer.Option(help="of a clip [17]; several: the most that fit a video")] = None,
     size: Annotated[list[str] | None, typer.Option(help="HEIGHTxWIDTH; several make buckets")] = None,
     fps: Annotated[float | None, typer.Option(help="rate to take frames at; by default the video's own")] = None,

@@ -5,6 +5,7 @@
 reads the captions of a folder of videos (a table, or .txt files beside the videos) and writes a table with a column
 `embedding`, for `data.captions=OUT.csv`, and one safetensors file per caption beside it. Files are named by the hash of
 caption, encoder and length: a run that was killed goes on where it stopped, and equal captions are embedded once.
+`OUT.empty.safetensors` holds the empty prompt, for `task.null_text`.
 """
 
 from __future__ import annotations
@@ -46,13 +47,15 @@ def find_encoder(folder: Path) -> tuple[Path, Path]:
     return folder, tokens if folder.name == "text_encoder" and tokens.is_dir() else folder
 
 
-def load_encoder(folder: Path, *, length: int, device: str) -> tuple[Encode, str]:
+def load_encoder(folder: Path, *, length: int, device: str, padded: bool = False) -> tuple[Encode, str]:
     """A function that embeds captions, and the hash of what its results depend on.
 
     Args:
         folder: see `find_encoder`.
         length: tokens that a caption is cut to.
         device: of the encoder.
+        padded: pad captions to `length` tokens, which are all encoded and kept, as CogVideoX does; else padding is
+            hidden and left out.
 
     Raises:
         FileNotFoundError: see `find_encoder`.
@@ -76,13 +79,18 @@ def load_encoder(folder: Path, *, length: int, device: str) -> tuple[Encode, str
 
     @torch.no_grad()
     def encode(captions: Sequence[str]) -> list[Tensor]:
-        given = tokenizer(list(captions), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        padding = "max_length" if padded else True
+        given = tokenizer(list(captions), padding=padding, truncation=True, max_length=length, return_tensors="pt")
         mask = given.attention_mask.to(device)
+        if padded:
+            mask = torch.ones_like(mask)
+        if not mask.shape[1]:  # of empty captions and a tokenizer that adds nothing
+            return [torch.empty(0, 0) for _ in captions]
         out = model(input_ids=given.input_ids.to(device), attention_mask=mask)[0]  # [B, L, D]
         return [text[seen.bool()] for text, seen in zip(out, mask, strict=True)]
 
     files = [*sorted(weights.glob("*.safetensors")), *sorted(weights.glob("*.bin")), weights / "config.json"]
-    parts = [*(file_hash(file) for file in files), str(length)]
+    parts = [*(file_hash(file) for file in files), str(length), *(["padded"] if padded else [])]
     return encode, hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
@@ -93,11 +101,15 @@ def embed(captions: Sequence[str], folder: Path, encode: Encode, identity: str, 
     for start in range(0, len(missing), batch):
         some = missing[start : start + batch]
         for text, value in zip(some, encode(some), strict=True):
-            path = folder / embedding_name(text, identity)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            save_file({"text": value.to(torch.bfloat16).cpu().contiguous()}, partial)
-            partial.replace(path)
+            write_embedding(folder / embedding_name(text, identity), value)
         yield len(some)
+
+
+def write_embedding(path: Path, text: Tensor) -> None:
+    """Writes a safetensors file with `text` `[L, D]` in bfloat16; it appears whole or not at all."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({"text": text.to(torch.bfloat16).cpu().contiguous()}, partial)
+    partial.replace(path)
 
 
 def embedding_name(caption: str, identity: str) -> str:
@@ -150,6 +162,7 @@ def main(
     length: Annotated[int, typer.Option(help="tokens that a caption is cut to")] = 226,
     held_out: Annotated[float, typer.Option(help="share to validate on where nothing else says it")] = 0.05,
     batch: Annotated[int, typer.Option(help="captions at a time")] = 16,
+    padded: Annotated[bool, typer.Option("--padded", help="encode and keep padding up to --length: CogVideoX")] = False,
     device: Annotated[str, typer.Option(help="of the encoder")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Embeds the captions of a folder of videos; run it again to go on where it was stopped."""
@@ -163,7 +176,7 @@ def main(
         if length < 1 or batch < 1:
             raise ValueError(f"--length={length} and --batch={batch} must be at least 1")
         videos = read_captions(folder, captions, held_out)
-        encode, identity = load_encoder(encoder, length=length, device=device)
+        encode, identity = load_encoder(encoder, length=length, device=device, padded=padded)
     except (ValueError, FileNotFoundError, ImportError) as error:
         typer.echo(f"foveal.zoo.data.texts: {error}", err=True)
         raise typer.Exit(2) from error
@@ -172,6 +185,9 @@ def main(
         task: Any = progress.add_task("embedding", total=len(set(texts)))
         for done in embed(texts, beside, encode, identity, batch=batch):
             progress.advance(task, done)
+    (nothing,) = encode([""])
+    if len(nothing):
+        write_embedding(out.with_suffix(".empty.safetensors"), nothing)
     write_table(out, videos, folder, beside, identity)
     typer.echo(f"{len(videos)} captions in {out}, {len(set(texts))} embeddings in {beside}: data.captions={out}")
 

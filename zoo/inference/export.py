@@ -138,7 +138,8 @@ def _export(
 
 
 def export_onnx(opened: OpenedModel, path: Path, *, dynamic: str | None = None, force: bool = False) -> Exported:
-    """Write an ONNX file with the input `images` `[B, C, H, W]` and the output `logits` `[B, num_classes]`.
+    """Write an ONNX file with the input `images` `[B, C, H, W]` and the output `logits` `[B, num_classes]`, of masks
+    `[B, num_classes, H, W]`.
 
     The file holds class names and preprocessing as metadata (JSON). onnxruntime's logits are compared with the model's
     on other batches and, where they are free, other sizes; nothing is written when they differ.

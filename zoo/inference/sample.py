@@ -19,7 +19,7 @@ from ..tasks.video_plots import plot_strips, write_grid
 from ..video.export import check_path, save_clips
 from ..video.single_file import load_single_file
 
-COLUMNS = 8  # of a grid of clips
+COLUMNS = 10  # of a grid of clips, at most
 GUIDANCE = 4.0  # of models that say nothing themselves
 SHIPPED = {"digits": ("videodit.moving_digits.safetensors", 1.5)}  # by name: a file in `weights`, and its guidance
 
@@ -164,7 +164,8 @@ def write_clips(clips: Clips, path: Path, *, fps: float = 8) -> list[Path]:
     """
     frames = clips.frames
     if path.suffix == ".gif":
-        columns = min(COLUMNS, len(frames))
+        count = len(frames)  # full rows, if they are not short
+        columns = next((n for n in range(min(COLUMNS, count), 4, -1) if count % n == 0), min(COLUMNS, count))
         return [write_grid(frames, captions=clips.captions, columns=columns, path=path, fps=round(fps), side=96)]
     if path.suffix == ".png":
         return [plot_strips(frames, None, captions=clips.captions, title=f"{len(frames)} clips", path=path)]

@@ -26,6 +26,7 @@ from ..tasks.export import checkpoint_of
 from ..tasks.mask_report import summarize, write_pixels
 from ..tasks.plots import palette
 from ..tasks.segmentation import CONFIG, make_segmenter
+from .source import OpenedModel
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class OpenedSegmenter:
         class_names: by label.
         mean, std: per channel, in units of pixel/255.
         eval_size: pixels of the shorter side that images are brought to; None: their own.
+        img_size: pixels a side of its training crops.
     """
 
     model: Segmenter
@@ -44,11 +46,18 @@ class OpenedSegmenter:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     eval_size: int | None = None
+    img_size: int = 512
 
     @property
     def mode(self) -> Mode:
         """Pillow's mode of its images: "RGB" or "L"."""
         return mode_of(self.mean)
+
+    def as_model(self, source: str) -> OpenedModel:
+        """Itself for `export_onnx` and `export_program`: images of the size of evaluation, else of training crops."""
+        side = self.eval_size or self.img_size
+        images = {"input_size": (len(self.mean), side, side), "mean": self.mean, "std": self.std}
+        return OpenedModel(self.model, source, self.class_names, images, targets="masks")
 
     @torch.inference_mode()
     def predict(self, image: Image.Image) -> Tensor:
@@ -95,7 +104,8 @@ def open_segmenter(run: str | Path, *, eval_size: int | None = None, container: 
     check_state_dict(weights, model.state_dict(), problem=f"{path} does not fit {config['model']['name']}")
     model.load_state_dict(weights)
     facts = {key: tuple(config[key]) for key in ("class_names", "mean", "std")}
-    return OpenedSegmenter(model.eval(), eval_size=eval_size or config["eval_size"], **facts)
+    sizes = {"eval_size": eval_size or config["eval_size"], "img_size": config["img_size"] or OpenedSegmenter.img_size}
+    return OpenedSegmenter(model.eval(), **facts, **sizes)
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,12 @@ class OpenedModel:
     """An image model in evaluation mode, and how its images are prepared.
 
     Attributes:
-        model: `[B, C, H, W]` → logits `[B, num_classes]`.
+        model: `[B, C, H, W]` → logits `[B, num_classes]`, of masks `[B, num_classes, H, W]`.
         source: what it was opened by.
         class_names: by class number; None: not known.
         preprocessing: `input_size` `(C, H, W)`, `mean`, `std`, `crop_pct`, `crop_mode`, `interpolation`, as in timm's
             `pretrained_cfg`.
-        targets: "class", one of each image; "labels", any number; "values", numbers.
+        targets: "class", one of each image; "labels", any number; "values", numbers; "masks", a class of each pixel.
     """
 
     model: nn.Module

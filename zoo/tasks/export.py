@@ -101,8 +101,9 @@ def _config(data: object, checkpoint: Path) -> Mapping[str, Any]:
     if not isinstance(config, Mapping):
         raise WeightsError(
             f"{checkpoint} does not say which timm model it is of: expected a checkpoint that this version of "
-            "foveal-train made of an image model; `foveal weights convert` writes the weights alone, `foveal predict "
-            "--masks` uses models of segmentation, and of video models diffusers loads the run's folder `pipeline`"
+            "foveal-train made of an image model; `foveal weights convert` writes the weights alone. Models of "
+            "segmentation, which timm's folders have no place for, go to OUT.onnx or OUT.pt2; of video models "
+            "diffusers loads the run's folder `pipeline`"
         )
     return config
 

@@ -1,4 +1,4 @@
-"""Training a `VideoDiT` by rectified flow.
+"""Training a `VideoDiT`, or a pretrained transformer of diffusers, to remove noise.
 
 Random numbers of a training step are times, noise and dropped conditions; `Task` seeds them.
 """
@@ -6,6 +6,7 @@ Random numbers of a training step are times, noise and dropped conditions; `Task
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,29 +15,34 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from ...layers import BoxGate, gate_loss
+from ..data.clip_dataset import read_embedding
 from ..data.loader import mix_seed
 from ..data.names import unknown_name
 from ..video import VideoDiT
-from ..video.flow import TIMESTEPS, add_noise, flow_loss, sample_time, velocity
+from ..video.flow import flow_loss
 from ..video.presets import PRESETS
 from ._base import Task
 from .optim import check_optimizer
 from .tuning import merge_lora
+from .video_generators import FlowProcess, Generator, find_generator
 from .video_model import LORA, Teacher, check_source, make_video_model, patch_size
 
 Batch = dict[str, Any]
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SCHEDULERS = tuple(kind.value for kind in TYPE_TO_SCHEDULER_FUNCTION)
 ENDLESS = ("constant", "constant_with_warmup", "piecewise_constant")  # need not know how long training takes
+NULL_LENGTH = 512  # tokens of the empty prompt, at most
 SCHEDULER_KEYS = ("name", "warmup_steps", "num_cycles", "power", "step_rules")
 
 
 class VideoDiffusionTask(Task):
-    """Trains a `VideoDiT` on the batches of a `VideoData`.
+    """Trains a `VideoDiT`, by rectified flow, or a transformer of diffusers on the batches of a `VideoData`.
 
     Args:
         model: `preset` of `VideoDiT.from_preset` or `pretrained`, the folder of a saved model, pipeline or run to start
-            from, `conditioning` (None, "class", "cross", "joint") and `args`, further arguments of the model.
+            from, `conditioning` (None, "class", "cross", "joint") and `args`, further arguments of the model. Of a
+            transformer of diffusers (`video_generators.FORWARDS`) also `plan` and `dtype`; its process is that of the
+            scheduler beside it.
         in_channels, num_classes, text_dim: of the data.
         clip_sizes: of the data: the configuration of its clips' sizes, in words, and `[T, H, W]` of each.
         class_names: of the data, by label; kept in checkpoints and by the pipeline of the run.
@@ -49,7 +55,8 @@ class VideoDiffusionTask(Task):
         first_frame, last_frame: chance that the first or the last frame of patches is given: clean, with time 0 and no
             loss. A frame that is all that is left of a clip is not given.
         condition_dropout: chance that class or text is left out, for classifier-free guidance. A dropped class is the
-            null class, a dropped text is zeros.
+            null class, a dropped text is zeros; for transformers of diffusers it is `null_text`.
+        null_text: safetensors file with `text` `[L, D]`, the embedded empty prompt; needed where these leave out texts.
         new_noise: draw times, noise and dropped conditions anew in every epoch; off, a batch has the same ones each
             time (to learn a few samples by heart: only then does the loss go to zero).
         gradient_checkpointing: recompute the blocks in the backward pass.
@@ -85,6 +92,7 @@ class VideoDiffusionTask(Task):
         first_frame: float = 0.0,
         last_frame: float = 0.0,
         condition_dropout: float = 0.1,
+        null_text: str | None = None,
         new_noise: bool = True,
         gradient_checkpointing: bool = False,
         lora: Mapping[str, Any] | None = None,
@@ -97,7 +105,15 @@ class VideoDiffusionTask(Task):
         check_source(model, lora)
         _check_choices(model, optimizer, scheduler, time_per)
         _check_condition(model.get("conditioning"), num_classes, text_dim)
-        _check_patches(model, clip_sizes)
+        generator = find_generator(model, lora=lora is not None)
+        if generator is not None:
+            generator.check_data(in_channels, text_dim)
+            of_dit = {"time_per": (time_per, "video"), "first_frame": (first_frame, 0), "last_frame": (last_frame, 0)}
+            of_dit |= {"gates_only": (gates_only, False), "teacher": (teacher, None)}
+            _check_generator(generator, model, of_dit, condition_dropout, null_text)
+        elif null_text is not None:
+            raise ValueError(f"task.null_text={null_text!r} is for transformers of diffusers: a VideoDiT learns zeros")
+        _check_patches(patch_size(model) if generator is None else generator.patch_size, clip_sizes)
         for name, chance in (
             ("first_frame", first_frame),
             ("last_frame", last_frame),
@@ -124,6 +140,8 @@ class VideoDiffusionTask(Task):
         self.density = {"shift": shift, "mean": time_mean, "std": time_std}
         self.shift, self.time_per, self.condition_dropout = shift, time_per, condition_dropout
         self.given_frames = {0: first_frame, -1: last_frame}
+        self.generator, self.process = generator, FlowProcess() if generator is None else generator.process
+        self.null_text = None if null_text is None else _read_null_text(null_text, text_dim)
         self.new_noise, self.gradient_checkpointing = new_noise, gradient_checkpointing
         self.gates_only = gates_only
         self.lora, self.teacher_weight = None if lora is None else dict(lora), teacher_weight
@@ -132,15 +150,23 @@ class VideoDiffusionTask(Task):
     def shown_name(self, name: str) -> str:
         return name.replace("_", "/", 1).replace("_", "_t0.")
 
-    def make_model(self) -> VideoDiT:
+    def make_model(self) -> Any:
+        if self.generator is not None:
+            model = self.generator.make(self.lora)
+            self.has_gates = False
+        else:
+            model = self._make_video_dit()
+        if self.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model
+
+    def _make_video_dit(self) -> VideoDiT:
         of_data: dict[str, Any] = {"in_channels": self.in_channels, "conditioning": self.conditioning}
         if self.conditioning == "class":
             of_data["num_classes"] = self.num_classes
         elif self.conditioning is not None:
             of_data["text_dim"] = self.text_dim
         model = make_video_model(self.model_cfg, of_data, lora=self.lora)
-        if self.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
         gates = [module for module in model.modules() if isinstance(module, BoxGate)]
         self.has_gates = bool(gates)
         if self.gates_only:
@@ -159,11 +185,12 @@ class VideoDiffusionTask(Task):
             labels = batch["label"]
             dropped = torch.rand(labels.shape, device=labels.device, dtype=torch.float32) < dropout
             return {"class_labels": torch.where(dropped, self.num_classes, labels)}
-        text, mask = batch["text"], batch["text_mask"]
-        dropped = torch.rand(len(text), device=text.device, dtype=torch.float32) < dropout
+        told = {"encoder_hidden_states": batch["text"], "encoder_attention_mask": batch["text_mask"]}
+        dropped = torch.rand(len(batch["text"]), device=batch["text"].device, dtype=torch.float32) < dropout
+        nothing = self.null_condition(told)
         return {
-            "encoder_hidden_states": text.masked_fill(dropped[:, None, None], 0),
-            "encoder_attention_mask": mask | dropped[:, None],
+            name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), nothing[name], value)
+            for name, value in told.items()
         }
 
     def null_condition(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -171,16 +198,23 @@ class VideoDiffusionTask(Task):
         if "class_labels" in condition:
             return {"class_labels": torch.full_like(condition["class_labels"], self.num_classes)}
         text, mask = (condition[name] for name in ("encoder_hidden_states", "encoder_attention_mask"))
-        return {"encoder_hidden_states": torch.zeros_like(text), "encoder_attention_mask": torch.ones_like(mask)}
+        if self.null_text is None:
+            return {"encoder_hidden_states": torch.zeros_like(text), "encoder_attention_mask": torch.ones_like(mask)}
+        nothing = torch.zeros_like(text)
+        seen = torch.arange(text.shape[1], device=mask.device) < len(self.null_text)
+        nothing[:, : len(self.null_text)] = self.null_text[: text.shape[1]].to(text)
+        return {"encoder_hidden_states": nothing, "encoder_attention_mask": seen.expand_as(mask)}
 
     def draw_time(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Training times `[B]` or `[B, F]`, F frames of patches, and what their errors count: 0 for given frames."""
         assert self.model is not None
-        batch, frames = video.shape[0], video.shape[2] // self.model.config.patch_size[0]
-        if self.time_per == "frame":
-            t = sample_time((batch, frames), **self.density, device=video.device)
-        else:
-            t = sample_time((batch,), **self.density, device=video.device)
+        batch = video.shape[0]
+        if self.time_per == "video" and not any(self.given_frames.values()):
+            t = self.process.draw_time((batch,), self.density, video.device)
+            return t, torch.ones_like(t)
+        frames = video.shape[2] // self.model.config.patch_size[0]
+        shape = (batch, frames) if self.time_per == "frame" else (batch,)
+        t = self.process.draw_time(shape, self.density, video.device)
         if not any(self.given_frames.values()):
             return t, torch.ones_like(t)
         t = t.view(batch, -1).expand(batch, frames).clone()
@@ -193,17 +227,22 @@ class VideoDiffusionTask(Task):
         return t, weight
 
     def loss(self, video: Tensor, noise: Tensor, t: Tensor, weight: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """Of the predicted velocity; see `flow.flow_loss`. All tensors are float32, whatever the model is.
+        """Of the prediction, a velocity unless a scheduler of diffusers says otherwise; see `flow.flow_loss`.
 
-        In training with a teacher, the mean of the distances to the data and to the teacher.
+        All tensors are float32, whatever the model is. In training with a teacher, the mean of the distances to the
+        data and to the teacher.
         """
         assert self.model is not None
-        noisy = add_noise(video, noise, t)
-        prediction = self.model(noisy, TIMESTEPS * t, **condition).sample
-        loss = flow_loss(prediction, velocity(video, noise), weight=weight)
+        noisy, timestep = self.process.mix(video, noise, t), self.process.timestep(t)
+        if self.generator is None:
+            prediction = self.model(noisy, timestep, **condition).sample
+        else:
+            text, mask = (condition[name] for name in ("encoder_hidden_states", "encoder_attention_mask"))
+            prediction = self.generator.predict(self.model, noisy, timestep, text, mask)
+        loss = flow_loss(prediction, self.process.target(video, noise, t), weight=weight)
         if self.teacher is None or not self.training:
             return loss
-        imitation = flow_loss(prediction, self.teacher(noisy, TIMESTEPS * t, **condition), weight=weight)
+        imitation = flow_loss(prediction, self.teacher(noisy, timestep, **condition), weight=weight)
         return torch.lerp(loss, imitation, self.teacher_weight)
 
     def seed_epoch(self) -> int:
@@ -281,11 +320,38 @@ def _check_condition(conditioning: str | None, num_classes: int | None, text_dim
         )
 
 
-def _check_patches(model: Mapping[str, Any], clip_sizes: tuple[str, Sequence[Sequence[int]]] | None) -> None:
+def _check_generator(
+    generator: Generator, model: Mapping[str, Any], of_dit: Mapping[str, tuple], dropout: float, null_text: str | None
+) -> None:
+    """Refuses options that only a `VideoDiT` has, and texts that are left out without an empty prompt."""
+    if model.get("conditioning") not in ("cross", "joint"):
+        raise ValueError(f"{generator.said} is a {generator.name}, which is told texts: pass model.conditioning=cross")
+    for name, (value, neutral) in of_dit.items():
+        if value != neutral:
+            raise ValueError(f"task.{name}={value!r} is for a VideoDiT, and {generator.said} is a {generator.name}")
+    if dropout and null_text is None:
+        raise ValueError(
+            f"task.condition_dropout={dropout} leaves out texts, which a {generator.name} knows as the empty prompt: "
+            "pass task.null_text=FILE, empty.safetensors of python -m foveal.zoo.data.texts, or "
+            "task.condition_dropout=0"
+        )
+
+
+def _read_null_text(file: str, text_dim: int | None) -> Tensor:
+    """The embedded empty prompt, `[L, D]`."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"task.null_text={file!r} does not exist")
+    told = read_embedding(Path(file), length=NULL_LENGTH)
+    text = told["text"][told["text_mask"]]
+    if text.shape[1] != text_dim:
+        raise ValueError(f"task.null_text={file!r} has text of {text.shape[1]} channels, and the data of {text_dim}")
+    return text
+
+
+def _check_patches(patch: Any, clip_sizes: tuple[str, Sequence[Sequence[int]]] | None) -> None:
     """Before any data are read or a model is built: both may take minutes."""
     if clip_sizes is None:
         return
-    patch = patch_size(model)
     if not isinstance(patch, Sequence) or len(patch) != 3 or min(patch) < 1:
         return  # the model says what is wrong with it
     said, sizes = clip_sizes

@@ -23,7 +23,7 @@ GATE = ".gate."  # of a layer, see `foveal.layers.BoxGate`
 
 
 def model_folder(source: str | Path, said: str) -> Path:
-    """The folder of a saved `VideoDiT`: itself, that of a pipeline around it, or that of a run.
+    """The folder of a saved transformer: itself, that of a pipeline around it, or that of a run.
 
     Args:
         source: the folder.
@@ -36,7 +36,7 @@ def model_folder(source: str | Path, said: str) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise FileNotFoundError(
-        f"{said}={str(source)!r} is neither the folder of a VideoDiT (config.json), nor of a pipeline, nor of a run"
+        f"{said}={str(source)!r} is neither the folder of a model (config.json), nor of a pipeline, nor of a run"
     )
 
 
@@ -172,13 +172,17 @@ def plain_model(model: VideoDiT, weights: Mapping[str, Tensor], lora: Mapping[st
     return plain.to(next(model.parameters()).device).eval()
 
 
-def save_lora(model: VideoDiT, folder: Path) -> None:
-    """Writes the adapters of a model as `VideoDiTPipeline.load_lora_weights` and other trainers expect them."""
+def save_lora(model: Any, folder: Path, *, weights: dict[str, Tensor] | None = None) -> None:
+    """Writes the adapters of a model as `load_lora_weights` of its pipeline and other trainers expect them.
+
+    Args:
+        weights: of the whole model, where its own are sharded.
+    """
     from peft import get_peft_model_state_dict
 
     VideoDiTPipeline.save_lora_weights(
         folder,
-        transformer_lora_layers=get_peft_model_state_dict(model),
+        transformer_lora_layers=get_peft_model_state_dict(model, state_dict=weights),
         transformer_lora_adapter_metadata=model.peft_config[ADAPTER].to_dict(),  # pyright: ignore
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from ..data.folders import table_rows
 from ..data.loader import mix_seed
 from ..data.names import unknown_name
 from ..data.pixels import UnreadableImage, read_image
-from ..video.pipeline import VideoDiTPipeline
 
 COLUMNS = ("caption", "embedding", "class", "image", "last_image")
 TEXT_LENGTH = 226  # tokens of an embedding, at most
@@ -28,7 +27,7 @@ class Prompt:
 
     Attributes:
         caption: what it is called.
-        arguments: of `VideoDiTPipeline.__call__`.
+        arguments: of the pipeline's call.
     """
 
     caption: str
@@ -97,9 +96,13 @@ def _text(path: Path, text_dim: int | None, where: str) -> dict[str, Tensor]:
 
 
 def sample_prompts(
-    pipeline: VideoDiTPipeline, prompts: Sequence[Prompt], *, steps: int, guidance_scale: float
+    pipeline: Callable[..., Any], prompts: Sequence[Prompt], *, steps: int, guidance_scale: float
 ) -> Tensor:
-    """A video of each, `[N, C, T, H, W]` as the model makes it, on the CPU; the same noise every time."""
+    """A video of each, `[N, C, T, H, W]` as the model makes it, on the CPU; the same noise every time.
+
+    Args:
+        pipeline: a `VideoDiTPipeline`, or called like one.
+    """
     made = []
     for number, prompt in enumerate(prompts):
         options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "latent"}

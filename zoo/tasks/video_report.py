@@ -18,6 +18,7 @@ from ..video import VideoDiT
 from ..video.pipeline import VideoDiTPipeline
 from .report import MetricTable
 from .video import VideoDiffusionTask
+from .video_generators import GeneratorSampler
 from .video_metrics import ClipJudge, change_beyond_shift, conditional_accuracy, fit_judge, frechet_distance
 from .video_model import plain_model, save_lora
 from .video_plots import plot_strips, plot_video_curves, write_grid
@@ -57,6 +58,15 @@ def collect(
     return torch.utils.data.default_collate(items)
 
 
+def make_sampler(task: VideoDiffusionTask, data: VideoData) -> VideoDiTPipeline | GeneratorSampler:
+    """Samples what the task trains; called as a `VideoDiTPipeline` is."""
+    if task.generator is None:
+        return make_pipeline(task, data)
+    shape = collect(data, "val", most=1)["video"].shape[1:]
+    guided = None if task.null_text is None else task.null_condition
+    return GeneratorSampler(task.generator, task.model, shape=tuple(shape), shift=task.shift, null_condition=guided)
+
+
 def make_pipeline(task: VideoDiffusionTask, data: VideoData, *, whole: bool = False) -> VideoDiTPipeline:
     """A pipeline around the task's model, which samples as the task trains.
 
@@ -80,10 +90,28 @@ def make_pipeline(task: VideoDiffusionTask, data: VideoData, *, whole: bool = Fa
     return pipeline
 
 
+def save_generator(task: VideoDiffusionTask, folder: Path) -> None:
+    """Writes the trained transformer of diffusers to `transformer/` with its scheduler beside it, or adapters alone to
+    `lora/`. Every rank has to ask."""
+    assert task.generator is not None
+    state = None
+    if task.device_mesh is not None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(task.model, options=options)
+    if task.global_rank != 0:
+        return
+    if task.lora is not None:
+        save_lora(task.model, folder / "lora", weights=state)
+        return
+    task.model.save_pretrained(folder / "transformer", state_dict=state)
+    if task.generator.scheduler is not None:
+        task.generator.scheduler.save_pretrained(folder / "scheduler")
+
+
 class VideoReport(MetricTable):
     """Writes `metrics.csv`, `curves.png`, `samples/step_*.gif`, and at the end `samples.gif`, `samples.png`,
     `metrics.json` and `pipeline/`, a folder for `VideoDiTPipeline.from_pretrained`; of trained adapters also `lora/`,
-    for `VideoDiTPipeline.load_lora_weights`.
+    for `VideoDiTPipeline.load_lora_weights`. Of a transformer of diffusers, `transformer/` or `lora/` alone.
 
     Samples are made with the average of the weights when there is one: this callback comes after it.
 
@@ -154,7 +182,7 @@ class VideoReport(MetricTable):
 
     def _generate(self, task: VideoDiffusionTask, data: VideoData, condition: dict[str, Tensor], count: int) -> Tensor:
         """`count` videos `[N, C, T, H, W]` as the model makes them, on the CPU."""
-        pipeline, made, training = make_pipeline(task, data), [], task.training
+        pipeline, made, training = make_sampler(task, data), [], task.training
         null = task.null_condition(condition) if "encoder_hidden_states" in condition else {}
         task.eval()
         for start in range(0, count, SAMPLE_BATCH):
@@ -199,7 +227,7 @@ class VideoReport(MetricTable):
         task.eval()
         with task.trainer.precision_plugin.forward_context():  # as in training
             options = {"steps": self.steps, "guidance_scale": self.guidance_scale}
-            videos = sample_prompts(make_pipeline(task, data), self._prompts, **options)
+            videos = sample_prompts(make_sampler(task, data), self._prompts, **options)
         task.train(training)
         if task.trainer.is_global_zero:
             shown = {"captions": [prompt.caption for prompt in self._prompts], "columns": min(len(videos), 4)}
@@ -223,6 +251,9 @@ class VideoReport(MetricTable):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run or not _takes_part(pl_module):  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        if pl_module.generator is not None:  # pyright: ignore[reportAttributeAccessIssue]
+            save_generator(pl_module, self.dirpath)  # pyright: ignore[reportArgumentType]
             return
         pipeline = make_pipeline(pl_module, trainer.datamodule, whole=True)  # pyright: ignore
         if trainer.is_global_zero:

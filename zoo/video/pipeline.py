@@ -51,7 +51,7 @@ class VideoDiTPipeline(TransformerPipeline):
         transformer: the model.
         scheduler: with flow-matching sigmas, such as `FlowMatchEulerDiscreteScheduler(shift=s)` or
             `UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=s)`.
-        vae: `AutoencoderKLWan`, `AutoencoderKLLTXVideo` or `AutoencoderTiny`; None: the model makes pixels.
+        vae: one of `zoo.video.vae.SUPPORTED`, such as `AutoencoderKLWan`; None: the model makes pixels.
         text_encoder: called with a list of prompts, returns embeddings `[B, L, text_dim]` or (embeddings, bool mask
             `[B, L]`); with a tokenizer, called as `transformers` models are. None: prompt_embeds must be given.
         tokenizer: as those of `transformers`.

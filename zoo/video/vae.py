@@ -1,7 +1,7 @@
 """One face for the autoencoders of diffusers: pixels in 0..1 to normalised latents and back, and how much smaller.
 
-Latents are normalised as the models that were trained on them expect: by channel for Wan and LTX, as they are for the
-tiny autoencoders, which see a video frame by frame.
+Latents are normalised as the models that were trained on them expect: by channel for Wan and LTX, by one factor for
+HunyuanVideo and CogVideoX, as they are for the tiny autoencoders, which see a video frame by frame.
 """
 
 from __future__ import annotations
@@ -10,10 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan, AutoencoderTiny
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+)
 from torch import Tensor, nn
 
-SUPPORTED = (AutoencoderKLWan, AutoencoderKLLTXVideo, AutoencoderTiny)
+SUPPORTED = (
+    AutoencoderKLWan,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLCogVideoX,
+    AutoencoderTiny,
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ def latent_space(vae: nn.Module) -> LatentSpace:
     """Reads off an autoencoder how it compresses.
 
     Raises:
-        TypeError: none of `AutoencoderKLWan`, `AutoencoderKLLTXVideo`, `AutoencoderTiny`.
+        TypeError: none of `SUPPORTED`.
     """
     config: Any = getattr(vae, "config", None)
     if isinstance(vae, AutoencoderKLWan):
@@ -55,6 +67,10 @@ def latent_space(vae: nn.Module) -> LatentSpace:
         return LatentSpace(
             config.latent_channels, vae.temporal_compression_ratio, vae.spatial_compression_ratio, mean, std
         )
+    if isinstance(vae, AutoencoderKLHunyuanVideo | AutoencoderKLCogVideoX):
+        channels = config.latent_channels
+        time, space = int(config.temporal_compression_ratio), 2 ** (len(config.block_out_channels) - 1)
+        return LatentSpace(channels, time, space, (0.0,) * channels, (1 / config.scaling_factor,) * channels)
     if isinstance(vae, AutoencoderTiny):
         channels = config.latent_channels
         space = config.upsampling_scaling_factor ** (len(config.decoder_block_out_channels) - 1)
