@@ -134,7 +134,7 @@ def test_the_loss_falls(kind, folders, tmp_path):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0], losses
 
 
@@ -176,14 +176,15 @@ def test_a_plan_makes_layers_sparse_with_checkpointing_or_without(folders, tmp_p
     torch.testing.assert_close(losses["again"], losses["sparse"])
     torch.testing.assert_close(gradients["again"], gradients["sparse"])
     assert not torch.allclose(losses["dense"], losses["sparse"], rtol=1e-4)
-    assert not gradients["sparse"].any() and gradients["dense"].any()  # of the one key that a query sees
+    # a query that sees one key does not matter
+    assert gradients["sparse"].abs().max() < 1e-6 * gradients["dense"].abs().max()
     decelerate(task.model)
 
 
 def test_adapters_are_loaded_by_the_pipeline(folders, tmp_path):
     trainer, task, data = build(
         tmp_path, folders, "wan", "task.lora={rank:2,alpha:4}", "task.optimizer.lr=0.01", "model.dtype=bfloat16",
-        "callbacks.ema=null",
+        "callbacks.ema=null", "trainer.max_epochs=1", "trainer.limit_val_batches=1",
     )  # fmt: skip
     trainer.fit(task, datamodule=data)
     assert {p.dtype for p in task.model.parameters() if p.requires_grad} == {torch.float32}
@@ -207,6 +208,7 @@ def test_adapters_are_loaded_by_the_pipeline(folders, tmp_path):
     assert (made - plain).abs().max() > 4 * (made - expected).abs().max()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run_and_its_model_trains_on(folders, tmp_path):
     def fit(run, steps=-1, checkpoint=None, *more):
         few = ("trainer.limit_val_batches=1", f"++trainer.max_steps={steps}", "model.plan={window:[1,3,3]}", *more)

@@ -315,7 +315,10 @@ class Generator:
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
         if self.plan is not None:
-            accelerate(model, self.plan)
+            try:
+                accelerate(model, self.plan)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"model.plan={self.plan.to_dict()}: {error}") from error
         return model
 
     def predict(self, model: Any, noisy: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> Tensor:
