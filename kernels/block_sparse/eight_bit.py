@@ -58,20 +58,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: RoundedCall) -> tupl
         scales = found.query_scale, found.key_scale, found.additional_scale
     else:
         found = quantized.quantize(*known(query, key, call)[:3], call.additional_mask)
-        counts = (
-            prod(boxes(x.shape[1:-2], b)) for x, b in ((query, call.mask.query_block), (key, call.mask.key_block))
-        )
-        of_blocks = (
-            scale[..., None].expand(-1, -1, n)
-            for scale, n in zip((found.query_scale, found.key_scale), counts, strict=True)
-        )
+        of_heads = (query, call.mask.query_block, found.query_scale), (key, call.mask.key_block, found.key_scale)
+        of_blocks = (scale[..., None].expand(-1, -1, prod(boxes(x.shape[1:-2], b))) for x, b, scale in of_heads)
         scales = *of_blocks, found.key_scale
     extra = found.additional_keys
     if extra is None or not extra.shape[1]:
-        call, scales = replace(call, additional_keys=None, additional_values=None, additional_mask=None), scales[:2]
+        call = replace(call, additional_keys=None, additional_values=None, additional_mask=None)
+        scales = *scales[:2], None
     else:
         call = replace(call, additional_keys=extra)
-    floats = [x.float().contiguous() for x in scales] + [None] * (3 - len(scales))
+    floats = [None if x is None else x.float().contiguous() for x in scales]
     arguments = block_sparse.codec.flatten(call)
     out, lse, _ = torch.ops.foveal.block_sparse_eight_bit_forward(found.query, found.key, value, *floats, *arguments)
     return out, lse, found.mean

@@ -21,7 +21,7 @@ def test_interpreter():
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["random", "masks", "not random and not masks"])
 def test_interpreter_on_everything(part):
-    kernel_checks.run_interpreter("test_scored_kernels.py", part, slow=True)
+    kernel_checks.run_interpreter("test_scored_kernels.py", part, marker="slow")
 
 
 @pytest.mark.parametrize("name", MASKS)

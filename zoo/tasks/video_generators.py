@@ -113,7 +113,8 @@ def _cogvideox_rotary(
             "max_size": largest,
             "temporal_size": frames // frame_patch,
         }
-    return get_3d_rotary_pos_embed(config.attention_head_dim, grid_size=grid, device=device, **options)
+    cosines, sines = get_3d_rotary_pos_embed(config.attention_head_dim, grid_size=grid, device=device, **options)
+    return cosines, sines  # pyright: ignore[reportReturnType]
 
 
 FORWARDS: dict[str, Forward] = {
@@ -421,7 +422,7 @@ class GeneratorSampler:
         if guidance_scale != 1 and self.null_condition is not None:
             nothing = self.null_condition(dict(zip(names, told, strict=True)))
             untold = tuple(nothing[name] for name in names)
-        for t in scheduler.timesteps:
+        for t in scheduler.timesteps:  # pyright: ignore[reportOptionalIterable]  # set above
             timestep = t.expand(len(latents))
             made = self.generator.predict(self.model, latents, timestep, *told)
             if untold is not None:
