@@ -28,11 +28,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "vsa": {"sparsity": 0.75, "block": 4},
     "vmoba": {"topk": 16, "block": (4, 4, 8), "query_block": (2, 4, 8)},
     "sla": {"ratio": 0.25, "query_block": (2, 4, 8), "key_block": (2, 4, 8)},
-    "sta": {"window": (1, 5, 5), "tile": 4},
+    "sta": {"window": (3, 5, 5), "tile": 4},
     "radial": {"block": 64},
     "psa": {"ends": {1: 0.15, 2: 0.3, 4: 0.45, 8: 0.7}, "rule": "topk"},
 }
-GRIDS = {"radial": (64, 16, 16)}  # on CPU; radial attention thins out over frames
+# on CPU: radial attention thins out over frames, and eight frames are two tiles
+GRIDS = {"radial": (64, 16, 16)}
+OPTIONS = {"sta": {"window": (1, 5, 5), "tile": 4}}
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Masks(Operator):
     def cases(self, device: torch.device, *, everything: bool = False) -> Iterator[Case]:
         if device.type == "cpu":
             for method in METHODS:
-                yield Case(method, GRIDS.get(method, (8, 32, 32)), 2)
+                yield Case(method, GRIDS.get(method, (8, 32, 32)), 2, options=OPTIONS.get(method, {}))
             yield Case("sla", (16, 32, 32), 1, options=METHODS["sla"] | {"ratio": 0.2})
             return
         for grid in ((21, 30, 52), (21, 45, 80)):  # Wan at 480p and 720p

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .mask import BlockMask, box_of_token, boxes, by_entry, listed
+from .obstacle import obstacle
 
 
 def tokens_by_box(shape, block, length: Tensor | None = None) -> Tensor:
@@ -56,8 +57,6 @@ def backward_flops(pairs: int, head_dim: int, value_dim: int | None = None) -> i
 
 def _products(query: Tensor, call: Any, impl: str | None) -> str:
     """What a call with `qk_dtype` multiplies, and why it is not the rounded numbers themselves."""
-    from .eight_bit import obstacle  # which imports the operator, and that this file
-
     words = {torch.int8: "int8 numbers", torch.float8_e4m3fn: "e4m3 numbers"}.get(call.qk_dtype, "signs")
     restored = f"restored to {str(query.dtype).removeprefix('torch.')}"
     why = f"impl is {impl}" if impl != "triton" else obstacle(query, call)

@@ -14,33 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..common.calling import wants_gradient
-from ..common.launching import device_class
 from ..neighborhood import quantized
 from .call import RoundedCall, block_sparse, empty_kept
 from .mask import boxes
+from .obstacle import obstacle
 from .rounded import known, to_int8
-
-MIN_HEAD_DIM = 17  # matrix instructions of eight bits add over 32 features
-
-
-def obstacle(query: Tensor, call: RoundedCall) -> str | None:
-    """Why the Triton kernel does not multiply the rounded numbers of a call, or None where it does.
-
-    A device that is not there counts as one that can.
-    """
-    if call.scale <= 0:
-        return f"scale={call.scale} is not positive"
-    if call.qk_dtype == torch.float8_e4m3fn:
-        return quantized.obstacle(query)
-    if call.qk_dtype != torch.int8:
-        return "products of bits are not used"
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"values of {query.dtype} are not half precision"
-    if query.shape[-1] < MIN_HEAD_DIM:
-        return f"head_dim {query.shape[-1]} is under {MIN_HEAD_DIM}"
-    if query.device.type == "cuda" and torch.cuda.is_available() and device_class(query.device) == "rdna":
-        return "products of int8 were not compiled for RDNA"
-    return None
 
 
 def multiplies(query: Tensor, key: Tensor, value: Tensor, call: RoundedCall, impl: str) -> bool:

@@ -42,6 +42,7 @@ MENTIONED = {  # papers that the code cites as background, and implements no mor
     "1502.01852": "He's initialization", "1512.03385": "ResNet", "1602.02830": "straight-through signs",
     "1703.06211": "deformable convolutions, torchvision's", "1801.03924": "LPIPS, torchmetrics'",
     "1801.04381": "MobileNetV2",
+    "2202.00512": "prediction of v, diffusers'",
     "2012.12877": "DeiT", "2102.12122": "PVT", "2105.14217": "LIT, the layout of LITv2", "2106.13797": "PVT v2",
     "2107.00652": "CSWin", "2205.14135": "FlashAttention, its backward pass", "2309.11523": "RMT, PPMA's layout",
     "1606.04797": "V-Net, Dice loss", "1612.01105": "PSPNet, pyramid pooling",
