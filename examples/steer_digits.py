@@ -5,9 +5,9 @@
     python examples/steer_digits.py measure        # prints numbers
     python examples/steer_digits.py draw           # docs/images/steer/*
 
-Needs scikit-learn (its scans of digits are the data), Pillow and matplotlib. The path takes 31 minutes of processor time
-(after 1,500 steps of 8 clips digits keep to it, and 29 % their shape), the others 1 to 3. `measure` printed, seeds as
-they are here, torch 2.14, one thread:
+Needs scikit-learn (its scans of digits are the data), Pillow and matplotlib. The path takes half an hour of processor
+time (after 1,500 steps of 8 clips digits keep to it, and 29 % their shape), the others 1 to 3 minutes. `measure` printed,
+seeds as they are here, torch 2.14, one thread:
 
     judge: right on 98.1 % of held-out scans
     regions, not bound: both digits 100 %, each in its region 0 %
