@@ -6,8 +6,8 @@
     python examples/steer_digits.py draw           # docs/images/steer/*
 
 Needs scikit-learn (its scans of digits are the data), Pillow and matplotlib. The path takes half an hour of processor
-time (after 1,500 steps of 8 clips digits keep to it, and 29 % their shape), the others 1 to 3 minutes. `measure` printed,
-seeds as they are here, torch 2.14, one thread:
+time (after 1,500 steps of 8 clips digits keep to it, and 29 % their shape), the others 1 to 3 minutes. `measure`
+printed, seeds as they are here, torch 2.14, one thread:
 
     judge: right on 98.1 % of held-out scans
     regions, not bound: both digits 100 %, each in its region 0 %
