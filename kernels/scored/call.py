@@ -16,7 +16,7 @@ from .rows import Rows
 from .score import Score
 
 MAX_HEAD_DIM = 128
-MAX_POSITIONS = 128  # of CoPE's table, whose gradient a program holds for each of its rows
+MAX_POSITIONS = 65  # of CoPE's table: further on float32 positions lose too much of what lies behind the point
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def test_auto_takes_the_kernels_on_a_device_and_says_why_not():
             (LocalLinear(), "LocalLinear: every row has a covariance"),
             (Landmark(3), "Landmark: every section"),
             (Parallax(q.float()), "score.r.dtype=torch.float32 is not that of query"),
-            (CoPE(torch.empty(64, 200, device="cuda")), "200 positions, more than 128"),
+            (CoPE(torch.empty(64, 200, device="cuda")), "200 positions, more than 65"),
         ):
             found = explain(scored_attention, q, q, q, score=score)
             assert found.impl == "torch" and why in str(found.reasons["triton"])

@@ -52,7 +52,7 @@ def configs_of(name: str):
 
 def is_small(case) -> bool:
     """Whether a case has few programs, of which one takes the interpreter about ten milliseconds."""
-    tokens = prod(case.shape), prod(getattr(case, "key_shape", ())), getattr(case, "agents", 1)
+    tokens = prod(case.shape), prod(getattr(case, "key_shape", None) or ()), getattr(case, "agents", 1)
     groups = prod(getattr(case, "dilation", ())) * prod(2 * h + 1 for h in getattr(case, "halo", ()))
     boxes = getattr(case, "query_boxes", 1), getattr(case, "key_boxes", 1)
     return 0 < case.batch * case.heads <= 2 and max(tokens) <= 48 and max(groups, *boxes) <= 6
