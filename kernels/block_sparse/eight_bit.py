@@ -22,7 +22,7 @@ from .rounded import known, to_int8
 
 
 def multiplies(query: Tensor, key: Tensor, value: Tensor, call: RoundedCall, impl: str) -> bool:
-    """Whether a call takes the kernel: Triton runs it, and nobody asks for a gradient."""
+    """Return whether a call takes the kernel: Triton runs it, and nobody asks for a gradient."""
     if wants_gradient(query, key, value, call.additional_keys, call.additional_values):
         return False
     chosen = block_sparse.select_impl(query, key, value, call, impl)  # pyright: ignore[reportArgumentType]

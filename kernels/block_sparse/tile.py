@@ -124,7 +124,7 @@ def listed_keys(
 
 @triton.jit
 def listed_scales(c, total, idx_ptr, scale_ptr, BOX: tl.constexpr, COLUMNS: tl.constexpr):
-    """What the `COLUMNS` tokens from number `c` on of the blocks of a list are multiples of; see `listed_keys`."""
+    """Scales of the `COLUMNS` 8-bit tokens from number `c` on of the blocks of a list; see `listed_keys`."""
     TOKENS: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     if TOKENS % COLUMNS == 0:
         return tl.full([COLUMNS], tl.load(scale_ptr + tl.load(idx_ptr + c // TOKENS)), tl.float32)

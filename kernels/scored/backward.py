@@ -27,6 +27,7 @@ from .tile import (
     interpolate,
     known_rows,
     load_lse,
+    load_statistics,
     place,
     program,
     sharpen,
@@ -77,18 +78,14 @@ def query_kernel(
 
     # numbers of the rows, zeros where a formula has none
     lse2 = tl.zeros([QUERIES], tl.float32)
-    total, peak, mass, count, sums = lse2, lse2, lse2, lse2, lse2
+    count, sums = lse2, lse2
     if LENGTH or POWER:
         count = count_of(count_ptr, row, keep, keys, COUNTED)
     if LENGTH:
         stretch = length * LN2 * tl.log2(tl.maximum(count, 1.0))
     if KIND != "softplus":
         lse2 = load_lse(lse_ptr, token, keep)
-    if KIND == "softplus" or KIND == "parallax":
-        total = tl.load(stat_ptr + token, mask=keep, other=1.0)
-    if POWER:
-        peak = tl.load(stat_ptr + rows + token, mask=keep, other=0.0)
-        mass = tl.load(stat_ptr + rows + rows + token, mask=keep, other=1.0)
+    total, peak, mass = load_statistics(stat_ptr, token, rows, keep, KIND, POWER)
     if PASS == "final":
         sums = tl.load(sum_ptr + token, mask=keep, other=0.0)
         delta = tl.load(delta_ptr + token, mask=keep, other=0.0)
@@ -251,16 +248,12 @@ def key_kernel(
                 position = tl.load(position_ptr + row, mask=keep, other=0)
             delta = tl.load(delta_ptr + token, mask=keep, other=0.0)
             lse2 = tl.zeros([QUERIES], tl.float32)
-            total, peak, mass, count, sums = lse2, lse2, lse2, lse2, lse2
+            count, sums = lse2, lse2
             if LENGTH or POWER:
                 count = count_of(head_counts, row, keep, keys, COUNTED)
             if KIND != "softplus":
                 lse2 = load_lse(lse_ptr, token, keep)
-            if KIND == "softplus" or KIND == "parallax":
-                total = tl.load(stat_ptr + token, mask=keep, other=1.0)
-            if POWER:
-                peak = tl.load(stat_ptr + rows + token, mask=keep, other=0.0)
-                mass = tl.load(stat_ptr + rows + rows + token, mask=keep, other=1.0)
+            total, peak, mass = load_statistics(stat_ptr, token, rows, keep, KIND, POWER)
             if POWER or KIND == "parallax" or KIND == "cope":
                 sums = tl.load(sum_ptr + token, mask=keep, other=0.0)
 

@@ -110,7 +110,7 @@ class _Launches:
         return counts
 
     def mask(self, lists: Tensor | None) -> tuple:
-        """What a kernel takes of the mask: intervals, positions, counts, lists, and strides along batch and heads."""
+        """Intervals, positions, counts and lists of the mask, and their strides along batch and heads."""
         tensors = (self.call.intervals, lists, self.counts)
         strides = [0 if x is None or x.shape[i] == 1 else x.stride(i) for x in tensors for i in (0, 1)]
         return self.call.intervals, self.call.positions, self.counts, lists, tuple(strides)

@@ -60,6 +60,19 @@ def load_lse(lse_ptr, token, keep):
 
 
 @triton.jit
+def load_statistics(stat_ptr, token, rows, keep, KIND: tl.constexpr, POWER: tl.constexpr):
+    """`total`, `peak` and `mass` of rows, see `call.statistics`; zeros where a formula has none."""
+    total = tl.zeros(token.shape, tl.float32)
+    peak, mass = total, total
+    if KIND == "softplus" or KIND == "parallax":
+        total = tl.load(stat_ptr + token, mask=keep, other=1.0)
+    if POWER:
+        peak = tl.load(stat_ptr + rows + token, mask=keep, other=0.0)
+        mass = tl.load(stat_ptr + rows + rows + token, mask=keep, other=1.0)
+    return total, peak, mass
+
+
+@triton.jit
 def with_sign(p, s):
     """Weights with the signs of logits; 0 for a logit of 0."""
     return tl.where(s < 0, -p, tl.where(s == 0, 0.0, p))

@@ -209,7 +209,7 @@ def read_scheduler(folder: Path) -> Any:
 
 
 def process_of(scheduler: Any, forward: Forward, said: str) -> Process:
-    """What a model has learned to undo.
+    """The process that a model has learned to undo.
 
     Args:
         scheduler: of its folder, or None.
