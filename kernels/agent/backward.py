@@ -103,8 +103,7 @@ def key_kernel(
     k = load_tile(k_ptr, k_strides, k_inner, column, keys, D, BLOCK_D, WIDE)
     v = load_tile(v_ptr, v_strides, v_inner, column, keys, DV, BLOCK_DV, WIDE)
     # dK and dV over the queries of the part
-    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
+    dk, dv = (tl.zeros([KEYS, BLOCK_D], tl.float32),), (tl.zeros([KEYS, BLOCK_DV], tl.float32),)
     for first in tl.range(part * chunk, min(part * chunk + chunk, queries), QUERIES, num_stages=STAGES):
         row = first + tl.arange(0, QUERIES)
         q = load_tile(q_ptr, q_strides, q_inner, row, queries, D, BLOCK_D, WIDE)
@@ -114,11 +113,11 @@ def key_kernel(
         st = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         if BIAS:
             st += load_bias(bias_ptr, flipped, head, column, keys, row, queries, WIDE)
-        dk, dv = key_step(dk, dv, q, do, lse, delta, st, v, 1.0, PRECISION)
+        dk, dv = key_step(dk, dv, (q,), (do,), lse, delta, st, (v,), 1.0, PRECISION)
 
     slice = (part * batches + batch).to(tl.int64) * keys * heads + head
-    store_tile(dk_ptr + slice * D, dk * scale, column, keys, heads * D, D, BLOCK_D, WIDE)
-    store_tile(dv_ptr + slice * DV, dv, column, keys, heads * DV, DV, BLOCK_DV, WIDE)
+    store_tile(dk_ptr + slice * D, dk[0] * scale, column, keys, heads * D, D, BLOCK_D, WIDE)
+    store_tile(dv_ptr + slice * DV, dv[0], column, keys, heads * DV, DV, BLOCK_DV, WIDE)
 
 
 @triton.jit

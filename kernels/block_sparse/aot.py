@@ -9,12 +9,13 @@ from triton.compiler import ASTSource
 
 from ..common.launching import Device
 from ..neighborhood.configs import SIZES as NEIGHBORHOOD_SIZES
-from ..tools.variants import NARROW_DIMS, TYPES, Variant, row_strides, source
+from ..neighborhood.configs import extra_block
+from ..tools.variants import EXTRA_TOKENS, PART_DIMS, TYPES, Variant, row_strides, source
 from . import configs, gluon
 from .backward import key_kernel, query_kernel
 from .forward import forward_kernel
 from .gluon_forward import forward_kernel as gluon_kernel
-from .launch import EXTRA_KEYS, constants
+from .launch import constants
 
 BOXES = {  # axes of the grid, and a block of queries and of keys
     "8x8": (2, (8, 8), (8, 8)),  # tiles that lie in one block
@@ -74,8 +75,9 @@ def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Varia
                 for head_dim in table:
                     for grid in BOXES if head_dim == 64 else ("8x8", "22x18", "4x4x8"):
                         yield from _variants(kernel, grid, dtype, head_dim, device, precision, descriptors)
-                for head_dim in NARROW_DIMS if itemsize == 2 else ():
-                    yield from _variants(kernel, "22x18", dtype, head_dim, device, precision, descriptors)
+                for head_dim in PART_DIMS if itemsize == 2 else ():
+                    for grid in ("22x18", "4x4x8"):
+                        yield from _variants(kernel, grid, dtype, head_dim, device, precision, descriptors)
 
 
 def _flags(
@@ -136,7 +138,8 @@ def _variants(
             fixed |= dict(SKIP="skip" in flags, SCALED=flags in EIGHT_BITS)
             fixed |= dict.fromkeys(SCALES[2:] if fixed["SCALED"] else SCALES)
         if kernel != "key":
-            fixed |= dict(EXTRA=extra or ones, EXTRA_KEYS=EXTRA_KEYS, EXTRA_MASK=extra)
+            fixed |= dict(EXTRA=extra or ones, EXTRA_MASK=extra)
+            fixed |= dict(EXTRA_KEYS=extra_block(EXTRA_TOKENS, dtype.itemsize, device))
             if not extra:
                 fixed |= dict(extra_mask_ptr=None, extra_ends_ptr=None)
         if widths[0] == widths[1]:

@@ -9,6 +9,15 @@ import triton
 import triton.language as tl
 
 from ..common.triton.extra import extra_end, extra_view, load_extra_pair
+from ..common.triton.features import (
+    hide_rows,
+    load_vectors,
+    products,
+    row_products,
+    scaled,
+    store_vectors,
+    zeros,
+)
 from ..common.triton.memory import elements, inside, offset
 from ..common.triton.softmax import LOG2E, key_step, query_step
 from ..neighborhood.tile import describe, load_tile, local, shift
@@ -20,7 +29,6 @@ from .tile import (
     list_of,
     listed_keys,
     listed_queries,
-    load_rows,
     part_origin,
     view,
 )
@@ -62,11 +70,11 @@ def query_kernel(
     lse_ptr, lse_sp = view(lse_ptr, lse_strides, batch, head, WIDE)
     dlse_ptr, dlse_sp = view(dlse_ptr, dlse_strides, batch, head, WIDE)
     delta_ptr, _ = view(delta_ptr, lse_strides, batch, head, WIDE)
-    q = load_rows(q_ptr, offset(row, q_sp), q_strides[5], exists, D, BLOCK_D)
-    do = load_rows(do_ptr, offset(row, do_sp), do_strides[5], exists, DV, BLOCK_DV)
-    out = load_rows(out_ptr, offset(row, out_sp), 1, exists, DV, BLOCK_DV)
+    q = load_vectors(q_ptr, offset(row, q_sp), q_strides[5], exists, D, BLOCK_D)
+    do = load_vectors(do_ptr, offset(row, do_sp), do_strides[5], exists, DV, BLOCK_DV)
+    out = load_vectors(out_ptr, offset(row, out_sp), 1, exists, DV, BLOCK_DV)
     lse2 = tl.load(lse_ptr + offset(row, lse_sp), mask=exists, other=float("inf")) * LOG2E
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    delta = row_products(out, do)
     delta -= tl.load(dlse_ptr + offset(row, dlse_sp), mask=exists, other=0.0)
     tl.store(delta_ptr + offset(row, lse_sp), delta, mask=keep)
 
@@ -76,17 +84,17 @@ def query_kernel(
     if BIAS:
         bias_ptr += entry * most
     factor = scale * LOG2E
-    dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    dq = zeros(ROWS, BLOCK_D)
     if TILE is None:
         for c in tl.range(0, total, COLUMNS, num_stages=STAGES):
             column, see, bias = listed_keys(
                 c, total, idx_ptr, bias_ptr, kv_len_ptr, k_lengths, KEY_BOX, COLUMNS, BIAS, KV_LEN
             )
-            k = load_rows(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
-            v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, DV, BLOCK_DV)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            k = load_vectors(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
+            v = load_vectors(v_ptr, offset(column, v_sp), v_strides[5], see, DV, BLOCK_DV)
+            s = products(q, k, PRECISION) * factor
             s = tl.where(see[None, :], s + bias[None, :] if BIAS else s, float("-inf"))
-            dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
+            dq = query_step(dq, do, lse2, delta, s, k, v, 1.0, PRECISION)
     else:
         PARTS: tl.constexpr = (KEY_BOX[0] * KEY_BOX[1] * KEY_BOX[2]) // COLUMNS
         k_desc, v_desc = k_ptr, v_ptr
@@ -102,12 +110,12 @@ def query_kernel(
             v = load_tile(
                 v_ptr, v_desc, first, steps, v_sp, v_strides[5], k_lengths, DV, TILE, BLOCK_DV, DESCRIPTOR, not EVEN
             )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = products(q, k, PRECISION)
             s = hide_past_end(s, first, steps, k_lengths, TILE, EVEN)
             base = lse2
             if BIAS:
                 base -= tl.load(bias_ptr + c // PARTS).to(tl.float32) * LOG2E
-            dq = query_step(dq, q, do, base, delta, s, k, v, factor, PRECISION)
+            dq = query_step(dq, do, base, delta, s, k, v, factor, PRECISION)
     if EXTRA:
         extra_k_ptr = extra_view(extra_k_ptr, extra_k_strides, batch, head // GROUP)
         extra_v_ptr = extra_view(extra_v_ptr, extra_v_strides, batch, head // GROUP)
@@ -116,13 +124,11 @@ def query_kernel(
                 extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, batch, e, extra,
                 D, DV, EXTRA_KEYS, BLOCK_D, BLOCK_DV, EXTRA_MASK,
             )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            s = products(q, k, PRECISION) * factor
             s = tl.where(see[None, :], s, float("-inf"))
-            dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
+            dq = query_step(dq, do, lse2, delta, s, k, v, 1.0, PRECISION)
 
-    d = tl.arange(0, BLOCK_D)
-    dq = (dq * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + offset(row, dq_sp)[:, None] + d[None, :], dq, mask=keep[:, None] & (d < D)[None, :])
+    store_vectors(dq_ptr, offset(row, dq_sp), scaled(dq, scale), keep, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["most"])
@@ -153,13 +159,13 @@ def key_kernel(
     row, keep, exists = rows_of(box, place, k_lengths, kv_len_ptr, KEY_BOX, KV_LEN)
     k_ptr, k_sp = view(k_ptr, k_strides, batch, key_head, WIDE)
     v_ptr, v_sp = view(v_ptr, v_strides, batch, key_head, WIDE)
-    k = load_rows(k_ptr, offset(row, k_sp), k_strides[5], exists, D, BLOCK_D)
-    v = load_rows(v_ptr, offset(row, v_sp), v_strides[5], exists, DV, BLOCK_DV)
+    k = load_vectors(k_ptr, offset(row, k_sp), k_strides[5], exists, D, BLOCK_D)
+    v = load_vectors(v_ptr, offset(row, v_sp), v_strides[5], exists, DV, BLOCK_DV)
     entries = box_count(q_lengths, QUERY_BOX) * most
     factor = scale * LOG2E
 
-    dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    dv = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    dk = zeros(ROWS, BLOCK_D)
+    dv = zeros(ROWS, BLOCK_DV)
     for g in range(GROUP):
         head = key_head * GROUP + g
         head_q, q_sp = view(q_ptr, q_strides, batch, head, WIDE)
@@ -179,11 +185,11 @@ def key_kernel(
                     c, total, order_ptr + row_of_lists + first, head_bias, q_len_ptr, q_lengths, most,
                     QUERY_BOX, COLUMNS, BIAS, Q_LEN,
                 )
-                q = load_rows(head_q, offset(column, q_sp), q_strides[5], see, D, BLOCK_D)
-                do = load_rows(head_do, offset(column, do_sp), do_strides[5], see, DV, BLOCK_DV)
+                q = load_vectors(head_q, offset(column, q_sp), q_strides[5], see, D, BLOCK_D)
+                do = load_vectors(head_do, offset(column, do_sp), do_strides[5], see, DV, BLOCK_DV)
                 lse2 = tl.load(head_lse + offset(column, lse_sp), mask=see, other=float("inf")) * LOG2E
                 delta = tl.load(head_delta + offset(column, lse_sp), mask=see, other=0.0)
-                st = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
+                st = products(k, q, PRECISION) * factor
                 if BIAS:
                     st += bias[None, :]
                 dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, 1.0, PRECISION)
@@ -215,14 +221,10 @@ def key_kernel(
                     delta = tl.load(head_delta + where, mask=see, other=0.0)
                 if BIAS:
                     lse2 -= tl.load(head_bias + named).to(tl.float32) * LOG2E
-                st = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                st = products(k, q, PRECISION)
                 dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, factor, PRECISION)
 
-    d, value_d = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     dk_ptr, dk_sp = view(dk_ptr, dk_strides, batch, key_head, WIDE)
     dv_ptr, dv_sp = view(dv_ptr, dv_strides, batch, key_head, WIDE)
-    dk = tl.where(exists[:, None], dk * scale, 0.0).to(dk_ptr.dtype.element_ty)
-    dv = tl.where(exists[:, None], dv, 0.0).to(dv_ptr.dtype.element_ty)
-    tl.store(dk_ptr + offset(row, dk_sp)[:, None] + d[None, :], dk, mask=keep[:, None] & (d < D)[None, :])
-    where = offset(row, dv_sp)[:, None] + value_d[None, :]
-    tl.store(dv_ptr + where, dv, mask=keep[:, None] & (value_d < DV)[None, :])
+    store_vectors(dk_ptr, offset(row, dk_sp), hide_rows(scaled(dk, scale), exists), keep, D, BLOCK_D)
+    store_vectors(dv_ptr, offset(row, dv_sp), hide_rows(dv, exists), keep, DV, BLOCK_DV)

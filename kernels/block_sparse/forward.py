@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..common.triton.extra import extra_end, extra_view, load_extra_pair
+from ..common.triton.features import hide_rows, load_vectors, products, scale_rows, store_vectors, zeros
 from ..common.triton.memory import elements, inside, offset
 from ..common.triton.softmax import LN2, LOG2E, softmax_step
 from ..neighborhood.tile import describe, load_tile, local
@@ -14,7 +15,6 @@ from .tile import (
     list_of,
     listed_keys,
     listed_scales,
-    load_rows,
     part_origin,
     position,
     view,
@@ -77,7 +77,7 @@ def forward_kernel(
     q_ptr, q_sp = view(q_ptr, q_strides, batch, head, WIDE)
     k_ptr, k_sp = view(k_ptr, k_strides, batch, head // GROUP, WIDE)
     v_ptr, v_sp = view(v_ptr, v_strides, batch, head // GROUP, WIDE)
-    q = load_rows(q_ptr, offset(row, q_sp), q_strides[5], exists, D, BLOCK_D)
+    q = load_vectors(q_ptr, offset(row, q_sp), q_strides[5], exists, D, BLOCK_D)
     entry = list_of(batch, head, boxes, lists) + box
     total = tl.load(num_ptr + entry) * (KEY_BOX[0] * KEY_BOX[1] * KEY_BOX[2])
     idx_ptr += entry * most
@@ -89,7 +89,7 @@ def forward_kernel(
         k_scale_ptr += key_head * box_count(k_lengths, KEY_BOX)
         factor *= tl.load(q_scale_ptr + (batch.to(tl.int64) * heads + head) * boxes + box)
 
-    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    acc = zeros(ROWS, BLOCK_DV)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     k_desc, v_desc, steps = k_ptr, v_ptr, (0, 0, 0)
@@ -110,12 +110,12 @@ def forward_kernel(
             if KV_LEN:
                 see &= column < tl.load(kv_len_ptr + number)
             if TILE is None:
-                k = load_rows(k_ptr, offset(tokens, k_sp), k_strides[5], see, D, BLOCK_D)
+                k = load_vectors(k_ptr, offset(tokens, k_sp), k_strides[5], see, D, BLOCK_D)
             else:
                 k = load_tile(
                     k_ptr, k_desc, first, steps, k_sp, k_strides[5], k_lengths, D, TILE, BLOCK_D, DESCRIPTOR, not EVEN
                 )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION).to(tl.float32) * factor
+            s = products(q, k, PRECISION).to(tl.float32) * factor
             if SCALED:
                 s *= tl.load(k_scale_ptr + number)
             if BIAS:
@@ -129,7 +129,7 @@ def forward_kernel(
             tl.store(kept_ptr + c, kept.to(tl.uint8))
             if kept:
                 if TILE is None:
-                    v = load_rows(v_ptr, offset(tokens, v_sp), v_strides[5], see, DV, BLOCK_DV)
+                    v = load_vectors(v_ptr, offset(tokens, v_sp), v_strides[5], see, DV, BLOCK_DV)
                 else:
                     v = load_tile(
                         v_ptr, v_desc, first, steps, v_sp, v_strides[5], k_lengths, DV, TILE, BLOCK_DV,
@@ -141,12 +141,12 @@ def forward_kernel(
             column, see, bias = listed_keys(
                 c, total, idx_ptr, bias_ptr, kv_len_ptr, k_lengths, KEY_BOX, COLUMNS, BIAS, KV_LEN
             )
-            k = load_rows(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION).to(tl.float32) * factor
+            k = load_vectors(k_ptr, offset(column, k_sp), k_strides[5], see, D, BLOCK_D)
+            s = products(q, k, PRECISION).to(tl.float32) * factor
             if SCALED:
                 s *= listed_scales(c, total, idx_ptr, k_scale_ptr, KEY_BOX, COLUMNS)[None, :]
             s = tl.where(see[None, :], s + bias[None, :] if BIAS else s, float("-inf"))
-            v = load_rows(v_ptr, offset(column, v_sp), v_strides[5], see, DV, BLOCK_DV)
+            v = load_vectors(v_ptr, offset(column, v_sp), v_strides[5], see, DV, BLOCK_DV)
             acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
     else:
         PARTS: tl.constexpr = (KEY_BOX[0] * KEY_BOX[1] * KEY_BOX[2]) // COLUMNS
@@ -156,7 +156,7 @@ def forward_kernel(
             k = load_tile(
                 k_ptr, k_desc, first, steps, k_sp, k_strides[5], k_lengths, D, TILE, BLOCK_D, DESCRIPTOR, not EVEN
             )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION).to(tl.float32)
+            s = products(q, k, PRECISION).to(tl.float32)
             unit = factor * tl.load(k_scale_ptr + number) if SCALED else factor
             s = hide_past_end(s, first, steps, k_lengths, TILE, EVEN)
             v = load_tile(
@@ -177,15 +177,14 @@ def forward_kernel(
                 extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, batch, e, extra,
                 D, DV, EXTRA_KEYS, BLOCK_D, BLOCK_DV, EXTRA_MASK,
             )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION).to(tl.float32) * factor
+            s = products(q, k, PRECISION).to(tl.float32) * factor
             s = tl.where(see[None, :], s, float("-inf"))
             acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
 
     out_ptr, out_sp = view(out_ptr, out_strides, batch, head, WIDE)
     lse_ptr, lse_sp = view(lse_ptr, lse_strides, batch, head, WIDE)
-    d = tl.arange(0, BLOCK_DV)
     some = exists & (l != 0.0)  # NaN counts as some, so that it shows
-    out = tl.where(some[:, None], acc / tl.where(some, l, 1.0)[:, None], 0.0).to(out_ptr.dtype.element_ty)
-    lse = tl.where(some, (m + tl.log2(tl.where(some, l, 1.0))) * LN2, float("-inf"))
-    tl.store(out_ptr + offset(row, out_sp)[:, None] + d[None, :], out, mask=keep[:, None] & (d < DV)[None, :])
+    l = tl.where(some, l, 1.0)
+    lse = tl.where(some, (m + tl.log2(l)) * LN2, float("-inf"))
+    store_vectors(out_ptr, offset(row, out_sp), hide_rows(scale_rows(acc, 1.0 / l), some), keep, DV, BLOCK_DV)
     tl.store(lse_ptr + offset(row, lse_sp), lse, mask=keep)

@@ -14,13 +14,13 @@ from ..common.launching import (
     has_descriptors,
     needs_wide,
     padded,
+    part_constants,
     precision,
     tile_strides,
-    width_constants,
     with_scratch,
 )
 from ..neighborhood.geometry import Axis
-from ..neighborhood.launch import EXTRA_KEYS, extra_arguments, extra_gradient
+from ..neighborhood.launch import extra_arguments, extra_block, extra_gradient
 from . import configs
 from .backward import key_kernel, query_kernel
 from .call import BlockSparseCall, empty_kept
@@ -76,7 +76,7 @@ def constants(
     `widths` are the head dims of keys and of values; `even` says that no block that is walked is cut short.
     """
     return dict(
-        **width_constants(*widths),
+        **part_constants(*widths),
         QUERY_BOX=padded(query_block, 1),
         KEY_BOX=padded(key_block, 1),
         ROWS=config.size.rows,
@@ -169,7 +169,7 @@ def forward(
             SKIP=skip,
             SCALED=scales[0] is not None,
             GROUP=heads // key.shape[-2],
-            EXTRA_KEYS=EXTRA_KEYS,
+            EXTRA_KEYS=extra_block(query, additional_keys),
             EXTRA=additional_keys is not None,
             EXTRA_MASK=additional_mask is not None,
             **_flags(mask),
@@ -234,7 +234,7 @@ def backward(
             heads,
             extra,
             scale,
-            EXTRA_KEYS=EXTRA_KEYS,
+            EXTRA_KEYS=extra_block(query, additional_keys),
             EXTRA=additional_keys is not None,
             EXTRA_MASK=additional_mask is not None,
             **common,

@@ -69,14 +69,6 @@ def view(ptr, strides, batch, head, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, where, stride_d, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Vectors `[tokens, BLOCK_D]` at element offsets `where`, zero where not kept and past `D`."""
-    d = tl.arange(0, BLOCK_D)
-    pointers = ptr + where[:, None] + (d.to(where.dtype) * stride_d)[None, :]
-    return tl.load(pointers, mask=keep[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
 def list_of(batch, head, boxes, lists):
     """Row of a list of `[B or 1, lists, blocks]` for block 0; see `launch.list_sizes`."""
     row = tl.where(lists[0] == 1, 0, batch) * lists[1] + head // lists[2]

@@ -36,6 +36,24 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def feature_parts(head_dim: int) -> tuple[int, ...]:
+    """Widths of the one or two parts in which kernels hold vectors of a head, see `triton.features`.
+
+    Two where they are at least a quarter shorter than `block_d` together: 64 and 16 of 72 features, 64 and 32 of 96.
+    """
+    whole = block_d(head_dim)
+    if head_dim < whole:
+        parts = whole // 2, block_d(head_dim - whole // 2)
+        if 4 * sum(parts) <= 3 * whole:
+            return parts
+    return (whole,)
+
+
+def part_constants(head_dim: int, value_dim: int) -> dict:
+    """`width_constants` of kernels that hold vectors in parts."""
+    return dict(D=head_dim, BLOCK_D=feature_parts(head_dim), DV=value_dim, BLOCK_DV=feature_parts(value_dim))
+
+
 def width_constants(head_dim: int, value_dim: int) -> dict:
     """Compile-time arguments of kernels: features of a head of query and key, and of value and output."""
     return dict(D=head_dim, BLOCK_D=block_d(head_dim), DV=value_dim, BLOCK_DV=block_d(value_dim))

@@ -59,13 +59,16 @@ def psa_importance(
     keys, key_there = _sampled(key.to(dtype), key_block, places[1])
     flat = keys.permute(0, 2, 4, 1, 3).flatten(3)  # [B, heads, d, key blocks * samples]
     unseen = ~key_there.transpose(1, 2).flatten(2)[:, :, None]
+    hides = key.shape[1] % key_block != 0  # only blocks cut short have samples that are not there
     parts = []
     step = max(1, LOGITS // (flat.shape[0] * flat.shape[1] * flat.shape[3] * queries.shape[3]))
     for start in range(0, queries.shape[1], step):
         some = queries[:, start : start + step].transpose(1, 2)  # [B, heads, blocks, samples, d]
-        logits = (some.flatten(2, 3) @ flat).masked_fill(unseen, -torch.inf)
-        relative = (logits - logits.amax(-1, keepdim=True)).exp()
-        best = relative.unflatten(3, (keys.shape[1], -1)).amax(4).unflatten(2, (some.shape[2], -1))
+        logits = some.flatten(2, 3) @ flat
+        if hides:
+            logits = logits.masked_fill(unseen, -torch.inf)
+        of_blocks = logits.unflatten(3, (keys.shape[1], -1)).amax(4)  # before exp, which keeps the order
+        best = (of_blocks - of_blocks.amax(-1, keepdim=True)).exp().unflatten(2, (some.shape[2], -1))
         there = query_there[:, start : start + step].transpose(1, 2)[..., None]
         parts.append(best.masked_fill(~there, 0).amax(3))
     importance = torch.cat(parts, dim=2)

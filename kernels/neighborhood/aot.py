@@ -7,13 +7,13 @@ import torch
 from triton.compiler import ASTSource
 
 from ..common.launching import Device, block_d
-from ..tools.variants import NARROW_DIMS, TYPES, Variant, row_strides, source
+from ..tools.variants import EXTRA_TOKENS, PART_DIMS, TYPES, Variant, row_strides, source
 from . import configs, gluon
 from .backward import extra_kernel, key_kernel, query_kernel, table_kernel
 from .forward import forward_kernel
 from .geometry import Axis
 from .gluon_forward import forward_kernel as gluon_kernel
-from .launch import EXTRA_KEYS, constants, extra_constants, table_constants
+from .launch import constants, extra_constants, table_constants
 
 GRIDS = {
     "7x7": (Axis(56, 7), Axis(56, 7)),  # small windows: few tiles, all masked
@@ -47,7 +47,7 @@ def _source(kernel, dtype: str, head_dim: int, rank: int, fixed: dict, ones: boo
 
 def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Variant]:
     """Every kernel with every size of the pinned table on every grid, and with bias and extra keys on the 2-D one;
-    with the first size for narrow head dims, too.
+    with the first size for head dims in two parts, too.
 
     Args:
         device: which table of sizes.
@@ -69,14 +69,14 @@ def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Varia
                             yield from _window_variants(kernel, grid, *known, flags)
                         if head_dim == 256:
                             yield from _window_variants(kernel, "21x21", *known, (NARROW_KEYS,))
-                for head_dim in NARROW_DIMS if itemsize == 2 else ():
+                for head_dim in PART_DIMS if itemsize == 2 else ():
                     size = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)[0]
                     known = (dtype, head_dim, size, device, descriptors, precision)
                     yield from _window_variants(kernel, "18x24x24", *known, ("",))
         if tf32 and dtype.itemsize == 2:  # the matrix units of gfx942 know another e4m3
             yield from _e4m3_variants(dtype, device, descriptors)
         for head_dim in (64, 128, 256):
-            yield from _token_variants(dtype, head_dim, precision)
+            yield from _token_variants(dtype, head_dim, device, precision)
 
 
 def _e4m3_variants(dtype, device: Device, descriptors: bool) -> Iterator[Variant]:
@@ -118,7 +118,8 @@ def _window_variants(
         fixed["PART"] = "part" in flags
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
         if kernel != "key":
-            fixed |= dict(EXTRA=full or ones or masked, EXTRA_KEYS=EXTRA_KEYS, EXTRA_MASK=masked)
+            fixed |= dict(EXTRA=full or ones or masked, EXTRA_MASK=masked)
+            fixed |= dict(EXTRA_KEYS=configs.extra_block(EXTRA_TOKENS, dtype.itemsize, device))
             if not masked:
                 fixed |= dict.fromkeys(MASK)
         if kernel == "forward":
@@ -158,13 +159,14 @@ def gluon_variants() -> Iterator[Variant]:
                 yield Variant(*known, config.queries, config.keys, made, options, gluon.CONSUMERS.value)
 
 
-def _token_variants(dtype, head_dim: int, precision: str) -> Iterator[Variant]:
+def _token_variants(dtype, head_dim: int, device: Device, precision: str) -> Iterator[Variant]:
     """The kernel that walks all tokens."""
     axes = GRIDS["7x7"]
-    fixed = dict(extra_constants(head_dim, head_dim, dtype.itemsize, precision), GROUP=1)
-    options = {"num_warps": fixed.pop("num_warps")}
-    for flags in ("extra", "extra, ones", "masked extra"):
-        masked = "masked" in flags
+    for flags in ("extra", "extra, ones", "masked extra", "few extra"):
+        masked, extra = "masked" in flags, 1 if "few" in flags else EXTRA_TOKENS
+        size = configs.extra_gradient_size(extra, head_dim, dtype.itemsize, device)
+        fixed = dict(extra_constants(size, head_dim, head_dim, precision), GROUP=1)
+        options = {"num_warps": fixed.pop("num_warps")}
         more = dict(EXTRA_MASK=True) if masked else dict(EXTRA_MASK=False, **dict.fromkeys(MASK))
         made = _source(extra_kernel, TYPES[dtype], head_dim, len(axes), fixed | more, "ones" in flags)
         yield Variant("extra", "7x7", TYPES[dtype], head_dim, flags, (), (), made, options)

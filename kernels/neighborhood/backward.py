@@ -12,6 +12,16 @@ import triton
 import triton.language as tl
 
 from ..common.triton.extra import extra_end, extra_view, load_extra_pair
+from ..common.triton.features import (
+    add_weighted,
+    hide_rows,
+    load_vectors,
+    products,
+    row_products,
+    scaled,
+    store_vectors,
+    zeros,
+)
 from ..common.triton.memory import elements, inside, offset
 from ..common.triton.softmax import LOG2E, key_step, logit_gradient, query_step
 from .forward import logits_tile
@@ -111,7 +121,7 @@ def query_kernel(
     do = load_tile(do_ptr, do_ptr, first, q_steps, do_sp, do_strides[5], nq, DV, QUERIES, BLOCK_DV, False, True)
     out = load_tile(out_ptr, out_ptr, first, q_steps, out_sp, 1, nq, DV, QUERIES, BLOCK_DV, False, True)
     lse2 = tl.load(lse_ptr + offset(row, lse_sp), mask=keep, other=float("inf")) * LOG2E
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    delta = row_products(out, do)
     delta -= tl.load(dlse_ptr + offset(row, lse_sp), mask=keep, other=0.0)
     tl.store(delta_ptr + offset(row, lse_sp), delta, mask=keep)
 
@@ -134,7 +144,7 @@ def query_kernel(
         first, n, begin, nq, QUERIES, KEYS, WINDOW, STRIDE, CAUSAL, False, PART
     )
 
-    dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    dq = zeros(ROWS, BLOCK_D)
     for MASKED in tl.static_range(1 - INNER, 1 + BORDER):
         for t in tl.range(0, tile_count(visits, inner_visits, MASKED), num_stages=STAGES):
             corner = tile_origin(t, starts, visits, inner, inner_visits, KEYS, MASKED, INNER)
@@ -149,7 +159,7 @@ def query_kernel(
             ds = logit_gradient(do, lse2, delta, s, v, factor, PRECISION)
             if DBIAS:
                 store_pairs(pairs_ptr, ds, corner, k_steps, lo, count, QUERIES, KEYS, WINDOW, MASKED)
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = add_weighted(dq, ds, k, PRECISION)
     if EXTRA:
         extra_k_ptr = extra_view(extra_k_ptr, extra_k_strides, batch, head // GROUP)
         extra_v_ptr = extra_view(extra_v_ptr, extra_v_strides, batch, head // GROUP)
@@ -158,13 +168,11 @@ def query_kernel(
                 extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, batch, e, extra,
                 D, DV, EXTRA_KEYS, BLOCK_D, BLOCK_DV, EXTRA_MASK,
             )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = products(q, k, PRECISION)
             s = tl.where(see[None, :], s * (scale * LOG2E), float("-inf"))
-            dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
+            dq = query_step(dq, do, lse2, delta, s, k, v, 1.0, PRECISION)
 
-    d = tl.arange(0, BLOCK_D)
-    dq = (dq * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + offset(row, dq_sp)[:, None] + d[None, :], dq, mask=keep[:, None] & (d < D)[None, :])
+    store_vectors(dq_ptr, offset(row, dq_sp), scaled(dq, scale), keep, D, BLOCK_D)
 
 
 @triton.jit
@@ -266,8 +274,8 @@ def key_kernel(
 
     starts, visits, inner, inner_visits = spans(first, n, begin, nq, KEYS, QUERIES, WINDOW, STRIDE, CAUSAL, True, PART)
 
-    dk = tl.zeros([KEYS[0] * KEYS[1] * KEYS[2], BLOCK_D], tl.float32)
-    dv = tl.zeros([KEYS[0] * KEYS[1] * KEYS[2], BLOCK_DV], tl.float32)
+    dk = zeros(KEYS[0] * KEYS[1] * KEYS[2], BLOCK_D)
+    dv = zeros(KEYS[0] * KEYS[1] * KEYS[2], BLOCK_DV)
     for g in range(GROUP):
         head = key_head * GROUP + g
         head_q, q_sp = group_view(q_ptr, q_strides, batch, head, origin, DILATION, WIDE)
@@ -307,19 +315,12 @@ def key_kernel(
                 dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, factor, PRECISION)
 
     keep = inside(row, n)
-    d = tl.arange(0, BLOCK_D)
     dk_strides = elements(dk_ptr, dk_strides)
     value_strides = dk_strides if dv_strides is None else elements(dv_ptr, dv_strides)
     dk_ptr, dk_sp = group_view(dk_ptr, dk_strides, batch, key_head, group, DILATION, WIDE)
     dv_ptr, dv_sp = group_view(dv_ptr, value_strides, batch, key_head, group, DILATION, WIDE)
-    where = offset(row, dk_sp)[:, None] + d[None, :]
-    store = keep[:, None] & (d < D)[None, :]
-    tl.store(dk_ptr + where, (dk * scale).to(dk_ptr.dtype.element_ty), mask=store)
-    if dv_strides is not None:
-        d = tl.arange(0, BLOCK_DV)
-        where = offset(row, dv_sp)[:, None] + d[None, :]
-        store = keep[:, None] & (d < DV)[None, :]
-    tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=store)
+    store_vectors(dk_ptr, offset(row, dk_sp), scaled(dk, scale), keep, D, BLOCK_D)
+    store_vectors(dv_ptr, offset(row, dv_sp), dv, keep, DV, BLOCK_DV)
 
 
 @triton.jit
@@ -359,9 +360,7 @@ def extra_kernel(
         extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, batch, first, extra,
         D, DV, EXTRA_KEYS, BLOCK_D, BLOCK_DV, EXTRA_MASK,
     )
-    d, value_d = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    dk = tl.zeros([EXTRA_KEYS, BLOCK_D], tl.float32)
-    dv = tl.zeros([EXTRA_KEYS, BLOCK_DV], tl.float32)
+    dk, dv = zeros(EXTRA_KEYS, BLOCK_D), zeros(EXTRA_KEYS, BLOCK_DV)
     for g in range(GROUP):
         head = key_head * GROUP + g
         end = tl.minimum(part * chunk + chunk, tokens)
@@ -371,22 +370,21 @@ def extra_kernel(
             t = begin + tl.arange(0, QUERIES)
             keep = t < end
             query = token(t, lengths)
-            q = row_vectors(q_ptr, q_strides, batch, query, head, d, keep[:, None] & (d < D)[None, :])
-            do = row_vectors(do_ptr, do_strides, batch, query, head, value_d, keep[:, None] & (value_d < DV)[None, :])
+            q = load_vectors(q_ptr, row_offset(q_strides, batch, query, head), q_strides[5], keep, D, BLOCK_D)
+            do = load_vectors(do_ptr, row_offset(do_strides, batch, query, head), do_strides[5], keep, DV, BLOCK_DV)
             place = row_offset(row_strides(lengths, key_heads * GROUP), batch, query, head)
             lse2 = tl.load(lse_ptr + place, mask=keep, other=float("inf")) * LOG2E
             delta = tl.load(delta_ptr + place, mask=keep, other=0.0)
-            st = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            st = products(k, q, PRECISION)
             dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, scale * LOG2E, PRECISION)
 
     e = first + tl.arange(0, EXTRA_KEYS)
     base = (part.to(tl.int64) * batches + batch) * extra
-    row = ((base + e) * key_heads + key_head)[:, None]
-    store = (e < extra)[:, None]
+    row = (base + e) * key_heads + key_head
     if EXTRA_MASK:
-        dk, dv = tl.where(see[:, None], dk, 0.0), tl.where(see[:, None], dv, 0.0)
-    tl.store(dk_ptr + row * D + d[None, :], dk * scale, mask=store & (d < D)[None, :])
-    tl.store(dv_ptr + row * DV + value_d[None, :], dv, mask=store & (value_d < DV)[None, :])
+        dk, dv = hide_rows(dk, see), hide_rows(dv, see)
+    store_vectors(dk_ptr, row * D, scaled(dk, scale), e < extra, D, BLOCK_D)
+    store_vectors(dv_ptr, row * DV, dv, e < extra, DV, BLOCK_DV)
 
 
 @triton.jit
@@ -395,10 +393,3 @@ def row_offset(strides, batch, position, head):
     where = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4]
     where += position[0].to(tl.int64) * strides[1]
     return where + position[1].to(tl.int64) * strides[2] + position[2].to(tl.int64) * strides[3]
-
-
-@triton.jit
-def row_vectors(ptr, strides, batch, position, head, d, mask):
-    """Vectors `[tokens, BLOCK_D]` of tokens, zero where masked; `strides` of `[B, X, Y, Z, heads, head_dim]`."""
-    pointers = ptr + row_offset(strides, batch, position, head)[:, None] + (d.to(tl.int64) * strides[5])[None, :]
-    return tl.load(pointers, mask=mask, other=0.0)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from math import prod
 from typing import Literal, NamedTuple
 
-from ..common.launching import MIN_TILE, Device, Overrides, block_d
+from ..common.launching import MIN_TILE, Device, Overrides, block_d, feature_parts
 from .geometry import Axis, tile_walk
 
 Kernel = Literal["forward", "query", "key"]
@@ -175,6 +175,27 @@ def token_block(head_dim: int, itemsize: int) -> int:
     return max(MIN_TILE, min(64, 8192 // itemsize // block_d(head_dim)))
 
 
+def extra_block(extra: int, itemsize: int, device: Device) -> int:
+    """Keys of an iteration over `extra` additional ones, in the forward and the query's gradient.
+
+    Four warps side by side need 32 columns. On Hopper 64 spread what an iteration costs whatever its length.
+    """
+    return 64 if device == "hopper" and itemsize <= 2 and extra > 32 else 32
+
+
+def extra_gradient_size(extra: int, head_dim: int, itemsize: int, device: Device) -> Size:
+    """Sizes of the kernel of the gradients of `extra` additional keys, whose programs hold a few of them and walk all
+    queries: 64 keys, where registers hold their two gradients, read the queries four times less often than 16."""
+    width, queries = block_d(head_dim), token_block(head_dim, itemsize)
+    if itemsize >= 4:  # products of float32 take twice the registers
+        return Size(queries, 16, 8, 2)
+    if extra <= 16 or device == "rdna" or (device == "amd" and width > 128):
+        return Size(queries, 16, 2 if width > 128 else 4, 2)  # tiles of 16 by 16 feed two warps
+    if width > 128:
+        return Size(queries, 32, 4, 2)
+    return Size(16 if device == "hopper" and width > 64 else queries, 64, 4, 2)
+
+
 def splits(tokens: int, rank: int) -> list[tuple[int, ...]]:
     """All ways to split a power of two over `rank` axes."""
     if rank == 1:
@@ -190,8 +211,8 @@ def three_axes(tile: tuple[int, ...]) -> tuple[int, int, int]:
 
 def tile_clocks(kernel: Kernel, size: Size, head_dim: int, itemsize: int, device: Device) -> tuple[float, float, float]:
     """Estimated clocks of an SM for a tile that is wholly visible, for one that takes the mask, and for a program."""
-    width = block_d(head_dim)
-    work = size.queries * size.keys * PAIR_CLOCKS[device][max(32, width)]
+    width, whole = sum(feature_parts(head_dim)), block_d(head_dim)
+    work = size.queries * size.keys * PAIR_CLOCKS[device][max(32, whole)] * width / whole
     columns = size.queries if kernel == "key" else size.keys
     loads = columns * 2 * width * itemsize / L2_BYTES[device]
     inner, border = (max(loads, work * (1 + mask) + TILE_CLOCKS * size.warps) for mask in (0, MASK_COST))

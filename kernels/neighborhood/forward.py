@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..common.triton.extra import extra_end, extra_view, load_extra_pair
+from ..common.triton.features import products, scale_rows, store_vectors, zeros
 from ..common.triton.memory import elements, inside, offset
 from ..common.triton.softmax import LN2, LOG2E, softmax_step
 from .tile import (
@@ -35,7 +36,7 @@ def logits_tile(
     The columns begin at `corner` and go on by `steps`. `bias_row` holds, for every row, the table entry of column zero;
     `BIAS_STRIDES` steps the table along the columns. The table is wide enough for columns that a row does not see.
     """
-    s = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
+    s = products(rows, columns, PRECISION)
     if BIAS:  # one address a row: what steps add is known when compiling, and part of the load
         entry = bias_ptr + (bias_row + offset(corner, BIAS_STRIDES))[:, None] + offset(steps, BIAS_STRIDES)[None, :]
     if MASKED:
@@ -104,7 +105,7 @@ def forward_kernel(
         first, n, begin, nq, QUERIES, KEYS, WINDOW, STRIDE, CAUSAL, False, PART
     )
 
-    acc = tl.zeros([QUERIES[0] * QUERIES[1] * QUERIES[2], BLOCK_DV], tl.float32)
+    acc = zeros(QUERIES[0] * QUERIES[1] * QUERIES[2], BLOCK_DV)
     m = tl.full([QUERIES[0] * QUERIES[1] * QUERIES[2]], float("-inf"), tl.float32)
     l = tl.zeros([QUERIES[0] * QUERIES[1] * QUERIES[2]], tl.float32)
 
@@ -128,14 +129,12 @@ def forward_kernel(
                 extra_k_ptr, extra_k_strides, extra_v_ptr, extra_v_strides, extra_mask_ptr, batch, e, extra,
                 D, DV, EXTRA_KEYS, BLOCK_D, BLOCK_DV, EXTRA_MASK,
             )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = products(q, k, PRECISION)
             s = tl.where(see[None, :], s * (scale * LOG2E), float("-inf"))
             acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
 
     keep = inside(row, nq)
     out_ptr, out_sp = group_view(out_ptr, out_strides, batch, head, origin, DILATION, WIDE)
     lse_ptr, lse_sp = group_view(lse_ptr, row_strides(counts, heads), batch, head, origin, DILATION, WIDE)
-    d = tl.arange(0, BLOCK_DV)
-    out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offset(row, out_sp)[:, None] + d[None, :], out, mask=keep[:, None] & (d < DV)[None, :])
+    store_vectors(out_ptr, offset(row, out_sp), scale_rows(acc, 1.0 / l), keep, DV, BLOCK_DV)
     tl.store(lse_ptr + offset(row, lse_sp), (m + tl.log2(l)) * LN2, mask=keep)

@@ -9,17 +9,16 @@ from torch import Tensor
 
 from ..common.launching import (
     aligned,
-    block_d,
     cdiv,
     device_class,
     has_descriptors,
     kernel_strides,
     needs_wide,
     padded,
+    part_constants,
     precision,
     tile_strides,
     unspecialised,
-    width_constants,
     with_scratch,
 )
 from . import configs
@@ -28,8 +27,6 @@ from .call import NeighborhoodCall
 from .forward import forward_kernel
 from .geometry import Axis, query_count, query_range
 
-EXTRA_KEYS = 32  # an iteration of the forward and the query's gradient: four warps side by side need 32 columns
-GRADIENT_EXTRA_KEYS = 16  # a program of the gradient of extra keys
 # The gradient of extra keys, which walks all tokens: programs to aim for, enough to fill any device several times over,
 # and the fewest queries that one takes.
 PROGRAMS = 4096
@@ -41,7 +38,7 @@ TABLE_ENTRIES = 32  # of a table, that a program sums at a time
 def window_constants(axes: tuple[Axis, ...], widths: tuple[int, int]) -> dict:
     """Compile-time arguments that describe the windows and the head dims, `widths`, of keys and of values."""
     return dict(
-        **width_constants(*widths),
+        **part_constants(*widths),
         WINDOW=padded([a.window for a in axes], 1),
         STRIDE=padded([a.stride for a in axes], 1),
         DILATION=padded([a.dilation for a in axes], 1),
@@ -116,16 +113,15 @@ def table_constants(axes: tuple[Axis, ...], queries: tuple[int, int, int]) -> di
     )
 
 
-def extra_constants(head_dim: int, value_dim: int, itemsize: int, precision: str) -> dict:
+def extra_constants(size: configs.Size, head_dim: int, value_dim: int, precision: str) -> dict:
     """Compile-time arguments of the kernel of the gradients of extra keys."""
     return dict(
-        **width_constants(head_dim, value_dim),
-        QUERIES=configs.token_block(max(head_dim, value_dim), itemsize),
-        EXTRA_KEYS=GRADIENT_EXTRA_KEYS,
+        **part_constants(head_dim, value_dim),
+        QUERIES=size.queries,
+        EXTRA_KEYS=size.keys,
         PRECISION=precision,
-        STAGES=2,
-        # products of float32 take twice the registers; tiles of 16 by 16, at head dim 256, feed two warps
-        num_warps=8 if itemsize >= 4 else 2 if block_d(max(head_dim, value_dim)) > 128 else 4,
+        STAGES=size.stages,
+        num_warps=size.warps,
     )
 
 
@@ -180,6 +176,12 @@ def extra_arguments(
     return *pair, additional_mask.contiguous().view(torch.uint8), ends
 
 
+def extra_block(query: Tensor, additional_keys: Tensor | None) -> int:
+    """Additional keys of an iteration; see `configs.extra_block`."""
+    extra = 0 if additional_keys is None else additional_keys.shape[1]
+    return configs.extra_block(extra, query.element_size(), device_class(query.device))
+
+
 @with_scratch
 def forward(
     query: Tensor,
@@ -220,7 +222,7 @@ def forward(
             0 if additional_keys is None else additional_keys.shape[1],
             scale,
             GROUP=heads // key.shape[-2],
-            EXTRA_KEYS=EXTRA_KEYS,
+            EXTRA_KEYS=extra_block(query, additional_keys),
             QUANTIZED=factor is not None,
             BIAS=bias is not None,
             EXTRA=additional_keys is not None,
@@ -285,7 +287,7 @@ def backward(
                 extra,
                 scale,
                 GROUP=group,
-                EXTRA_KEYS=EXTRA_KEYS,
+                EXTRA_KEYS=extra_block(query, additional_keys),
                 BIAS=bias is not None,
                 EXTRA=additional_keys is not None,
                 EXTRA_MASK=additional_mask is not None,
@@ -383,7 +385,9 @@ def extra_gradient(
     """Gradients of the extra keys and values: partial sums of chunks of queries, added by torch in a fixed order."""
     query, (batch, extra, key_heads, head_dim) = q[0], additional_keys.shape
     tokens = prod(map(query_count, axes))
-    blocks = cdiv(extra, GRADIENT_EXTRA_KEYS) * key_heads * batch
+    widths = head_dim, additional_values.shape[-1]
+    size = configs.extra_gradient_size(extra, max(widths), query.element_size(), device_class(query.device))
+    blocks = cdiv(extra, size.keys) * key_heads * batch
     chunk = max(MIN_CHUNK, cdiv(tokens, cdiv(PROGRAMS, blocks)))
     chunks = cdiv(tokens, chunk)
     dk = torch.empty(chunks, *additional_keys.shape, dtype=torch.float32, device=query.device)
@@ -404,6 +408,6 @@ def extra_gradient(
         scale,
         GROUP=query.shape[-2] // key_heads,
         EXTRA_MASK=additional_mask is not None,
-        **extra_constants(head_dim, additional_values.shape[-1], query.element_size(), precision(query)),
+        **extra_constants(size, *widths, precision(query)),
     )
     return dk.sum(0).to(additional_keys.dtype), dv.sum(0).to(additional_values.dtype)

@@ -13,6 +13,7 @@ from types import FunctionType
 import triton
 import triton.language as tl
 
+from ..common.triton.features import load_vectors
 from ..common.triton.memory import inside, offset
 from . import geometry
 
@@ -302,13 +303,30 @@ def group_view(ptr, strides, batch, head, group, DILATION: tl.constexpr, WIDE: t
 
 @triton.jit
 def describe(ptr, strides, lengths, D: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tensor descriptor of a dilation group whose boxes are tiles; reads outside the group give zero."""
+    """Tensor descriptors of a dilation group, one a part, whose boxes are tiles; reads outside the group give zero."""
+    if len(BLOCK_D) > 1:
+        return (
+            _describe_part(ptr, strides, lengths, D, TILE, BLOCK_D[0]),
+            _describe_part(ptr, strides, lengths, D, TILE, BLOCK_D[1]),
+        )
+    else:
+        return (_describe_part(ptr, strides, lengths, D, TILE, BLOCK_D[0]),)
+
+
+@triton.jit
+def _describe_part(ptr, strides, lengths, D: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
     return tl.make_tensor_descriptor(
         ptr,
         shape=[lengths[0], lengths[1], lengths[2], D],
         strides=[strides[0], strides[1], strides[2], 1],
-        block_shape=[TILE[0], TILE[1], TILE[2], BLOCK_D],
+        block_shape=[TILE[0], TILE[1], TILE[2], WIDTH],
     )
+
+
+@triton.jit
+def _load_box(descriptor, origin, FIRST: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    box = descriptor.load([origin[0], origin[1], origin[2], FIRST])
+    return box.reshape(TILE[0] * TILE[1] * TILE[2], WIDTH)
 
 
 @triton.jit
@@ -316,21 +334,20 @@ def load_tile(
     ptr, descriptor, origin, steps, strides, stride_d, lengths,
     D: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTOR: tl.constexpr, CHECK: tl.constexpr,
 ):
-    """Tokens of the tile at `origin` as `[tokens, BLOCK_D]`, zero outside the group and past `D`.
+    """Vectors of the tile at `origin`, see `features`; zero outside the group and past `D`.
 
     With `DESCRIPTOR` the hardware addresses the box; otherwise pointers do, checked against the group's end only if
     `CHECK`.
     """
     if DESCRIPTOR:
-        box = descriptor.load([origin[0], origin[1], origin[2], 0])
-        return box.reshape(TILE[0] * TILE[1] * TILE[2], BLOCK_D)
-    d = tl.arange(0, BLOCK_D)
-    rows = offset(origin, strides) + offset(steps, strides)
-    pointers = ptr + rows[:, None] + (d.to(rows.dtype) * stride_d)[None, :]
-    if CHECK:
-        keep = inside(shift(origin, steps), lengths)[:, None] & (d < D)[None, :]
-        return tl.load(pointers, mask=keep, other=0.0)
-    elif BLOCK_D != D:
-        return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+        if len(BLOCK_D) > 1:
+            return (
+                _load_box(descriptor[0], origin, 0, TILE, BLOCK_D[0]),
+                _load_box(descriptor[1], origin, BLOCK_D[0], TILE, BLOCK_D[1]),
+            )
+        else:
+            return (_load_box(descriptor[0], origin, 0, TILE, BLOCK_D[0]),)
     else:
-        return tl.load(pointers)
+        rows = offset(origin, strides) + offset(steps, strides)
+        keep = inside(shift(origin, steps), lengths)
+        return load_vectors(ptr, rows, stride_d, keep, D, BLOCK_D, CHECK)

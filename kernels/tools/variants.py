@@ -12,6 +12,8 @@ from triton.compiler import ASTSource
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 NARROW_DIMS = (40, 72)  # half-precision rows of whole 16 bytes, but not of 16 numbers
+PART_DIMS = (40, 72, 80, 96, 160)  # of which kernels hold vectors in two parts
+EXTRA_TOKENS = 512  # additional keys
 DIVISIBLE = [["tt.divisibility", 16]]
 
 

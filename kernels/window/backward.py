@@ -150,7 +150,7 @@ def query_kernel(
 
     k_ptr = head_view(k_ptr, k_strides, batch, head // GROUP)
     v_ptr = head_view(v_ptr, v_strides, batch, head // GROUP)
-    dq = tl.zeros([PACK * QUERIES, BLOCK_D], tl.float32)
+    dq = (tl.zeros([PACK * QUERIES, BLOCK_D], tl.float32),)
     # dQ over the keys of the windows
     for first in range(0, S, KEYS):
         column, key_where, key_keep, key_region = tile(
@@ -164,8 +164,8 @@ def query_kernel(
             entry = bias_pointers(bias_ptr, head, row[:, None], column[None, :], WINDOW, HALO)
             s += tl.load(entry, mask=see & keep[:, None], other=0.0).to(tl.float32) * LOG2E
         s = tl.where(see, s, float("-inf"))
-        dq = query_step(dq, q, do, lse2, delta, s, k, v, 1.0, PRECISION)
-    store(head_view(dq_ptr, dq_strides, batch, head), dq_strides, where, keep, dq * scale, D, BLOCK_D, WIDE)
+        dq = query_step(dq, (do,), lse2, delta, s, (k,), (v,), 1.0, PRECISION)
+    store(head_view(dq_ptr, dq_strides, batch, head), dq_strides, where, keep, dq[0] * scale, D, BLOCK_D, WIDE)
 
 
 @triton.jit
@@ -217,8 +217,7 @@ def key_kernel(
     key_keep &= slot < T
     k = load(head_view(k_ptr, k_strides, batch, key_head), k_strides, where, key_keep, D, BLOCK_D, WIDE)
     v = load(head_view(v_ptr, v_strides, batch, key_head), v_strides, where, key_keep, DV, BLOCK_DV, WIDE)
-    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
+    dk, dv = (tl.zeros([KEYS, BLOCK_D], tl.float32),), (tl.zeros([KEYS, BLOCK_DV], tl.float32),)
     # windows that see the cell: those around it, as far as the halo reaches
     for around in range(AROUND[0] * AROUND[1] * AROUND[2]):
         ax, ay, az = split(around, AROUND)
@@ -245,9 +244,9 @@ def key_kernel(
                     entry = bias_pointers(bias_ptr, head, row[None, :], column[:, None], WINDOW, HALO)
                     bias = tl.load(entry, mask=see & keep[None, :], other=0.0)
                 st = transposed_logits(k, q, see, bias, scale, BIAS, PRECISION)
-                dk, dv = key_step(dk, dv, q, do, lse2, delta, st, v, 1.0, PRECISION)
-    store(head_view(dk_ptr, dk_strides, batch, key_head), dk_strides, where, key_keep, dk * scale, D, BLOCK_D, WIDE)
-    store(head_view(dv_ptr, dv_strides, batch, key_head), dv_strides, where, key_keep, dv, DV, BLOCK_DV, WIDE)
+                dk, dv = key_step(dk, dv, (q,), (do,), lse2, delta, st, (v,), 1.0, PRECISION)
+    store(head_view(dk_ptr, dk_strides, batch, key_head), dk_strides, where, key_keep, dk[0] * scale, D, BLOCK_D, WIDE)
+    store(head_view(dv_ptr, dv_strides, batch, key_head), dv_strides, where, key_keep, dv[0], DV, BLOCK_DV, WIDE)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ def forward_kernel(
     q = load(head_view(q_ptr, q_strides, batch, head), q_strides, place, keep, D, BLOCK_D, WIDE)
     k_ptr = head_view(k_ptr, k_strides, batch, head // GROUP)
     v_ptr = head_view(v_ptr, v_strides, batch, head // GROUP)
-    acc = tl.zeros([PACK * QUERIES, BLOCK_DV], tl.float32)
+    acc = (tl.zeros([PACK * QUERIES, BLOCK_DV], tl.float32),)
     m = tl.full([PACK * QUERIES], float("-inf"), tl.float32)
     l = tl.zeros([PACK * QUERIES], tl.float32)
     # online softmax over the keys of the windows
@@ -51,10 +51,11 @@ def forward_kernel(
             entry = bias_pointers(bias_ptr, head, row[:, None], column[None, :], WINDOW, HALO)
             s += tl.load(entry, mask=see & keep[:, None], other=0.0).to(tl.float32) * LOG2E
         s = tl.where(see, s, float("-inf"))
-        acc, m, l = softmax_step(acc, m, l, s, v, 1.0, PRECISION)
+        acc, m, l = softmax_step(acc, m, l, s, (v,), 1.0, PRECISION)
 
     # normalise and store
     l = tl.where(l == 0.0, 1.0, l)  # rows that do not exist
-    store(head_view(out_ptr, out_strides, batch, head), out_strides, place, keep, acc / l[:, None], DV, BLOCK_DV, WIDE)
+    out_ptr = head_view(out_ptr, out_strides, batch, head)
+    store(out_ptr, out_strides, place, keep, acc[0] / l[:, None], DV, BLOCK_DV, WIDE)
     lse = head_view(lse_ptr, lse_strides, batch, head) + offset(place, lse_strides, WIDE)
     tl.store(lse, (m + tl.log2(l)) * LN2, mask=keep)

@@ -3,15 +3,15 @@
 import triton
 import triton.language as tl
 
+from .features import load_vectors
 from .memory import elements
 
 
 @triton.jit
 def load_tokens(ptr, strides, tokens, see, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Extra tokens `[tokens, BLOCK_D]`, zero where `see` is not true."""
-    d, strides = tl.arange(0, BLOCK_D), elements(ptr, strides)
-    pointers = ptr + tokens.to(tl.int64)[:, None] * strides[1] + (d.to(tl.int64) * strides[3])[None, :]
-    return tl.load(pointers, mask=see[:, None] & (d < D)[None, :], other=0.0)
+    """Vectors of extra tokens, zero where `see` is not true."""
+    strides = elements(ptr, strides)
+    return load_vectors(ptr, tokens.to(tl.int64) * strides[1], strides[3], see, D, BLOCK_D)
 
 
 @triton.jit
