@@ -75,7 +75,7 @@ def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Varia
                 for head_dim in table:
                     for grid in BOXES if head_dim == 64 else ("8x8", "22x18", "4x4x8"):
                         yield from _variants(kernel, grid, dtype, head_dim, device, precision, descriptors)
-                for head_dim in PART_DIMS if itemsize == 2 else ():
+                for head_dim in sorted(set(PART_DIMS) - set(table)) if itemsize == 2 else ():
                     for grid in ("22x18", "4x4x8"):
                         yield from _variants(kernel, grid, dtype, head_dim, device, precision, descriptors)
 
@@ -131,7 +131,8 @@ def _variants(
             config = configs.skipping(own, other, wide=wide, **possible)
         else:
             config = configs.choose(kernel, own, other, LISTED, **sizes, wide=wide, **possible)
-        fixed = constants(config, query_box, key_box, widths, precision, even="cut" not in flags)
+        held = configs.held(*widths, kernel, device, eight_bits=flags in EIGHT_BITS)
+        fixed = constants(config, query_box, key_box, held, precision, even="cut" not in flags)
         fixed |= dict(GROUP=1 + wide, BIAS=bias, Q_LEN=lengths, KV_LEN=lengths)
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
         if kernel == "forward":
@@ -139,7 +140,7 @@ def _variants(
             fixed |= dict.fromkeys(SCALES[2:] if fixed["SCALED"] else SCALES)
         if kernel != "key":
             fixed |= dict(EXTRA=extra or ones, EXTRA_MASK=extra)
-            fixed |= dict(EXTRA_KEYS=extra_block(EXTRA_TOKENS, dtype.itemsize, device))
+            fixed |= dict(EXTRA_KEYS=extra_block(EXTRA_TOKENS, max(widths), dtype.itemsize, device))
             if not extra:
                 fixed |= dict(extra_mask_ptr=None, extra_ends_ptr=None)
         if widths[0] == widths[1]:

@@ -6,7 +6,7 @@ Nothing here depends on timing, so a call always takes the same kernel.
 from math import prod
 from typing import Literal, NamedTuple
 
-from ..common.launching import AMD, Device, Overrides, block_d, tile_length
+from ..common.launching import AMD, Device, Overrides, Vectors, feature_parts, tile_length, vectors
 
 Kernel = Literal["forward", "query", "key"]
 
@@ -45,8 +45,18 @@ class Config(NamedTuple):
 
 # (device, kernel, element bytes) -> {head dim up to: size}
 SIZES: dict[tuple[Device, Kernel, int], dict[int, Size]] = {
-    ("hopper", "forward", 2): {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(64, 32, 4, 2)},
-    ("hopper", "query", 2): {64: Size(64, 64, 4, 2), 128: Size(64, 64, 4, 2), 256: Size(32, 32, 4, 1)},
+    ("hopper", "forward", 2): {
+        64: Size(64, 64, 4, 3),
+        128: Size(64, 64, 4, 2),
+        160: Size(64, 32, 4, 2),
+        256: Size(64, 32, 4, 2),
+    },
+    ("hopper", "query", 2): {
+        64: Size(64, 64, 4, 2),
+        128: Size(64, 64, 4, 2),
+        160: Size(64, 32, 4, 2),
+        256: Size(32, 32, 4, 1),
+    },
     ("hopper", "key", 2): {64: Size(64, 32, 4, 2), 128: Size(64, 32, 4, 1), 256: Size(32, 32, 4, 1)},
     ("hopper", "forward", 4): {64: Size(16, 16, 4, 1), 128: Size(16, 16, 4, 1), 256: Size(16, 16, 8, 1)},
     ("hopper", "query", 4): {64: Size(16, 32, 4, 1), 128: Size(16, 16, 8, 1), 256: Size(16, 16, 8, 1)},
@@ -117,6 +127,17 @@ forced = Overrides("size", "wide", "whole", "descriptor")
 override = forced.override
 
 
+def longest_split(kernel: Kernel, device: Device) -> int:
+    """The longest vectors that a kernel may hold in two parts: gradients of 160 features and the addresses of tokens
+    spill registers."""
+    return 256 if kernel != "key" and device == "hopper" else 128
+
+
+def held(head_dim: int, value_dim: int, kernel: Kernel, device: Device, *, eight_bits: bool = False) -> Vectors:
+    """How a kernel holds vectors; see `launching.vectors`."""
+    return vectors(head_dim, value_dim, device, longest_split(kernel, device), eight_bits=eight_bits)
+
+
 def part(box: tuple[int, ...], tokens: int) -> tuple[int, int, int] | None:
     """Sides along three axes of equal parts of `tokens` tokens that divide a block, first axes split first.
 
@@ -167,7 +188,8 @@ def choose(
             descriptor = bool(forced.get("descriptor", descriptor))
             return _config(kernel, size, wide)._replace(tile=tile, descriptor=descriptor)
     table = SIZES[device, kernel, itemsize]
-    size = table[min(limit for limit in table if block_d(head_dim) <= limit)]
+    width = sum(feature_parts(head_dim, device, longest_split(kernel, device)))
+    size = table[min(limit for limit in table if width <= limit)]
     if isinstance(given := forced.get("size"), Size):
         size = given
     size = _fitted(size, prod(rows), most * prod(columns))

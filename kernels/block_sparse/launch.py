@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ..common.launching import (
+    Vectors,
     aligned,
     cdiv,
     device_class,
     has_descriptors,
     needs_wide,
     padded,
-    part_constants,
     precision,
     tile_strides,
     with_scratch,
@@ -67,16 +67,16 @@ def constants(
     config: configs.Config,
     query_block: tuple[int, ...],
     key_block: tuple[int, ...],
-    widths: tuple[int, int],
+    held: Vectors,
     precision: str,
     even: bool,
 ) -> dict:
     """Compile-time arguments of the kernels that walk lists.
 
-    `widths` are the head dims of keys and of values; `even` says that no block that is walked is cut short.
+    `even` says that no block that is walked is cut short.
     """
     return dict(
-        **part_constants(*widths),
+        **held._asdict(),
         QUERY_BOX=padded(query_block, 1),
         KEY_BOX=padded(key_block, 1),
         ROWS=config.size.rows,
@@ -139,7 +139,10 @@ def forward(
     most = mask.kv_idx.shape[-1]
     tensors = query, key, value, out
     config = configure("forward", call, most, widths, (key, value), tensors)
-    even = divides(key_shape, mask.key_block)
+    even, held = (
+        divides(key_shape, mask.key_block),
+        configs.held(*widths, "forward", device_class(query.device), eight_bits=scales[0] is not None),
+    )
     with torch.cuda.device_of(query):
         forward_kernel[(programs(shape, mask.query_block, config.size.rows, batch * heads),)](
             query,
@@ -169,11 +172,11 @@ def forward(
             SKIP=skip,
             SCALED=scales[0] is not None,
             GROUP=heads // key.shape[-2],
-            EXTRA_KEYS=extra_block(query, additional_keys),
+            EXTRA_KEYS=extra_block(query, additional_keys, widths[1]),
             EXTRA=additional_keys is not None,
             EXTRA_MASK=additional_mask is not None,
             **_flags(mask),
-            **constants(config, mask.query_block, mask.key_block, widths, precision(query), even),
+            **constants(config, mask.query_block, mask.key_block, held, precision(query), even),
         )
     return out, lse, kept
 
@@ -209,6 +212,7 @@ def backward(
     blocks, tensors = (mask.query_block, mask.key_block), (query, key, value, grad_out, grad_lse, dq, dk, dv)
     with torch.cuda.device_of(query):
         config = configure("query", call, most, widths, (key, value), tensors)
+        held = configs.held(*widths, "query", device_class(query.device))
         query_kernel[(programs(shape, mask.query_block, config.size.rows, batch * heads),)](
             *q,
             *k,
@@ -234,14 +238,15 @@ def backward(
             heads,
             extra,
             scale,
-            EXTRA_KEYS=extra_block(query, additional_keys),
+            EXTRA_KEYS=extra_block(query, additional_keys, widths[1]),
             EXTRA=additional_keys is not None,
             EXTRA_MASK=additional_mask is not None,
             **common,
-            **constants(config, *blocks, widths, precision(query), divides(key_shape, mask.key_block)),
+            **constants(config, *blocks, held, precision(query), divides(key_shape, mask.key_block)),
         )
         starts, order = mask.inverse or invert(mask.kv_num, mask.kv_idx, prod(boxes(key_shape, mask.key_block)))
         config = configure("key", call, prod(boxes(shape, mask.query_block)), widths, (query, grad_out), tensors)
+        held = configs.held(*widths, "key", device_class(query.device))
         key_kernel[(programs(key_shape, mask.key_block, config.size.rows, batch * key_heads),)](
             *q,
             *k,
@@ -264,7 +269,7 @@ def backward(
             key_heads,
             scale,
             **common,
-            **constants(config, *blocks, widths, precision(query), divides(shape, mask.query_block)),
+            **constants(config, *blocks, held, precision(query), divides(shape, mask.query_block)),
         )
         dek = dev = None
         if additional_keys is not None and any(wanted):

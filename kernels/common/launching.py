@@ -36,22 +36,37 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def feature_parts(head_dim: int) -> tuple[int, ...]:
-    """Widths of the one or two parts in which kernels hold vectors of a head, see `triton.features`.
+def feature_parts(head_dim: int, device: Device, longest: int = 128) -> tuple[int, ...]:
+    """Widths of the one or two parts in which a kernel holds vectors of a head, see `triton.features`.
 
-    Two where they are at least a quarter shorter than `block_d` together: 64 and 16 of 72 features, 64 and 32 of 96.
+    Two where they are at least a quarter shorter than one of up to `longest`: 64 and 16 of 72 features, 64 and 32 of
+    96. Beyond 128 they have to be shorter by three eighths. Up to 64 exponentials are the bound on Hopper, and two
+    parts only more to issue.
     """
     whole = block_d(head_dim)
-    if head_dim < whole:
-        parts = whole // 2, block_d(head_dim - whole // 2)
-        if 4 * sum(parts) <= 3 * whole:
-            return parts
-    return (whole,)
+    parts = whole // 2, block_d(head_dim - whole // 2)
+    few = sum(parts) <= (3 * whole // 4 if whole <= 128 else 5 * whole // 8)
+    if head_dim == whole or whole > longest or not few or (whole == 64 and device == "hopper"):
+        return (whole,)
+    return parts
 
 
-def part_constants(head_dim: int, value_dim: int) -> dict:
-    """`width_constants` of kernels that hold vectors in parts."""
-    return dict(D=head_dim, BLOCK_D=feature_parts(head_dim), DV=value_dim, BLOCK_DV=feature_parts(value_dim))
+class Vectors(NamedTuple):
+    """Compile-time arguments of kernels that hold vectors in parts: features of a head, and widths of the parts."""
+
+    D: int  # of query and key
+    BLOCK_D: tuple[int, ...]
+    DV: int  # of value and output
+    BLOCK_DV: tuple[int, ...]
+
+
+def vectors(head_dim: int, value_dim: int, device: Device, longest: int = 128, *, eight_bits: bool = False) -> Vectors:
+    """How a kernel holds queries and keys of `head_dim` features and values of `value_dim`; see `feature_parts`.
+
+    Matrix units take 32 numbers of `eight_bits` at a time, so queries and keys of such stay in one part.
+    """
+    whole = (block_d(head_dim),) if eight_bits else feature_parts(head_dim, device, longest)
+    return Vectors(head_dim, whole, value_dim, feature_parts(value_dim, device, longest))
 
 
 def width_constants(head_dim: int, value_dim: int) -> dict:

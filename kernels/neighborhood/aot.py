@@ -6,7 +6,7 @@ from itertools import product
 import torch
 from triton.compiler import ASTSource
 
-from ..common.launching import Device, block_d
+from ..common.launching import Device, vectors
 from ..tools.variants import EXTRA_TOKENS, PART_DIMS, TYPES, Variant, row_strides, source
 from . import configs, gluon
 from .backward import extra_kernel, key_kernel, query_kernel, table_kernel
@@ -69,8 +69,8 @@ def variants(*, device: Device, tf32: bool, descriptors: bool) -> Iterator[Varia
                             yield from _window_variants(kernel, grid, *known, flags)
                         if head_dim == 256:
                             yield from _window_variants(kernel, "21x21", *known, (NARROW_KEYS,))
-                for head_dim in PART_DIMS if itemsize == 2 else ():
-                    size = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)[0]
+                for head_dim in sorted(set(PART_DIMS) - set(table)) if itemsize == 2 else ():
+                    size = configs.sizes_of(kernel, head_dim, itemsize, device)[0]
                     known = (dtype, head_dim, size, device, descriptors, precision)
                     yield from _window_variants(kernel, "18x24x24", *known, ("",))
         if tf32 and dtype.itemsize == 2:  # the matrix units of gfx942 know another e4m3
@@ -114,12 +114,13 @@ def _window_variants(
                 descriptor=descriptors,
                 wide=wide,
             )
-        fixed = dict(constants(axes, config, widths, precision), BIAS=full, GROUP=1 + wide)
+        held = configs.held(*widths, kernel, device, eight_bits=e4m3)
+        fixed = dict(constants(axes, config, held, precision), BIAS=full, GROUP=1 + wide)
         fixed["PART"] = "part" in flags
         options = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
         if kernel != "key":
             fixed |= dict(EXTRA=full or ones or masked, EXTRA_MASK=masked)
-            fixed |= dict(EXTRA_KEYS=configs.extra_block(EXTRA_TOKENS, dtype.itemsize, device))
+            fixed |= dict(EXTRA_KEYS=configs.extra_block(EXTRA_TOKENS, max(widths), dtype.itemsize, device))
             if not masked:
                 fixed |= dict.fromkeys(MASK)
         if kernel == "forward":
@@ -165,7 +166,8 @@ def _token_variants(dtype, head_dim: int, device: Device, precision: str) -> Ite
     for flags in ("extra", "extra, ones", "masked extra", "few extra"):
         masked, extra = "masked" in flags, 1 if "few" in flags else EXTRA_TOKENS
         size = configs.extra_gradient_size(extra, head_dim, dtype.itemsize, device)
-        fixed = dict(extra_constants(size, head_dim, head_dim, precision), GROUP=1)
+        held = vectors(head_dim, head_dim, device)
+        fixed = dict(extra_constants(size, held, precision), GROUP=1)
         options = {"num_warps": fixed.pop("num_warps")}
         more = dict(EXTRA_MASK=True) if masked else dict(EXTRA_MASK=False, **dict.fromkeys(MASK))
         made = _source(extra_kernel, TYPES[dtype], head_dim, len(axes), fixed | more, "ones" in flags)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from math import prod
 from typing import Literal, NamedTuple
 
-from ..common.launching import MIN_TILE, Device, Overrides, block_d, feature_parts
+from ..common.launching import AMD, MIN_TILE, Device, Overrides, Vectors, block_d, feature_parts, vectors
 from .geometry import Axis, tile_walk
 
 Kernel = Literal["forward", "query", "key"]
@@ -61,12 +61,14 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
         32: (Size(64, 64, 4, 2), Size(64, 32, 4, 2), Size(32, 32, 1, 2)),
         64: (Size(128, 64, 4, 3), Size(64, 64, 4, 3), Size(64, 32, 4, 3)),
         128: (Size(128, 128, 8, 2), Size(128, 64, 8, 2), Size(64, 64, 4, 2)),
+        160: (Size(64, 32, 4, 2),),
         256: (Size(64, 32, 4, 2),),
     },
     ("hopper", "query", 2): {
         32: (Size(64, 64, 4, 2), Size(64, 32, 4, 2), Size(32, 32, 1, 2)),
         64: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
         128: (Size(128, 64, 8, 2), Size(64, 64, 4, 2)),
+        160: (Size(64, 32, 4, 2),),
         256: (Size(32, 32, 4, 1),),
     },
     ("hopper", "key", 2): {
@@ -81,18 +83,22 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
     ("ampere", "forward", 2): {
         32: (Size(128, 64, 4, 3), Size(64, 64, 4, 3), Size(64, 32, 4, 3), Size(32, 32, 1, 2)),
         64: (Size(128, 64, 4, 3), Size(64, 64, 4, 3), Size(64, 32, 4, 3)),
+        80: (Size(64, 32, 4, 2),),
         128: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
+        160: (Size(64, 16, 4, 2),),
         256: (Size(32, 16, 2, 1),),
     },
     ("ampere", "query", 2): {
         32: (Size(64, 64, 4, 2), Size(64, 32, 4, 2), Size(32, 32, 1, 1)),
         64: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
         128: (Size(64, 32, 4, 2),),
+        160: (Size(64, 32, 4, 2),),
         256: (Size(32, 32, 4, 1),),
     },
     ("ampere", "key", 2): {
         32: (Size(64, 64, 4, 2), Size(32, 64, 4, 2), Size(32, 32, 1, 1)),
         64: (Size(64, 64, 4, 2), Size(32, 64, 4, 2)),
+        96: (Size(16, 64, 4, 1),),
         128: (Size(32, 64, 4, 1),),
         256: (Size(32, 32, 4, 1),),
     },
@@ -104,17 +110,20 @@ SIZES: dict[tuple[Device, Kernel, int], dict[int, tuple[Size, ...]]] = {
         32: (Size(64, 64, 4, 2), Size(64, 32, 4, 2), Size(32, 32, 1, 2)),
         64: (Size(64, 64, 4, 2), Size(64, 32, 4, 2)),
         128: (Size(64, 32, 4, 2),),
+        160: (Size(64, 16, 4, 2),),
         256: (Size(32, 16, 2, 1),),
     },
     ("ada", "query", 2): {
         32: (Size(64, 32, 4, 2), Size(32, 32, 1, 1)),
         64: (Size(64, 32, 4, 2),),
         128: (Size(64, 32, 4, 1),),
+        160: (Size(64, 32, 4, 2),),
         256: (Size(32, 32, 4, 1),),
     },
     ("ada", "key", 2): {
         32: (Size(32, 64, 4, 2), Size(32, 32, 1, 1)),
         64: (Size(32, 64, 4, 2),),
+        96: (Size(16, 64, 4, 1),),
         128: (Size(32, 64, 4, 1),),
         256: (Size(32, 32, 4, 1),),
     },
@@ -175,12 +184,12 @@ def token_block(head_dim: int, itemsize: int) -> int:
     return max(MIN_TILE, min(64, 8192 // itemsize // block_d(head_dim)))
 
 
-def extra_block(extra: int, itemsize: int, device: Device) -> int:
+def extra_block(extra: int, head_dim: int, itemsize: int, device: Device) -> int:
     """Keys of an iteration over `extra` additional ones, in the forward and the query's gradient.
 
     Four warps side by side need 32 columns. On Hopper 64 spread what an iteration costs whatever its length.
     """
-    return 64 if device == "hopper" and itemsize <= 2 and extra > 32 else 32
+    return 64 if device == "hopper" and itemsize <= 2 and extra > 32 and head_dim <= 128 else 32
 
 
 def extra_gradient_size(extra: int, head_dim: int, itemsize: int, device: Device) -> Size:
@@ -211,12 +220,28 @@ def three_axes(tile: tuple[int, ...]) -> tuple[int, int, int]:
 
 def tile_clocks(kernel: Kernel, size: Size, head_dim: int, itemsize: int, device: Device) -> tuple[float, float, float]:
     """Estimated clocks of an SM for a tile that is wholly visible, for one that takes the mask, and for a program."""
-    width, whole = sum(feature_parts(head_dim)), block_d(head_dim)
+    width, whole = sum(feature_parts(head_dim, device, longest_split(kernel, device))), block_d(head_dim)
     work = size.queries * size.keys * PAIR_CLOCKS[device][max(32, whole)] * width / whole
     columns = size.queries if kernel == "key" else size.keys
     loads = columns * 2 * width * itemsize / L2_BYTES[device]
     inner, border = (max(loads, work * (1 + mask) + TILE_CLOCKS * size.warps) for mask in (0, MASK_COST))
     return inner, border, (PROGRAM_CLOCKS + PROGRAM_CLOCKS_PER_FEATURE * width) * size.warps
+
+
+def longest_split(kernel: Kernel, device: Device) -> int:
+    """The longest vectors that a kernel may hold in two parts: two gradients of 160 features spill registers."""
+    return 128 if kernel == "key" or device in AMD else 256
+
+
+def held(head_dim: int, value_dim: int, kernel: Kernel, device: Device, *, eight_bits: bool = False) -> Vectors:
+    """How a kernel holds vectors; see `launching.vectors`."""
+    return vectors(head_dim, value_dim, device, longest_split(kernel, device), eight_bits=eight_bits)
+
+
+def sizes_of(kernel: Kernel, head_dim: int, itemsize: int, device: Device) -> tuple[Size, ...]:
+    """Sizes of the table for a head dim."""
+    table, width = SIZES[device, kernel, itemsize], sum(feature_parts(head_dim, device, longest_split(kernel, device)))
+    return next(table[limit] for limit in sorted(table) if width <= limit)
 
 
 @lru_cache(maxsize=4096)
@@ -263,8 +288,7 @@ def choose(
     table's.
     """
     if sizes is None:
-        table = SIZES[device, kernel, itemsize]
-        sizes = next(table[limit] for limit in sorted(table) if block_d(head_dim) <= limit)
+        sizes = sizes_of(kernel, head_dim, itemsize, device)
     if pairs:
         sizes = tuple(size for size in sizes if size.queries <= PAIR_ROWS) or sizes
     if isinstance(size := forced.get("size"), Size):

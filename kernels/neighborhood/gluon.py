@@ -42,10 +42,9 @@ def share(queries: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def constants(axes: tuple[Axis, ...], config: configs.Config, head_dim: int) -> dict:
     """Compile-time arguments of the kernel."""
-    fixed = window_constants(axes, (head_dim, head_dim))
-    names = ("D", "WINDOW", "STRIDE", "DILATION", "CAUSAL", "PART")
     return dict(
-        {name: fixed[name] for name in names},
+        window_constants(axes),
+        D=head_dim,
         QUERIES=config.queries,
         SHARE=share(config.queries),
         KEYS=config.keys,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.launching import (
+    Vectors,
     aligned,
     cdiv,
     device_class,
@@ -15,10 +16,10 @@ from ..common.launching import (
     kernel_strides,
     needs_wide,
     padded,
-    part_constants,
     precision,
     tile_strides,
     unspecialised,
+    vectors,
     with_scratch,
 )
 from . import configs
@@ -35,10 +36,9 @@ PAIR_BYTES = 128 * 2**20  # that the gradient of a relative position table takes
 TABLE_ENTRIES = 32  # of a table, that a program sums at a time
 
 
-def window_constants(axes: tuple[Axis, ...], widths: tuple[int, int]) -> dict:
-    """Compile-time arguments that describe the windows and the head dims, `widths`, of keys and of values."""
+def window_constants(axes: tuple[Axis, ...]) -> dict:
+    """Compile-time arguments that describe the windows."""
     return dict(
-        **part_constants(*widths),
         WINDOW=padded([a.window for a in axes], 1),
         STRIDE=padded([a.stride for a in axes], 1),
         DILATION=padded([a.dilation for a in axes], 1),
@@ -63,10 +63,11 @@ def grids(axes: tuple[Axis, ...]) -> tuple:
 
 
 @lru_cache(maxsize=1024)
-def constants(axes: tuple[Axis, ...], config: configs.Config, widths: tuple[int, int], precision: str) -> dict:
+def constants(axes: tuple[Axis, ...], config: configs.Config, held: Vectors, precision: str) -> dict:
     """Compile-time arguments of the kernels that walk windows."""
     return dict(
-        **window_constants(axes, widths),
+        **held._asdict(),
+        **window_constants(axes),
         QUERIES=config.queries,
         KEYS=config.keys,
         TABLE=table_lengths(axes, config),
@@ -102,21 +103,21 @@ def widen(bias: Tensor, lengths: tuple[int, int, int]) -> Tensor:
 @lru_cache(maxsize=1024)
 def table_constants(axes: tuple[Axis, ...], queries: tuple[int, int, int]) -> dict:
     """Compile-time arguments of the kernel that sums the pairs of tiles of `queries` by table entry."""
-    fixed = window_constants(axes, (1, 1))
+    fixed = window_constants(axes)
     _, y, z = (1 << (n - 1).bit_length() for n in fixed["WINDOW"])
     last = min(TABLE_ENTRIES, z)
     return dict(
-        **{name: fixed[name] for name in ("WINDOW", "STRIDE", "DILATION", "CAUSAL", "PART")},
+        **fixed,
         QUERIES=queries,
         ENTRIES=(min(TABLE_ENTRIES // last, y), last),
         num_warps=max(1, prod(queries) // 32),
     )
 
 
-def extra_constants(size: configs.Size, head_dim: int, value_dim: int, precision: str) -> dict:
+def extra_constants(size: configs.Size, held: Vectors, precision: str) -> dict:
     """Compile-time arguments of the kernel of the gradients of extra keys."""
     return dict(
-        **part_constants(head_dim, value_dim),
+        **held._asdict(),
         QUERIES=size.queries,
         EXTRA_KEYS=size.keys,
         PRECISION=precision,
@@ -176,10 +177,10 @@ def extra_arguments(
     return *pair, additional_mask.contiguous().view(torch.uint8), ends
 
 
-def extra_block(query: Tensor, additional_keys: Tensor | None) -> int:
+def extra_block(query: Tensor, additional_keys: Tensor | None, value_dim: int) -> int:
     """Additional keys of an iteration; see `configs.extra_block`."""
-    extra = 0 if additional_keys is None else additional_keys.shape[1]
-    return configs.extra_block(extra, query.element_size(), device_class(query.device))
+    extra, width = 0 if additional_keys is None else additional_keys.shape[1], max(query.shape[-1], value_dim)
+    return configs.extra_block(extra, width, query.element_size(), device_class(query.device))
 
 
 @with_scratch
@@ -202,7 +203,8 @@ def forward(
     if batch == 0:
         return out, lse
     config = configure("forward", axes, (key, value), (query, key, value, out))
-    fixed = constants(axes, config, widths, precision(query))
+    held = configs.held(*widths, "forward", device_class(query.device), eight_bits=factor is not None)
+    fixed = constants(axes, config, held, precision(query))
     with torch.cuda.device_of(query):
         forward_kernel[(programs(axes, config.queries, batch * heads),)](
             query,
@@ -222,7 +224,7 @@ def forward(
             0 if additional_keys is None else additional_keys.shape[1],
             scale,
             GROUP=heads // key.shape[-2],
-            EXTRA_KEYS=extra_block(query, additional_keys),
+            EXTRA_KEYS=extra_block(query, additional_keys, widths[1]),
             QUANTIZED=factor is not None,
             BIAS=bias is not None,
             EXTRA=additional_keys is not None,
@@ -262,7 +264,8 @@ def backward(
     with torch.cuda.device_of(query):
         pairs = bias is not None and wanted[0]
         config = configure("query", axes, (key, value), (query, key, value, grad_out, dq), pairs)
-        fixed = constants(axes, config, widths, precision(query))
+        held = configs.held(*widths, "query", device_class(device))
+        fixed = constants(axes, config, held, precision(query))
         wide_bias = bias if bias is None else widen(bias, fixed["TABLE"])
 
         def launch_query(count: int, skip: int = 0, stored: Tensor | None = None):
@@ -287,7 +290,7 @@ def backward(
                 extra,
                 scale,
                 GROUP=group,
-                EXTRA_KEYS=extra_block(query, additional_keys),
+                EXTRA_KEYS=extra_block(query, additional_keys, widths[1]),
                 BIAS=bias is not None,
                 EXTRA=additional_keys is not None,
                 EXTRA_MASK=additional_mask is not None,
@@ -318,7 +321,8 @@ def _launch_keys(q, k, v, do, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
     config = configure("key", axes, (query, grad_out), (query, k[0], v[0], grad_out, dk))
     if any(query_count(a) < a.dilation for a in axes):  # no descriptor of a dilation group without queries
         config = config._replace(descriptor=False)
-    fixed = constants(axes, config, (dk.shape[-1], dv.shape[-1]), precision(query))
+    held = configs.held(dk.shape[-1], dv.shape[-1], "key", device_class(query.device))
+    fixed = constants(axes, config, held, precision(query))
     key_kernel[(programs(axes, config.keys, query.shape[0] * key_heads, keys=True),)](
         *q,
         *k,
@@ -386,7 +390,8 @@ def extra_gradient(
     query, (batch, extra, key_heads, head_dim) = q[0], additional_keys.shape
     tokens = prod(map(query_count, axes))
     widths = head_dim, additional_values.shape[-1]
-    size = configs.extra_gradient_size(extra, max(widths), query.element_size(), device_class(query.device))
+    device = device_class(query.device)
+    size = configs.extra_gradient_size(extra, max(widths), query.element_size(), device)
     blocks = cdiv(extra, size.keys) * key_heads * batch
     chunk = max(MIN_CHUNK, cdiv(tokens, cdiv(PROGRAMS, blocks)))
     chunks = cdiv(tokens, chunk)
@@ -408,6 +413,6 @@ def extra_gradient(
         scale,
         GROUP=query.shape[-2] // key_heads,
         EXTRA_MASK=additional_mask is not None,
-        **extra_constants(size, *widths, precision(query)),
+        **extra_constants(size, vectors(*widths, device), precision(query)),
     )
     return dk.sum(0).to(additional_keys.dtype), dv.sum(0).to(additional_values.dtype)

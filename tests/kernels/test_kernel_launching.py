@@ -81,3 +81,21 @@ def test_launches_leave_the_allocator_of_the_caller():
         return allocators()
 
     assert copy_context().run(program) == {own}
+
+
+def test_vectors_stand_in_two_parts_where_that_saves_a_quarter():
+    parts = launching.feature_parts
+    assert [parts(n, "ampere") for n in (8, 16, 32, 64, 128)] == [(16,), (16,), (32,), (64,), (128,)]
+    assert parts(40, "ampere") == (32, 16) and parts(40, "hopper") == (64,)  # where exponentials are the bound
+    assert [parts(n, "hopper") for n in (72, 80, 96, 97, 104, 120)] == [(64, 16)] * 2 + [(64, 32)] + [(128,)] * 3
+    assert [parts(n, "hopper", 256) for n in (129, 160, 161)] == [(128, 16), (128, 32), (256,)]
+    assert parts(160, "hopper") == (256,)
+    for n in range(1, 257):
+        for longest in (128, 256):
+            widths = parts(n, "amd", longest)
+            assert sum(widths) >= n > sum(widths[:-1]) and all(w >= 16 and w & (w - 1) == 0 for w in widths)
+
+
+def test_queries_and_keys_of_eight_bits_stand_in_one_part():
+    """Matrix units take 32 of their numbers at a time."""
+    assert launching.vectors(72, 80, "hopper", eight_bits=True) == (72, (128,), 80, (64, 16))
