@@ -304,13 +304,15 @@ def group_view(ptr, strides, batch, head, group, DILATION: tl.constexpr, WIDE: t
 @triton.jit
 def describe(ptr, strides, lengths, D: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr):
     """Tensor descriptors of a dilation group, one a part, whose boxes are tiles; reads outside the group give zero."""
+    FIRST: tl.constexpr = BLOCK_D[0]
     if len(BLOCK_D) > 1:
+        SECOND: tl.constexpr = BLOCK_D[1]
         return (
-            _describe_part(ptr, strides, lengths, D, TILE, BLOCK_D[0]),
-            _describe_part(ptr, strides, lengths, D, TILE, BLOCK_D[1]),
+            _describe_part(ptr, strides, lengths, D, TILE, FIRST),
+            _describe_part(ptr, strides, lengths, D, TILE, SECOND),
         )
     else:
-        return (_describe_part(ptr, strides, lengths, D, TILE, BLOCK_D[0]),)
+        return (_describe_part(ptr, strides, lengths, D, TILE, FIRST),)
 
 
 @triton.jit
@@ -324,8 +326,8 @@ def _describe_part(ptr, strides, lengths, D: tl.constexpr, TILE: tl.constexpr, W
 
 
 @triton.jit
-def _load_box(descriptor, origin, FIRST: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    box = descriptor.load([origin[0], origin[1], origin[2], FIRST])
+def _load_box(descriptor, origin, BEGIN: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    box = descriptor.load([origin[0], origin[1], origin[2], BEGIN])
     return box.reshape(TILE[0] * TILE[1] * TILE[2], WIDTH)
 
 
@@ -340,13 +342,15 @@ def load_tile(
     `CHECK`.
     """
     if DESCRIPTOR:
+        FIRST: tl.constexpr = BLOCK_D[0]
         if len(BLOCK_D) > 1:
+            SECOND: tl.constexpr = BLOCK_D[1]
             return (
-                _load_box(descriptor[0], origin, 0, TILE, BLOCK_D[0]),
-                _load_box(descriptor[1], origin, BLOCK_D[0], TILE, BLOCK_D[1]),
+                _load_box(descriptor[0], origin, 0, TILE, FIRST),
+                _load_box(descriptor[1], origin, FIRST, TILE, SECOND),
             )
         else:
-            return (_load_box(descriptor[0], origin, 0, TILE, BLOCK_D[0]),)
+            return (_load_box(descriptor[0], origin, 0, TILE, FIRST),)
     else:
         rows = offset(origin, strides) + offset(steps, strides)
         keep = inside(shift(origin, steps), lengths)

@@ -2,7 +2,7 @@
 
 Triton's matrices have such sides. Of a head of 72 features in a matrix of 128, 1.8 times as many products are done as
 are needed; in parts of 64 and 16 it is 1.1. A tile of vectors is a tuple of its parts, whose widths are a tuple of
-constants, `launching.feature_parts`.
+constants, `launching.feature_parts`. (Triton 3.6 takes an entry of such a tuple for a constant only by a name.)
 """
 
 import triton
@@ -12,10 +12,12 @@ import triton.language as tl
 @triton.jit
 def zeros(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
     """Float32 zeros for `ROWS` vectors."""
+    FIRST: tl.constexpr = WIDTHS[0]
     if len(WIDTHS) > 1:
-        return (tl.zeros([ROWS, WIDTHS[0]], tl.float32), tl.zeros([ROWS, WIDTHS[1]], tl.float32))
+        SECOND: tl.constexpr = WIDTHS[1]
+        return (tl.zeros([ROWS, FIRST], tl.float32), tl.zeros([ROWS, SECOND], tl.float32))
     else:
-        return (tl.zeros([ROWS, WIDTHS[0]], tl.float32),)
+        return (tl.zeros([ROWS, FIRST], tl.float32),)
 
 
 @triton.jit
@@ -78,13 +80,13 @@ def row_products(a, b):
 
 @triton.jit
 def _load_part(
-    ptr, rows, stride_d, keep, FIRST: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr
+    ptr, rows, stride_d, keep, BEGIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr
 ):
-    d = FIRST + tl.arange(0, WIDTH)
+    d = BEGIN + tl.arange(0, WIDTH)
     pointers = ptr + rows[:, None] + (d.to(rows.dtype) * stride_d)[None, :]
     if CHECK:
         return tl.load(pointers, mask=keep[:, None] & (d < D)[None, :], other=0.0)
-    elif FIRST + WIDTH > D:
+    elif BEGIN + WIDTH > D:
         return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
     else:
         return tl.load(pointers)
@@ -93,22 +95,29 @@ def _load_part(
 @triton.jit
 def load_vectors(ptr, rows, stride_d, keep, D: tl.constexpr, WIDTHS: tl.constexpr, CHECK: tl.constexpr = True):
     """Vectors of `D` features, `rows` elements after `ptr`; zero past them and, with `CHECK`, where not kept."""
+    FIRST: tl.constexpr = WIDTHS[0]
     if len(WIDTHS) > 1:
+        SECOND: tl.constexpr = WIDTHS[1]
         return (
-            _load_part(ptr, rows, stride_d, keep, 0, D, WIDTHS[0], CHECK),
-            _load_part(ptr, rows, stride_d, keep, WIDTHS[0], D, WIDTHS[1], CHECK),
+            _load_part(ptr, rows, stride_d, keep, 0, D, FIRST, CHECK),
+            _load_part(ptr, rows, stride_d, keep, FIRST, D, SECOND, CHECK),
         )
     else:
-        return (_load_part(ptr, rows, stride_d, keep, 0, D, WIDTHS[0], CHECK),)
+        return (_load_part(ptr, rows, stride_d, keep, 0, D, FIRST, CHECK),)
 
 
 @triton.jit
 def store_vectors(ptr, rows, x, keep, D: tl.constexpr, WIDTHS: tl.constexpr):
     """The inverse of `load_vectors`, in the type of `ptr`; features lie next to each other."""
-    for part in tl.static_range(len(WIDTHS)):
-        d = part * WIDTHS[0] + tl.arange(0, WIDTHS[part])
-        tl.store(
-            ptr + rows[:, None] + d[None, :],
-            x[part].to(ptr.dtype.element_ty),
-            mask=keep[:, None] & (d < D)[None, :],
-        )
+    FIRST: tl.constexpr = WIDTHS[0]
+    _store_part(ptr, rows, x[0], keep, 0, D, FIRST)
+    if len(WIDTHS) > 1:
+        SECOND: tl.constexpr = WIDTHS[1]
+        _store_part(ptr, rows, x[1], keep, FIRST, D, SECOND)
+
+
+@triton.jit
+def _store_part(ptr, rows, x, keep, BEGIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    d = BEGIN + tl.arange(0, WIDTH)
+    mask = keep[:, None] & (d < D)[None, :]
+    tl.store(ptr + rows[:, None] + d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
