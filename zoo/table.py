@@ -50,9 +50,9 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
 - Agent, InLine and FLatten models learn positions for one input size, the checkpoint's, or `img_size=`. Images of other
   sizes go through with positions interpolated on the way; `model.set_input_size(...)` and loading interpolate them for
   good, by the authors' rule. Their repositories state no license: the links below lead to the authors' own files.
-- ShiftViT, PartialNet, MoH-ViT, Flowformer, PPMA, SPA, residual attention networks and the triplet networks take any
-  size, too, as do SPACH models with convolutions and attention. sMLPNet, NiNformer, Mega, Sparsifiner and SPACH models
-  with MLPs along tokens take the one that `img_size=` says. iLLaMA, BinaryAttention-DeiT and minimal ViTs learn
+- ShiftViT, PartialNet, MoH-ViT, Flowformer, PPMA, residual attention networks and the triplet networks take any size,
+  too, as do SPACH models with convolutions and attention. sMLPNet, NiNformer, Mega, Sparsifiner and SPACH models with
+  MLPs along tokens take the one that `img_size=` says. iLLaMA, BinaryAttention-DeiT, minimal ViTs and SPA learn
   positions and interpolate them as Agent does.
 - BinaryAttention-DeiT computes what 1-bit queries and keys and 8-bit weights and values would, by products of floats:
   it costs more than DeiT, and is there to have its results.

@@ -2,12 +2,24 @@
 
 import copy
 
+import foveal.zoo  # noqa: F401
 import pytest
+import timm
 import torch
 from foveal.layers import DenseAttention2d, SelectAndPackAttention2d, selection_loss
 from torch import nn
 
 DD = {"dtype": torch.float64}
+
+
+def test_a_model_starts_with_the_share_of_tokens_that_is_asked_for():
+    model = timm.create_model("test_spa", gate_bias=3.0)
+    gates = [m.gate.bias for m in model.modules() if isinstance(m, SelectAndPackAttention2d)]
+    assert len(gates) == 3 and all(bias.item() == 3 for bias in gates)
+    torch.manual_seed(0)
+    plain = nn.Linear(12, 36), nn.Linear(12, 12), nn.Linear(12, 1)
+    torch.manual_seed(0)
+    assert torch.equal(SelectAndPackAttention2d(12, num_heads=2).gate.bias, plain[2].bias)  # as torch made it
 
 
 def make(gate_bias: float = 0.0, **options) -> SelectAndPackAttention2d:

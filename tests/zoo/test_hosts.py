@@ -11,8 +11,8 @@ from meta_models import create_without_data
 from timm.models import get_model_input_config
 from torch import nn
 
-HOSTED = ("agent", "inline", "flatten")
-MODELS = [name for name in foveal.zoo.table.our_models() if name.startswith(tuple(f"test_{x}_" for x in HOSTED))]
+HOSTED = ("agent", "inline", "flatten", "spa")
+MODELS = [name for name in foveal.zoo.table.our_models() if name.startswith("test_") and name.split("_")[1] in HOSTED]
 SIZE = (96, 64)
 TWO_STAGES = {"embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "num_classes": 3}
 
@@ -70,7 +70,7 @@ def test_window_tables_follow_the_window(tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_dense_prediction_at_640x480(name):
-    norms = {} if "deit" in name or "pvtv2" in name else {"stage_norms": True}
+    norms = {} if any(layout in name for layout in ("deit", "pvtv2", "spa")) else {"stage_norms": True}
     model = timm.create_model(name, features_only=True, **norms).eval()
     with torch.no_grad():
         maps = model(draw(480, 640))
@@ -187,6 +187,20 @@ def test_cswin_without_a_factory_attends_in_stripes():
     assert widths == [[1, 1], [2, 2], [7, 7], [None]]
     upright = [branch.vertical for branch in model.get_submodule("stage1")[0].attns]
     assert upright == [True, False]
+
+
+def test_isotropic_blocks_know_where_patches_are_by_an_embedding():
+    patches = draw(64, 64).unflatten(2, (4, 16)).unflatten(4, (4, 16)).permute(0, 2, 4, 1, 3, 5)  # [1, 4, 4, 3, 16, 16]
+    mixed = patches.flatten(1, 2).flip(1).view_as(patches)
+    images = [p.permute(0, 3, 1, 4, 2, 5).reshape(1, 3, 64, 64) for p in (patches, mixed)]
+    for positions in (False, True):
+        torch.manual_seed(0)
+        model = Isotropic(attn=lambda place: Mean(place.dim), embed_dim=8, depth=2, num_heads=1, img_size=64,
+                          positions=positions).eval()  # fmt: skip
+        assert model.position_grids == ({"pos_embed": (4, 4)} if positions else {})
+        assert model.no_weight_decay() == ({"pos_embed"} if positions else set())
+        one, other = (model(image) for image in images)
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6) != positions  # without: a bag of patches
 
 
 def test_conversions_report_what_does_not_fit():

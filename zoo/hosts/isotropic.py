@@ -8,11 +8,14 @@ from timm.models import checkpoint
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from ...layers.positions import resize_positions
 from ...layers.relative import RelativeAttention2d
 from .base import Host, stage_grids
 from .blocks import AttentionFactory, Block, Layout, Place, per_block
 from .patches import CompletedPatchEmbed
+from .pvt import add_positions
 
+torch.fx.wrap("add_positions")  # it asks for shapes
 register_notrace_module(RelativeAttention2d)  # torch.fx cannot trace its check of the grid
 
 
@@ -29,6 +32,8 @@ class Isotropic(Host):
         patch_size: side of the patches.
         embed_dim, depth, num_heads, mlp_ratio: channels, blocks, heads, hidden over embedding width.
         window: side of windows, handed on to `attn`.
+        positions: add a learned embedding of positions to the patches. An attention that does not know where its tokens
+            are needs it: without it the model sees a bag of patches.
         proj_drop_rate, drop_path_rate: dropout in blocks, stochastic depth.
         attn_options: further arguments of `attn`; a list or tuple has one entry per block.
     """
@@ -54,6 +59,7 @@ class Isotropic(Host):
         drop_path_rate: float = 0.0,
         norm_layer: type[nn.Module] = nn.LayerNorm,
         act_layer: type[nn.Module] = nn.GELU,
+        positions: bool = False,
         impl: str = "auto",
         device=None,
         dtype=None,
@@ -102,6 +108,9 @@ class Isotropic(Host):
             drop_path_rate=drop_path_rate,
             options={"proj_drop": proj_drop_rate, "impl": impl, **dd},
         )
+        self._native_grid = layout.grids[0]
+        rows, columns = self._native_grid
+        self.pos_embed = nn.Parameter(torch.empty(1, rows * columns, embed_dim, **dd)) if positions else None
         self.layers = nn.Sequential(*layout.blocks(0))
         self._build_head(
             feature_info=[
@@ -118,7 +127,10 @@ class Isotropic(Host):
         self.init_weights(needs_reset=False)
 
     def _enter(self, index: int, x: Tensor) -> Tensor:
-        return self.patch_embed(x) if index == 0 else x
+        if index:
+            return x
+        x = self.patch_embed(x)
+        return x if self.pos_embed is None else add_positions(x, self.pos_embed, self._native_grid)
 
     def _run(self, index: int, x: Tensor) -> Tensor:
         return checkpoint(self.layers[index], x) if self.grad_checkpointing else self.layers[index](x)
@@ -126,10 +138,22 @@ class Isotropic(Host):
     def _truncate(self, last: int) -> None:
         self.layers = self.layers[: last + 1]
 
+    @property
+    def position_grids(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the map that the embedding of positions is learnt for, by its name; empty without one."""
+        return {} if self.pos_embed is None else {"pos_embed": self._native_grid}
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """As in `Backbone`, and the embedding of positions from a truncated normal (std 0.02)."""
+        super().init_weights(needs_reset)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Regular expressions that order parameters by depth (layer decay, freezing)."""
-        return {"stem": r"^patch_embed", "blocks": [(r"^layers\.(\d+)", None), (r"^norm", (99999,))]}
+        return {"stem": r"^(?:patch|pos)_embed", "blocks": [(r"^layers\.(\d+)", None), (r"^norm", (99999,))]}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -152,3 +176,8 @@ class Isotropic(Host):
             update_model_input_size(self, size)
         else:
             super().set_input_size(size)
+        (new,) = stage_grids(size, [self.patch_embed.patch_size[0]])
+        if self.pos_embed is not None:
+            resized = resize_positions(self.pos_embed.detach(), self._native_grid, new)
+            self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+        self._native_grid = new
