@@ -154,6 +154,8 @@ def test_heads_and_pooling(name):
     assert model.num_classes == 0 and torch.equal(model(x), pooled)
     model.reset_classifier(0, "")
     assert torch.equal(model(x), features)
+    model.reset_classifier(2)  # on every place of the map
+    assert model.num_classes == 2 and model(x).shape == (*features.shape[:-1], 2)
     one_width = model.output_fmt == "NLC" or hasattr(model, "pre_head")
     pool, times = ("avgmax", 1) if one_width else ("catavgmax", 2)
     model.reset_classifier(7, pool)

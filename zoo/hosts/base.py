@@ -247,7 +247,8 @@ class WideHeadBackbone(Backbone):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New head with `num_classes` outputs (0: none) and, unless None, another pooling.
 
-        Without pooling ("") the layer before the head goes, too; with pooling again there is a new one.
+        Without pooling ("") the layer before the head goes, too, and the head takes every place of the map; with
+        pooling again there is a new one.
 
         Raises:
             ValueError: "catavgmax", which pools to twice the channels that this layer takes.
@@ -256,7 +257,7 @@ class WideHeadBackbone(Backbone):
         if pool == "catavgmax":
             raise ValueError(f"global_pool={pool!r} must be 'avg', 'max', 'avgmax' or ''")
         dd = get_device_dtype(self)
-        super().reset_classifier(0, pool)
+        super().reset_classifier(0 if pool else num_classes, pool)
         if not pool:
             self.pre_head = nn.Identity()
             return
