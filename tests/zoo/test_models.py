@@ -175,6 +175,9 @@ def test_new_head_keeps_pooling_device_dtype_mode_and_frozen_trunk(name):
     assert getattr(model.global_pool, "pool_type", model.global_pool) == "max"
     assert {(p.device.type, p.dtype) for p in model.head.parameters()} == {("meta", torch.float64)}
     assert not any(module.training for module in model.modules())
+    model.reset_classifier(3, "")
+    assert {(p.device.type, p.dtype) for p in model.head.parameters()} == {("meta", torch.float64)}
+    assert not any(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("name", SMALL)

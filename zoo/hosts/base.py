@@ -259,7 +259,7 @@ class WideHeadBackbone(Backbone):
         dd = get_device_dtype(self)
         super().reset_classifier(0 if pool else num_classes, pool)
         if not pool:
-            self.pre_head = nn.Identity()
+            self.pre_head = nn.Identity().train(self.training)
             return
         if isinstance(self.pre_head, nn.Identity):
             self.pre_head = self._make_pre_head(**dd).train(self.training)
