@@ -203,6 +203,20 @@ def test_isotropic_blocks_know_where_patches_are_by_an_embedding():
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6) != positions  # without: a bag of patches
 
 
+@pytest.mark.parametrize("host", [DeiT, Isotropic])
+def test_narrow_blocks_may_start_wider(host):
+    def widths(**options):
+        torch.manual_seed(0)
+        model = host(embed_dim=64, depth=1, num_heads=1, mlp_ratio=2.0, img_size=64, **options)
+        *_, fc1, head = (m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape != (64, 128))
+        return fc1.weight.std().item(), head.weight.std().item()
+
+    assert widths() == pytest.approx((0.02, 0.02), rel=0.1)
+    assert widths(weight_init="jax") == pytest.approx(((2 / (64 + 128)) ** 0.5, 0), rel=0.1)
+    with pytest.raises(ValueError, match=r"weight_init='wide' must be '' or 'jax'"):
+        host(weight_init="wide", device="meta")
+
+
 def test_conversions_report_what_does_not_fit():
     model = create_without_data("test_flatten_swin")
     state = dict(model.state_dict())

@@ -48,7 +48,7 @@ class Nothing(nn.Module):
 
 
 LAYOUT = partial(MinimalViT, attn=minimal)
-# Four heads for digits: one alone gives a block a single, symmetric map of attention, and 5 more of 360 images go wrong.
+# Four heads for digits: with one, of a single symmetric map of attention, 5 more of 360 images go wrong.
 SIZE = {"embed_dim": 64, "depth": 6, "num_heads": 4, "img_size": 32, "patch_size": 4}
 MODELS = {
     "minimal_vit_t": Model("Minimal ViT with DeiT-Tiny's sizes.", LAYOUT, {"embed_dim": 192, "num_heads": 3}),

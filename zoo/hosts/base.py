@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
@@ -10,7 +9,7 @@ from timm.layers import create_classifier, get_device_dtype, to_2tuple
 from timm.models import named_apply
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
-from timm.models.vision_transformer import init_weights_vit_timm
+from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 
 from .blocks import Blocks, Stage
@@ -28,6 +27,7 @@ class Backbone(nn.Module):
     stages_name: ClassVar[str] = "levels"
     stage_norm_name: ClassVar[str] = "norm{}"
     first_conv: ClassVar[str] = "patch_embed.proj"  # the convolution that timm adapts to other numbers of channels
+    weight_init: str = ""  # timm's name for the initialisation
 
     def _build_head(
         self,
@@ -95,7 +95,7 @@ class Backbone(nn.Module):
         Args:
             needs_reset: also reset layers that initialised themselves when built; for models built on "meta".
         """
-        named_apply(partial(init_weights_vit_timm, needs_reset=needs_reset), self)
+        named_apply(get_init_weights_vit(self.weight_init, needs_reset=needs_reset), self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -322,6 +322,12 @@ class ListedBackbone(Backbone):
             "stem": r"^downsample_layers\.0",
             "blocks": r"^(?:stages|downsample_layers)\.(\d+)" if coarse else [*fine, (r"^(?:extra_)?norm", (99999,))],
         }
+
+
+def check_weight_init(weight_init: str) -> None:
+    """Raises a ValueError for an initialisation that hosts do not have."""
+    if weight_init not in ("", "jax"):
+        raise ValueError(f"weight_init={weight_init!r} must be '' or 'jax'")
 
 
 def position_tables(model: nn.Module) -> set[str]:

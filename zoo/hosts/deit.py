@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ...layers.positions import resize_positions
-from .base import position_tables, set_grid_size
+from .base import check_weight_init, position_tables, set_grid_size
 from .blocks import AttentionFactory, Layout, per_block
 from .patches import CompletedPatchEmbed
 
@@ -54,6 +54,7 @@ class DeiT(VisionTransformer):
         drop_rate, proj_drop_rate, drop_path_rate: dropout before the head and in blocks, stochastic depth (its rate
             grows linearly to this value).
         norm_layer, act_layer, mlp_layer: layers of the blocks.
+        weight_init: "" or "jax", as in `Isotropic`.
         impl: implementation of the attention, "auto", "triton", "torch" or "reference".
         attn_options: further arguments of `attn`; a list or tuple has one entry per block.
     """
@@ -80,11 +81,13 @@ class DeiT(VisionTransformer):
         norm_layer: Callable[..., nn.Module] = LayerNorm1e6,
         act_layer: type[nn.Module] = nn.GELU,
         mlp_layer: type[nn.Module] = Mlp,
+        weight_init: Literal["", "jax"] = "",
         impl: str = "auto",
         device=None,
         dtype=None,
         **attn_options: Any,
     ):
+        check_weight_init(weight_init)
         size: tuple[int, int] = to_2tuple(img_size)
         rows, columns = size
         layout = Layout(
@@ -123,6 +126,7 @@ class DeiT(VisionTransformer):
             norm_layer=norm_layer,
             act_layer=act_layer,
             mlp_layer=mlp_layer,
+            weight_init=weight_init,
             block_fn=make_block,  # pyright: ignore[reportArgumentType]
             device=device,
             dtype=dtype,

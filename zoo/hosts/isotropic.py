@@ -1,6 +1,6 @@
 """One resolution throughout, like ViT, without a class token: the layout of isotropic NAT (arXiv:2209.15001)."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.layers import PatchEmbed, register_notrace_module, to_2tuple
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...layers.positions import resize_positions
 from ...layers.relative import RelativeAttention2d
-from .base import Host, stage_grids
+from .base import Host, check_weight_init, stage_grids
 from .blocks import AttentionFactory, Block, Layout, Place, per_block
 from .patches import CompletedPatchEmbed
 from .pvt import add_positions
@@ -34,6 +34,8 @@ class Isotropic(Host):
         window: side of windows, handed on to `attn`.
         positions: add a learned embedding of positions to the patches. An attention that does not know where its tokens
             are needs it: without it the model sees a bag of patches.
+        weight_init: "" as in `Backbone`; "jax" for widths of the order of 64, whose blocks add next to nothing under a
+            standard deviation of 0.02: Xavier's uniform distribution, LeCun's for the patches, a head of zeros.
         proj_drop_rate, drop_path_rate: dropout in blocks, stochastic depth.
         attn_options: further arguments of `attn`; a list or tuple has one entry per block.
     """
@@ -60,13 +62,16 @@ class Isotropic(Host):
         norm_layer: type[nn.Module] = nn.LayerNorm,
         act_layer: type[nn.Module] = nn.GELU,
         positions: bool = False,
+        weight_init: Literal["", "jax"] = "",
         impl: str = "auto",
         device=None,
         dtype=None,
         **attn_options: Any,
     ):
         super().__init__()
+        check_weight_init(weight_init)
         dd = {"device": device, "dtype": dtype}
+        self.weight_init = weight_init
         self.dense, self.grad_checkpointing = attn is None, False
         self.patch_embed = (PatchEmbed if self.dense else CompletedPatchEmbed)(
             img_size=to_2tuple(img_size) if self.dense else None,
@@ -145,10 +150,10 @@ class Isotropic(Host):
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """As in `Backbone`, and the embedding of positions from a truncated normal (std 0.02)."""
+        """As in `Backbone` or `weight_init`; the embedding of positions from a truncated normal (std dim ** -0.5)."""
         super().init_weights(needs_reset)
         if self.pos_embed is not None:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            nn.init.trunc_normal_(self.pos_embed, std=self.pos_embed.shape[-1] ** -0.5)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
