@@ -1,14 +1,22 @@
 """Two processes on CPU (gloo): the gradients of one, and checkpoints that one process and many can exchange."""
 
+import copy
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from foveal import train
 from foveal.weights import load
+from foveal.zoo.tasks.ema import EMA, ema_update
+from foveal.zoo.tasks.sharded_average import ShardedAverage, local_state
+from lightning.pytorch.strategies import FSDPStrategy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim.swa_utils import AveragedModel
 from train_helpers import QUIET, TINY_VIT, configure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,9 +64,14 @@ def test_two_processes_make_the_gradients_of_one(tmp_path):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6, msg=name)
 
 
-def run_sharded(run_dir: Path, *overrides: str, precision: tuple[str, ...] = ("trainer.precision=32-true",)) -> None:
+def run_sharded(
+    run_dir: Path,
+    *overrides: str,
+    precision: tuple[str, ...] = ("trainer.precision=32-true",),
+    plain: tuple[str, ...] = PLAIN,
+) -> None:
     sharded = ("trainer=fsdp", "trainer.devices=2", *precision, "data.batch_size=8", "test=false")
-    arguments = [*QUIET, *TINY_VIT, *PLAIN, *sharded, *overrides, f"run_dir={run_dir}"]
+    arguments = [*QUIET, *TINY_VIT, *plain, *sharded, *overrides, f"run_dir={run_dir}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     done = subprocess.run(command, cwd=run_dir.parent, env=env, capture_output=True, text=True, timeout=300)
@@ -128,11 +141,83 @@ def test_sharded_run_goes_on_from_what_one_process_saved(tmp_path):
     assert_same_state(last(tmp_path / "sharded"), last(tmp_path / "one"))
 
 
-def test_average_is_refused_with_sharded_weights(tmp_path):
-    config = configure(tmp_path, "trainer.strategy=fsdp")
-    trainer, task, _ = train.build(config)
-    with pytest.raises(ValueError, match=r"pass callbacks\.ema=null"):
-        next(callback for callback in trainer.callbacks if type(callback).__name__ == "EMA").setup(trainer, task, "fit")
+# validation comes after every epoch, looks at the average and gives the weights back
+AVERAGED = (
+    *(option for option in PLAIN if option != "callbacks.ema=null"),
+    "callbacks.ema.decay=0.8",
+    "task.optimizer.lr=0.05",
+    "trainer.limit_train_batches=2",
+    "trainer.limit_val_batches=1",
+    "trainer.max_epochs=2",
+)
+
+
+def assert_same_average(ours: dict, theirs: dict, *, updates: int) -> None:
+    assert_same_state(ours, theirs)
+    raw = ours["current_model_state"]
+    torch.testing.assert_close(raw, theirs["current_model_state"], rtol=0, atol=1e-5)
+    for state in (ours, theirs):
+        assert int(state["averaging_state"]["n_averaged"]) == updates
+    assert max((raw[name] - value).abs().max() for name, value in ours["state_dict"].items()) > 1e-2
+
+
+@pytest.mark.slow
+def test_sharded_average_is_that_of_one_process(tmp_path):
+    """Two epochs of two processes and of one, then a third epoch: both go on from either checkpoint."""
+    more = (*AVERAGED, "trainer.max_epochs=3")
+    run_sharded(tmp_path / "sharded", plain=AVERAGED)
+    fit(configure(tmp_path / "one", *AVERAGED, "data.batch_size=16"))
+    assert_same_average(last(tmp_path / "sharded"), last(tmp_path / "one"), updates=4)
+    torch.testing.assert_close(
+        load(tmp_path / "sharded" / "checkpoints" / "last.ckpt"),
+        {name.removeprefix("model."): value for name, value in last(tmp_path / "one")["state_dict"].items()},
+        rtol=0,
+        atol=1e-5,
+    )
+    checkpoints = {run: tmp_path / run / "checkpoints" / "last.ckpt" for run in ("sharded", "one")}
+    fit(configure(tmp_path / "on", *more, "data.batch_size=16"), checkpoints["sharded"])
+    run_sharded(tmp_path / "one", f"ckpt_path={checkpoints['one']}", plain=more)
+    assert_same_average(last(tmp_path / "one"), last(tmp_path / "on"), updates=6)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_average_of_shards_is_that_of_the_whole(split, tmp_path):
+    """One rank, so that values can be seen: three steps of an average, its state, and a model that takes it."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5))
+    update = partial(ema_update, decay=0.7)
+    whole = AveragedModel(copy.deepcopy(model), multi_avg_fn=update, use_buffers=True)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        if split:
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        average = ShardedAverage(model, update)
+        for step in range(3):
+            for value in local_state(model).values():
+                value.add_(torch.ones_like(value) * (step + 1))
+            average.update_parameters(model)
+            whole.update_parameters(unsharded(model))
+        assert average.state_dict().keys() == whole.state_dict().keys()
+        torch.testing.assert_close(average.state_dict(), dict(whole.state_dict()))
+        another = ShardedAverage(model, update)
+        another.load_state_dict(average.state_dict())
+        another.copy_to(model)
+        torch.testing.assert_close(unsharded(model).state_dict(), whole.module.state_dict())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def unsharded(model: torch.nn.Module) -> torch.nn.Module:
+    plain = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5))
+    plain.load_state_dict(local_state(model))  # of one rank: a shard is everything
+    return plain
+
+
+def test_average_refuses_flattened_weights(tmp_path):
+    trainer, task, _ = train.build(configure(tmp_path))
+    trainer.strategy.__class__ = FSDPStrategy
+    with pytest.raises(ValueError, match=r"pass trainer\.strategy=fsdp, .* or callbacks\.ema=null"):
+        next(callback for callback in trainer.callbacks if isinstance(callback, EMA)).setup(trainer, task, "fit")
 
 
 @pytest.mark.slow

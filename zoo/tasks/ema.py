@@ -12,6 +12,9 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from .sharded_average import MODULE, ShardedAverage, local_state
 
 
 @torch.no_grad()
@@ -31,6 +34,8 @@ def ema_update(
 
 
 def _values(module: nn.Module) -> list[Tensor]:
+    if any(isinstance(part, FSDPModule) for part in module.modules()):
+        return list(local_state(module).values())
     return [*module.parameters(), *module.buffers()]
 
 
@@ -39,7 +44,8 @@ class EMA(WeightAveraging):
 
     What it does beyond Lightning's `EMAWeightAveraging`: before the first update of a delayed start the current weights
     are validated and saved, not an average that was never updated; a checkpoint loaded to test gives the average, not
-    the raw weights; a checkpoint of the very end still holds both; sharded strategies are refused, not ignored.
+    the raw weights; a checkpoint of the very end still holds both; weights that FSDP2 splits are averaged shard by shard,
+    and their checkpoints are those of one process.
 
     Args:
         decay: weight of the old average in each update, 0 to 1.
@@ -63,11 +69,21 @@ class EMA(WeightAveraging):
         return self._average_model is not None and int(self._average_model.n_averaged) > 0  # pyright: ignore
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-            raise ValueError("callbacks.ema does not work with sharded weights: pass callbacks.ema=null")
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "callbacks.ema does not work with the weights of Lightning's FSDPStrategy, which are flattened: pass "
+                "trainer.strategy=fsdp, which splits each weight, or callbacks.ema=null"
+            )
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            return  # the model is split later
         with warnings.catch_warnings():  # it warns of sharding whenever configure_model is there
             warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model")
             super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins the average of a sharded model: its shards are on their devices now, a checkpoint comes after this."""
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            self._average_model = ShardedAverage(pl_module, self._kwargs["multi_avg_fn"])  # pyright: ignore
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning exchanges both models, and an average in float32 would come back rounded to the weights' dtype."""
@@ -101,5 +117,16 @@ class EMA(WeightAveraging):
             checkpoint["state_dict"] = checkpoint["current_model_state"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if not isinstance(self._average_model, ShardedAverage):
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        elif "averaging_state" in checkpoint:  # else the average begins with the weights, which the strategy has read
+            average = {MODULE + name: value for name, value in checkpoint["state_dict"].items()}
+            self._average_model.load_state_dict(average | checkpoint["averaging_state"])
+
+    def _copy_average_to_current(self, pl_module: LightningModule) -> None:
+        if isinstance(self._average_model, ShardedAverage):
+            self._average_model.copy_to(pl_module)
+        else:
+            super()._copy_average_to_current(pl_module)

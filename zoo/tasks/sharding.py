@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -91,8 +92,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
         path = self.broadcast(checkpoint_path)
         checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         options = StateDictOptions(full_state_dict=True)
-        # an average kept beside the weights stays behind: sharded weights have none
-        weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
+        weights = checkpoint["state_dict"]  # an average, where there is one
+        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            weights = checkpoint.get("current_model_state", weights)  # the optimizer's state belongs to these
         check_weights(self.model.state_dict(), weights, path=Path(path))
         set_model_state_dict(self.model, weights, options=options)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
