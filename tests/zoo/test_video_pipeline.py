@@ -387,7 +387,7 @@ def test_the_null_text_may_be_zeros_and_needs_no_encoder(conditioning, tmp_path)
 
 
 def test_the_pipeline_of_a_run_leads_away_from_zeros():
-    task = SimpleNamespace(model=tiny_model("cross"), device_mesh=None, shift=2.0)
+    task = SimpleNamespace(model=tiny_model("cross"), device_mesh=None, sampling={}, shift=2.0)
     data = SimpleNamespace(vae=None, for_pipeline={"pixel_mean": [0.2], "pixel_std": [0.4], "sample_size": SIZE})
     pipe = make_pipeline(task, data)
     made = pipe(**CALL, prompt_embeds=EMBEDS["prompt_embeds"], generator=seeded()).frames

@@ -54,6 +54,8 @@ class VideoDiffusionTask(Task):
         time_per: "video" or "frame": one time for a video or for every frame of patches (diffusion forcing).
         first_frame, last_frame: chance that the first or the last frame of patches is given: clean, with time 0 and no
             loss. A frame that is all that is left of a clip is not given.
+        context: chance that a random number of first frames of patches, not all, is given in the same way, as in a
+            rollout of a causal model.
         condition_dropout: chance that class or text is left out, for classifier-free guidance. A dropped class is the
             null class, a dropped text is zeros; for transformers of diffusers it is `null_text`.
         null_text: safetensors file with `text` `[L, D]`, the embedded empty prompt; needed where these leave out texts.
@@ -74,6 +76,8 @@ class VideoDiffusionTask(Task):
             have, or clips that patches do not fill.
     """
 
+    sampling: Mapping[str, Any] = {}  # noqa: RUF012 - options of the pipeline's scheduler
+
     def __init__(
         self,
         *,
@@ -91,6 +95,7 @@ class VideoDiffusionTask(Task):
         time_per: str = "video",
         first_frame: float = 0.0,
         last_frame: float = 0.0,
+        context: float = 0.0,
         condition_dropout: float = 0.1,
         null_text: str | None = None,
         new_noise: bool = True,
@@ -109,6 +114,7 @@ class VideoDiffusionTask(Task):
         if generator is not None:
             generator.check_data(in_channels, text_dim)
             of_dit = {"time_per": (time_per, "video"), "first_frame": (first_frame, 0), "last_frame": (last_frame, 0)}
+            of_dit |= {"context": (context, 0)}
             of_dit |= {"gates_only": (gates_only, False), "teacher": (teacher, None)}
             _check_generator(generator, model, of_dit, condition_dropout, null_text)
         elif null_text is not None:
@@ -117,6 +123,7 @@ class VideoDiffusionTask(Task):
         for name, chance in (
             ("first_frame", first_frame),
             ("last_frame", last_frame),
+            ("context", context),
             ("condition_dropout", condition_dropout),
             ("teacher_weight", teacher_weight),
         ):
@@ -139,7 +146,7 @@ class VideoDiffusionTask(Task):
         )
         self.density = {"shift": shift, "mean": time_mean, "std": time_std}
         self.shift, self.time_per, self.condition_dropout = shift, time_per, condition_dropout
-        self.given_frames = {0: first_frame, -1: last_frame}
+        self.given_frames, self.context = {0: first_frame, -1: last_frame}, context
         self.generator, self.process = generator, FlowProcess() if generator is None else generator.process
         self.null_text = None if null_text is None else _read_null_text(null_text, text_dim)
         self.new_noise, self.gradient_checkpointing = new_noise, gradient_checkpointing
@@ -207,16 +214,20 @@ class VideoDiffusionTask(Task):
 
     def draw_time(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Training times `[B]` or `[B, F]`, F frames of patches, and what their errors count: 0 for given frames."""
+        frames = self.token_frames(video) if self.time_per == "frame" else None
+        shape = (len(video),) if frames is None else (len(video), frames)
+        return self.give_frames(self.process.draw_time(shape, self.density, video.device), video)
+
+    def token_frames(self, video: Tensor) -> int:
+        """Frames of patches."""
         assert self.model is not None
-        batch = video.shape[0]
-        if self.time_per == "video" and not any(self.given_frames.values()):
-            t = self.process.draw_time((batch,), self.density, video.device)
+        return video.shape[2] // self.model.config.patch_size[0]
+
+    def give_frames(self, t: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Times of which some are 0, those of frames that are given by chance, and what errors count there."""
+        if not any(self.given_frames.values()) and not self.context:
             return t, torch.ones_like(t)
-        frames = video.shape[2] // self.model.config.patch_size[0]
-        shape = (batch, frames) if self.time_per == "frame" else (batch,)
-        t = self.process.draw_time(shape, self.density, video.device)
-        if not any(self.given_frames.values()):
-            return t, torch.ones_like(t)
+        batch, frames = len(video), self.token_frames(video)
         t = t.view(batch, -1).expand(batch, frames).clone()
         weight = torch.ones_like(t)
         for place, chance in self.given_frames.items():
@@ -224,6 +235,12 @@ class VideoDiffusionTask(Task):
                 given = torch.rand(batch, device=video.device, dtype=torch.float32) < chance
                 given &= weight.sum(dim=1) > 1  # something has to be left to make
                 t[given, place] = weight[given, place] = 0
+        if self.context and frames > 1:
+            given = torch.rand(batch, 1, device=video.device, dtype=torch.float32) < self.context
+            length = torch.randint(1, frames, (batch, 1), device=video.device)
+            given = given & (torch.arange(frames, device=video.device) < length)
+            given &= (weight * ~given).any(dim=1, keepdim=True)
+            t[given] = weight[given] = 0
         return t, weight
 
     def loss(self, video: Tensor, noise: Tensor, t: Tensor, weight: Tensor, condition: dict[str, Tensor]) -> Tensor:

@@ -96,16 +96,17 @@ def _text(path: Path, text_dim: int | None, where: str) -> dict[str, Tensor]:
 
 
 def sample_prompts(
-    pipeline: Callable[..., Any], prompts: Sequence[Prompt], *, steps: int, guidance_scale: float
+    pipeline: Callable[..., Any], prompts: Sequence[Prompt], *, steps: int, guidance_scale: float, **arguments: Any
 ) -> Tensor:
     """A video of each, `[N, C, T, H, W]` as the model makes it, on the CPU; the same noise every time.
 
     Args:
         pipeline: a `VideoDiTPipeline`, or called like one.
+        arguments: more of its call.
     """
     made = []
     for number, prompt in enumerate(prompts):
-        options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "latent"}
+        options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "latent"} | arguments
         generator = torch.Generator().manual_seed(mix_seed(0, number))
         made.append(pipeline(**prompt.arguments, **options, generator=generator).frames.cpu())
     return torch.cat(made)

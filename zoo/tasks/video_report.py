@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def make_pipeline(task: VideoDiffusionTask, data: VideoData, *, whole: bool = Fa
             model.load_state_dict(state)
     elif whole and task.lora is not None:
         model = plain_model(model, model.state_dict(), task.lora)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=task.shift)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=task.shift, **task.sampling)
     names = dict(enumerate(data.class_names)) if model.config.conditioning == "class" else None
     pipeline = VideoDiTPipeline(model, scheduler, vae=data.vae, null_text="zeros", id2label=names, **data.for_pipeline)
     pipeline.set_progress_bar_config(disable=True)
@@ -120,6 +121,8 @@ class VideoReport(MetricTable):
         sample_every: validations between two grids; 0: none before the end.
         samples_per_class: of the grids; without classes four times as many in all.
         steps, guidance_scale: of the sampler.
+        sigmas: noise levels from 1 down in place of `steps`, as `VideoDiTPipeline` takes them.
+        chunk_frames: frames of patches that are made at a time, each chunk in sight of those before; for causal models.
         fps: of the GIFs.
         judge_steps: batches that train a small 3-D CNN on the data, which says how many samples show their class and
             in whose features the Fréchet distance to held-out videos is; 0: no judge. It needs classes.
@@ -142,13 +145,20 @@ class VideoReport(MetricTable):
         judge_steps: int = 0,
         judged: int = 100,
         prompts: str | None = None,
+        sigmas: Sequence[float] | None = None,
+        chunk_frames: int | None = None,
     ):
         super().__init__(dirpath)
         for name, value, least in (("judged", judged, 2), ("guidance_scale", guidance_scale, 0)):
             if value < least:
                 raise ValueError(f"callbacks.report.{name}={value} must be at least {least}")
         self.sample_every, self.samples_per_class, self.fps = sample_every, samples_per_class, fps
-        self.steps, self.guidance_scale = steps, guidance_scale
+        self.steps = steps if sigmas is None else len(sigmas)
+        self.guidance_scale = guidance_scale
+        self.of_dit = {
+            "sigmas": None if sigmas is None else [float(level) for level in sigmas],
+            "chunk_frames": chunk_frames,
+        }
         self.judge_steps, self.judged = judge_steps, judged
         self._validations = 0
         self.prompts, self._prompts = prompts, list[Prompt]()
@@ -183,6 +193,7 @@ class VideoReport(MetricTable):
     def _generate(self, task: VideoDiffusionTask, data: VideoData, condition: dict[str, Tensor], count: int) -> Tensor:
         """`count` videos `[N, C, T, H, W]` as the model makes them, on the CPU."""
         pipeline, made, training = make_sampler(task, data), [], task.training
+        of_dit = self.of_dit if task.generator is None else {}
         null = task.null_condition(condition) if "encoder_hidden_states" in condition else {}
         task.eval()
         for start in range(0, count, SAMPLE_BATCH):
@@ -200,6 +211,7 @@ class VideoReport(MetricTable):
                     guidance_scale=self.guidance_scale,
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                     output_type="latent",
+                    **of_dit,
                 )
             made.append(videos.frames.cpu())
         task.train(training)
@@ -227,6 +239,7 @@ class VideoReport(MetricTable):
         task.eval()
         with task.trainer.precision_plugin.forward_context():  # as in training
             options = {"steps": self.steps, "guidance_scale": self.guidance_scale}
+            options |= self.of_dit if task.generator is None else {}
             videos = sample_prompts(make_sampler(task, data), self._prompts, **options)
         task.train(training)
         if task.trainer.is_global_zero:

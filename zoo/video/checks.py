@@ -49,7 +49,7 @@ def check_output(output_type: str, output_path: Any, callback_inputs: Sequence[s
 
 
 def check_told(
-    texts: Texts, class_labels: Any, *, conditioning: str | None, encoder: bool, null_text: str, guidance_scale: float
+    texts: Texts, class_labels: Any, *, conditioning: str | None, encoder: bool, null_text: str, guidance: str | None
 ) -> None:
     """Raises ValueError, naming the argument, unless texts or classes are what the model takes.
 
@@ -58,7 +58,7 @@ def check_told(
         conditioning: of the model.
         encoder: there is a text encoder.
         null_text: of the pipeline.
-        guidance_scale: of the call.
+        guidance: the argument that leads away from the null text, and its value; None: nothing does.
     """
     takes_text, segments = conditioning in ("cross", "joint"), texts.segment_frames
     if (class_labels is not None) != (conditioning == "class"):
@@ -80,9 +80,9 @@ def check_told(
     if takes_text and texts.prompt is None and texts.prompt_embeds is None:
         raise ValueError("prompt or prompt_embeds must be given")
     null_is_known = encoder or null_text == "zeros"
-    if takes_text and guidance_scale > 1 and texts.negative_prompt_embeds is None and not null_is_known:
+    if takes_text and guidance and texts.negative_prompt_embeds is None and not null_is_known:
         raise ValueError(
-            f"guidance_scale={guidance_scale} needs negative_prompt_embeds, a text_encoder for the empty prompt, "
+            f"{guidance} needs negative_prompt_embeds, a text_encoder for the empty prompt, "
             "or a pipeline of null_text='zeros'"
         )
 

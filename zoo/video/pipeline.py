@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -31,6 +32,7 @@ from .conditions import (
 from .export import save_clips
 from .given import read_images, read_videos
 from .guidance import Heads, Perturbation, guide, perturbed_heads
+from .guiders import check_guider, guided
 from .kv_cache import KVCache
 from .labels import check_names, read_labels
 from .pipeline_base import TransformerPipeline
@@ -331,7 +333,17 @@ class VideoDiTPipeline(TransformerPipeline):
                     return_dict=False,
                 )[0].float()
 
+        def predict_side(name: str, side: str) -> Tensor:
+            segments = conditions.segments if side == "cond" else None
+            with self.in_segments(segments, latents, None if caches is None else caches[side]):
+                return predict(name, side)
+
         sides, uncond, perturbed = conditions.sides(), None, None
+        if self._guider is not None:
+            begin = self.scheduler.begin_index or 0
+            where = {"step": step - begin, "steps": len(self.scheduler.timesteps) - begin}
+            where["timestep"] = self._current_timestep
+            return guided(self._guider, predict_side, transformer=self.transformer, **where)
         with self.in_segments(conditions.segments, latents, None if caches is None else caches["cond"]):
             cond = predict("cond", "cond")
             if perturbation.scale and perturbation.heads:
@@ -384,6 +396,7 @@ class VideoDiTPipeline(TransformerPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 4.0,
         guidance_rescale: float = 0.0,
+        guider: Any = None,
         sigmas: Sequence[float] | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -423,6 +436,8 @@ class VideoDiTPipeline(TransformerPipeline):
             num_inference_steps: evaluations of the model, times two with guidance.
             guidance_scale: of classifier-free guidance (arXiv:2207.12598); off up to 1 and for unconditional models.
             guidance_rescale: see `guidance.guide`, 0 to 1.
+            guider: of diffusers, such as `diffusers.AdaptiveProjectedGuidance(guidance_scale=4.0)`, in place of
+                guidance_scale, guidance_rescale and pag_scale; see `guiders.check_guider`.
             sigmas: noise levels from 1 down, in place of num_inference_steps; the scheduler's shift applies to them.
             num_videos_per_prompt: videos of each prompt or label.
             generator: one, or one for each video; the same gives the same videos.
@@ -458,7 +473,7 @@ class VideoDiTPipeline(TransformerPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         num_frames, height, width = self.video_size(num_frames, height, width)
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
-        self._attention_kwargs = attention_kwargs
+        self._attention_kwargs, self._generator, self._guider = attention_kwargs, generator, guider
         self._interrupt, self._current_timestep = False, None
         texts = Texts(
             prompt,
@@ -472,13 +487,20 @@ class VideoDiTPipeline(TransformerPipeline):
         )
         perturbation, config = Perturbation(pag_scale, pag_heads, pag_strength), self.transformer.config
         check_scheduler(self.scheduler)
+        if guider is not None:
+            replaced = {"guidance_rescale": guidance_rescale, "pag_scale": pag_scale}
+            of_model = {"conditioning": config.conditioning, "layers": config.num_layers}
+            check_guider(guider, others=replaced, **of_model)
+            self.transformer.register_blocks()
         check_counts(num_inference_steps, num_videos_per_prompt, sigmas, fps)
         check_size(height, width, space=self.latent_space.space, patch=config.patch_size)
         tokens = self.token_frames(num_frames, "num_frames")
         inputs = callback_on_step_end_tensor_inputs
         check_output(output_type, output_path, inputs, accepted=self._callback_tensor_inputs)
         told = {"encoder": self.text_encoder is not None, "null_text": self.config.null_text}
-        check_told(texts, class_labels, conditioning=config.conditioning, guidance_scale=guidance_scale, **told)
+        said = f"guidance_scale={guidance_scale}" if guider is None else f"guider={type(guider).__name__}"
+        told["guidance"] = said if self.do_classifier_free_guidance else None
+        check_told(texts, class_labels, conditioning=config.conditioning, **told)
         sizes = {"num_frames": num_frames, "token_frames": tokens}
         check_frames(image, last_image, video, segment_frames, chunk_frames, transformer=self.transformer, **sizes)
         check_strength(strength, video, last_image, chunk_frames, guidance_rescale)
@@ -579,7 +601,8 @@ class VideoDiTPipeline(TransformerPipeline):
         latents = conditions.hold(latents)
         timestep = conditions.timesteps(t, latents, self.transformer.config.patch_size[0])
         velocity = self.velocity(latents, timestep, conditions, **arguments)
-        return conditions.hold(self.scheduler.step(velocity, t, latents, return_dict=False)[0])
+        noise = {"generator": self._generator} if "generator" in signature(self.scheduler.step).parameters else {}
+        return conditions.hold(self.scheduler.step(velocity, t, latents, return_dict=False, **noise)[0])
 
     def finish(self, latents: Tensor, output_type: str, output_path: Any, fps: float) -> Any:
         """Convert the model's result to `output_type`."""

@@ -29,6 +29,8 @@ class TransformerPipeline(DiffusionPipeline, TransformerLora):
     _guidance_scale: float
     _guidance_rescale: float
     _attention_kwargs: dict[str, Any] | None
+    _generator: Any = None  # of noise that schedulers add
+    _guider: Any = None
     _num_timesteps: int
     _current_timestep: Tensor | None
     _interrupt: bool
@@ -43,7 +45,8 @@ class TransformerPipeline(DiffusionPipeline, TransformerLora):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1 and self.transformer.config.conditioning is not None
+        guided = self._guidance_scale > 1 if self._guider is None else True
+        return guided and self.transformer.config.conditioning is not None
 
     @property
     def attention_kwargs(self) -> dict[str, Any] | None:

@@ -191,13 +191,18 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         joint = self.config.conditioning == "joint"
         return all(pattern.causal or not (pattern.remembers or joint) for pattern in self.patterns)
 
-    def enable_cache(self, config: Any) -> None:
-        """Switch on one of diffusers' caches across steps; see `diffusers.CacheMixin.enable_cache`."""
+    @staticmethod
+    def register_blocks() -> None:
+        """Tell diffusers' caches and guiders which outputs of blocks are hidden states."""
         TransformerBlockRegistry.register(VideoDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
         TransformerBlockRegistry.register(
             JointVideoDiTBlock,
             TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
         )
+
+    def enable_cache(self, config: Any) -> None:
+        """Switch on one of diffusers' caches across steps; see `diffusers.CacheMixin.enable_cache`."""
+        self.register_blocks()
         super().enable_cache(config)
 
     @apply_lora_scale("attention_kwargs")
