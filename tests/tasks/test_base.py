@@ -1,9 +1,16 @@
 """A third task on `Task`: it overfits a batch, and a run that is stopped inside an epoch resumes with the same bits."""
 
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+import pytest
 import torch
 import torch.nn.functional as F
 from foveal.zoo.data.base import SeededData
 from foveal.zoo.tasks._base import Task
+from foveal.zoo.tasks.optim import check_optimizer, make_optimizer
 from foveal.zoo.tasks.resume import Resumption
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
@@ -74,3 +81,28 @@ def test_it_resumes_exactly_inside_an_epoch(tmp_path):
     fit(resumed, tmp_path, ckpt_path=tmp_path / "at_6.ckpt", max_steps=14, max_epochs=-1, callbacks=[Resumption()])
     assert all(torch.equal(whole.model.state_dict()[name], x) for name, x in resumed.model.state_dict().items())
     assert torch.equal(whole.train_loss.mean_value, resumed.train_loss.mean_value)
+
+
+class EightBit(torch.optim.AdamW):
+    """Stands for `bitsandbytes.optim.AdamW8bit`."""
+
+
+def test_eight_bit_optimizers_are_those_of_bitsandbytes(monkeypatch):
+    model, options = nn.Linear(2, 3), {"opt": "bnbadamw8bit", "lr": 0.1, "weight_decay": 0.2, "betas": (0.8, 0.9)}
+    if find_spec("bitsandbytes") is None:
+        with pytest.raises(ValueError, match=r"opt='bnbadamw8bit' needs bitsandbytes, which is not installed: pip"):
+            check_optimizer(options)
+    for name, contents in {"bitsandbytes": {}, "bitsandbytes.optim": {"AdamW8bit": EightBit}}.items():
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_optimizer(options)
+    with pytest.raises(ValueError, match="CUDA required for bitsandbytes optimizers"):
+        make_optimizer(model, options)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    optimizer = make_optimizer(model, options)
+    assert type(optimizer) is EightBit and optimizer.defaults["betas"] == (0.8, 0.9)
+    decay = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in optimizer.param_groups}
+    assert decay == {0.0: [1], 0.2: [2]}

@@ -36,6 +36,7 @@ OPTIONS = {
     "pose": (*PRETRAINING, "data=skeletons", "task.lifter.dim=4"),
     "quality": (*PRETRAINING, "data=degraded_photos", "task.trunk.args.depth=1"),
     "video": (),  # tests/tasks/test_video.py
+    "video_consistency": (),  # tests/tasks/test_video_consistency.py
 }
 
 
@@ -67,7 +68,8 @@ SLOW = ("glimpses", "captioning", "pose", "quality", "multilabel", "regression")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in OPTIONS if name != "video"]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in OPTIONS if not name.startswith("video")],
 )
 def test_a_resumed_run_is_the_same_run(name, tmp_path):
     whole, begun = fit(tmp_path / "whole", name), fit(tmp_path / "part", name, steps=2)

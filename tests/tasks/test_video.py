@@ -120,6 +120,21 @@ def test_given_last_frames_leave_something_to_make():
     assert (t > 0).all() and (weight == 1).all()
 
 
+def test_context_is_a_random_number_of_first_frames():
+    video = a_batch(1000)["video"]  # three frames of patches
+    t, weight = task_alone(context=0.5).draw_time(video)
+    given = (weight == 0).sum(dim=1)
+    assert torch.equal(t == 0, weight == 0) and [round(float((given == n).float().mean()), 1) for n in (1, 2)] == [
+        0.2,
+        0.2,
+    ]
+    assert (given == 3).sum() == 0 and weight[:, 2].all() and (weight.diff(dim=1) >= 0).all()
+    t, weight = task_alone(context=1.0, last_frame=1.0).draw_time(video)
+    assert weight.any(dim=1).all() and torch.equal(t == 0, weight == 0)
+    t, weight = task_alone(context=1.0).draw_time(video[:, :, :2])
+    assert (t > 0).all() and (weight == 1).all()
+
+
 def test_validation_loss_is_at_fixed_times_and_leaves_padding_out():
     task, batch = task_alone(), a_batch()
     task.eval()

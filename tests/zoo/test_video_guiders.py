@@ -39,7 +39,9 @@ def test_guidance_of_some_steps_saves_the_other_half(monkeypatch):
     """From the second of four steps on; a guider that is off gives what guidance_scale=1 gives."""
     pipe, calls = tiny_pipe(), []
     forward = pipe.transformer.forward
-    monkeypatch.setattr(pipe.transformer, "forward", lambda *a, **k: calls.append(k["class_labels"]) or forward(*a, **k))
+    monkeypatch.setattr(
+        pipe.transformer, "forward", lambda *a, **k: calls.append(k["class_labels"]) or forward(*a, **k)
+    )
     made(pipe, guider=ClassifierFreeGuidance(guidance_scale=3.0, start=0.25))
     assert len(calls) == 1 + 2 * 3
     assert torch.equal(
@@ -72,7 +74,9 @@ def test_a_skipped_layer_is_left_out_and_comes_back():
     pipe = tiny_pipe()
     before = made(pipe, guidance_scale=3.0)
     always = {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
-    guider = SkipLayerGuidance(guidance_scale=3.0, skip_layer_guidance_scale=2.0, skip_layer_guidance_layers=[1], **always)
+    guider = SkipLayerGuidance(
+        guidance_scale=3.0, skip_layer_guidance_scale=2.0, skip_layer_guidance_layers=[1], **always
+    )
     ours = made(pipe, guider=guider)
     assert not torch.allclose(ours, before, rtol=1e-2)
     assert torch.equal(made(pipe, guidance_scale=3.0), before)

@@ -44,8 +44,8 @@ class EMA(WeightAveraging):
 
     What it does beyond Lightning's `EMAWeightAveraging`: before the first update of a delayed start the current weights
     are validated and saved, not an average that was never updated; a checkpoint loaded to test gives the average, not
-    the raw weights; a checkpoint of the very end still holds both; weights that FSDP2 splits are averaged shard by shard,
-    and their checkpoints are those of one process.
+    the raw weights; a checkpoint of the very end still holds both; weights that FSDP2 splits are averaged shard by
+    shard, and their checkpoints are those of one process.
 
     Args:
         decay: weight of the old average in each update, 0 to 1.

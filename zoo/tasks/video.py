@@ -76,7 +76,7 @@ class VideoDiffusionTask(Task):
             have, or clips that patches do not fill.
     """
 
-    sampling: Mapping[str, Any] = {}  # noqa: RUF012 - options of the pipeline's scheduler
+    sampling: Mapping[str, Any] = {}  # options of the pipeline's scheduler
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from .kv_cache import LayerCache
+from .parallel import share_of
 from .pattern import Pattern, Text, attend, key_mask
 from .positions import rotate
 
@@ -47,20 +48,27 @@ class VideoAttnProcessor:
             return attn.output(self.cross(query, Text(key, value, attention_mask)), hidden_states), None
 
         assert rotary_emb is not None and grid is not None
+        share = share_of(self._parallel_config)
         query, key, value = attn.project(hidden_states)
+        if share is not None:
+            query, key, value = (share.to_heads(x) for x in (query, key, value))
         query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
         query, key, value = (x.unflatten(1, grid) for x in (query, key, value))  # [B, T, H, W, heads, d]
         if cache is not None and attn.pattern.remembers:
             key, value = cache.join(key, value, attn.pattern.first_needed)
         text_query, text = None, None
         if encoder_hidden_states is not None:
-            text_query, text_key, text_value = attn.project_text(encoder_hidden_states)
+            words = attn.project_text(encoder_hidden_states)
+            if share is not None:
+                words = tuple(None if x is None else share.some_heads(x) for x in words)
+            text_query, text_key, text_value = words
             text = Text(text_key, text_value, attention_mask)
-        out = self.see(attn, query, key, value, text)
-        hidden_states = attn.output(out.flatten(1, 3), hidden_states)
+        out = self.see(attn, query, key, value, text).flatten(1, 3)
+        hidden_states = attn.output(out if share is None else share.to_tokens(out), hidden_states)
         if text_query is None or text is None:
             return hidden_states, None
-        return hidden_states, attn.output_text(self.read(attn, text_query, text, key, value))
+        out = self.read(attn, text_query, text, key, value)
+        return hidden_states, attn.output_text(out if share is None else share.all_heads(out))
 
     # for processors that change only one of these
 

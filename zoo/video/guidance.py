@@ -72,8 +72,13 @@ def processors(transformer: Any, wrap: Callable[[str, VideoAttnProcessor], Video
 
     Raises:
         TypeError: a processor with a `__call__` of its own is to be wrapped, which knows nothing of `see` and `read`.
+        ValueError: ranks share the heads.
     """
     outer = transformer.attn_processors.items()  # of which some stand for another while they are intercepted
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise ValueError(
+            "guidance of heads and segments are not for a model after enable_parallelism, which shares them"
+        )
     before = {name: x.inner if isinstance(x, InterceptedProcessor) else x for name, x in outer}
     after = {name: wrap(name, processor) for name, processor in before.items()}
     for name, processor in before.items():

@@ -6,6 +6,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import is_transformers_available
 from torch import Tensor
 
+from .labels import read_labels
+
 if is_transformers_available():  # diffusers has its loaders of adapters only beside transformers
     from diffusers.loaders import CogVideoXLoraLoaderMixin as TransformerLora  # of pipelines with one transformer
 else:
@@ -63,3 +65,30 @@ class TransformerPipeline(DiffusionPipeline, TransformerLora):
     @property
     def interrupt(self) -> bool:
         return self._interrupt
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Labels of classes by name; empty where id2label was not given."""
+        return {name: int(label) for label, name in (self.config.id2label or {}).items()}
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Labels of classes by name, as `DiTPipeline.get_label_ids`.
+
+        Raises:
+            ValueError: an unknown name; says the nearest ones.
+        """
+        return read_labels(label, labels=self.labels, num_classes=self.transformer.config.num_classes or 0).tolist()
+
+    def video_size(self, *sizes: int | None) -> tuple[int, ...]:
+        """Frames, height and width, those of sample_size where None.
+
+        Raises:
+            ValueError: there is no sample_size.
+        """
+        default = self.config.sample_size
+        if None in sizes and default is None:
+            names = ", ".join(
+                f"{name}={size}" for name, size in zip(("num_frames", "height", "width"), sizes, strict=True)
+            )
+            raise ValueError(f"{names} must be given: this pipeline has no sample_size")
+        return tuple(default[i] if size is None else size for i, size in enumerate(sizes))

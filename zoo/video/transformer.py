@@ -24,6 +24,7 @@ from .blocks import JointVideoDiTBlock, VideoDiTBlock
 from .inputs import check_axes, check_config, check_inputs, check_numbers, patchify, unpatchify, velocity_of
 from .kv_cache import KVCache
 from .modulation import Modulation, wide
+from .parallel import PLAN, check_parallel, share_of
 from .pattern import Pattern
 from .positions import grid_positions, rotary_embedding
 from .presets import PRESETS
@@ -72,6 +73,7 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
     _supports_gradient_checkpointing = True
     _no_split_modules = ("VideoDiTBlock", "JointVideoDiTBlock")
     _repeated_blocks = ("VideoDiTBlock", "JointVideoDiTBlock")
+    _cp_plan = PLAN
     _skip_layerwise_casting_patterns = ("patch_embed", "time_embed", "class_embed", "modulation", "norm")
 
     @register_to_config
@@ -200,6 +202,16 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
             TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
         )
 
+    def enable_parallelism(self, *, config: Any, cp_plan: Any = None) -> None:
+        """Share the tokens of a video among ranks that sample together; see `diffusers.ContextParallelConfig`.
+
+        Raises:
+            ValueError: what is not `ulysses_degree`, a degree that does not divide the heads, or layers that cannot be
+                shared; see `parallel.check_parallel`.
+        """
+        check_parallel(config, heads=self.config.num_attention_heads, patterns=self.patterns)
+        super().enable_parallelism(config=config, cp_plan=cp_plan)
+
     def enable_cache(self, config: Any) -> None:
         """Switch on one of diffusers' caches across steps; see `diffusers.CacheMixin.enable_cache`."""
         self.register_blocks()
@@ -260,6 +272,9 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
 
         # tokens, where they are, and when
         noisy = patchify(hidden_states, patch)  # [B, S, in_channels * patch]
+        share = share_of(self._parallel_config)
+        if share is not None:
+            share.check(noisy.shape[1], training=self.training and torch.is_grad_enabled())
         tokens = self.patch_embed(noisy.to(dtype))  # [B, S, dim]
         if positions is None:
             first = 0 if kv_cache is None else kv_cache.frames
@@ -269,9 +284,13 @@ class VideoDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         embedding = self.embed_time(timestep, tokens.dtype)  # [B, M, dim], M = 1, frames or tokens
         if self.class_embed is not None and class_labels is not None:
             embedding = embedding + self.class_embed(class_labels)[:, None]
+        conditioning = self.condition(timestep, embedding)
+        if share is not None:  # tokens are this rank's from here to the last projection
+            embedding, conditioning = (share.own(x, noisy.shape[1]) for x in (embedding, conditioning))
+            if encoder_attention_mask is not None and encoder_attention_mask.dim() == 3:
+                encoder_attention_mask = share.own(encoder_attention_mask, noisy.shape[1])
         if self.config.modulation != "adaln_single":
             tokens = (tokens.unflatten(1, (embedding.shape[1], -1)) + embedding[:, :, None]).flatten(1, 2)
-        conditioning = self.condition(timestep, embedding)
         if self.text_embed is not None and encoder_hidden_states is not None:
             encoder_hidden_states = self.text_embed(encoder_hidden_states.to(dtype))  # [B, L, dim]
 
