@@ -124,10 +124,7 @@ def test_context_is_a_random_number_of_first_frames():
     video = a_batch(1000)["video"]  # three frames of patches
     t, weight = task_alone(context=0.5).draw_time(video)
     given = (weight == 0).sum(dim=1)
-    assert torch.equal(t == 0, weight == 0) and [round(float((given == n).float().mean()), 1) for n in (1, 2)] == [
-        0.2,
-        0.2,
-    ]
+    assert torch.equal(t == 0, weight == 0) and all(0.2 < (given == n).float().mean() < 0.3 for n in (1, 2))
     assert (given == 3).sum() == 0 and weight[:, 2].all() and (weight.diff(dim=1) >= 0).all()
     t, weight = task_alone(context=1.0, last_frame=1.0).draw_time(video)
     assert weight.any(dim=1).all() and torch.equal(t == 0, weight == 0)

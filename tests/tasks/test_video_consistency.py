@@ -105,7 +105,7 @@ def test_intervals_grow_with_training(saved):
     task._trainer.global_step = 0
     assert task.count_intervals() == 32
     task.train()._trainer.estimated_stepping_batches = float("inf")
-    with pytest.raises(ValueError, match="set trainer.max_epochs"):
+    with pytest.raises(ValueError, match=r"set trainer\.max_epochs"):
         task.count_intervals()
 
 
@@ -128,6 +128,7 @@ class CrashAt(Callback):
             raise Crash
 
 
+@pytest.mark.slow
 def test_a_run_saves_a_pipeline_of_few_steps_and_resumes(saved, tmp_path):
     """Six steps, and six of a run that was interrupted after the fourth, whose intervals go on where they were."""
 

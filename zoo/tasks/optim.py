@@ -17,13 +17,13 @@ from ..data.names import unknown_name
 
 
 def check_optimizer(options: Mapping[str, Any]) -> None:
-    """Raises ValueError for an unknown optimizer, one whose package is missing, or a learning rate that is no number."""
+    """Raises ValueError for an unknown optimizer, one whose package is missing, or a rate that is no number."""
     if options["opt"] not in list_optimizers():
         raise unknown_name("task.optimizer.opt", options["opt"], [str(name) for name in list_optimizers()])
     if options["opt"].startswith("bnb") and find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"task.optimizer.opt={options['opt']!r} needs bitsandbytes, which is not installed: pip install bitsandbytes, "
-            "or pass task.optimizer.opt=adamw"
+            f"task.optimizer.opt={options['opt']!r} needs bitsandbytes, which is not installed: pip install "
+            "bitsandbytes, or pass task.optimizer.opt=adamw"
         )
     lr = options.get("lr")
     if isinstance(lr, bool) or not isinstance(lr, int | float) or not lr >= 0:
