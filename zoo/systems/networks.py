@@ -298,6 +298,23 @@ VIDEO = (
         "zoo/test_video_pipeline_given.py::test_strength_changes_a_video",
         shown="`VideoDiTPipeline(strength=)`",
     ),
+    System(
+        "Consistency distillation",
+        "arXiv:2303.01469",
+        "zoo.tasks.video_consistency:ConsistencyTask",
+        "tasks/test_video_consistency.py::test_the_student_says_what_it_says_nearer_to_the_video",
+        "partial",
+        "on the paths of a guided flow; the target is the student itself, without an average, at pseudo-Huber distance",
+    ),
+    System(
+        "Ulysses, heads and tokens shared by ranks",
+        "arXiv:2309.14509",
+        "zoo.video.parallel:Share",
+        "zoo/test_video_parallel.py::test_two_ranks_sample_what_one_process_samples",
+        "partial",
+        "of VideoDiT, through diffusers' enable_parallelism; to sample",
+        shown="`VideoDiT.enable_parallelism`",
+    ),
 )
 
 STEERING = (
