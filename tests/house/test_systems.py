@@ -48,7 +48,7 @@ MENTIONED = {  # papers that the code cites as background, and implements no mor
     "1606.04797": "V-Net, Dice loss", "1612.01105": "PSPNet, pyramid pooling",
     "1807.10221": "UPerNet, of which the head is here with other norms",
     "2407.08608": "FlashAttention-3, its order of warps",
-    "2310.04378": "latent consistency models, guided paths", "2310.14189": "consistency training, pseudo-Huber distance",
+    "2310.04378": "latent consistency models, guided paths", "2310.14189": "pseudo-Huber distance",
 }  # fmt: skip
 
 
