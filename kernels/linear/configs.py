@@ -69,7 +69,8 @@ def choose(kernel: Kernel, *, tokens: int, features: int, itemsize: int, device:
     """Launch parameters of one kernel; `features` is the longer head dim."""
     table = SIZES[device, kernel, itemsize]
     size = next(table[limit] for limit in sorted(table) if block_d(features) <= limit)
-    return forced.on(size._replace(rows=tile_length(tokens, size.rows), wide=wide))
+    stages = min(size.stages, 2) if wide else size.stages  # 64-bit offsets need the registers of a third stage
+    return forced.on(size._replace(rows=tile_length(tokens, size.rows), stages=stages, wide=wide))
 
 
 def chunk_length(kernel: Kernel, *, tokens: int, features: int, rows: int, slices: int) -> int:
