@@ -71,9 +71,9 @@ small = timm.create_model("natten_dinat_pico", pretrained=True)  # handwritten d
   batches and image sizes: `dynamic_shapes=({0: AUTO, 2: AUTO, 3: AUTO},)`, `AUTO = torch.export.Dim.AUTO`. Logits of
   onnxruntime are tested. Programs of ViT-rpb, Mega, Sparsifiner and `biformer_stl_nchw` keep their size.
   TorchScript refuses (tracing takes `impl="reference"`).
-- timm 1.0.31's own `tests/test_models.py`, but for TorchScript: 393 of 394 tests pass of the 21 `*_pico` models and of the
-  smallest official model of each family. The other takes a map of `triplet_mobilenetv2` with as many rows as channels
-  for one with its channels first. `tests/support/timm_own_tests.py` says how to run them.
+- timm 1.0.31's own `tests/test_models.py`, but for TorchScript: 393 of 394 tests pass of the 21 `*_pico` models and of
+  the smallest official model of each family. The other takes a map of `triplet_mobilenetv2` with as many rows as
+  channels for one with its channels first. `tests/support/timm_own_tests.py` says how to run them.
 
 A layout takes any attention on maps `[B, H, W, dim]`. `attn` gets the `Place` of every block, and returns a module, or
 None where the layout's own attention stays:
