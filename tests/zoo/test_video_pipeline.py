@@ -492,3 +492,13 @@ def test_components_make_another_pipeline():
     assert other.transformer is pipe.transformer and other.config.sample_size is None
     assert set(pipe.components) == {"transformer", "scheduler", "vae", "text_encoder", "tokenizer"}
     scrambled(other.transformer, seed=1)
+
+
+def test_noise_that_a_scheduler_adds_is_the_generators():
+    pipe = tiny_pipe()
+    made = {}
+    for stochastic in (False, True):
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0, stochastic_sampling=stochastic)
+        made[stochastic] = [pipe(class_labels=[1, 2], **CALL, generator=seeded(seed)).frames for seed in (0, 0, 1)]
+        assert (made[stochastic][0] == made[stochastic][1]).all() and (made[stochastic][0] != made[stochastic][2]).any()
+    assert (made[False][0] != made[True][0]).any()
