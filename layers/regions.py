@@ -171,3 +171,31 @@ class ScaledDown(nn.Module):
         z = self.conv_groups(x)
         scale, shift = self.scales_bias(z).chunk(2, dim=1)
         return z * (1 + scale) + shift
+
+
+class ScaledUp(nn.Module):
+    """The mirror of `ScaledDown`: a scale and a shift per place, a transposed convolution to twice the resolution, GDN.
+
+    GDN is not inverted, as in the official decoder.
+
+    Args:
+        in_channels, out_channels: of the maps.
+        kernel: side of the convolution, odd.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, kernel: int = 5, device=None, dtype=None):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"stride": 2, "padding": kernel // 2, "output_padding": 1} | dd
+        conv = nn.ConvTranspose2d(in_channels, out_channels, kernel, **options)
+        self.conv_groups = nn.Sequential(conv, GDN(out_channels, **dd))
+        self.scales_bias = nn.Sequential(
+            nn.Conv2d(in_channels, in_channels, 1, **dd),
+            nn.GELU(),
+            nn.Conv2d(in_channels, 2 * in_channels, 1, **dd),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, in_channels, H, W]` to `[B, out_channels, 2 H, 2 W]`."""
+        scale, shift = self.scales_bias(x).chunk(2, dim=1)
+        return self.conv_groups(x * (1 + scale) + shift)

@@ -34,6 +34,15 @@ OPTIONS = {
     "glimpses": (*PRETRAINING, "data=scattered_digits", "task.canvas.glimpses=2", "task.canvas.embed_dim=16"),
     "captioning": (*PRETRAINING, "data=captioned_digits", "task.captioner.dim=16"),
     "pose": (*PRETRAINING, "data=skeletons", "task.lifter.dim=4"),
+    "compression": (
+        *PRETRAINING,
+        "data=photos",
+        "data.scale=1",
+        "data.degrade=none",
+        "task.regions=3",
+        "task.codec={width:8,latent:10,slices:2,sent:4,num_heads:2}",
+    ),
+    "style": (*PRETRAINING, "data=styles", "data.crop=64", "task.network.width=8"),
     "quality": (*PRETRAINING, "data=degraded_photos", "task.trunk.args.depth=1"),
     "video": (),  # tests/tasks/test_video.py
     "video_consistency": (),  # tests/tasks/test_video_consistency.py
@@ -64,7 +73,8 @@ def test_every_task_is_here():
     assert set(OPTIONS) == {path.stem for path in configs.glob("*.yaml")}
 
 
-SLOW = ("glimpses", "captioning", "pose", "quality", "multilabel", "regression")  # others have what they have
+# others have what they have
+SLOW = ("glimpses", "captioning", "pose", "quality", "compression", "style", "multilabel", "regression")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from .base import SeededData
 from .loader import PADDING, SeededDataset
 from .spec import DataSpec
 
-Degradation = Literal["bicubic", "noise"]
+Degradation = Literal["bicubic", "noise", "none"]
 
 
 class Pairs(Dataset):
@@ -24,7 +24,7 @@ class Pairs(Dataset):
         photo: the whole photograph.
         crop: pixels a side of a whole crop.
         scale: of the degradation "bicubic".
-        degrade: "bicubic" (smaller by scale), or "noise" of standard deviation `noise`.
+        degrade: "bicubic" (smaller by scale), "noise" of standard deviation `noise`, or "none".
         count: random crops of an epoch, turned and flipped; None for the photograph itself.
     """
 
@@ -45,8 +45,9 @@ class Pairs(Dataset):
             whole = whole[:, top : top + self.crop, left : left + self.crop]
             whole = whole.rot90(int(torch.randint(4, ())), (1, 2))
             whole = whole.flip(2) if torch.rand(()) < 0.5 else whole
-        if self.degrade == "noise":
-            return (whole + self.noise * torch.randn(whole.shape)).contiguous(), whole.contiguous()
+        if self.scale == 1:
+            noise = self.noise * torch.randn(whole.shape) if self.degrade == "noise" else 0.0
+            return (whole + noise).contiguous(), whole.contiguous()
         size = (whole.shape[1] // self.scale, whole.shape[2] // self.scale)
         small = F.interpolate(whole[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
         return small, whole.contiguous()
@@ -65,8 +66,8 @@ class Photos(SeededData):
 
     Args:
         crop: pixels a side of a whole crop, a multiple of scale.
-        scale: 2, 3 or 4 with degrade "bicubic", 1 with "noise".
-        degrade: "bicubic" or "noise".
+        scale: 2, 3 or 4 with degrade "bicubic", 1 with "noise" and "none".
+        degrade: "bicubic", "noise", or "none" for tasks that need whole images alone.
         noise: standard deviation, of pixels in [0, 1].
         epoch_crops: random crops of an epoch.
         batch_size, seed, shuffle, num_workers: as in `SeededData`.
@@ -91,9 +92,11 @@ class Photos(SeededData):
         num_workers: int | None = 0,
     ):
         super().__init__(batch_size=batch_size, seed=seed, shuffle=shuffle, num_workers=num_workers)
-        if degrade not in ("bicubic", "noise") or (scale == 1) != (degrade == "noise") or scale not in (1, 2, 3, 4):
+        known = ("bicubic", "noise", "none")
+        if degrade not in known or (scale == 1) != (degrade != "bicubic") or scale not in (1, 2, 3, 4):
             raise ValueError(
-                f"data.degrade={degrade!r} must be 'bicubic' with data.scale={scale} 2, 3 or 4, or 'noise' with 1"
+                f"data.degrade={degrade!r} must be 'bicubic' with data.scale={scale} 2, 3 or 4, or 'noise' or 'none' "
+                "with 1"
             )
         if crop % scale or not 8 <= crop <= 427:
             raise ValueError(f"data.crop={crop} must be a multiple of data.scale={scale} from 8 to 427")

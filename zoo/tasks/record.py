@@ -186,6 +186,14 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
         "accuracy": ("accuracy of samples", 100, ".0f", " %"),
         "frechet": ("Fréchet distance", 1, ".1f", ""),
         "psnr": ("PSNR of luma", 1, ".2f", " dB"),
+        "psnr_rgb": ("PSNR of RGB", 1, ".2f", " dB"),
+        "psnr_jpeg": ("of JPEG", 1, ".2f", " dB"),
+        "bpp": ("bits a pixel", 1, ".3f", ""),
+        "style": ("distance to the style", 100, ".1f", " %"),
+        "content": ("to the content", 100, ".1f", " %"),
+        "exact": ("captions right in every word", 100, ".2f", " %"),
+        "mpjpe": ("mean distance of joints", 1, ".4f", " m"),
+        "srcc": ("rank correlation", 1, ".4f", ""),
         "loss": ("loss", 1, ".4f", ""),
     }
     numbers = ""
@@ -208,6 +216,7 @@ def print_summary(metrics: dict[str, float], run_dir: Path) -> None:
         "receptive_field.png",
         "samples.gif",
         "samples.png",
+        "images.png",
         "pipeline",
         "metrics.csv",
         UNREADABLE,

@@ -142,10 +142,10 @@ class RestorationTask(EpochTask):
             return restoration.restore_in_tiles(self.model, x, tile=self.tile)
         return restoration.self_ensemble(self.model, x) if self.self_ensemble else self.model(x)
 
-    def evaluate(self, split: str, batch: Any, batch_idx: int) -> None:
+    def evaluate(self, split: str, batch: Any, batch_idx: int) -> Any:
         real = batch[2] != PADDING
         if not real.any():
-            return
+            return None
         given, target = batch[0][real], batch[1][real]
         found = self.restore(given)
         base = given if self.scale == 1 else F.interpolate(given, scale_factor=self.scale, mode="bicubic")
@@ -158,3 +158,4 @@ class RestorationTask(EpochTask):
         }
         for name, x in measured.items():
             self.metrics[f"{split}_{name}"].update(x, weight=len(target))  # pyright: ignore
+        return {"given": base, "restored": found, "whole": target}
