@@ -14,10 +14,11 @@ from .neighborhood import Neighborhood
 from .routing import Routing
 from .scaling import Scaling
 from .scan import Scan
+from .scored import Scored
 from .video import Video
 from .window import Window
 
-OPERATORS: tuple[Operator, ...] = (Neighborhood(), Window(), Routing(), Agent(), Linear(), Scan(), Masks())
+OPERATORS: tuple[Operator, ...] = (Neighborhood(), Window(), Routing(), Agent(), Linear(), Scan(), Scored(), Masks())
 REGISTRY: tuple[Benchmark, ...] = (
     *OPERATORS,
     Cores(),

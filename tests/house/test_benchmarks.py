@@ -25,6 +25,7 @@ from benchmarks.suites.neighborhood import Case, Neighborhood
 from benchmarks.suites.routing import Routing
 from benchmarks.suites.scaling import Scaling
 from benchmarks.suites.scan import Scan
+from benchmarks.suites.scored import Scored
 from benchmarks.suites.window import Window
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +106,7 @@ def test_the_registry_has_every_suite_and_leaves_gpu_sizes_out_on_cpu():
         "agent",
         "linear",
         "scan",
+        "scored",
         "masks",
         "cores",
         "hilo",
@@ -188,7 +190,7 @@ def test_what_does_not_run_leaves_the_rest_to_be_measured(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "benchmark", [Neighborhood(), Window(), Routing(), Agent(), Linear(), Scan(), Masks()], ids=lambda b: b.name
+    "benchmark", [Neighborhood(), Window(), Routing(), Agent(), Linear(), Scan(), Scored(), Masks()], ids=lambda b: b.name
 )
 def test_ours_and_the_written_out_form_are_held_to_the_reference(benchmark, dtype):
     case = min(benchmark.cases(CPU), key=lambda c: benchmark.work(c, "forward").flops)

@@ -1,6 +1,9 @@
 """Bags: folders and files of instances, batches with padding, a run that finds the digit, wrong options."""
 
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from foveal import train
 from foveal.zoo.data.bags import BagFolder, DigitBags, pad_bags, read_features
 from image_folders import write
+from safetensors.torch import save_file
 from train_helpers import configure
 
 SHORT = ("task=bags", "callbacks=bags", "metric=val/auroc", "callbacks.ema=null", "logger=none")
@@ -40,11 +44,48 @@ def make_files(root: Path, suffix: str) -> Path:
             (root / split / name).mkdir(parents=True)
             for i in range(count):
                 x, path = np.random.default_rng(i).normal(size=(4 + i, 6)), root / split / name / f"{i}{suffix}"
-                np.save(path, x) if suffix == ".npy" else torch.save({"features": torch.from_numpy(x)}, path)
+                WRITERS[suffix](path, x)
     return root
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".pt"])
+class H5File(dict):
+    """What h5py's `File` is to a reader of whole datasets, over an archive of NumPy."""
+
+    def __init__(self, path: str, mode: str):
+        assert mode == "r"
+        super().__init__(np.load(path))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def write_h5(path: Path, x: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.savez(file, features=x, coords=np.zeros((2, 2)))
+
+
+WRITERS = {
+    ".npy": np.save,
+    ".npz": lambda path, x: np.savez(path, features=x, coords=np.zeros((2, 2))),
+    ".pt": lambda path, x: torch.save({"features": torch.from_numpy(x)}, path),
+    ".safetensors": lambda path, x: save_file({"features": torch.from_numpy(x), "coords": torch.zeros(2, 2)}, path),
+    ".h5": write_h5,
+}
+
+
+@pytest.fixture
+def h5py(monkeypatch):
+    """A stand-in for the package, which is not installed here."""
+    module = ModuleType("h5py")
+    module.File, module.__spec__ = H5File, ModuleSpec("h5py", None)
+    monkeypatch.setitem(sys.modules, "h5py", module)
+
+
+@pytest.mark.usefixtures("h5py")
+@pytest.mark.parametrize("suffix", WRITERS)
 def test_bags_of_features(suffix, tmp_path):
     data = BagFolder(root=str(make_files(tmp_path, suffix)), batch_size=6, instances=5, num_workers=0)
     data.setup()
@@ -72,7 +113,7 @@ def test_bags_of_images(tmp_path):
     assert set(data.listing.images["val"]).isdisjoint(data.listing.images["train"])
 
 
-def test_wrong_bags(tmp_path):
+def test_wrong_bags(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"data\.root is not set"):
         BagFolder(root=None)
     with pytest.raises(FileNotFoundError, match="not a folder"):
@@ -85,6 +126,10 @@ def test_wrong_bags(tmp_path):
     torch.save({"other": torch.ones(2, 2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"data\.key='features'"):
         read_features(str(tmp_path / "other.pt"))
+    make_files(tmp_path / "h5", ".h5")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ImportError, match=r"0\.h5 is read by the package h5py, .*pip install h5py, or store .*\.npz, \.pt"):
+        BagFolder(root=str(tmp_path / "h5"))
     with pytest.raises(ValueError, match=r"data\.digit=11"):
         DigitBags(digit=11)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import natural_key
 from torch import Tensor
@@ -26,7 +27,7 @@ from .names import say
 from .pixels import UnreadableImage, mode_of, read_image
 from .spec import DataSpec
 
-FEATURES = (".npy", ".pt", ".h5")
+FEATURES = (".npy", ".npz", ".pt", ".safetensors", ".h5")
 Bag = tuple[Tensor, int, Tensor | None]  # instances [n, …], label, marks of instances [n]
 
 
@@ -189,8 +190,8 @@ def read_features(path: str, *, key: str = "features") -> Tensor:
     """Features of the instances of a bag, float32 `[n, dim]`.
 
     Args:
-        path: a `.npy`, a `.pt` with a tensor or a dict of tensors, or an `.h5`.
-        key: of the dict or the dataset in the file.
+        path: a `.npy`, a `.pt` with a tensor or a dict of tensors, or an `.npz`, `.safetensors` or `.h5`.
+        key: of the features in files that hold several things.
 
     Raises:
         ValueError: there is no matrix of numbers of one row or more.
@@ -198,10 +199,19 @@ def read_features(path: str, *, key: str = "features") -> Tensor:
     """
     suffix = os.path.splitext(path)[1].lower()
     if suffix == ".h5" and find_spec("h5py") is None:
-        raise ImportError(f"{path} is read by the package h5py: pip install h5py")
+        raise ImportError(
+            f"{path} is read by the package h5py, which is not installed: pip install h5py, or store the features as "
+            f"{', '.join(FEATURES[:-1])}"
+        )
     try:
-        if suffix == ".npy":
+        if suffix in (".npy", ".npz"):
             found: Any = np.load(path)
+            if suffix == ".npz":
+                with found:
+                    found = found[key]
+        elif suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                found = file.get_tensor(key)
         elif suffix == ".pt":
             found = torch.load(path, map_location="cpu", weights_only=True)
             found = found[key] if isinstance(found, Mapping) else found
@@ -254,7 +264,7 @@ def list_bags(root: Path, *, fraction: float, seed: int) -> Listing:
         found = [(path, kind) for path, kind in found if not Path(path).name.startswith(".")]
         kept = [(path, kind) for path, kind in found if path.lower().endswith(FEATURES) or os.path.isdir(path)]
         if not kept:
-            expected = "CLASS/BAG/*.jpg or CLASS/BAG.npy, .pt, .h5"
+            expected = f"CLASS/BAG/*.jpg or CLASS/BAG{', '.join(FEATURES)}"
             raise ValueError(f"data.root={str(root)!r}: {folder} holds no bags; expected {expected}")
         bags[split] = sorted(kept, key=lambda bag: (natural_key(bag[0]), bag[0]))
     if "val" not in bags:
@@ -328,13 +338,13 @@ class BagFiles(Dataset):
 class BagFolder(BagData):
     """Bags in folders of classes: `root/train/CLASS/BAG`, with `val` and `test` if there are, or `root/CLASS/BAG`.
 
-    A bag is a folder of images, or a file with a feature for each instance: `.npy`, `.pt`, or `.h5` where h5py is
-    installed. All bags are of one kind. Classes are numbered by those of the training bags, in natural order.
+    A bag is a folder of images, or a file with a feature for each instance: `.npy`, `.npz`, `.pt`, `.safetensors`, or
+    `.h5` where h5py is installed. All bags are of one kind. Classes are numbered by those of the training bags, in natural order.
 
     Args:
         root: the folder.
         class_names: of the classes by label; None: those to train on.
-        key: of the features in `.pt` and `.h5` files that hold several things.
+        key: of the features in files that hold several things.
         instances: at most so many of a training bag, drawn anew in each epoch; None: all. Evaluation takes all.
         img_size, mean, std, train_transform, eval_transform, augment: of images, as in `ImageFolder`.
         val_fraction, split_seed: as in `ImageFolder`, by bags.
