@@ -25,7 +25,7 @@ from benchmarks.suites.neighborhood import Case, Neighborhood
 from benchmarks.suites.routing import Routing
 from benchmarks.suites.scaling import Scaling
 from benchmarks.suites.scan import Scan
-from benchmarks.suites.scored import Scored
+from benchmarks.suites.scored import KINDS, Scored
 from benchmarks.suites.window import Window
 
 ROOT = Path(__file__).parents[2]
@@ -205,6 +205,18 @@ def test_ours_and_the_written_out_form_are_held_to_the_reference(benchmark, dtyp
     )
     with pytest.raises(WrongResultError, match=f"{case.kernel} .* off by"):
         benchmark.verify(case, CPU)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_held_to_the_reference(kind):
+    benchmark = Scored()
+    case = replace(next(c for c in benchmark.cases(CPU) if c.kind == kind), side=6, heads=1)
+    for dtype in (torch.float32, torch.float16):
+        benchmark.verify(replace(case, dtype=dtype), CPU)
+    tensors = benchmark.inputs(case, CPU)
+    check_agreement(benchmark.eager(case, CPU)(**tensors), benchmark.ours(case)(**tensors), torch.float32)
+    names = benchmark.makers(case, "forward", CPU).keys()
+    assert names >= {"foveal", "foveal compiled", "eager"} and benchmark.work(case, "forward+backward").flops > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -19,6 +19,10 @@ def test_bones_keep_their_lengths_and_move_smoothly():
         length = (joints[:, joint] - joints[:, parent]).norm(dim=-1)
         torch.testing.assert_close(length, torch.tensor(BONES[joint]).norm().expand(20), rtol=1e-4, atol=1e-5)
     assert 0 < velocity_errors(joints[None], torch.zeros_like(joints[None])) < 0.1
+    still = move(1, swing=0.0)[0]
+    for side in (3, 6):  # ankles lie behind the knees and wrists before the elbows, however the camera stands
+        front = still[13] - still[12] - (still[12] - still[11]) / 2
+        assert (still[side] - still[side - 1])[[0, 2]] @ front[[0, 2]] < -0.01
     turned = turn(torch.tensor([0.0, torch.pi / 2, 0.0]))
     torch.testing.assert_close(turned @ torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 0, -1]), rtol=0, atol=1e-6)
 

@@ -19,6 +19,7 @@ BONES = (  # from the parent, in metres at rest: x to the side, y down, z to the
     (0.0, 0.45, 0.0), (0.0, -0.25, 0.0), (0.0, -0.25, 0.0), (0.0, -0.1, 0.05), (0.0, -0.12, 0.0), (0.15, 0.0, 0.0),
     (0.1, 0.25, 0.0), (0.0, 0.25, 0.05), (-0.15, 0.0, 0.0), (-0.1, 0.25, 0.0), (0.0, 0.25, 0.05),
 )  # fmt: skip
+BENDS = {3: (-0.5, 0.0, 0.0), 6: (-0.5, 0.0, 0.0), 13: (0.7, 0.0, 0.0), 16: (0.7, 0.0, 0.0)}  # knees back, elbows front
 FIXED_SEEDS = {"train": 2, "val": 0, "test": 1}
 
 
@@ -36,7 +37,8 @@ def move(frames: int, *, swing: float, generator: torch.Generator | None = None)
     """Joints of one sequence in the camera's axes, `[frames, 17, 3]`, the root at 0.
 
     Each bone turns about its joint by three angles, a constant and a sine of random frequency and phase each, and takes
-    the bones below it along.
+    the bones below it along. Knees are bent to the back and elbows to the front: without them the image would not tell
+    a pose from its mirror image in depth.
 
     Args:
         frames: of the sequence, at some 25 a second.
@@ -47,7 +49,10 @@ def move(frames: int, *, swing: float, generator: torch.Generator | None = None)
     still, size = (swing * torch.randn(count, 3, generator=generator) for _ in range(2))
     rate = 0.3 + torch.rand(count, 3, generator=generator)  # turns a second
     phase = torch.rand(count, 3, generator=generator)
-    angles = still + size * (2 * math.pi * (rate * time[:, None, None] + phase)).sin()  # [frames, 17, 3]
+    bends = torch.zeros(count, 3)
+    for joint, bend in BENDS.items():
+        bends[joint] = torch.tensor(bend)
+    angles = bends + still + size * (2 * math.pi * (rate * time[:, None, None] + phase)).sin()  # [frames, 17, 3]
     yaw = 2 * math.pi * torch.rand((), generator=generator)
     turns, places = [turn(torch.stack([torch.zeros(()), yaw, torch.zeros(())])).expand(frames, 3, 3)], []
     local = turn(angles)
