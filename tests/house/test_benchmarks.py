@@ -15,18 +15,12 @@ from benchmarks.__main__ import app
 from benchmarks.benchmark import Work, WrongResultError
 from benchmarks.records import Row
 from benchmarks.runner import Runner, check_agreement, matches
-from benchmarks.suites import REGISTRY, SUITES, models, of_suite
-from benchmarks.suites.agent import Agent
+from benchmarks.suites import OPERATORS, REGISTRY, SUITES, models, of_suite
 from benchmarks.suites.cores import CORES, Cores
 from benchmarks.suites.families import OURS, TOKENS, WIDE, Families
-from benchmarks.suites.linear import Linear
-from benchmarks.suites.masks import Masks
 from benchmarks.suites.neighborhood import Case, Neighborhood
-from benchmarks.suites.routing import Routing
 from benchmarks.suites.scaling import Scaling
-from benchmarks.suites.scan import Scan
 from benchmarks.suites.scored import KINDS, Scored
-from benchmarks.suites.window import Window
 
 ROOT = Path(__file__).parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -189,9 +183,7 @@ def test_what_does_not_run_leaves_the_rest_to_be_measured(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "benchmark", [Neighborhood(), Window(), Routing(), Agent(), Linear(), Scan(), Scored(), Masks()], ids=lambda b: b.name
-)
+@pytest.mark.parametrize("benchmark", OPERATORS, ids=lambda b: b.name)
 def test_ours_and_the_written_out_form_are_held_to_the_reference(benchmark, dtype):
     case = min(benchmark.cases(CPU), key=lambda c: benchmark.work(c, "forward").flops)
     case = replace(benchmark.crop(case), dtype=dtype)

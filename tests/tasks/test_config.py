@@ -129,7 +129,7 @@ def test_every_experiment_says_command_hardware_and_expected_number(name):
         assert entry in header
     assert f"experiment={name}" in header
     expected = header.split("# Expected:")[1].split("\n")[0]
-    names = r"test accuracy|top-1|test mIoU|test mAP|test R²|test/loss|after [\d,]+ steps val/loss"
+    names = r"test accuracy|test SRCC|test MPJPE|top-1|test mIoU|test mAP|test R²|test/loss|after [\d,]+ steps val/loss"
     measured = rf"\d+\.\d+ dB PSNR|({names}) \d+\.?\d+"
     assert re.match(rf"\s+(not known|{measured})", expected)
 

@@ -71,6 +71,25 @@ def test_networks(options, tmp_path):
         assert torch.isfinite(trainer.callback_metrics[f"val/{name}"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["restoration", "compression", "style"])
+def test_images_beside_each_other(name, tmp_path):
+    small = {
+        "restoration": ("data=photos", "data.crop=24", "task.network.args={width:8,up_width:8,depth:1}"),
+        "compression": (
+            *("data=photos", "data.scale=1", "data.degrade=none"),
+            "task.codec={width:8,latent:10,slices:2,sent:4,num_heads:2}",
+        ),
+        "style": ("data=styles", "data.crop=64", "task.network.width=8", "data.test_length=3"),
+    }
+    options = (f"task={name}", "callbacks=images", "logger=none", "metric=val/loss", "metric_mode=min", *SHORT[6:])
+    trainer, task, data = train.build(configure(tmp_path, *options, *small[name], tiny=False))
+    trainer.fit(task, datamodule=data)
+    trainer.test(task, datamodule=data, verbose=False)
+    assert (tmp_path / "images.png").stat().st_size > 10_000
+    assert all(torch.isfinite(x) for key, x in trainer.callback_metrics.items() if key.startswith("test/"))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -339,7 +339,8 @@ class BagFolder(BagData):
     """Bags in folders of classes: `root/train/CLASS/BAG`, with `val` and `test` if there are, or `root/CLASS/BAG`.
 
     A bag is a folder of images, or a file with a feature for each instance: `.npy`, `.npz`, `.pt`, `.safetensors`, or
-    `.h5` where h5py is installed. All bags are of one kind. Classes are numbered by those of the training bags, in natural order.
+    `.h5` where h5py is installed. All bags are of one kind. Classes are numbered by those of the training bags, in
+    natural order.
 
     Args:
         root: the folder.
