@@ -45,6 +45,12 @@ def test_pairs_follow_from_the_seed():
     assert batches[0][0].min() >= 0 and batches[0][0].max() <= 1
     whole = next(iter(data[0].test_dataloader()))
     assert whole[1].shape == (1, 3, 426, 640) and whole[0].shape == (1, 3, 213, 320)
+    plain, other = (Photos(crop=24, scale=1, degrade="none", epoch_crops=8, recolor=x) for x in (False, True))
+    for x in (plain, other):
+        x.setup()
+    given, whole, _ = next(iter(other.train_dataloader()))
+    assert torch.equal(given, whole) and not torch.equal(whole, next(iter(plain.train_dataloader()))[1])
+    assert torch.equal(plain.datasets["val"][0][0], other.datasets["val"][0][0]) and 0 <= whole.min() < whole.max() <= 1
     for wrong in ({"scale": 1}, {"degrade": "noise"}, {"crop": 47}):
         with pytest.raises(ValueError, match="data"):
             Photos(**wrong)

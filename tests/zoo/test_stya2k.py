@@ -54,13 +54,14 @@ def test_random_features_follow_from_the_seed_alone():
 
 @torch.no_grad()
 def test_attention_without_parameters():
-    """That of a layer whose matrices are identities."""
+    """Half of that of a layer whose matrices are identities, but for the residual."""
     layer, (content, style) = AllToKeyAttention(8, num_heads=2, region=4), torch.randn(2, 1, 8, 12, 12)
     for module in layer.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.dirac_(module.weight)
             nn.init.zeros_(module.bias)
-    torch.testing.assert_close(plain_attention(content, style, num_heads=2, region=4), layer(content, style))
+    found = plain_attention(content, style, num_heads=2, region=4)
+    torch.testing.assert_close(2 * found + content, layer(content, style))
 
 
 def test_what_learns_and_what_is_measured():

@@ -26,10 +26,21 @@ class Pairs(Dataset):
         scale: of the degradation "bicubic".
         degrade: "bicubic" (smaller by scale), "noise" of standard deviation `noise`, or "none".
         count: random crops of an epoch, turned and flipped; None for the photograph itself.
+        recolor: mix up the channels of crops, invert half of them, and take them darker or brighter.
     """
 
-    def __init__(self, photo: Tensor, *, crop: int, scale: int, degrade: Degradation, noise: float, count: int | None):
-        self.photo, self.crop, self.count = photo, crop, count
+    def __init__(
+        self,
+        photo: Tensor,
+        *,
+        crop: int,
+        scale: int,
+        degrade: Degradation,
+        noise: float,
+        count: int | None,
+        recolor: bool = False,
+    ):
+        self.photo, self.crop, self.count, self.recolor = photo, crop, count, recolor
         self.scale, self.degrade, self.noise = scale, degrade, noise
 
     def __len__(self) -> int:
@@ -45,12 +56,19 @@ class Pairs(Dataset):
             whole = whole[:, top : top + self.crop, left : left + self.crop]
             whole = whole.rot90(int(torch.randint(4, ())), (1, 2))
             whole = whole.flip(2) if torch.rand(()) < 0.5 else whole
+            whole = self._recolored(whole) if self.recolor else whole
         if self.scale == 1:
             noise = self.noise * torch.randn(whole.shape) if self.degrade == "noise" else 0.0
             return (whole + noise).contiguous(), whole.contiguous()
         size = (whole.shape[1] // self.scale, whole.shape[2] // self.scale)
         small = F.interpolate(whole[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
         return small, whole.contiguous()
+
+    @staticmethod
+    def _recolored(whole: Tensor) -> Tensor:
+        whole = whole[torch.randperm(len(whole))]
+        whole = 1 - whole if torch.rand(()) < 0.5 else whole
+        return whole.clamp(0, 1) ** (2 * torch.rand(()) - 1).exp()
 
 
 class SeededPairs(SeededDataset):
@@ -70,6 +88,7 @@ class Photos(SeededData):
         degrade: "bicubic", "noise", or "none" for tasks that need whole images alone.
         noise: standard deviation, of pixels in [0, 1].
         epoch_crops: random crops of an epoch.
+        recolor: give crops to train on other colors, for tasks that must know those of any photograph.
         batch_size, seed, shuffle, num_workers: as in `SeededData`.
 
     Raises:
@@ -87,6 +106,7 @@ class Photos(SeededData):
         degrade: Degradation = "bicubic",
         noise: float = 25 / 255,
         epoch_crops: int = 400,
+        recolor: bool = False,
         seed: int = 0,
         shuffle: bool = True,
         num_workers: int | None = 0,
@@ -101,7 +121,7 @@ class Photos(SeededData):
         if crop % scale or not 8 <= crop <= 427:
             raise ValueError(f"data.crop={crop} must be a multiple of data.scale={scale} from 8 to 427")
         self.scale, self.options = scale, {"crop": crop, "scale": scale, "degrade": degrade, "noise": noise}
-        self.epoch_crops = epoch_crops
+        self.epoch_crops, self.recolor = epoch_crops, recolor
 
     @property
     def spec(self) -> DataSpec:
@@ -118,6 +138,6 @@ class Photos(SeededData):
         from sklearn.datasets import load_sample_images
 
         china, flower = (torch.from_numpy(np.array(x)).permute(2, 0, 1) / 255 for x in load_sample_images().images)
-        self.datasets["train"] = Pairs(china, count=self.epoch_crops, **self.options)
+        self.datasets["train"] = Pairs(china, count=self.epoch_crops, recolor=self.recolor, **self.options)
         self.datasets["val"] = Pairs(flower[:, 100:292, 200:456], count=None, **self.options)
         self.datasets["test"] = Pairs(flower, count=None, **self.options)

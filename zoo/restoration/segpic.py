@@ -59,8 +59,9 @@ class WindowGate(nn.Module):
 class Means(nn.Module):
     """Means of regions, coded: three layers with GDN to the values that are sent, and three back."""
 
-    def __init__(self, width: int, sent: int):
+    def __init__(self, width: int, sent: int, *, gain: float):
         super().__init__()
+        self.gain = gain
         between = (width + sent) // 2
         sizes = (width, between, sent, sent)
 
@@ -72,9 +73,21 @@ class Means(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Means `[B, width, rows, columns]` as a decoder gets them, and their bits."""
-        sent = self.encode(x)
+        sent = self.gain * self.encode(x)
         rounded = round_through(sent)
-        return self.decode(rounded), self.prior(uniform_noise(sent) if self.training else rounded)
+        return self.decode(rounded / self.gain), self.prior(uniform_noise(sent) if self.training else rounded)
+
+
+def keep_variance(module: nn.Module) -> None:
+    """Draw the weights of a change of resolution such that values stay as large as they are.
+
+    PyTorch's own weights shrink them by half a layer, and eight layers in a row leave nothing to learn from.
+    """
+    if isinstance(module, ScaledDown | ScaledUp):
+        conv: nn.Module = module.conv_groups[0]
+        inputs = conv.in_channels * conv.kernel_size[0] ** 2  # pyright: ignore
+        inputs = inputs / 4 if isinstance(module, ScaledUp) else inputs  # a place of the result sees a quarter
+        nn.init.normal_(conv.weight, std=inputs**-0.5)  # pyright: ignore
 
 
 def means_of(x: Tensor, labels: Tensor, *, eps: float = 5e-4) -> tuple[Tensor, Tensor]:
@@ -105,6 +118,8 @@ class RegionCodec(nn.Module):
         grid: cells a side without regions.
         num_heads: of the window attention, a divisor of width and latent.
         windows: its sides, at a quarter and at a sixteenth of the resolution.
+        gain: factor of all that is rounded, which the decoder divides by; a short training needs more than 1, because
+            rounding leaves nothing of values as small as those of fresh layers.
         in_chans: of the images.
 
     Raises:
@@ -122,10 +137,11 @@ class RegionCodec(nn.Module):
         grid: int = 4,
         num_heads: int = 8,
         windows: tuple[int, int] = (8, 4),
+        gain: float = 1.0,
         in_chans: int = 3,
     ):
         super().__init__()
-        self.in_chans, self.grid = in_chans, grid
+        self.in_chans, self.grid, self.gain = in_chans, grid, gain
         sizes = tuple(zip((width, latent), windows, strict=True))
         gates = [WindowGate(n, num_heads=num_heads, window=side) for n, side in (*sizes, *sizes)]
         self.down = nn.Sequential(ScaledDown(in_chans, width), ScaledDown(width, width))
@@ -135,7 +151,7 @@ class RegionCodec(nn.Module):
         self.transform_up, self.attn_up = RegionTransform(width, grid=grid), gates[2]
         last = max(8, width // 6)  # 32 of 192
         self.up = nn.Sequential(ScaledUp(width, width), ScaledUp(width, last), nn.Conv2d(last, in_chans, 1))
-        self.means = Means(width, sent)
+        self.means = Means(width, sent, gain=gain)
 
         a, b, c, d, e = (round(part * latent) for part in (1.0, 0.9, 0.8, 0.7, 0.6))
         conv = lambda n, m, stride=1: nn.Conv2d(n, m, 3, stride=stride, padding=1)  # noqa: E731
@@ -145,6 +161,7 @@ class RegionCodec(nn.Module):
             _with_gelu(conv(e, e), twice(e, d), conv(d, c), twice(c, b), conv(b, a)) for _ in range(2)
         )
         self.prior, self.coded = FactorizedPrior(e), SlicedNormal(latent, slices=slices, support=support)
+        self.apply(keep_variance)
 
     def send_means(self, x: Tensor, regions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Means of regions as the decoder gets them, at each place of `[B, width, h, w]`, and their bits `[B]`."""
@@ -179,11 +196,12 @@ class RegionCodec(nn.Module):
         x = self.attn_down(x)
         means, bits = self.send_means(x, regions)
         y = self.deeper(self.transform_down(x, regions))
-        z = self.hyper(y)
+        z = self.gain * self.hyper(y)
         rounded = round_through(z)
         hyper_bits = self.prior(uniform_noise(z) if self.training else rounded)
-        found, value_bits = self.coded(y, self.mean(rounded), self.scale(rounded))
-        x = self.attn_up(self.transform_up(self.higher(found), centers=means))
+        mean, scale = (self.gain * network(rounded / self.gain) for network in (self.mean, self.scale))
+        found, value_bits = self.coded(self.gain * y, mean, scale)
+        x = self.attn_up(self.transform_up(self.higher(found / self.gain), centers=means))
         decoded = self.up(x)[..., :height, :width]
         return Compressed(decoded, bits + hyper_bits.flatten(1).sum(1) + value_bits.flatten(1).sum(1))
 

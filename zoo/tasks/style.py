@@ -19,14 +19,15 @@ from .model import told_as
 class StyleTask(EpochTask):
     """Trains `StyleTransfer` on `(contents [B, C, H, W], styles [B, C, H, W], number)`.
 
-    The loss is `style_weight` times the distance of the style's statistics plus `local_weight` times that to attention
-    without parameters, as published. `style` and `content` are distances of the results over those between content and
-    style: a copy of the content has style 1 and content 0, a copy of the style the reverse.
+    The loss is `style_weight` times the distance of the style's statistics, `local_weight` times that to attention
+    without parameters, and `content_weight` times that to the content, which is 0 as published. `style` and `content`
+    are distances of the results over those between content and style: a copy of the content has style 1 and content 0,
+    a copy of the style the reverse.
 
     Args:
         network: arguments of `StyleTransfer`.
         encoder_weights: file with the keys of torchvision's or timm's VGG-19; None: random weights.
-        style_weight, local_weight: of the loss.
+        style_weight, local_weight, content_weight: of the loss.
         in_chans: of the data.
         optimizer, scheduler, lr_batch, compile, seed: as in `EpochTask`.
 
@@ -43,6 +44,7 @@ class StyleTask(EpochTask):
         encoder_weights: str | None = None,
         style_weight: float = 10.0,
         local_weight: float = 1.25,
+        content_weight: float = 0.0,
         in_chans: int = 3,
         **options: Any,
     ):
@@ -51,7 +53,7 @@ class StyleTask(EpochTask):
         super().__init__(metrics=metrics, **options)
         self.save_hyperparameters()
         self.network_cfg, self.encoder_weights, self.in_chans = dict(network), encoder_weights, in_chans
-        self.weights = style_weight, local_weight
+        self.weights = style_weight, local_weight, content_weight
 
     def make_model(self) -> nn.Module:
         with told_as("task.network", self.network_cfg):
@@ -71,12 +73,13 @@ class StyleTask(EpochTask):
             given, wanted = model.encoder(content), model.encoder(style)
         images = model.decode(given, wanted)
         found = model.encoder(images)
-        near, local = style_distance(found, wanted), local_distance(found, given, wanted)
-        loss = self.weights[0] * near + self.weights[1] * local
+        near, far = style_distance(found, wanted), content_distance(found, given)
+        parts = near, local_distance(found, given, wanted), far
+        loss = sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
         return {
             "loss": loss,
             "style": near / style_distance(given, wanted),
-            "content": content_distance(found, given) / content_distance(wanted, given),
+            "content": far / content_distance(wanted, given),
             "images": images,
         }
 
@@ -89,5 +92,5 @@ class StyleTask(EpochTask):
             return None
         found = self.measure(batch)
         for name in ("loss", "style", "content"):
-            self.metrics[f"{split}_{name}"].update(found[name], weight=len(batch[0]))  # pyright: ignore
+            self.metrics[f"{split}_{name}"].update(found[name], weight=len(batch[0]))
         return {"content": batch[0], "style": batch[1], "result": found["images"]}
