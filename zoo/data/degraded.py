@@ -17,6 +17,7 @@ from .spec import DataSpec
 
 KINDS = ("noise", "blur", "blocks")
 SPLITS = ("train", "val", "test")
+TEXTURE, TRIES = 0.04, 200  # least mean step between pixels of a quarter: a blurred sky is a sky
 
 
 @cache
@@ -49,6 +50,14 @@ def degrade(part: Tensor, kind: str, strength: float, generator: torch.Generator
     return F.conv2d(F.conv2d(x, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))[:, 0]
 
 
+def texture(frame: Tensor) -> float:
+    """The least, over the quarters of `[size, size]`, of the mean step between neighbouring pixels."""
+    half = frame.shape[-1] // 2
+    quarters = frame.unfold(0, half, half).unfold(1, half, half)
+    steps = quarters.diff(dim=2).abs().mean((2, 3)) + quarters.diff(dim=3).abs().mean((2, 3))
+    return float(steps.min())
+
+
 class DegradedPans(Dataset):
     """Clip `i` of a split is always the same."""
 
@@ -61,22 +70,30 @@ class DegradedPans(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, float, int]:
         seed = mix_seed(SPLITS.index(self.split), index)
         draw, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-        photo = grey_photos()[int(draw.integers(2))]
-        half, travel, size = photo.shape[1] // 2, self.frames - 1, self.size
-        top, left = int(draw.integers(photo.shape[0] - size - travel)), int(draw.integers(half - size - travel))
-        left += 0 if self.split == "train" else half
-        step = draw.integers(2, size=2)  # pixels a frame, down and to the right
-        clip = torch.stack(
-            [
-                photo[top + t * step[0] : top + t * step[0] + size, left + t * step[1] : left + t * step[1] + size]
-                for t in range(self.frames)
-            ]
-        )
+        for _ in range(TRIES):
+            clip = self.pan(draw)
+            if texture(clip[0]) > TEXTURE:
+                break
+        size = self.size
         quarter, strength = int(draw.integers(4)), float(draw.uniform())
         row, column = (size // 2 * x for x in divmod(quarter, 2))
         place = slice(None), slice(row, row + size // 2), slice(column, column + size // 2)
         clip[place] = degrade(clip[place], KINDS[int(draw.integers(3))], strength, generator)
         return clip[None], 1 - strength, quarter
+
+    def pan(self, draw: np.random.Generator) -> Tensor:
+        """A clip `[frames, size, size]` of one of the photographs."""
+        photo = grey_photos()[int(draw.integers(2))]
+        half, travel, size = photo.shape[1] // 2, self.frames - 1, self.size
+        top, left = int(draw.integers(photo.shape[0] - size - travel)), int(draw.integers(half - size - travel))
+        left += 0 if self.split == "train" else half
+        step = draw.integers(2, size=2)  # pixels a frame, down and to the right
+        return torch.stack(
+            [
+                photo[top + t * step[0] : top + t * step[0] + size, left + t * step[1] : left + t * step[1] + size]
+                for t in range(self.frames)
+            ]
+        )
 
 
 class SeededPans(SeededDataset):
@@ -90,7 +107,8 @@ class SeededPans(SeededDataset):
 class DegradedPhotos(SeededData):
     """Grey clips `[B, 1, frames, size, size]`, scores `[B]` from 0 to 1, and the degraded quarters `[B]`.
 
-    Clips to train on pan over the left halves of the photographs, others over the right halves.
+    Clips to train on pan over the left halves of the photographs, others over the right halves, where all quarters have
+    texture: nothing would show in a smooth one.
 
     Args:
         size: pixels a side, a multiple of 8 up to 96.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchmetrics import KendallRankCorrCoef, MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
 
 from ..data.loader import PADDING
@@ -15,13 +16,21 @@ from .model import make_model
 
 
 class TokenTrunk(nn.Module):
-    """Features of a timm model as tokens `[n, tokens, dim]`, without prefix tokens."""
+    """Features of a timm model as tokens `[n, tokens, dim]`, without prefix tokens.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        model: of timm.
+        detail: the model sees each pixel less the mean of 3 x 3 around it, times this factor; 0: pixels as they are.
+    """
+
+    def __init__(self, model: nn.Module, *, detail: float = 0.0):
         super().__init__()
         self.model: Any = model
+        self.detail = detail
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.detail:  # noise and blur change steps between pixels, which brightness hides
+            x = self.detail * (x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1))
         found = self.model.forward_features(x)
         if found.dim() == 3:
             return found[:, getattr(self.model, "num_prefix_tokens", 0) :]
@@ -40,6 +49,7 @@ class QualityTask(EpochTask):
         regions: rows and columns, even numbers that divide the frames.
         num_heads, topk: see `QualityNet`.
         margin: of `quality_loss`.
+        detail: see `TokenTrunk`.
         in_chans, size: of the data.
         optimizer, scheduler, lr_batch, compile, seed: as in `EpochTask`.
 
@@ -57,6 +67,7 @@ class QualityTask(EpochTask):
         num_heads: int = 1,
         topk: int = 4,
         margin: float = 0.0,
+        detail: float = 0.0,
         in_chans: int,
         size: int,
         **options: Any,
@@ -70,7 +81,8 @@ class QualityTask(EpochTask):
             metrics |= {f"{split}_{name}": metric for name, metric in kinds.items()}
         super().__init__(metrics=metrics, **options)
         self.save_hyperparameters()
-        self.trunk_cfg, self.margin, self.in_chans, self.size = dict(trunk), margin, in_chans, size
+        self.trunk_cfg, self.margin, self.detail = dict(trunk), margin, detail
+        self.in_chans, self.size = in_chans, size
         self.net_cfg = {"regions": (regions[0], regions[1]), "num_heads": num_heads, "topk": topk}
 
     def make_model(self) -> nn.Module:
@@ -78,7 +90,7 @@ class QualityTask(EpochTask):
         pretrained = self.trunk_cfg.get("pretrained", False)
         trunk = make_model(self.trunk_cfg, num_classes=0, in_chans=self.in_chans, img_size=side, pretrained=pretrained)
         dim: Any = trunk.num_features
-        return QualityNet(TokenTrunk(trunk), dim, **self.net_cfg)
+        return QualityNet(TokenTrunk(trunk, detail=self.detail), dim, **self.net_cfg)
 
     def training_loss(self, batch: Any) -> Tensor:
         clips, scores, _ = batch
