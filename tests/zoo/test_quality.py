@@ -1,9 +1,11 @@
 """Quality of clips: textures are local, scores lie between them, degraded quarters are where they are said to be."""
 
+import numpy as np
 import pytest
 import torch
-from foveal.zoo.data.degraded import KINDS, DegradedPhotos, degrade
+from foveal.zoo.data.degraded import KINDS, TEXTURE, DegradedPans, DegradedPhotos, degrade, texture
 from foveal.zoo.quality import FusionWindowAttention, QualityNet, quality_loss
+from foveal.zoo.tasks.quality import TokenTrunk
 from torch import nn
 
 
@@ -59,6 +61,30 @@ def test_loss_orders_scores():
     score = torch.randn(6, requires_grad=True)
     quality_loss(score, target).backward()
     assert score.grad.isfinite().all()
+
+
+def test_a_trunk_that_sees_details_sees_no_brightness():
+    class Features(nn.Identity):
+        num_prefix_tokens = 0
+
+        def forward_features(self, x):
+            return x
+
+    x = torch.rand(3, 1, 6, 6)
+    seen = TokenTrunk(Features(), detail=2.0)(x)[:, :, 0].view(3, 1, 6, 6)
+    torch.testing.assert_close(seen[..., 1, 1], 2 * (x[..., 1, 1] - x[..., :3, :3].mean((2, 3))))
+    torch.testing.assert_close(TokenTrunk(Features(), detail=2.0)(x + 0.5)[:, :, 0].view_as(seen), seen)
+    assert torch.equal(TokenTrunk(Features())(x)[:, :, 0].view_as(x), x)
+
+
+def test_every_quarter_has_texture():
+    frames = [DegradedPans("val", length=9, size=32, frames=2).pan(np.random.default_rng(i))[0] for i in range(40)]
+    found = [texture(x) > TEXTURE for x in frames]
+    assert any(found) and not all(found)  # of pans as they come
+    assert texture(torch.ones(32, 32)) == 0
+    half = torch.rand(32, 32)
+    half[:16, :16] = 0.5
+    assert texture(half) < 0.01 < TEXTURE < texture(torch.rand(32, 32))
 
 
 def test_degraded_quarters():
