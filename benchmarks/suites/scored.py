@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from foveal.kernels.ops import scored_attention
@@ -51,7 +52,9 @@ def options(case: Case, device: torch.device, table: Tensor | None, r: Tensor | 
     return {"score": made[case.kind](), "mask": mask}
 
 
-def attend(case: Case, query, key, value, table: Tensor | None = None, r: Tensor | None = None, impl="auto") -> Tensor:
+def attend(
+    case: Case, query, key, value, table: Tensor | None = None, r: Tensor | None = None, impl: Any = "auto"
+) -> Tensor:
     """`scored_attention` of a case."""
     return scored_attention(query, key, value, **options(case, query.device, table, r), impl=impl)
 
@@ -93,7 +96,7 @@ class Scored(Operator):
 
     def cases(self, device: torch.device, *, everything: bool = False) -> Iterator[Case]:
         on_cpu = device.type == "cpu"
-        facts = {"batch": 1} if on_cpu else {"batch": 16, "dtype": torch.bfloat16}
+        facts: dict[str, Any] = {"batch": 1} if on_cpu else {"batch": 16, "dtype": torch.bfloat16}
         for side in (14, 28) if on_cpu else (28, 64):
             for kind in KINDS:
                 yield Case(f"DeiT-S, {16 * side} pixels", side, kind, **facts)
@@ -133,6 +136,6 @@ class Scored(Operator):
     def work(self, case: Case, mode: str) -> Work:
         tensors = self.inputs(case, torch.device("meta"))
         given = options(case, torch.device("meta"), tensors.pop("table", None), tensors.pop("r", None))
-        summary = explain(scored_attention, **tensors, **given).cost
+        summary: Any = explain(scored_attention, **tensors, **given).cost
         passes = ("forward",) if mode == "forward" else ("forward", "backward")
         return Work(*(sum(summary[f"{name}_{what}"] for name in passes) for what in ("flops", "bytes")))

@@ -75,7 +75,7 @@ class StyleTask(EpochTask):
         found = model.encoder(images)
         near, far = style_distance(found, wanted), content_distance(found, given)
         parts = near, local_distance(found, given, wanted), far
-        loss = sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
+        loss = torch.stack([weight * part for weight, part in zip(self.weights, parts, strict=True)]).sum()
         return {
             "loss": loss,
             "style": near / style_distance(given, wanted),
