@@ -17,6 +17,13 @@ from .spec import DataSpec
 Degradation = Literal["bicubic", "noise", "none"]
 
 
+def recolored(photo: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A photograph `[C, H, W]` in [0, 1] with its channels mixed up, inverted or not, and darker or brighter."""
+    photo = photo[torch.randperm(len(photo), generator=generator)]
+    inverted, gamma = torch.rand(2, generator=generator)
+    return (1 - photo if inverted < 0.5 else photo).clamp(0, 1) ** (2 * gamma - 1).exp()
+
+
 class Pairs(Dataset):
     """A photograph `[3, H, W]` in [0, 1], degraded and whole: random crops, or all of it.
 
@@ -56,19 +63,13 @@ class Pairs(Dataset):
             whole = whole[:, top : top + self.crop, left : left + self.crop]
             whole = whole.rot90(int(torch.randint(4, ())), (1, 2))
             whole = whole.flip(2) if torch.rand(()) < 0.5 else whole
-            whole = self._recolored(whole) if self.recolor else whole
+            whole = recolored(whole) if self.recolor else whole
         if self.scale == 1:
             noise = self.noise * torch.randn(whole.shape) if self.degrade == "noise" else 0.0
             return (whole + noise).contiguous(), whole.contiguous()
         size = (whole.shape[1] // self.scale, whole.shape[2] // self.scale)
         small = F.interpolate(whole[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
         return small, whole.contiguous()
-
-    @staticmethod
-    def _recolored(whole: Tensor) -> Tensor:
-        whole = whole[torch.randperm(len(whole))]
-        whole = 1 - whole if torch.rand(()) < 0.5 else whole
-        return whole.clamp(0, 1) ** (2 * torch.rand(()) - 1).exp()
 
 
 class SeededPairs(SeededDataset):

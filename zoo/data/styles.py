@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from .base import SeededData
 from .loader import PADDING, SeededDataset, mix_seed
+from .photos import recolored
 from .spec import DataSpec
 
 FIXED_SEEDS = {"val": 0, "test": 1}
@@ -19,6 +20,8 @@ FIXED_SEEDS = {"val": 0, "test": 1}
 
 class StylePairs(Dataset):
     """Random crops of one photograph and of the other; with `fixed_seed` pair `i` is always the same.
+
+    Pairs to train on have other colors than the photographs, each crop its own.
 
     Args:
         photos: parts of both photographs, `[3, H, W]` in [0, 1].
@@ -39,7 +42,8 @@ class StylePairs(Dataset):
         for photo in self.photos:
             top, left = (int(draw.integers(n - self.crop + 1)) for n in photo.shape[1:])
             part = photo[:, top : top + self.crop, left : left + self.crop]
-            crops.append(part.flip(2) if draw.integers(2) else part)
+            part = part.flip(2) if draw.integers(2) else part
+            crops.append(part if self.fixed_seed is not None else recolored(part))
         content, style = crops[:: 1 if draw.integers(2) else -1]
         return content.contiguous(), style.contiguous()
 
