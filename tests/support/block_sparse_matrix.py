@@ -24,7 +24,7 @@ from torch import Tensor
 LENGTHS = {1: (1, 2, 5, 8, 13, 24, 37, 64, 90), 2: (1, 2, 3, 4, 6, 7, 9, 11, 13), 3: (1, 2, 3, 4, 5, 6)}
 BOXES = {1: (1, 2, 4, 7, 16, 32, 70), 2: (1, 2, 3, 4, 5, 8), 3: (1, 2, 3, 4)}
 MAX_TOKENS = 140
-HEAD_DIMS = (1, 2, 3, 5, 8, 12, 16, 17, 24, 32, 40, 72)
+HEAD_DIMS = (1, 2, 3, 5, 8, 12, 16, 17, 24, 32, 40)
 TENSORS = ("query", "key", "value", "additional_keys", "additional_values")
 
 

@@ -29,7 +29,7 @@ LENGTHS = {
     3: (1, 2, 3, 4, 5, 6, 7, 8, 9, 11),
 }
 MAX_TOKENS = 420
-HEAD_DIMS = (1, 2, 3, 4, 5, 8, 12, 16, 17, 24, 32, 40, 72)
+HEAD_DIMS = (1, 2, 3, 4, 5, 8, 12, 16, 17, 24, 32, 40)
 TENSORS = ("query", "key", "value", "bias", "additional_keys", "additional_values")
 
 

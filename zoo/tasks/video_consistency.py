@@ -107,8 +107,9 @@ class ConsistencyTask(VideoDiffusionTask):
     def loss(self, video: Tensor, noise: Tensor, t: Tensor, weight: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Distance of what the student says at both ends of an interval; frames that are given have time 0 at both."""
         noisy = add_noise(video, noise, t)
-        share = shift_time(t, 1 / self.shift) - 1 / self.count_intervals()
-        nearer = shift_time(share.clamp_min(0), self.shift)
+        count = self.count_intervals()
+        ends = (shift_time(t, 1 / self.shift) * count).round()  # as drawn: exact times at both ends
+        nearer = shift_time((ends - 1).clamp_min(0) / count, self.shift)
         with torch.no_grad():
             target = self.jump(self.follow(noisy, t, nearer, condition), nearer, condition)
         return huber_distance(self.jump(noisy, t, condition), target, weight=weight)

@@ -24,6 +24,7 @@ from neighborhood_matrix import (
     check_part,
     make_inputs,
     masked_cases,
+    plain,
     run,
 )
 from operator_matrix import gradients
@@ -33,6 +34,7 @@ QUICK = (  # by default; all others are slow
     "test_random_cases_match_the_reference[1-0]",
     "test_random_cases_match_the_reference[2-0]",
     "test_random_cases_match_the_reference[3-0]",
+    "test_head_dims_in_two_parts[72-160]",
     "test_windows_per_head[1]",
     "test_table_gradient[three axes-65536]",
     "test_a_frozen_table",
@@ -84,6 +86,14 @@ def test_random_cases_match_the_reference(rank, first):
     for case in affordable_cases(rank, seed=1)[first : first + CHUNK]:
         with configs.override(**forced(case)):
             check(case, torch.float32, "triton")
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(72, 160), (96, 72), (160, 96), (80, 64)])
+def test_head_dims_in_two_parts(head_dim, value_dim):
+    """Keys, values and their gradients, with a bias and additional keys, by pointers and where descriptors address."""
+    case = replace(FULL, head_dim=head_dim, value_dim=value_dim, extra=40)
+    check(case, torch.float32, "triton")
+    check(plain(case, head_dim), torch.float16, "triton")
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
