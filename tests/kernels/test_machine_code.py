@@ -22,7 +22,8 @@ def test_a_sample_of_the_variants_compiles(operator, arch):
 @pytest.mark.parametrize("operator", ["block_sparse", "neighborhood", "window"])
 def test_rows_of_whole_16_bytes_are_loaded_16_at_a_time(operator):
     """Where the head dim is 72, which Triton does not take for aligned by itself."""
-    variants = [x for x in compile_report._variants(operator, "sm_80") if (x.head_dim, x.dtype) == (72, "bf16")]
+    known = compile_report._variants(operator, "sm_80")
+    variants = [x for x in known if (x.head_dim, x.dtype) == (72, "bf16") and x.flags != "int8"]  # rows of 72 bytes
     assert len(variants) >= 3
     for variant in variants:
         ptx = triton.compile(variant.source, target=GPUTarget("cuda", 80, 32), options=variant.options).asm["ptx"]
