@@ -147,6 +147,16 @@ class GDN(nn.Module):
         return x * F.conv2d(x**2, gamma[..., None, None], beta).rsqrt()
 
 
+def _modulation(channels: int, dd: dict[str, Any]) -> nn.Sequential:
+    """A scale and a shift per place and channel."""
+    return nn.Sequential(nn.Conv2d(channels, channels, 1, **dd), nn.GELU(), nn.Conv2d(channels, 2 * channels, 1, **dd))
+
+
+def _modulated(x: Tensor, network: nn.Module) -> Tensor:
+    scale, shift = network(x).chunk(2, dim=1)
+    return x * (1 + scale) + shift
+
+
 class ScaledDown(nn.Module):
     """Convolution to half of the resolution, GDN, then a scale and a shift per place that it makes itself (SegPIC).
 
@@ -160,17 +170,11 @@ class ScaledDown(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         conv = nn.Conv2d(in_channels, out_channels, kernel, stride=2, padding=kernel // 2, **dd)
         self.conv_groups = nn.Sequential(conv, GDN(out_channels, **dd))
-        self.scales_bias = nn.Sequential(
-            nn.Conv2d(out_channels, out_channels, 1, **dd),
-            nn.GELU(),
-            nn.Conv2d(out_channels, 2 * out_channels, 1, **dd),
-        )
+        self.scales_bias = _modulation(out_channels, dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_channels, H, W]` to `[B, out_channels, H / 2, W / 2]`."""
-        z = self.conv_groups(x)
-        scale, shift = self.scales_bias(z).chunk(2, dim=1)
-        return z * (1 + scale) + shift
+        return _modulated(self.conv_groups(x), self.scales_bias)
 
 
 class ScaledUp(nn.Module):
@@ -189,13 +193,8 @@ class ScaledUp(nn.Module):
         options: dict[str, Any] = {"stride": 2, "padding": kernel // 2, "output_padding": 1} | dd
         conv = nn.ConvTranspose2d(in_channels, out_channels, kernel, **options)
         self.conv_groups = nn.Sequential(conv, GDN(out_channels, **dd))
-        self.scales_bias = nn.Sequential(
-            nn.Conv2d(in_channels, in_channels, 1, **dd),
-            nn.GELU(),
-            nn.Conv2d(in_channels, 2 * in_channels, 1, **dd),
-        )
+        self.scales_bias = _modulation(in_channels, dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_channels, H, W]` to `[B, out_channels, 2 H, 2 W]`."""
-        scale, shift = self.scales_bias(x).chunk(2, dim=1)
-        return self.conv_groups(x * (1 + scale) + shift)
+        return self.conv_groups(_modulated(x, self.scales_bias))

@@ -60,6 +60,7 @@ class Vectors(NamedTuple):
     BLOCK_DV: tuple[int, ...]
 
 
+@lru_cache(maxsize=1024)
 def vectors(head_dim: int, value_dim: int, device: Device, longest: int = 128, *, eight_bits: bool = False) -> Vectors:
     """How a kernel holds queries and keys of `head_dim` features and values of `value_dim`; see `feature_parts`.
 

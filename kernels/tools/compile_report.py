@@ -97,7 +97,7 @@ class Row(Head):
         if self.kernel == "key" and self.head_dim > 128:
             return 1.5  # of few agents: four warps on 32 rows of both gradients, for their registers
         if self.kernel == "extra" and self.arch.startswith("gfx"):
-            return 2.5  # its 16 keys feed one wave; the others hide the loads of queries
+            return 2.5  # 16 keys feed one wave, 64 two or three; the others hide the loads of queries
         if self.kernel == "extra" and self.head_dim > 128:
             return 1.5  # logits of 32 keys by 16 queries feed two warps; four hold both gradients
         return 1.0

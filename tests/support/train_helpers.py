@@ -10,6 +10,7 @@ import pytest
 import torch
 from foveal import train
 from hydra import compose, initialize_config_module
+from lightning.pytorch import Callback
 from omegaconf import DictConfig
 
 TINY_VIT = (
@@ -46,6 +47,21 @@ def differences(a, b, where: str = "") -> list[str]:
             return [where]
         return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{where}/{i}")]
     return [] if a == b else [where]
+
+
+class Crash(Exception):
+    """The end of a run by a fault."""
+
+
+class CrashAt(Callback):
+    """Ends a run by `Crash` after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise Crash
 
 
 def assert_one_sentence(

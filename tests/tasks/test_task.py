@@ -18,7 +18,7 @@ from foveal.zoo.tasks.ema import EMA
 from foveal.zoo.tasks.sharding import repeated_blocks
 from lightning.pytorch.callbacks import Callback
 from timm.scheduler import create_scheduler_v2
-from train_helpers import configure, differences
+from train_helpers import Crash, configure, differences
 
 
 def fit(config, *callbacks: Callback, checkpoint=None):
@@ -55,10 +55,6 @@ SHORT = (
     "data.batch_size=32",
     "callbacks=steps",
 )
-
-
-class Crash(Exception):
-    pass
 
 
 class CrashAfter(Callback):

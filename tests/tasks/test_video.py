@@ -21,7 +21,7 @@ from killed_runs import ROOT, finish, kill_at
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
-from train_helpers import QUIET, assert_one_sentence, configure, differences
+from train_helpers import QUIET, Crash, CrashAt, assert_one_sentence, configure, differences
 from video_tasks import TINY, task_alone, tiny
 
 OFTEN = ("callbacks=video_steps", "callbacks.last_step.every_n_train_steps=3")
@@ -239,19 +239,6 @@ def test_average_warms_up():
     value = [average[0].clone()]
     ema_update(value, current, torch.tensor(1), decay=0.9)
     torch.testing.assert_close(value[0], torch.full((3,), 0.1))
-
-
-class Crash(Exception):
-    pass
-
-
-class CrashAt(Callback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise Crash
 
 
 def end_state(run_dir) -> dict:

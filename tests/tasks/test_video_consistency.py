@@ -8,8 +8,7 @@ from foveal import train
 from foveal.zoo.tasks.video_consistency import HUBER, ConsistencyTask, huber_distance
 from foveal.zoo.video import VideoDiT, VideoDiTPipeline
 from foveal.zoo.video.flow import add_noise, shift_time
-from lightning.pytorch import Callback
-from train_helpers import assert_one_sentence, differences
+from train_helpers import Crash, CrashAt, assert_one_sentence, differences
 from video_helpers import randomize
 from video_tasks import TINY, tiny
 
@@ -113,19 +112,6 @@ def few_steps(run_dir, saved, *overrides: str):
     chosen = ("experiment=moving_digits_few_steps", f"model.pretrained={saved}", "model.args=null")
     kept = [option for option in TINY if not option.startswith(("experiment=", "model.args="))]
     return tiny(run_dir, *chosen, *kept, *overrides)
-
-
-class Crash(Exception):
-    pass
-
-
-class CrashAt(Callback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise Crash
 
 
 @pytest.mark.slow

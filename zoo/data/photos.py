@@ -17,6 +17,13 @@ from .spec import DataSpec
 Degradation = Literal["bicubic", "noise", "none"]
 
 
+def sample_photos() -> list[Tensor]:
+    """The temple and the flower that ship with scikit-learn, `[3, H, W]` in [0, 1]."""
+    from sklearn.datasets import load_sample_images
+
+    return [torch.from_numpy(np.array(x)).permute(2, 0, 1) / 255 for x in load_sample_images().images]
+
+
 def recolored(photo: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """A photograph `[C, H, W]` in [0, 1] with its channels mixed up, inverted or not, and darker or brighter."""
     photo = photo[torch.randperm(len(photo), generator=generator)]
@@ -136,9 +143,7 @@ class Photos(SeededData):
     def setup(self, stage: str | None = None) -> None:
         if self.datasets:
             return
-        from sklearn.datasets import load_sample_images
-
-        china, flower = (torch.from_numpy(np.array(x)).permute(2, 0, 1) / 255 for x in load_sample_images().images)
+        china, flower = sample_photos()
         self.datasets["train"] = Pairs(china, count=self.epoch_crops, recolor=self.recolor, **self.options)
         self.datasets["val"] = Pairs(flower[:, 100:292, 200:456], count=None, **self.options)
         self.datasets["test"] = Pairs(flower, count=None, **self.options)

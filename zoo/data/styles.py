@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .base import SeededData
-from .loader import PADDING, SeededDataset, mix_seed
-from .photos import recolored
+from .loader import mix_seed
+from .photos import SeededPairs, recolored, sample_photos
 from .spec import DataSpec
 
 FIXED_SEEDS = {"val": 0, "test": 1}
@@ -48,13 +47,6 @@ class StylePairs(Dataset):
         return content.contiguous(), style.contiguous()
 
 
-class SeededStylePairs(SeededDataset):
-    """Pairs that depend on (seed, epoch, index) only; the third entry is PADDING in one that fills a batch."""
-
-    def __getitem__(self, key: tuple[int, int | None]) -> Any:
-        return *self.draw(key), PADDING if key[1] is None else 0
-
-
 class PhotoStyles(SeededData):
     """Batches of contents `[B, 3, crop, crop]` and styles of the same shape, each from another photograph.
 
@@ -70,7 +62,7 @@ class PhotoStyles(SeededData):
         ValueError: another crop.
     """
 
-    seeded_dataset = SeededStylePairs
+    seeded_dataset = SeededPairs
 
     def __init__(
         self,
@@ -100,10 +92,7 @@ class PhotoStyles(SeededData):
     def setup(self, stage: str | None = None) -> None:
         if self.datasets:
             return
-        from sklearn.datasets import load_sample_images
-
-        whole = (torch.from_numpy(np.array(x)).permute(2, 0, 1) / 255 for x in load_sample_images().images)
-        photos = [F.avg_pool2d(x[:, :426], 2) for x in whole]
+        photos = [F.avg_pool2d(x[:, :426], 2) for x in sample_photos()]
         for split, length in self.lengths.items():
             half = slice(0, 160) if split == "train" else slice(160, 320)
             parts = [x[:, :, half] for x in photos]

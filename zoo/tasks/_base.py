@@ -25,6 +25,11 @@ from .portable import make_portable
 from .sharding import repeated_blocks, shard
 
 
+def mean_metrics(*names: str) -> dict[str, Metric]:
+    """A mean for each of these in validation and in the test, as `Task` wants its metrics."""
+    return {f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in names}
+
+
 class Task(LightningModule):
     """Trains what `make_model` makes by `training_loss`. A subclass calls `save_hyperparameters` itself.
 
@@ -76,6 +81,11 @@ class Task(LightningModule):
             mistakes and confusion, or None where there is nothing to draw.
         """
         self.metrics[f"{split}_loss"].update(self.training_loss(batch), weight=self.weight(batch))  # pyright: ignore
+
+    def record(self, split: str, found: Mapping[str, Any], *, weight: int) -> None:
+        """Adds the means over a batch of `weight` items to the metrics of a split, by name."""
+        for name, x in found.items():
+            self.metrics[f"{split}_{name}"].update(x, weight=weight)  # pyright: ignore
 
     def make_scheduler(self, optimizer: torch.optim.Optimizer, scale: float) -> Any:
         """The schedule that `scheduler` describes, stepped at every update; `scale` is that of the learning rate."""

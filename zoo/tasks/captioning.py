@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
 
 from ..captioning import VideoCaptioner
 from ..data.loader import PADDING
+from ._base import mean_metrics
 from .epochs import EpochTask
 from .model import told_as
 
@@ -48,8 +48,7 @@ class CaptioningTask(EpochTask):
         **options: Any,
     ):
         names = ("loss", "exact", "words", "visible")
-        metrics: dict[str, Metric] = {f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in names}
-        super().__init__(metrics=metrics, **options)
+        super().__init__(metrics=mean_metrics(*names), **options)
         self.save_hyperparameters()
         self.captioner_cfg, self.sparsity, self.ratio = dict(captioner), sparsity, ratio
         self.facts = {"length": length, "frames": frames, "size": size, "in_chans": in_chans}
@@ -72,5 +71,4 @@ class CaptioningTask(EpochTask):
             loss = self.model.loss(clips, words, ratio=self.ratio)
         right, visible = self.model.caption(clips) == words, self.model.mask.visible() > 0.5
         found = {"loss": loss, "exact": right.all(1).float().mean(), "words": right.float().mean()}
-        for name, x in (found | {"visible": visible.float().mean()}).items():
-            self.metrics[f"{split}_{name}"].update(x, weight=len(clips))  # pyright: ignore
+        self.record(split, found | {"visible": visible.float().mean()}, weight=len(clips))

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric
 
 from ..data.loader import PADDING
 from ..restoration.segpic import RegionCodec
+from ._base import mean_metrics
 from .epochs import EpochTask
 from .model import told_as
 from .restoration import psnr
@@ -93,8 +93,7 @@ class CompressionTask(EpochTask):
                 f"task.rate={rate} must be above 0, task.regions={regions} at least 0, data.scale={scale} 1"
             )
         names = ("loss", "bpp", "psnr_rgb", "psnr_jpeg", "bpp_jpeg")
-        metrics: dict[str, Metric] = {f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in names}
-        super().__init__(metrics=metrics, **options)
+        super().__init__(metrics=mean_metrics(*names), **options)
         self.save_hyperparameters()
         self.codec_cfg, self.rate, self.regions, self.in_chans = dict(codec), rate, regions, in_chans
 
@@ -125,6 +124,5 @@ class CompressionTask(EpochTask):
         measured["psnr_rgb"] = psnr(found["images"], images).mean()
         beside = [jpeg(image, float(found["bpp"])) for image in images]
         measured["psnr_jpeg"], measured["bpp_jpeg"] = images.new_tensor(beside).mean(0)
-        for name, x in measured.items():
-            self.metrics[f"{split}_{name}"].update(x, weight=len(images))  # pyright: ignore
+        self.record(split, measured, weight=len(images))
         return {"image": images, "decoded": found["images"]}

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
 
 from ..data.loader import PADDING
 from ..pose import PoseLifter, aligned, joint_errors, velocity_errors
+from ._base import mean_metrics
 from .epochs import EpochTask
 from .model import told_as
 
@@ -35,8 +35,7 @@ class PoseTask(EpochTask):
 
     def __init__(self, *, lifter: Mapping[str, Any], frames: int, joints: int, **options: Any):
         names = ("loss", "mpjpe", "p_mpjpe", "mpjve", "mpjpe_mean")
-        metrics: dict[str, Metric] = {f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in names}
-        super().__init__(metrics=metrics, **options)
+        super().__init__(metrics=mean_metrics(*names), **options)
         self.save_hyperparameters()
         self.lifter_cfg, self.facts = dict(lifter), {"frames": frames, "joints": joints}
         self.register_buffer("mean_pose", torch.zeros(joints, 3))

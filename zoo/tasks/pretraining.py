@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
 
 from ..data.loader import PADDING
 from ..data.names import unknown_name
@@ -30,6 +29,7 @@ from ..pretraining import (
     second_view,
     visible_count,
 )
+from ._base import mean_metrics
 from .epochs import EpochTask
 
 OBJECTIVES = {"pixels": MaskedAutoencoder, "positions": DroppedPositions, "cross_view": CrossViewCompletion}
@@ -114,9 +114,13 @@ class PretrainingTask(EpochTask):
             raise ValueError(f"task.broad_context needs task.objective=pixels, not {objective}")
         names = ["loss"] + ["wrong_view"] * (objective == "cross_view") + ["context"] * (broad_context is not None)
         names += ["rank"] * loss_prediction + ["accuracy"] * (objective == "positions")
-        metrics: dict[str, Metric] = {f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in names}
         super().__init__(
-            metrics=metrics, optimizer=optimizer, scheduler=scheduler, lr_batch=lr_batch, compile=compile, seed=seed
+            metrics=mean_metrics(*names),
+            optimizer=optimizer,
+            scheduler=scheduler,
+            lr_batch=lr_batch,
+            compile=compile,
+            seed=seed,
         )
         self.save_hyperparameters(ignore=["data", *data])
         self.vit_cfg = dict(vit) | {"img_size": img_size, "in_chans": in_chans}
@@ -229,9 +233,8 @@ class PretrainingTask(EpochTask):
                 tokens = tokens[:, 1:]
             self._probed.append((tokens.mean(1).float(), batch[1][known]))
         found = self.losses(images, torch.Generator().manual_seed(batch_idx))
-        for name, x in found.items():
-            if f"{split}_{name}" in self.metrics:
-                self.metrics[f"{split}_{name}"].update(x, weight=len(images))  # pyright: ignore
+        known = {name: x for name, x in found.items() if f"{split}_{name}" in self.metrics}
+        self.record(split, known, weight=len(images))
 
     def on_validation_epoch_start(self) -> None:
         self._probed.clear()

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from .. import restoration
 from ..data.loader import PADDING
 from ..data.names import unknown_name
+from ._base import mean_metrics
 from .epochs import EpochTask
 
 NETWORKS = {
@@ -108,9 +108,13 @@ class RestorationTask(EpochTask):
         if tile is not None and (tile <= 32 or self_ensemble):
             raise ValueError(f"task.tile={tile} must be above 32, twice the overlap, and is not with self_ensemble")
         names = ("loss", "psnr", "psnr_rgb", "psnr_base", "ssim")
-        metrics: dict[str, Metric] = {f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in names}
         super().__init__(
-            metrics=metrics, optimizer=optimizer, scheduler=scheduler, lr_batch=lr_batch, compile=compile, seed=seed
+            metrics=mean_metrics(*names),
+            optimizer=optimizer,
+            scheduler=scheduler,
+            lr_batch=lr_batch,
+            compile=compile,
+            seed=seed,
         )
         self.save_hyperparameters()
         self.network_cfg, self.loss, self.scale, self.in_chans = dict(network), LOSSES[loss], scale, in_chans
@@ -156,6 +160,5 @@ class RestorationTask(EpochTask):
             "psnr_base": psnr_luma(base, target, border=self.scale).mean(),
             "ssim": structural_similarity_index_measure(found.clamp(0, 1), target, data_range=1.0),
         }
-        for name, x in measured.items():
-            self.metrics[f"{split}_{name}"].update(x, weight=len(target))  # pyright: ignore
+        self.record(split, measured, weight=len(target))
         return {"given": base, "restored": found, "whole": target}

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
 
 from ...weights import load
 from ..data.loader import PADDING
 from ..restoration.stya2k import StyleTransfer, content_distance, local_distance, style_distance
+from ._base import mean_metrics
 from .epochs import EpochTask
 from .model import told_as
 
@@ -49,8 +49,7 @@ class StyleTask(EpochTask):
         **options: Any,
     ):
         names = ("loss", "style", "content")
-        metrics: dict[str, Metric] = {f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in names}
-        super().__init__(metrics=metrics, **options)
+        super().__init__(metrics=mean_metrics(*names), **options)
         self.save_hyperparameters()
         self.network_cfg, self.encoder_weights, self.in_chans = dict(network), encoder_weights, in_chans
         self.weights = style_weight, local_weight, content_weight
@@ -91,6 +90,5 @@ class StyleTask(EpochTask):
         if not len(batch[0]):
             return None
         found = self.measure(batch)
-        for name in ("loss", "style", "content"):
-            self.metrics[f"{split}_{name}"].update(found[name], weight=len(batch[0]))
+        self.record(split, {name: found[name] for name in ("loss", "style", "content")}, weight=len(batch[0]))
         return {"content": batch[0], "style": batch[1], "result": found["images"]}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
@@ -76,7 +76,7 @@ class VideoDiffusionTask(Task):
             have, or clips that patches do not fill.
     """
 
-    sampling: Mapping[str, Any] = {}  # options of the pipeline's scheduler
+    sampling: ClassVar[Mapping[str, Any]] = {}  # options of the pipeline's scheduler
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ of Song and Dhariwal (arXiv:2310.14189, §3.2 and §3.3).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class ConsistencyTask(VideoDiffusionTask):
         ValueError: see `VideoDiffusionTask`; or no teacher, or intervals or a scale out of range.
     """
 
-    sampling = {"stochastic_sampling": True}  # noqa: RUF012 - after each jump new noise, of the next level
+    sampling: ClassVar = {"stochastic_sampling": True}  # after each jump new noise, of the next level
 
     def __init__(self, *, intervals: tuple[int, int] = (4, 32), teacher_guidance: float = 1.0, **options: Any):
         first, last = (int(count) for count in intervals)
