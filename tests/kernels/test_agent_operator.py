@@ -65,7 +65,21 @@ def test_layouts(layout):
     check(replace(FULL, layout=layout), torch.float64, "torch")
 
 
-@pytest.mark.parametrize("agents", [9, 25])
+@pytest.mark.parametrize("agents", [9, 49])
+def test_many_and_few_agents_without_gradients(agents):
+    """Where no gradient is wanted CPUs attend to many agents by fused attention."""
+    case = replace(PLAIN, agents=agents, agent_bias=True, query_bias=True, query_scale=0.2)
+    inputs = make_inputs(case, torch.float64)
+    expected = agent_attention(**inputs, **case.options, impl="reference")
+    with torch.no_grad():
+        out = agent_attention(**{name: x.detach().float() for name, x in inputs.items()}, **case.options, impl="torch")
+        hidden = dict(inputs, query_bias=inputs["query_bias"].index_fill(1, torch.tensor([5]), -torch.inf))
+        unseen = agent_attention(**hidden, **case.options, impl="torch").flatten(1, -3)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert unseen[:, 5].isnan().all() and unseen[:, :5].isfinite().all()
+
+
+@pytest.mark.parametrize("agents", [9, 25, 49])
 def test_an_agent_that_sees_nothing_is_nan_with_and_without_gradients(agents):
     query, key, value = torch.randn(3, 1, 8, 8, 2, 4)
     agent, bias = torch.randn(1, agents, 2, 4), torch.randn(2, agents, 64)
