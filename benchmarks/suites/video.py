@@ -34,7 +34,7 @@ COLORS = {
     "radial": "#7a4f9a",
     "psa": "#c99ac0",
 }
-# method -> its options, for at most three tenths of the pairs on the grids below, but for radial attention on few frames;
+# method -> its options: at most three tenths of the pairs on the grids below, but for radial attention on few frames;
 # those of VSA and PSA are of their published checkpoints
 MASKS: dict[str, dict[str, Any]] = {
     "vsa": {"sparsity": 0.9, "block": 4},
