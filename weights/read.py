@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .errors import WeightsError
+from .low_bit import admit_low_bit
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
 ZIP = b"PK\x03\x04"
@@ -101,6 +102,8 @@ def _read_pickle(path: Path, device: str | torch.device, start: bytes, also: Seq
         with torch.serialization.safe_globals(list(also)):
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch answers damaged files with whatever its parser ran into
+        if admit_low_bit(error):
+            return _read_pickle(path, device, start, also)
         unsafe = _globals_asked_for(path, error, also)
         if unsafe:
             raise WeightsError(

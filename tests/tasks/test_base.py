@@ -13,6 +13,7 @@ from foveal.zoo.tasks._base import Task
 from foveal.zoo.tasks.optim import check_optimizer, make_optimizer
 from foveal.zoo.tasks.resume import Resumption
 from lightning.pytorch import Callback, Trainer
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -106,3 +107,44 @@ def test_eight_bit_optimizers_are_those_of_bitsandbytes(monkeypatch):
     assert type(optimizer) is EightBit and optimizer.defaults["betas"] == (0.8, 0.9)
     decay = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in optimizer.param_groups}
     assert decay == {0.0: [1], 0.2: [2]}
+
+
+class LowBit(torch.optim.AdamW):
+    """Stands for `torchao.optim.AdamW8bit`, which refuses rates that are no tensors."""
+
+    def step(self, closure=None):
+        if not all(isinstance(group["lr"], torch.Tensor) for group in self.param_groups):
+            raise RuntimeError("lr was changed to a non-Tensor object")
+        return super().step(closure)
+
+
+def test_low_bit_optimizers_are_those_of_torchao(monkeypatch):
+    model, options = nn.Linear(2, 3), {"opt": "torchaoadamw8bit", "lr": 0.1, "weight_decay": 0.2, "betas": (0.8, 0.9)}
+    if find_spec("torchao") is None:
+        with pytest.raises(ValueError, match=r"opt='torchaoadamw8bit' needs torchao, which is not installed: pip"):
+            check_optimizer(options)
+    names = ("Adam8bit", "Adam4bit", "AdamFp8", "AdamW8bit", "AdamW4bit", "AdamWFp8")
+    for name, contents in {"torchao": {}, "torchao.optim": dict.fromkeys(names, LowBit)}.items():
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(sys.modules["torchao"], "optim", sys.modules["torchao.optim"], raising=False)
+    monkeypatch.delitem(sys.modules, "foveal.zoo.tasks.torchao_optimizers", raising=False)
+    for name in names:
+        assert isinstance(make_optimizer(model, options | {"opt": f"torchao{name.lower()}"}), LowBit)
+    check_optimizer(options)
+    optimizer = make_optimizer(model, options)
+    assert optimizer.defaults["betas"] == (0.8, 0.9)
+    decay = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in optimizer.param_groups}
+    assert decay == {0.0: [1], 0.2: [2]}
+    schedule = CosineLRScheduler(optimizer, t_initial=10, t_in_epochs=False)  # it sets numbers
+    before = model.weight.detach().clone()
+    model(torch.ones(1, 2)).sum().backward()
+    schedule.step_update(5)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(0.05)
+    assert not torch.equal(model.weight, before)
+    with pytest.raises(ValueError, match="unexpected keyword"):
+        make_optimizer(model, options | {"unknown": 1})
+    monkeypatch.delitem(sys.modules, "foveal.zoo.tasks.torchao_optimizers")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from ...weights.low_bit import admit_low_bit
 from ...weights.transfer import NO_SPACE
 from ..data.foreign import about
 
@@ -106,6 +107,8 @@ def _load(path: Path, **options: Any) -> Any:
         try:
             return torch.load(path, **options)
         except pickle.UnpicklingError as error:
+            if admit_low_bit(error):
+                return torch.load(path, **options)
             raise ValueError("it holds more than tensors and plain values, which only code could make") from error
 
 

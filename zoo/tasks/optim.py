@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import OptimInfo, create_optimizer_v2, list_optimizers
+from timm.optim._optim_factory import default_registry
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
@@ -15,16 +16,29 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..data.foreign import reason
 from ..data.names import unknown_name
 
+PACKAGES = {"bnb": "bitsandbytes", "torchao": "torchao"}  # by the beginning of the names of their optimizers
+
+for _name in ("Adam8bit", "Adam4bit", "AdamFp8", "AdamW8bit", "AdamW4bit", "AdamWFp8"):  # timm imports them when asked
+    default_registry.register(
+        OptimInfo(
+            name=f"torchao{_name.lower()}",
+            opt_class=f"{__package__}.torchao_optimizers.{_name}",
+            description=f"torchao {_name}",
+            has_betas=True,
+        )
+    )
+
 
 def check_optimizer(options: Mapping[str, Any]) -> None:
     """Raises ValueError for an unknown optimizer, one whose package is missing, or a rate that is no number."""
     if options["opt"] not in list_optimizers():
         raise unknown_name("task.optimizer.opt", options["opt"], [str(name) for name in list_optimizers()])
-    if options["opt"].startswith("bnb") and find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"task.optimizer.opt={options['opt']!r} needs bitsandbytes, which is not installed: pip install "
-            "bitsandbytes, or pass task.optimizer.opt=adamw"
-        )
+    for prefix, package in PACKAGES.items():
+        if options["opt"].startswith(prefix) and find_spec(package) is None:
+            raise ValueError(
+                f"task.optimizer.opt={options['opt']!r} needs {package}, which is not installed: pip install "
+                f"{package}, or pass task.optimizer.opt=adamw"
+            )
     lr = options.get("lr")
     if isinstance(lr, bool) or not isinstance(lr, int | float) or not lr >= 0:
         raise ValueError(f"task.optimizer.lr={lr!r} must be a number, 0 or more")

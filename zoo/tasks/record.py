@@ -30,7 +30,7 @@ from .report import UNREADABLE, read_unreadable
 PACKAGES = (
     *("foveal", "torch", "torchvision", "triton", "timm", "diffusers", "lightning", "torchmetrics", "hydra-core"),
     *("omegaconf", "numpy", "pillow", "safetensors", "huggingface_hub", "scikit-learn", "matplotlib"),
-    *("av", "peft", "accelerate", "transformers", "datasets", "bitsandbytes"),
+    *("av", "peft", "accelerate", "transformers", "datasets", "bitsandbytes", "torchao"),
 )
 
 
