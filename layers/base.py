@@ -4,6 +4,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..kernels.common.calling import Impl
@@ -27,6 +28,51 @@ def convolve_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     maps = x.contiguous().permute(0, 3, 1, 2)
     out = F.conv2d(maps, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
     return out.permute(0, 2, 3, 1)
+
+
+def add_convolved(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Add depthwise convolutions of maps `[B, H, W, C]` to `out [B, H * W, heads, d]`, in place.
+
+    `weight` is `[B, C, 1, k, k]`, of every map its own, or `[1, C, 1, k, k]` for all; `bias` `[C]`. One map at a time,
+    there is never a second tensor of the size of `out`; the gradient exists once.
+    """
+    return _AddConvolved.apply(out, x, weight, bias)
+
+
+class _AddConvolved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.mark_dirty(out)
+        for i in range(len(x)):
+            out[i] += convolve_depthwise(x[i : i + 1], weight[i % len(weight)], bias).reshape(out[i].shape)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor):
+        x, weight, bias = ctx.saved_tensors
+        _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
+        dweight = torch.zeros_like(weight) if needs_weight else None
+        dbias = torch.zeros_like(bias) if needs_bias else None
+        grads = grad_out.flatten(2).unflatten(1, x.shape[1:3])
+        (_, channels, _, side, _), wanted = weight.shape, (needs_x, needs_weight, needs_bias)
+        pad, sizes = [side // 2] * 2, None if bias is None else [channels]
+        for i in range(len(x)):
+            maps, above = (t[i : i + 1].to(weight.dtype).contiguous() for t in (x, grads))
+            own = i % len(weight)
+            found = torch.ops.aten.convolution_backward(
+                above.permute(0, 3, 1, 2), maps.permute(0, 3, 1, 2), weight[own], sizes,
+                [1, 1], pad, [1, 1], False, [0, 0], channels, wanted,
+            )  # fmt: skip
+            if dx is not None:
+                dx[i] = found[0][0].permute(1, 2, 0)
+            if dweight is not None:
+                dweight[own] += found[1]
+            if dbias is not None:
+                dbias += found[2]
+        return grad_out, dx, dweight, dbias
 
 
 class ProjectedAttention2d(nn.Module):

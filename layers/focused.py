@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..kernels.common.calling import is_plain_call
 from ..kernels.ops import linear_attention
-from .base import BranchMixin, ProjectedAttention2d, convolve_depthwise
+from .base import BranchMixin, ProjectedAttention2d, add_convolved, convolve_depthwise
 from .positions import resize_positions
 
 EPS = 1e-6  # keeps features and normalisers off zero, as upstream
@@ -159,10 +159,12 @@ class FocusedLinearAttention2d(ProjectedAttention2d):
         query, key = (
             focused_features(t, self.scale, p, self.focus, value.dtype).unflatten(2, heads) for t, p in placed
         )
-        out = linear_attention(query, key, value, mean=True, eps=EPS, impl=self.impl).flatten(2)
+        out = linear_attention(query, key, value, mean=True, eps=EPS, impl=self.impl)
         maps, repeats = value.flatten(2).unflatten(1, grid_size), self.num_heads
         weight, bias = self.dwc.weight.repeat(repeats, 1, 1, 1), self.dwc.bias.repeat(repeats)  # pyright: ignore
-        return out + convolve_depthwise(maps, weight, bias).flatten(1, 2)
+        if maps.device.type == "cpu" and self.impl != "reference" and is_plain_call():
+            return add_convolved(out, maps, weight.unsqueeze(0), bias).flatten(2)
+        return out.flatten(2) + convolve_depthwise(maps, weight, bias).flatten(1, 2)
 
     def attention_macs(self, shape: tuple[int, int]) -> int:
         """Multiply-accumulates of the attention for one map of this size: the state, what is read of it, its sums."""

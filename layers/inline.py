@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.common.calling import is_plain_call
 from ..kernels.ops import linear_attention
-from .base import BranchMixin, ProjectedAttention2d, convolve_depthwise
+from .base import BranchMixin, ProjectedAttention2d, add_convolved, convolve_depthwise
 
 
 class InLineAttention2d(ProjectedAttention2d):
@@ -36,11 +37,14 @@ class InLineAttention2d(ProjectedAttention2d):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Tokens `[B, N, heads, d]` and the input `[B, N, dim]`, whose mean makes the convolution, to `[B, N, dim]`."""
         scale = (self.dim // self.num_heads) ** -0.5
-        out = linear_attention(query, key, value, centered=True, scale=scale, impl=self.impl).flatten(2)
+        out = linear_attention(query, key, value, centered=True, scale=scale, impl=self.impl)
         first = int(self.class_token)
         weight = self.residual(x.mean(1)[:, :, None]).view(-1, self.dim, 3, 3)
-        local = convolve_each(value[:, first:].flatten(2).unflatten(1, grid_size), weight).flatten(1, 2)
-        return out + (F.pad(local, (0, 0, first, 0)) if first else local)
+        maps = value[:, first:].flatten(2).unflatten(1, grid_size)
+        if not first and maps.device.type == "cpu" and self.impl != "reference" and is_plain_call():
+            return add_convolved(out, maps, weight.unsqueeze(2)).flatten(2)
+        local = convolve_each(maps, weight).flatten(1, 2)
+        return out.flatten(2) + (F.pad(local, (0, 0, first, 0)) if first else local)
 
     def attention_macs(self, shape: tuple[int, int]) -> int:
         """Multiply-accumulates of attention and convolution for one image; `shape` is H and W, or tokens and dim."""

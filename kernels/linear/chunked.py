@@ -58,13 +58,13 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: LinearCall) -> tupl
     matrix = state.matrix * call.factor(packed.dtype)
     out = query.new_empty(*query.shape[:-1], v.shape[-1])
     for part in _parts(q, v):
-        x = _load(q, part, call.relu)
-        y, into = _product(x, matrix[part[0]]).transpose(1, 2), out.flatten(1, -3)[part]
+        x, into = _read(q, part, call.relu), out.flatten(1, -3)[part].transpose(1, 2)
+        y = _product(x, matrix[part[0]], into if into.dtype == packed.dtype else None)
         if call.has_normaliser:
-            torch.div(y, call.bounded(_product(x, state.keys[part[0]].mT)).transpose(1, 2), out=into)
+            y /= call.bounded(_product(x, state.keys[part[0]].mT))
         elif call.centered:
-            torch.add(y, (_first(v, part) + state.values[part[0]]).transpose(1, 2), out=into)
-        else:
+            y += _first(v, part) + state.values[part[0]]
+        if y is not into:
             into.copy_(y)
     return out, packed
 
@@ -77,7 +77,8 @@ def _sum_state(k: Tensor, v: Tensor, call: LinearCall) -> Tensor:
     share = 1 / keys if call.mean else 1.0
     means: list[tuple[slice, float, Tensor, Tensor]] = []  # entries, share of the tokens, means of keys and values
     for part in _parts(k, v):
-        x, y = _load(k, part, call.relu), _load(v, part)
+        load = _load if call.centered else _read
+        x, y = load(k, part, call.relu), load(v, part)
         if call.centered:
             x.sub_(_first(k, part, call.relu))
             y.sub_(_first(v, part))
@@ -127,7 +128,7 @@ def _query_gradient(q: Tensor, do: Tensor, state: _State, call: LinearCall, dq: 
     """Write dq; the gradient of the state that queries meet."""
     found = _State(*(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in state))
     for part in _parts(q, do):
-        x, dy = _load(q, part, call.relu), _load(do, part)
+        x, dy = _read(q, part, call.relu), (_load if call.has_normaliser else _read)(do, part)
         if not call.has_normaliser:
             dx = _product(dy, state.matrix[part[0]].mT)
         else:
@@ -150,7 +151,8 @@ def _query_gradient(q: Tensor, do: Tensor, state: _State, call: LinearCall, dq: 
 def _key_gradient(k: Tensor, v: Tensor, state: _State, found: _State, call: LinearCall, dk: Tensor, dv: Tensor) -> None:
     """Write dk and dv; `found` are the gradients of one product, of one key and of one value."""
     for part in _parts(k, v):
-        x, y = _load(k, part, call.relu), _load(v, part)
+        load = _load if call.centered else _read
+        x, y = load(k, part, call.relu), load(v, part)
         if call.centered:
             y.sub_(_first(v, part)).sub_(state.values[part[0]])
         dx = _product(y, found.matrix[part[0]].mT)
@@ -182,14 +184,22 @@ def _load(x: Tensor, part: Part, relu: bool = False) -> Tensor:
     return (own.relu_() if relu else own).transpose(1, 2)
 
 
+def _read(x: Tensor, part: Part, relu: bool = False) -> Tensor:
+    """A part that is not written to: where it lies, if it has the dtype of sums and rows that BLAS can read."""
+    if relu or x.dtype != _accumulate(x) or x.stride(-1) != 1 or x.stride(1) < x.shape[-1]:
+        return _load(x, part, relu)
+    return x[part].transpose(1, 2)
+
+
 def _first(x: Tensor, part: Part, relu: bool = False) -> Tensor:
     """First token, subtracted before averaging (shifted mean): a large common offset would cost precision."""
     return _load(x, (part[0], slice(1)), relu)
 
 
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """`x @ y` of `[entries, heads, ...]`; BLAS reads the heads of an entry where they are, `@` would copy them."""
-    out = x.new_empty(*x.shape[:-1], y.shape[-1])
+def _product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x @ y` of `[entries, heads, ...]`, into `out` if given; BLAS finds the heads of an entry where they are, `@`
+    would copy them."""
+    out = x.new_empty(*x.shape[:-1], y.shape[-1]) if out is None else out
     for i in range(x.shape[0]):
         torch.bmm(x[i], y[i], out=out[i])
     return out

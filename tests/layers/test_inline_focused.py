@@ -1,5 +1,6 @@
 """InLine and focused linear attention: their definitions, every call form, other sizes, half precision, export."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +197,17 @@ def test_focused_features_of_some_tokens_at_a_time_are_those_of_all(monkeypatch)
     grads = [torch.autograd.grad(y.sin().sum(), (x, scale, positions)) for y in outs]
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [InLineAttention2d, partial(FocusedLinearAttention2d, grid_size=(5, 7))])
+def test_convolutions_added_in_place_have_the_gradients_of_the_reference(make):
+    torch.manual_seed(0)
+    layer = make(12, num_heads=3).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(3, 5, 7, 12, dtype=torch.float64, requires_grad=True)
+    weights, found = torch.randn(3, 5, 7, 12, dtype=torch.float64), []
+    for layer.impl in ("torch", "reference"):
+        out = layer(x)
+        found.append([out, *torch.autograd.grad(out, [x, *layer.parameters()], weights)])
+    torch.testing.assert_close(*found)
