@@ -25,7 +25,6 @@ GRIDS = {  # by operator, those whose loops are counted; the first that a kernel
 BIASED = "window", "agent"
 FLAGS = "", "bias"
 COLUMNS = "operator", *compile_report.LOOP_COLUMNS
-KEY = "operator", "kernel", "grid", "head_dim"
 WALLS = {
     "e": "exponentials",
     "f": "float32 arithmetic",
@@ -103,8 +102,14 @@ def _cells(rows: Iterable[dict[str, str]]) -> dict[tuple, str]:
     loops: dict[tuple, list[dict[str, str]]] = defaultdict(list)
     for row in rows:
         if float(row["tensor"]):
-            loops[*(row[name] for name in KEY), row["arch"]].append(row)
+            loops[*_line(row), row["arch"]].append(row)
     return {key: ", ".join(dict.fromkeys(map(_share, _ends(found)))) for key, found in loops.items()}
+
+
+def _line(row: dict[str, str]) -> tuple[str, str, str, int]:
+    """Operator, kernel, grid where several are counted, and head dimension."""
+    grid = "" if row["operator"] in GRIDS else row["grid"]
+    return row["operator"], row["kernel"], grid, int(row["head_dim"])
 
 
 def _ends(rows: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -124,21 +129,22 @@ def page(before: Path, after: Path) -> str:
     architectures = [name for name in sass.DEVICES if any(key[-1] == name for key in now)]
     text = [
         HEADING,
-        *(f"- `{letter}`: {name};" for letter, name in WALLS.items()),
+        *(f"- `{letter}`: {name}" for letter, name in WALLS.items()),
         "",
         "Written by `python -m foveal.kernels.tools.loop_table`.",
     ]
     for operator in dict.fromkeys(row["operator"] for row in new):
-        lines = dict.fromkeys(tuple(row[name] for name in KEY) for row in new if row["operator"] == operator)
+        lines = list(dict.fromkeys(_line(row) for row in new if row["operator"] == operator))
+        kernels = list(dict.fromkeys(line[1:3] for line in lines))
         text += ["", f"## {operator.replace('_', '-').capitalize()}", ""]
         text += [f"| kernel | head dim | {' | '.join(architectures)} |", "|---|--:|" + "---|" * len(architectures)]
-        for line in lines:
+        for line in sorted(lines, key=lambda x: (kernels.index(x[1:3]), x[3])):
             cells = []
             for name in architectures:
                 a, b = was.get((*line, name)), now.get((*line, name), "–")
                 cells.append(b if a in (None, b) else f"{a} → {b}")
             if any(x != "–" for x in cells):
-                kernel = line[1] + (f", {line[2]}" if operator not in GRIDS else "")
+                kernel = ", ".join(filter(None, line[1:3]))
                 text.append(f"| {kernel} | {line[3]} | {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
 
