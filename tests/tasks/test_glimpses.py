@@ -6,6 +6,7 @@ import torch
 from foveal import train
 from foveal.zoo.data.scattered import ScatteredDigits, scatter
 from foveal.zoo.heads.glimpses import GlimpseClassifier, random_viewpoints
+from foveal.zoo.tasks.glimpses import GlimpseTask
 from train_helpers import configure
 
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch": 4, "canvas_grid": 4, "canvas_heads": 1,
@@ -51,6 +52,24 @@ def test_glimpses_hand_on_what_they_saw():
     assert all(p.grad is not None for p in model.parameters())  # the canvas is read again, so writing learns
     with pytest.raises(ValueError, match="least=0"):
         GlimpseClassifier(3, least=0.0, **TINY)
+
+
+@pytest.mark.slow
+def test_overfits_eight_scenes():
+    """Seen through the same glimpses again and again, with the sizes of configs/task/glimpses.yaml."""
+    torch.manual_seed(0)
+    data = ScatteredDigits(batch_size=8)
+    data.setup()
+    images, labels = next(iter(data.train_dataloader()))
+    sizes = TINY | {"embed_dim": 64, "num_heads": 4, "canvas_grid": 8, "canvas_heads": 2, "canvas_head_dim": 32}
+    model = GlimpseClassifier(10, least=0.3, most=0.5, registers=2, canvas_registers=4, **sizes)
+    optimizer, loss = torch.optim.AdamW(model.parameters(), 2e-3), torch.tensor(0.0)
+    for _ in range(80):
+        loss = GlimpseTask._loss(model(images, generator=torch.Generator().manual_seed(0)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1  # the labels' base rates give 0.64
 
 
 @pytest.mark.slow
