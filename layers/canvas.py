@@ -200,9 +200,10 @@ class CanvasViT(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = canvas_heads * canvas_head_dim
         self.patch, self.canvas_grid, self.canvas_registers = patch, canvas_grid, canvas_registers
-        self.canvas_register_init = nn.Parameter(0.02 * torch.randn(1, canvas_registers, dim, **dd))
-        self.canvas_spatial_init = nn.Parameter(0.02 * torch.randn(1, 1, dim, **dd))
-        self.recurrent_cls_init = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim, **dd))
+        # Norm 1 as in the official code: layer norms divide by it, so that gradients of smaller tokens are larger.
+        self.canvas_register_init = nn.Parameter(dim**-0.5 * torch.randn(1, canvas_registers, dim, **dd))
+        self.canvas_spatial_init = nn.Parameter(dim**-0.5 * torch.randn(1, 1, dim, **dd))
+        self.recurrent_cls_init = nn.Parameter(embed_dim**-0.5 * torch.randn(1, 1, embed_dim, **dd))
         self.backbone_registers = nn.Parameter(0.02 * torch.randn(1, registers, embed_dim, **dd))
         self.backbone = nn.Module()
         self.backbone.patch_embed = nn.Module()

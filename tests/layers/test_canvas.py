@@ -44,6 +44,14 @@ def test_layout_of_the_published_model():
     assert sum(x.numel() for x in model.backbone.parameters()) == 12 * (12 * 768**2 + 15 * 768) + 768 * 769
 
 
+def test_tokens_start_at_norm_one():
+    """As in the official code: from tokens of 0.02 a layer norm makes gradients that are larger by the inverse."""
+    torch.manual_seed(0)
+    state = CanvasViT(**SMALL | {"canvas_head_dim": 64, "embed_dim": 256}).start(1)
+    for tokens in (state.tokens, state.cls):
+        assert ((tokens.norm(dim=-1) - 1).abs() < 0.3).all()
+
+
 def test_writing_zeros_leaves_the_canvas():
     model = CanvasViT(**SMALL)
     for layer in model.canvas_write:

@@ -32,6 +32,11 @@ def test_scattered_digits():
     assert batches[0][0].shape == (4, 1, 64, 64) and 1 <= batches[0][1].sum(1).min() <= batches[0][1].sum(1).max() <= 4
     assert torch.equal(batches[0][0], batches[1][0]) and not torch.equal(batches[0][0], batches[2][0])
     assert torch.equal(data[0].datasets["test"][3][0], data[2].datasets["test"][3][0])
+    images = torch.stack([data[0].datasets["test"][i][0] for i in range(100)])
+    assert abs(images.mean()) < 0.05 and abs(images.std() - 1) < 0.05
+    assert torch.equal(
+        data[0].datasets["test"][3][0].min(), (torch.tensor(0.0) - data[0].spec.mean[0]) / data[0].spec.std[0]
+    )
     with pytest.raises(ValueError, match=r"data\.side=40"):
         ScatteredDigits(side=40)
 
