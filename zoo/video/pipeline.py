@@ -88,7 +88,7 @@ class VideoDiTPipeline(TransformerPipeline):
         pixel_std: Sequence[float] | None = None,
         sample_size: Sequence[int] | None = None,
         null_text: str = "empty",
-        id2label: Mapping[int | str, str] | None = None,
+        id2label: Mapping[Any, str] | None = None,  # int | str, which the check of types of diffusers does not know
     ):
         super().__init__()
         if null_text not in ("empty", "zeros"):
