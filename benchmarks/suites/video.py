@@ -173,7 +173,7 @@ class Video(Benchmark):
         found = {(r.case, r.provider, r.metric): r for r in rows}
         for metric, axes in (("time", left), ("speed-up", right)):
             for x, name in enumerate(names):
-                shown = [p for p in COLORS if (name, p, metric) in found]
+                shown = [p for p in COLORS if (name, p, metric) in found and (metric, p) != ("speed-up", "dense")]
                 width = 0.8 / max(len(shown), 1)
                 for i, provider in enumerate(shown):
                     row, where = found[name, provider, metric], x + (i + 0.5) * width - 0.4
