@@ -8,7 +8,7 @@ PACKAGE = "torchao.optim"
 
 
 def admit_low_bit(error: BaseException) -> bool:
-    """Whether a refused pickle should be read once more, because it asked for such tensors and now they are known."""
+    """Return whether to read a refused pickle once more: it asked for such tensors, and now they are known."""
     if f"{PACKAGE}." not in str(error) or PACKAGE in sys.modules or find_spec("torchao") is None:
         return False
     import_module(PACKAGE)
