@@ -95,11 +95,7 @@ class RestorationTask(EpochTask):
         self_ensemble: bool = False,
         scale: int = 1,
         in_chans: int = 3,
-        optimizer: Mapping[str, Any],
-        scheduler: Mapping[str, Any] | None = None,
-        lr_batch: int | None = None,
-        compile: Mapping[str, Any] | None = None,
-        seed: int = 0,
+        **options: Any,
     ):
         if network.get("name") not in NETWORKS:
             raise unknown_name("task.network.name", network.get("name"), NETWORKS)
@@ -107,15 +103,7 @@ class RestorationTask(EpochTask):
             raise unknown_name("task.loss", loss, LOSSES)
         if tile is not None and (tile <= 32 or self_ensemble):
             raise ValueError(f"task.tile={tile} must be above 32, twice the overlap, and is not with self_ensemble")
-        names = ("loss", "psnr", "psnr_rgb", "psnr_base", "ssim")
-        super().__init__(
-            metrics=mean_metrics(*names),
-            optimizer=optimizer,
-            scheduler=scheduler,
-            lr_batch=lr_batch,
-            compile=compile,
-            seed=seed,
-        )
+        super().__init__(metrics=mean_metrics("loss", "psnr", "psnr_rgb", "psnr_base", "ssim"), **options)
         self.save_hyperparameters()
         self.network_cfg, self.loss, self.scale, self.in_chans = dict(network), LOSSES[loss], scale, in_chans
         self.tile, self.self_ensemble = tile, self_ensemble
